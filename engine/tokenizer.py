@@ -1,0 +1,217 @@
+"""Text <-> token ids. A folder's meta.json names its tokenizer; load_tokenizer(folder) gives it back.
+
+Four kinds: GPT-2's BPE (tiktoken), a BPE trained on the corpus (tokenizers), characters, bytes. All share one small
+face: vocab_size, eot (the end-of-text id, or None), encode, decode, token_bytes, and save / describe for the folder.
+End-of-text is never produced by encode: the string "<|endoftext|>" inside a text is text.
+"""
+
+import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import UserError
+
+KINDS = ("gpt2", "bpe", "char", "byte")
+
+
+class GPT2Tokenizer:
+    """GPT-2's 50,257-token BPE, from tiktoken (set TIKTOKEN_CACHE_DIR to use it offline)."""
+
+    kind, vocab_size, eot = "gpt2", 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except OSError as error:  # requests' errors are OSErrors
+            raise UserError(
+                f"tiktoken cannot fetch GPT-2's BPE ({type(error).__name__}); "
+                "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+            ) from error
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, (n,) uint32."""
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.bpe.decode([int(i) for i in ids])
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each id, V of them; end-of-text has none."""
+        return [self.bpe.decode_single_token_bytes(i) for i in range(self.eot)] + [b""]
+
+    def describe(self) -> dict:
+        return {"kind": self.kind}
+
+    def save(self, folder: Path) -> None:
+        """Nothing to keep beside meta.json: GPT-2's BPE comes from tiktoken."""
+
+
+class BPETokenizer:
+    """A byte-level BPE trained on the corpus, kept as <folder>/tokenizer.json (the tokenizers library's own format)."""
+
+    kind, file = "bpe", "tokenizer.json"
+
+    def __init__(self, bpe):
+        self.bpe = bpe
+        self.bpe.encode_special_tokens = True  # an end-of-text string inside the text stays text
+        self.vocab_size = bpe.get_vocab_size()
+        self.eot = bpe.token_to_id("<|endoftext|>")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Train on the texts; vocab_size counts the 256 bytes and end-of-text in."""
+        import tokenizers
+
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(texts, trainer)
+        return cls(bpe)
+
+    @classmethod
+    def load(cls, folder: Path) -> "BPETokenizer":
+        import tokenizers
+
+        path = Path(folder) / cls.file
+        if not path.is_file():
+            raise UserError(f"{path} is missing; prepare the data set again")
+        return cls(tokenizers.Tokenizer.from_file(str(path)))
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.bpe.encode(text).ids, dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self) -> list[bytes]:
+        unicode_to_byte = {char: byte for byte, char in enumerate(_byte_alphabet())}
+        pieces = [self.bpe.id_to_token(i) for i in range(self.vocab_size)]
+        return [b"" if i == self.eot else bytes(unicode_to_byte[c] for c in p) for i, p in enumerate(pieces)]
+
+    def describe(self) -> dict:
+        return {"kind": self.kind, "file": self.file}
+
+    def save(self, folder: Path) -> None:
+        self.bpe.save(str(Path(folder) / self.file))
+
+
+class CharTokenizer:
+    """One id per character, in the order of `chars`; `eot` adds an end-of-text id behind them."""
+
+    kind = "char"
+
+    def __init__(self, chars: Iterable[str], eot: bool = False):
+        self.chars = list(chars)
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+        self.eot = len(self.chars) if eot else None
+        self.vocab_size = len(self.chars) + int(eot)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], eot: bool = False) -> "CharTokenizer":
+        return cls(sorted(set().union(*map(set, texts))), eot)
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return np.fromiter((self.ids[char] for char in text), dtype=np.uint32, count=len(text))
+        except KeyError as error:
+            raise UserError(f"the character {error.args[0]!r} is not in this data set's {len(self.ids)} ones") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join("<|endoftext|>" if i == self.eot else self.chars[i] for i in ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return [char.encode() for char in self.chars] + [b""] * (self.eot is not None)
+
+    def describe(self) -> dict:
+        return {"kind": self.kind, "chars": self.chars, "eot": self.eot is not None}
+
+    def save(self, folder: Path) -> None:
+        """Nothing to keep beside meta.json: it holds the characters."""
+
+
+class ByteTokenizer:
+    """The 256 bytes and end-of-text: any text at all, no training."""
+
+    kind, vocab_size, eot = "byte", 257, 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        pieces = [b"<|endoftext|>" if i == self.eot else bytes([i]) for i in ids]
+        return b"".join(pieces).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        return [bytes([i]) for i in range(256)] + [b""]
+
+    def describe(self) -> dict:
+        return {"kind": self.kind}
+
+    def save(self, folder: Path) -> None:
+        """Nothing to keep: bytes are bytes."""
+
+
+Tokenizer = GPT2Tokenizer | BPETokenizer | CharTokenizer | ByteTokenizer
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that a data or run folder names in meta.json or nanoGPT's meta.pkl; neither means GPT-2's BPE."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if meta is None:
+        return GPT2Tokenizer()
+    description = meta.get("tokenizer", {})
+    kind = description.get("kind")
+    if kind == "char":
+        return CharTokenizer(description["chars"], description["eot"])
+    if kind == "bpe":
+        return BPETokenizer.load(folder)
+    if kind in ("gpt2", "byte"):
+        return GPT2Tokenizer() if kind == "gpt2" else ByteTokenizer()
+    raise UserError(f"{folder} names an unknown tokenizer {kind!r}; known: {', '.join(KINDS)}")
+
+
+def read_meta(folder: str | Path) -> dict | None:
+    """meta.json of a folder; a nanoGPT meta.pkl in the same shape; None where there is neither."""
+    path = Path(folder) / "meta.json"
+    if path.is_file():
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); prepare the data set again") from None
+    path = Path(folder) / "meta.pkl"
+    if not path.is_file():
+        return None
+    try:
+        with open(path, "rb") as file:
+            meta = _PlainUnpickler(file).load()
+        itos = meta["itos"]
+        chars = [itos[i] for i in range(len(itos))]
+    except (pickle.UnpicklingError, KeyError, TypeError, EOFError, IndexError) as error:
+        raise UserError(f"{path} is not a nanoGPT character table: {error}") from None
+    return {"tokenizer": {"kind": "char", "chars": chars, "eot": False}, "vocab_size": meta["vocab_size"]}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers; whatever would import or call anything is refused."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}, refused")
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-in for each byte 0..255 (its bytes_to_unicode)."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(stand_ins)) for byte in range(256)]

@@ -1,0 +1,171 @@
+"""Token files: the one place that writes and reads them.
+
+A data set is a folder: <split>.bin holds the ids of all documents in one row, little-endian uint16 (uint32 where the
+vocabulary needs it), end-of-text between documents; meta.json says which tokenizer, vocabulary, dtype, counts and
+hashes. nanoGPT's folders (train.bin, val.bin, meta.pkl or no meta at all) read as well. The order of batches is a
+function of (seed, i) alone.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import UserError
+from engine.tokenizer import Tokenizer, read_meta
+
+DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
+SCAN = 1 << 24  # tokens looked at in one go when a whole file is read
+
+
+def dataset_folder(dataset: str | Path) -> Path:
+    """data/<dataset> of this repository, or the path itself where it names a folder."""
+    folder = DATA_ROOT / dataset
+    return folder if folder.is_dir() else Path(dataset)
+
+
+def write_dataset(folder: str | Path, splits: Mapping[str, Iterable[str]], tokenizer: Tokenizer) -> dict:
+    """Write each split's documents to <folder>/<split>.bin and describe them in meta.json; returns that description.
+
+    Files are written beside and renamed, meta.json last: a killed run leaves no half-written data set behind.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    described = {split: _write_split(folder / f"{split}.bin", docs, tokenizer, dtype) for split, docs in splits.items()}
+    tokenizer.save(folder)
+    meta = {
+        "tokenizer": tokenizer.describe(),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
+        "splits": described,
+    }
+    temporary = folder / "meta.json.tmp"
+    temporary.write_text(json.dumps(meta, indent=1))
+    os.replace(temporary, folder / "meta.json")
+    return meta
+
+
+def _write_split(path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype) -> dict:
+    started, n_tokens, n_bytes, n_documents, sha256 = time.perf_counter(), 0, 0, 0, hashlib.sha256()
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        for document in documents:
+            if not document:
+                continue
+            ids = tokenizer.encode(document).astype(dtype)
+            if n_documents:  # end-of-text stands between documents, so one document alone has none
+                if tokenizer.eot is None:
+                    raise UserError("several documents need a tokenizer with an end-of-text token")
+                ids = np.concatenate([np.array([tokenizer.eot], dtype), ids])
+            file.write(data := ids.tobytes())
+            sha256.update(data)
+            n_documents, n_tokens, n_bytes = n_documents + 1, n_tokens + len(ids), n_bytes + len(document.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    if not n_tokens:
+        temporary.unlink()
+        raise UserError(f"there is no text for {path.name}; give more text or another --val_fraction")
+    os.replace(temporary, path)
+    seconds = time.perf_counter() - started
+    print(f"{path.name}: {n_documents:,} documents, {n_bytes:,} bytes, {n_tokens:,} tokens in {seconds:.1f} s")
+    return {"documents": n_documents, "tokens": n_tokens, "bytes": n_bytes, "sha256": sha256.hexdigest()}
+
+
+class TokenFile:
+    """One split of a data set: `ids`, a read-only memmap (n,) of uint16 or uint32, with its checks and counts."""
+
+    def __init__(self, dataset: str | Path, split: str):
+        folder = dataset_folder(dataset)
+        self.path = folder / f"{split}.bin"
+        if not self.path.is_file():
+            raise UserError(f"{self.path} is missing; {_how_to_get(folder, split)}")
+        self.meta = read_meta(folder)
+        self.dtype = np.dtype((self.meta or {}).get("dtype", "uint16")).newbyteorder("<")
+        size = self.path.stat().st_size
+        n, rest = divmod(size, self.dtype.itemsize)
+        if n == 0 or rest:
+            raise UserError(f"{self.path} has {size} bytes: no whole {self.dtype.name} ids; prepare it again")
+        expected = (self.meta or {}).get("splits", {}).get(split, {}).get("tokens", n)
+        if n != expected:
+            raise UserError(f"{self.path} holds {n:,} tokens, meta.json says {expected:,}; prepare it again")
+        self.ids = np.memmap(self.path, self.dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The vocabulary that the folder's meta file states; None where it has no meta file."""
+        return self.meta["vocab_size"] if self.meta else None
+
+    def check(self, vocab_size: int, block_size: int = 1) -> None:
+        """Refuse a split shorter than one block, or one with an id outside the vocabulary."""
+        if len(self) < block_size + 1:
+            raise UserError(
+                f"{self.path} has {len(self):,} tokens, too few for one block of {block_size} and its target; "
+                f"use more text or --block_size={max(1, len(self) - 1)} or less"
+            )
+        highest = max(int(chunk.max()) for chunk in self._chunks())
+        if highest >= vocab_size:
+            raise UserError(
+                f"{self.path} holds token id {highest}, outside the vocabulary of {vocab_size}; "
+                "use the tokenizer it was made with, or set --vocab_size"
+            )
+
+    def counts(self, vocab_size: int) -> torch.Tensor:
+        """How often each id occurs, (vocab_size,) float64."""
+        total = np.zeros(vocab_size, np.int64)
+        for chunk in self._chunks():
+            total += np.bincount(chunk, minlength=vocab_size)
+        return torch.from_numpy(total).double()
+
+    def _chunks(self) -> Iterable[np.ndarray]:
+        return (self.ids[i : i + SCAN] for i in range(0, len(self), SCAN))
+
+
+class Batches:
+    """batches[i] -> (x, y), both (batch_size, block_size) int64: micro-batch i of an endless, shuffled order.
+
+    An epoch cuts the file into consecutive blocks from a random offset and visits each block once; offset and order
+    depend on (seed, epoch) alone, so any process can produce any micro-batch, in any order, after any restart.
+    """
+
+    def __init__(self, file: TokenFile, batch_size: int, block_size: int, seed: int):
+        self.ids, self.batch_size, self.block_size, self.seed = file.ids, batch_size, block_size, seed
+        self.n_blocks = max(1, (len(self.ids) - 1) // block_size - 1)  # one block less, so that every offset fits
+        self._epoch, self._starts = -1, None
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = range(i * self.batch_size, (i + 1) * self.batch_size)
+        starts = np.array([self._block_start(*divmod(block, self.n_blocks)) for block in blocks])
+        return gather(self.ids, starts, self.block_size)
+
+    def _block_start(self, epoch: int, k: int) -> int:
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            slack = len(self.ids) - 1 - self.n_blocks * self.block_size
+            offset = rng.integers(min(slack + 1, self.block_size))
+            self._epoch, self._starts = epoch, offset + self.block_size * rng.permutation(self.n_blocks)
+        return self._starts[k]
+
+
+def gather(ids: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, y (len(starts), block_size) int64: the blocks at `starts` and the same blocks one token later."""
+    rows = torch.from_numpy(ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def _how_to_get(folder: Path, split: str) -> str:
+    if (folder / f"{split}.bin").parent.is_dir() and list(folder.glob("*.bin")):
+        return f"this data set has {', '.join(sorted(path.stem for path in folder.glob('*.bin')))}"
+    if (folder / "prepare.py").is_file():
+        return f"run: python data/{folder.name}/prepare.py"
+    known = sorted(path.parent.name for path in DATA_ROOT.glob("*/prepare.py"))
+    return f"run one of: {', '.join(f'python data/{name}/prepare.py' for name in known)}"
