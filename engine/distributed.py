@@ -1,0 +1,163 @@
+"""Processes: one without torchrun, several under it. The model and the loop do not know how many there are."""
+
+import contextlib
+import ctypes
+import math
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and its peers."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, n: int) -> range:
+        """Which of n pieces of work this process does."""
+        return range(self.rank, n, self.world_size)
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model, its gradients averaged over all processes in backward."""
+        if self.world_size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def accumulate(self, model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Around one micro-batch: gradients travel between processes with the last one only."""
+        return contextlib.nullcontext() if last or self.world_size == 1 else model.no_sync()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """values, in place, summed over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def start(device: str, backend: str):
+    """Join the processes that torchrun started, or be the only one; yields Processes and takes leave at the end."""
+    _keep_memory()
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world_size == 1:
+        yield Processes(pick_device(device))
+        return
+    local = pick_device(device)
+    if local.type == "cuda":
+        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if local.index >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local.index} of this machine has no GPU: it has {torch.cuda.device_count()}; "
+                f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local)
+    if backend == "nccl" and local.type != "cuda":
+        raise UserError(f"backend = 'nccl' needs CUDA, but the device is {local.type}; use --backend=gloo or auto")
+    if backend == "auto":
+        backend = "nccl" if local.type == "cuda" else "gloo"
+    dist.init_process_group(backend)
+    try:
+        yield Processes(local, rank, world_size)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch.device of "auto" (the best there is), "cpu", "cuda", "cuda:1", "mps"; refuses one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device = {device!r} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if picked.type == "cuda":
+        found = torch.cuda.device_count()
+        if (picked.index or 0) >= found:
+            raise UserError(
+                f"device = {device!r} is not there: this machine has {found} CUDA devices; try --device=auto"
+            )
+    elif picked.type == "mps" and not _has_mps():
+        raise UserError("device = 'mps' is not there; try --device=auto")
+    elif picked.type not in ("cpu", "mps"):
+        raise UserError(f"device = {device!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    return picked
+
+
+def check_accumulation(gradient_accumulation_steps: int, world_size: int) -> None:
+    """Refuse an accumulation (counted over all processes) that the processes cannot share evenly."""
+    if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
+        below = gradient_accumulation_steps // world_size * world_size
+        near = [str(n) for n in (below, below + world_size) if n > 0]
+        raise UserError(
+            f"gradient_accumulation_steps = {gradient_accumulation_steps} counts over all processes and is no multiple "
+            f"of their number, {world_size}; the nearest valid values are {' and '.join(near)}"
+        )
+
+
+def autocast(device: torch.device, dtype: str) -> tuple[contextlib.AbstractContextManager, str]:
+    """The autocast context of dtype = auto | float32 | bfloat16 | float16, and the name of the dtype that it uses.
+
+    auto: bfloat16 where the hardware multiplies it fast, else float16 on CUDA, else float32.
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        else:
+            dtype = "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype = {dtype!r} is not one of: auto, float32, bfloat16, float16")
+    if dtype == "float32":
+        return contextlib.nullcontext(), dtype
+    return torch.autocast(device.type, getattr(torch, dtype)), dtype
+
+
+def seed_micro_batch(seed: int, micro_batch: int) -> None:
+    """Make dropout and noise of a micro-batch a function of (seed, micro_batch) alone."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + micro_batch * 0xBF58476D1CE4E5B9 + 1) % (1 << 63))
+
+
+def peak_flops(device: torch.device) -> float:
+    """The dense bf16 peak of the device in FLOP/s from its data sheet; nan where we do not know it."""
+    if device.type != "cuda":
+        return math.nan
+    name = torch.cuda.get_device_name(device)
+    peaks = {
+        "H200": 989e12,
+        "H100": 989e12,
+        "A100": 312e12,
+        "L40": 181e12,
+        "A10": 125e12,
+        "V100": 125e12,
+        "4090": 165e12,
+    }
+    return next((peak for part, peak in peaks.items() if part in name), math.nan)
+
+
+def _keep_memory() -> None:
+    """Have glibc's malloc keep large freed blocks: by default each step on a CPU faults its tensors' pages in anew."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, m_mmap_max, m_trim_threshold = ctypes.CDLL(None), -4, -1
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()

@@ -1,0 +1,146 @@
+"""What a run reports: one line on screen and the same record as JSON, on a terminal a progress bar, wandb if asked."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine.distributed import Processes, peak_flops
+
+
+class Logger:
+    """Writes records of the main process (on the others it only keeps time)."""
+
+    def __init__(
+        self,
+        out_dir: Path,
+        processes: Processes,
+        tokens_per_step: int,
+        flops_per_token: float,
+        first: int,
+        max_iters: int,
+        seconds: float,
+    ):
+        self.is_main, self.tokens_per_step, self.max_iters = processes.is_main, tokens_per_step, max_iters
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(processes.device) * processes.world_size
+        self.seconds, self.clock = (
+            seconds,
+            time.perf_counter(),
+        )  # of training so far, without evaluations and checkpoints
+        self.first, self.first_seconds = self.last_step, self.last_seconds = first, seconds
+        self.wandb = None
+        if self.is_main:
+            path = out_dir / "metrics.jsonl"
+            _forget_after(path, first)
+            self.file = open(path, "a")  # noqa: SIM115  closed in close()
+            show = sys.stderr.isatty() and processes.world_size == 1
+            self.bar = tqdm(total=max_iters, initial=first, unit="step", disable=not show, dynamic_ncols=True)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training and must not count as its time."""
+        self._tick()
+        yield
+        self.clock = time.perf_counter()
+
+    def training(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
+        """A training record: `step` steps are done; loss is of the last one, speed of all since the record before."""
+        self._tick()
+        steps, seconds = step - self.last_step, self.seconds - self.last_seconds
+        self.last_step, self.last_seconds = step, self.seconds
+        speed = steps * self.tokens_per_step / seconds
+        mfu = speed * self.flops_per_token / self.peak_flops
+        left = (self.max_iters - step) * (self.seconds - self.first_seconds) / (step - self.first)
+        record = {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        record |= {"tokens_per_second": speed, "seconds": self.seconds} | ({"mfu": mfu} if math.isfinite(mfu) else {})
+        line = f"loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.2f} | {speed:,.0f} tokens/s | "
+        self._write(record, line + (f"mfu {mfu:.1%} | " if "mfu" in record else "") + f"{clock_time(left)} left")
+
+    def evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """An evaluation record after `step` steps."""
+        record = {"step": step, "tokens": step * self.tokens_per_step, **scores, "seconds": self.seconds}
+        self._write(record, " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()))
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def start_wandb(self, project: str, name: str, config: dict, out_dir: Path) -> None:
+        """Open a wandb run; what goes wrong with wandb is said once and never stops training."""
+        if not self.is_main:
+            return
+        try:
+            import wandb
+
+            has_key = os.environ.get("WANDB_API_KEY") or (wandb.api and wandb.api.api_key)
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+            self.wandb = wandb.init(project=project, name=name, config=config, dir=out_dir, mode=mode)
+        except Exception as error:  # a third party's service: any failure of it must not cost a training run
+            self.say(f"warning: wandb does not start ({type(error).__name__}: {error}); going on without it")
+
+    def close(self) -> None:
+        if self.is_main:
+            self.bar.close()
+            self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish(quiet=True)
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def _write(self, record: dict, line: str) -> None:
+        if not self.is_main:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.bar.update(record["step"] - self.bar.n)
+        self.say(f"step {record['step']:>{len(str(self.max_iters))}}/{self.max_iters} | {line}")
+        if self.wandb is not None:
+            try:
+                self.wandb.log(record, step=record["step"])
+            except Exception as error:  # see start_wandb
+                self.say(f"warning: wandb fails ({type(error).__name__}: {error}); going on without it")
+                self.wandb = None
+
+
+def clock_time(seconds: float) -> str:
+    """h:mm:ss"""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def environment() -> dict[str, str]:
+    """What a number depends on beside the options: code, versions, machine."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": str(os.cpu_count()),
+        "gpu": gpu,
+    }
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the records that a resumed run will write again: later ones, and the evaluation of this very step."""
+    if not path.exists():
+        return
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(temporary, path)

@@ -1,0 +1,36 @@
+"""Parameter groups, the optimiser and the learning-rate schedule."""
+
+import math
+
+import torch
+
+
+def adamw(
+    model: torch.nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and embeddings only: no bias, no norm, no log_std (decay pulls std to 1).
+
+    Fused where the device has it (CUDA, MPS and CPU all do in torch 2.11 and later).
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = {name for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("log_std")}
+    groups = [
+        {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def learning_rate_at(step: int, config) -> float:
+    """nanoGPT's schedule: linear warm-up, cosine from learning_rate to min_lr at lr_decay_iters, then min_lr."""
+    peak, lowest, warmup, end = config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters
+    end = end or config.max_iters
+    if not config.decay_lr:
+        return peak
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step > end:
+        return lowest
+    progress = (step - warmup) / max(1, end - warmup)
+    return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - lowest)

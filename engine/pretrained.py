@@ -1,0 +1,90 @@
+"""Weights that others wrote, in our names: OpenAI's GPT-2 in transformers' format, and nanoGPT's checkpoints.
+
+Both give (shape, state): the options of GPTConfig that the file decides, and a state_dict of ours.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from engine.errors import UserError
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+TRANSPOSED = (
+    "attn.c_attn.weight",
+    "attn.c_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)  # transformers' Conv1D
+
+
+def from_transformers(source: str | Path) -> tuple[dict, dict]:
+    """A GPT-2 from the Hugging Face Hub by name (gpt2, gpt2-medium ...) or from a folder with model.safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    paths = _hub_files(source) if source in HUB else [Path(source) / f for f in ("config.json", "model.safetensors")]
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path} is missing; a transformers GPT-2 folder holds config.json and model.safetensors")
+    config = json.loads(Path(paths[0]).read_text())
+    if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
+        found = f"{config.get('model_type')} with {config.get('activation_function')}"
+        raise UserError(f"{source} is {found}; only GPT-2 with gelu_new fits this model")
+    try:
+        tensors = load_file(paths[1])
+    except SafetensorError as error:
+        raise UserError(f"{paths[1]} is damaged ({error}); fetch or export it again") from None
+    state = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("transformer.")
+        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # tied to wte; masks of old versions
+        state["transformer." + name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+    state["lm_head.weights.weight"] = tensors.get("lm_head.weight", state["transformer.wte.weight"])
+    shape = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    return shape | {"block_size": config["n_positions"], "bias": True}, state
+
+
+def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
+    """The contents of a nanoGPT ckpt.pt."""
+    state = {}
+    for name, tensor in checkpoint["model"].items():
+        name = name.removeprefix("_orig_mod.").removeprefix("module.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) or tensor.dim() == 1:
+            state["lm_head.weights.weight" if name == "lm_head.weight" else name] = tensor
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    return {name: checkpoint["model_args"][name] for name in names}, state
+
+
+def load_state(model: torch.nn.Module, state: dict) -> list[str]:
+    """Load a state_dict whose head may be another and whose block_size may be longer.
+
+    Returns the parameters that stay as initialised, which only the head's own may (a bias, log_std).
+    """
+    state = dict(state)
+    positions = "transformer.wpe.weight"
+    state[positions] = state[positions][: model.config.block_size]
+    ours = model.state_dict()
+    if wrong := [n for n, t in state.items() if n in ours and t.shape != ours[n].shape]:
+        n = wrong[0]
+        raise UserError(
+            f"{n} has shape {tuple(state[n].shape)} in the checkpoint, {tuple(ours[n].shape)} in this model"
+        )
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if odd := [name for name in [*missing, *unexpected] if not name.startswith("lm_head.")]:
+        raise UserError(f"the checkpoint does not fit this model: {odd[0]} ({len(odd)} such parameters)")
+    return missing
+
+
+def _hub_files(name: str) -> list[str]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return [hf_hub_download(HUB[name], file) for file in ("config.json", "model.safetensors")]
+    except OSError as error:  # its network and not-found errors are OSErrors
+        raise UserError(
+            f"cannot fetch {name} from the Hugging Face Hub ({type(error).__name__}); "
+            "go online once, or give a folder that transformers saved"
+        ) from error

@@ -1,0 +1,274 @@
+"""Output heads. A head is two choices: what the output weights are, and what a logit means.
+
+    weights       point: one matrix       bayes: a Gaussian over every entry, learned by variational inference
+    likelihood    categorical: softmax    smooth: softmax on smoothed targets    sigmoid: a Bernoulli per token
+
+Any pair works, and all answer the same two questions: `loss` (a scalar, minimised by training; its unit differs
+between likelihoods) and `log_probs` (a normalised distribution over the next token, with the same meaning for all).
+Shapes: x (B, T, C) hidden states, weight (V, C), logits (B, T, V), targets (B, T).
+
+A further head is one class here and one entry in WEIGHTS or LIKELIHOODS.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The two choices and their options."""
+
+    weights: str = "point"  # point | bayes
+    likelihood: str = "categorical"  # categorical | smooth | sigmoid
+    tie_head: bool = True  # the output weights (for bayes: their means) are the token embedding, as in GPT-2
+    logit_bias: str = (
+        "auto"  # unigram (start at token frequencies) | uniform | none | auto: unigram for sigmoid, else none
+    )
+    label_smoothing: float = 0.1  # smooth: probability spread over the V - 1 other tokens
+    prior_std: float | str = "empirical"  # bayes: of the prior N(0, prior_std^2); "empirical" fits it to the posterior
+    kl_weight: float = (
+        1.0  # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, as data below 1e9 tokens wants
+    )
+    n_data: int = 0  # bayes: training tokens in the data set, the N of KL / N; train.py reads it from the data
+
+    def __post_init__(self):
+        for name, known in (("weights", WEIGHTS), ("likelihood", LIKELIHOODS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} = {getattr(self, name)!r} is not one of: {', '.join(known)}")
+        if self.logit_bias not in ("auto", "unigram", "uniform", "none"):
+            raise UserError(f"logit_bias = {self.logit_bias!r} is not one of: auto, unigram, uniform, none")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
+        if not (self.prior_std == "empirical" or (not isinstance(self.prior_std, str) and self.prior_std > 0)):
+            raise UserError(f"prior_std = {self.prior_std!r} must be a number above 0, or 'empirical'")
+        if not self.kl_weight >= 0:
+            raise UserError(f"kl_weight = {self.kl_weight} must not be negative")
+
+
+class PointLinear(nn.Module):
+    """One weight matrix (V, C); also the interface of all output weights."""
+
+    def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=0.02))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> (..., V), the mean of the logits.
+
+        On CUDA the vocabulary is padded to a multiple of 64, which the tensor cores want, and the padding cut off
+        again: no padded row ever gets probability, and no other code knows of them.
+        """
+        vocab_size, padding = len(self.weight), -len(self.weight) % 64
+        if not (x.is_cuda and padding):
+            return F.linear(x, self.weight)
+        return F.linear(x, F.pad(self.weight, (0, 0, 0, padding)))[..., :vocab_size]
+
+    def variance(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
+        return None
+
+    def kl(self) -> torch.Tensor | float:
+        """KL(posterior || prior) in nats, of all weights together."""
+        return 0.0
+
+    def start_from(self, frequencies: torch.Tensor) -> None:
+        """Initialise what depends on the token frequencies (V,), which sum to 1."""
+
+
+class BayesLinear(PointLinear):
+    """A factorised Gaussian posterior N(weight, std_v^2), one std per token ("row"), under a prior N(0, prior_std^2).
+
+    Since the head is linear, logit v of a position is Gaussian with mean x . weight_v and variance std_v^2 |x|^2.
+    """
+
+    def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
+        super().__init__(config, vocab_size, n_embd)
+        if config.n_data < 1:
+            raise UserError("Bayesian weights need n_data, the number of training tokens")
+        self.config = config
+        self.log_std = nn.Parameter(torch.empty(vocab_size))
+        self.start_from(torch.full((vocab_size,), 1 / vocab_size))
+
+    def variance(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().square().sum(-1, keepdim=True) * torch.exp(2 * self.log_std)
+
+    def prior_variance(self) -> torch.Tensor | float:
+        """prior_std^2; "empirical" is the value that minimises the KL, the mean second moment of the posterior."""
+        if self.config.prior_std == "empirical":
+            return self.weight.square().mean() + torch.exp(2 * self.log_std).mean()
+        return self.config.prior_std**2
+
+    def kl(self) -> torch.Tensor:
+        """1/2 sum [(std^2 + mean^2) / prior_variance - 1 - ln(std^2 / prior_variance)], a scalar in nats."""
+        n_embd, prior_variance = self.weight.size(1), torch.as_tensor(self.prior_variance())
+        second_moment = self.weight.square().sum() + n_embd * torch.exp(2 * self.log_std).sum()
+        log_ratio = 2 * n_embd * self.log_std.sum() - self.weight.numel() * prior_variance.log()
+        return 0.5 * (second_moment / prior_variance - self.weight.numel() - log_ratio)
+
+    @torch.no_grad()
+    def start_from(self, frequencies: torch.Tensor) -> None:
+        """Laplace's guess at std^2, 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight), where E|x_c|^2 = 1 behind
+        the last norm: tokens that the data determines start narrow, rare ones near the prior."""
+        self.log_std.fill_(-math.inf)  # so that an empirical prior looks at the means alone
+        data_precision = self.config.n_data * frequencies / max(self.config.kl_weight, 1e-6)
+        self.log_std.copy_(-0.5 * torch.log(1 / self.prior_variance() + data_precision.to(self.log_std)))
+
+
+class Categorical:
+    """Softmax: loss = logsumexp(z) - z_y, in nats per token."""
+
+    default_bias = "none"
+    epsilon = 0.0  # probability that the target spreads evenly over all V tokens
+
+    def __init__(self, config: HeadConfig, vocab_size: int):
+        pass
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """logits (..., V), targets (...) -> scalar mean.
+
+        shift (..., V) is added to the logits in the normaliser only: with shift = variance / 2 the loss is Jensen's
+        upper bound of the expectation over Gaussian logits. (Taken off again behind the gather instead of gathering
+        from the unshifted logits: torch.compile 2.13 gives wrong gradients for the latter.)
+        """
+        shifted = (logits if shift is None else logits + shift).float().flatten(0, -2)
+        loss = F.cross_entropy(shifted, targets.flatten(), label_smoothing=self.epsilon)
+        if shift is not None:
+            of_target = shift.gather(-1, targets.unsqueeze(-1)).mean()
+            loss = loss + (1 - self.epsilon) * of_target + self.epsilon * shift.mean()
+        return loss
+
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (..., V) -> log p (..., V), normalised, in fp32."""
+        return F.log_softmax(logits.float(), dim=-1)
+
+    def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
+        """The logits that predict these frequencies (V,)."""
+        return frequencies.log()
+
+    def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        """E_y[(d log p_y / d z_v)^2], (..., V): how much the prediction depends on each logit."""
+        return probs * (1 - probs)
+
+
+class SmoothCategorical(Categorical):
+    """Softmax trained on 1 - label_smoothing for the true token and label_smoothing / (V - 1) for each other one.
+
+    PyTorch spreads its label_smoothing over all V tokens, the true one too, hence the factor V / (V - 1).
+    """
+
+    def __init__(self, config: HeadConfig, vocab_size: int):
+        self.epsilon = config.label_smoothing * vocab_size / (vocab_size - 1)
+
+
+class Sigmoid:
+    """A Bernoulli per token: loss = sum_v softplus(z_v) - z_y, summed over the vocabulary (a mean would starve Adam).
+
+    The loss is a proper score: at the optimum sigmoid(z_v) = p(v | x), and the V of them sum to 1 by themselves.
+    """
+
+    default_bias = "unigram"  # without it, training first spends its steps on pushing V logits down
+
+    def __init__(self, config: HeadConfig, vocab_size: int):
+        pass
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """logits (..., V), targets (...) -> scalar mean. shift: as in Categorical.loss."""
+        shifted = (logits if shift is None else logits + shift).float()
+        targets = targets.unsqueeze(-1)
+        of_target = shifted.gather(-1, targets)
+        if shift is not None:
+            of_target = of_target - shift.gather(-1, targets)
+        return F.softplus(shifted).sum(-1).mean() - of_target.mean()
+
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (..., V) -> log p (..., V), fp32: the sigmoids, normalised (a softmax would normalise their odds)."""
+        return F.log_softmax(F.logsigmoid(logits.float()), dim=-1)
+
+    def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
+        return torch.logit(frequencies)
+
+    def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        return probs * (1 - probs) * torch.sigmoid(-logits.float()).square()
+
+    def log_sum_sigma(self, logits: torch.Tensor) -> torch.Tensor:
+        """ln sum_v sigmoid(z_v), (...): 0 where the model is normalised by itself."""
+        return F.logsigmoid(logits.float()).logsumexp(-1)
+
+
+WEIGHTS = {"point": PointLinear, "bayes": BayesLinear}
+LIKELIHOODS = {"categorical": Categorical, "smooth": SmoothCategorical, "sigmoid": Sigmoid}
+
+
+class Head(nn.Module):
+    """Output weights and a likelihood, with a bias per token where the options ask for one."""
+
+    def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
+        super().__init__()
+        self.config = config
+        self.weights = WEIGHTS[config.weights](config, vocab_size, n_embd)
+        self.likelihood = LIKELIHOODS[config.likelihood](config, vocab_size)
+        bias = self.likelihood.default_bias if config.logit_bias == "auto" else config.logit_bias
+        uniform = torch.full((vocab_size,), -math.log(vocab_size - 1))
+        self.bias = nn.Parameter(uniform) if bias != "none" else None
+        self.wants_unigram = bias == "unigram"
+        # beta(t) of the ELBO, 0 .. 1 over the warm-up; set by the training loop
+        self.register_buffer("kl_ramp", torch.ones(()), persistent=False)
+
+    def start_from(self, frequencies: torch.Tensor) -> None:
+        """Start the bias and the posterior at the training text's token frequencies (V,), all above 0, of sum 1."""
+        self.weights.start_from(frequencies)
+        if self.wants_unigram:
+            with torch.no_grad():
+                self.bias.copy_(self.likelihood.base_rate_logits(frequencies))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> (..., V), under the mean of the weights."""
+        logits = self.weights.logits(x)
+        return logits if self.bias is None else logits + self.bias
+
+    def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C), targets (B, T) -> scalar, what training minimises: nats per token + kl_weight * KL / n_data."""
+        return self.data_loss(x, targets) + self.kl_loss()
+
+    def data_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The likelihood's part of the loss: E_q[nats per token], for Gaussian logits its bound (Categorical.loss)."""
+        variance = self.weights.variance(x)
+        return self.likelihood.loss(self.logits(x), targets, None if variance is None else variance / 2)
+
+    def kl_loss(self) -> torch.Tensor:
+        """The prior's part: kl_weight * kl_ramp * KL / n_data, nats per token; 0 for point weights."""
+        return self.kl_ramp * self.weights.kl() * (self.config.kl_weight / max(1, self.config.n_data))
+
+    def log_probs(self, x: torch.Tensor, n_samples: int = 0) -> torch.Tensor:
+        """x (..., C) -> log p(next token) (..., V), normalised over V, fp32.
+
+        n_samples = 0 uses the mean weights; S > 0 averages the probabilities of S draws of the logits.
+        """
+        logits, variance = self.logits(x).float(), self.weights.variance(x)
+        if variance is None or n_samples == 0:
+            return self.likelihood.log_probs(logits)
+        std, total = variance.sqrt(), torch.full_like(logits, -math.inf)
+        for _ in range(n_samples):
+            draw = self.likelihood.log_probs(logits + std * torch.randn_like(logits))
+            total = torch.logaddexp(total, draw)
+        return total - math.log(n_samples)
+
+    def uncertainty(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (..., C) -> total and epistemic uncertainty of the next token, both (...), in nats; no sampling.
+
+        Total is the entropy of the prediction. Epistemic is the mutual information of the next token and the weights,
+        to second order: 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2]; for point weights it is 0.
+        """
+        logits, variance = self.logits(x), self.weights.variance(x)
+        log_probs = self.likelihood.log_probs(logits)
+        probs = log_probs.exp()
+        total = -(probs * log_probs).sum(-1)
+        if variance is None:
+            return total, torch.zeros_like(total)
+        return total, 0.5 * (variance * self.likelihood.fisher_diagonal(logits, probs)).sum(-1)

@@ -1,0 +1,219 @@
+"""GPT-2 (Radford et al. 2019) with an exchangeable output head.
+
+The backbone is GPT-2 to the letter: pre-LN blocks, GELU in its tanh form, learned positions, GPT-2's own names for the
+parameters. What happens to the final hidden states is the head's business (heads.py).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from engine.errors import UserError
+from heads import Head, HeadConfig
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of the network; the defaults are GPT-2 124M."""
+
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 0  # number of token ids; 0: as many as the data set's tokenizer has
+    n_layer: int = 12  # gpt2: 12, -medium: 24, -large: 36, -xl: 48
+    n_head: int = 12  # gpt2: 12, -medium: 16, -large: 20, -xl: 25; must divide n_embd
+    n_embd: int = 768  # gpt2: 768, -medium: 1024, -large: 1280, -xl: 1600
+    dropout: float = 0.0  # 0 for pretraining; try 0.1 or more for fine-tuning or small data
+    bias: bool = False  # biases in all linear and norm layers, as GPT-2 has; without is a bit better and faster
+    qkv_bias: bool = False  # with bias=False: a bias in the attention's c_attn alone
+    gradient_checkpointing: bool = False  # recompute each block in backward: less memory, about a third more time
+    head: HeadConfig = HeadConfig()
+
+    def __post_init__(self):
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.vocab_size < 0 or self.vocab_size == 1:
+            raise UserError(f"vocab_size = {self.vocab_size} must be at least 2, or 0 to take it from the data")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout = {self.dropout} must lie in [0, 1)")
+        if self.n_embd % self.n_head:
+            near = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            best = sorted(near, key=lambda n: abs(n - self.n_head))[:2]
+            raise UserError(
+                f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; "
+                f"n_head could be {' or '.join(map(str, sorted(best)))}"
+            )
+
+
+class KVCache:
+    """Keys and values of all layers for up to block_size tokens, allocated once: (2, L, B, H, block_size, C / H)."""
+
+    def __init__(self, config: GPTConfig):
+        self.config, self.kv = config, None
+        self.length = 0  # tokens held so far
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k, v (B, H, t, C / H) behind what the layer holds; returns all its keys and values."""
+        if self.kv is None:  # only now batch size and dtype (autocast) are known
+            B, H, _, size = k.shape
+            self.kv = k.new_empty(2, self.config.n_layer, B, H, self.config.block_size, size)
+        end = self.length + k.size(2)
+        self.kv[0, layer, :, :, self.length : end] = k
+        self.kv[1, layer, :, :, self.length : end] = v
+        return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias or config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        # one new token sees everything before it; several at once start an empty cache, where plain causality is right
+        causal = cache is None or cache.length == 0
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """forward gives the loss, log_probs the prediction, generate text; hidden is what the head works on."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.vocab_size < 2:
+            raise UserError("vocab_size is needed to build a model")
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith(
+                "c_proj.weight"
+            ):  # so that the residual stream keeps its variance over 2 n_layer additions
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.lm_head = Head(config.head, config.vocab_size, config.n_embd)
+        if config.head.tie_head:
+            self.lm_head.weights.weight = self.transformer.wte.weight
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """idx (B, T) token ids -> final hidden states (B, T, C). With a cache, idx goes behind what the cache holds."""
+        start = cache.length if cache else 0
+        if start + idx.size(1) > self.config.block_size:
+            raise ValueError(f"{start + idx.size(1)} tokens do not fit into block_size = {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + idx.size(1)]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            if self.config.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
+        if cache:
+            cache.length += idx.size(1)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """idx, targets (B, T) -> the head's loss, a scalar."""
+        return self.lm_head.loss(self.hidden(idx), targets)
+
+    def log_probs(self, idx: torch.Tensor, n_samples: int = 0) -> torch.Tensor:
+        """idx (B, T) -> log p(next token) at every position, (B, T, V), normalised over V."""
+        return self.lm_head.log_probs(self.hidden(idx), n_samples)
+
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
+        """idx (B, T) -> (B, T + max_new_tokens): the prompt and its continuation. Options: those of stream."""
+        return torch.cat([idx, *(token for token, _ in self.stream(idx, max_new_tokens, **options))], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,  # divides the log-probabilities; 0 always takes the likeliest token
+        top_k: int = 0,  # keep the k likeliest tokens; 0 keeps all
+        top_p: float = 1.0,  # keep the likeliest tokens that together have this probability
+        n_samples: int = 0,  # posterior samples per prediction; 0 uses the mean weights
+        use_cache: bool = True,  # False reads the whole context again for every token
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields each new token (B, 1) and the hidden state that it was drawn from (B, 1, C).
+
+        Past block_size the window slides by one: every token then has a new (learned) position, so nothing cached stays
+        valid, and each step reads the last block_size tokens again.
+        """
+        cache = KVCache(self.config)
+        new = idx
+        for _ in range(max_new_tokens):
+            if not use_cache or cache.length + new.size(1) > self.config.block_size:
+                cache.length, new = 0, idx[:, -self.config.block_size :]
+            x = self.hidden(new, cache)[:, -1:]
+            new = draw(self.lm_head.log_probs(x, n_samples)[:, -1], temperature, top_k, top_p)
+            idx = torch.cat([idx, new], dim=1)
+            yield new, x
+
+    def flops_per_token(self) -> float:
+        """Of one training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B), N without the positions."""
+        n_params = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return 6 * n_params + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+
+def draw(log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """log_probs (B, V) -> a token for each row, (B, 1), from the distribution tempered, then cut by top_k and top_p."""
+    if temperature == 0:
+        return log_probs.argmax(-1, keepdim=True)
+    log_probs = log_probs / temperature
+    if 0 < top_k < log_probs.size(-1):
+        log_probs = log_probs.masked_fill(log_probs < log_probs.topk(top_k).values[:, -1:], -math.inf)
+    probs = log_probs.softmax(-1)
+    if top_p < 1:
+        ordered, order = probs.sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays, so one always does
+        probs = probs.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
+    return torch.multinomial(probs, 1)

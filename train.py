@@ -1,0 +1,218 @@
+"""Train a GPT. This file is the loop; by itself it trains the softmax baseline, the other train_*.py name another head.
+
+    python train.py config/quickstart.py                                          one process, CPU or GPU
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py        one machine with 8 GPUs
+    python train.py config/train_shakespeare_char.py --device=cpu --compile=False --max_iters=200
+
+Data, dropout and noise of micro-batch i depend on (seed, i) alone: evaluating or logging more often never changes
+training, and a resumed run or one on more processes repeats the run of a single process.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint, distributed
+from engine.config import build, flatten, load_config
+from engine.errors import UserError, run
+from engine.evaluation import eval_batches, mean_loss
+from engine.logger import Logger, environment
+from engine.optim import adamw, learning_rate_at
+from engine.pretrained import load_state
+from engine.tokens import Batches, TokenFile, dataset_folder
+from model import GPT, GPTConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Names, meanings and defaults are nanoGPT's wherever nanoGPT has the option."""
+
+    out_dir: str = "out"  # the run's folder: checkpoints, metrics.jsonl, config.json
+    eval_interval: int = 2000  # steps between evaluations; the last step always has one
+    log_interval: int = 1  # steps between training records
+    eval_iters: int = 200  # batches of the validation split in an evaluation, the same ones each time
+    eval_only: bool = False  # evaluate once and end
+    always_save_checkpoint: bool = True  # False: save only when the validation nll is the lowest yet
+    save_interval: int = 0  # steps between checkpoints; 0: as eval_interval
+    init_from: str = (
+        "scratch"  # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
+    )
+    seed: int = 1337  # of weights, data order, dropout and noise
+    wandb_log: bool = False  # log to Weights & Biases as well (offline without an account)
+    wandb_project: str = "owt"  # project name there
+    wandb_run_name: str = "gpt2"  # run name there
+    dataset: str = "openwebtext"  # a folder in data/, or the path of a folder with train.bin and val.bin
+    gradient_accumulation_steps: int = 40  # micro-batches in a step, counted over all processes
+    batch_size: int = 12  # blocks in a micro-batch; lower it when memory runs out, and accumulate more
+    model: GPTConfig = GPTConfig()
+    learning_rate: float = 6e-4  # peak; small models take more: 1e-3 and above
+    max_iters: int = 600000  # steps in all
+    weight_decay: float = 1e-1  # on matrices and embeddings alone
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # AdamW's memory of its square; 0.99 where a step has few tokens
+    grad_clip: float = 1.0  # clip the gradient's norm; 0 does not
+    decay_lr: bool = True  # False: a constant learning rate
+    warmup_iters: int = 2000  # steps of linear warm-up, of the learning rate and of a Bayesian head's KL
+    lr_decay_iters: int = 0  # steps to decay over; 0: max_iters
+    min_lr: float = 6e-5  # where the cosine ends; about learning_rate / 10
+    backend: str = "auto"  # of torch.distributed: nccl | gloo | auto: nccl on CUDA, else gloo
+    device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto: the best there is
+    dtype: str = "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 where the hardware is fast at it
+    compile: bool = torch.cuda.is_available()  # torch.compile: start slower, step faster; on CPU for large vocabularies
+
+    def __post_init__(self):
+        for name in ("eval_interval", "log_interval", "eval_iters", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in (
+            "save_interval",
+            "max_iters",
+            "warmup_iters",
+            "lr_decay_iters",
+            "learning_rate",
+            "min_lr",
+            "grad_clip",
+        ):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} = {getattr(self, name)} must not be negative")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must lie in [0, 1)")
+
+
+def main(**fixed: str) -> None:
+    """Run train() with the options of the command line; fixed: what a variant's script decides."""
+
+    def from_command_line():
+        config, given = load_config(TrainConfig, sys.argv[1:], fixed)
+        with distributed.start(config.device, config.backend) as processes:
+            train(config, processes, given | set(fixed))
+
+    run(from_command_line)
+
+
+def train(config: TrainConfig, processes: distributed.Processes, given: Set[str] = frozenset()) -> GPT:
+    """Train until max_iters and return the model; given: the options that were set on purpose."""
+    device, n_micro = processes.device, config.gradient_accumulation_steps
+    distributed.check_accumulation(n_micro, processes.world_size)
+    cast, dtype = distributed.autocast(device, config.dtype)
+    data = {split: TokenFile(config.dataset, split) for split in ("train", "val")}
+    bare, state = start_model(config, data["train"], given)
+    config = replace(config, model=bare.config)
+    for file in data.values():
+        file.check(config.model.vocab_size, config.model.block_size)
+    optimizer = adamw(bare.to(device), config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    first, best_val_nll, best_step = (state.get(name, 0) for name in ("step", "best_val_nll", "best_step"))
+    best_val_nll = best_val_nll or math.inf
+    model = processes.wrap(torch.compile(bare) if config.compile else bare)
+    batches = Batches(data["train"], config.batch_size, config.model.block_size, config.seed)
+    val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
+    log = open_log(config, processes, bare, dtype, first, state.get("seconds", 0.0))
+
+    for step in range(first, config.max_iters + 1):
+        bare.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
+        last, improved = step == config.max_iters or config.eval_only, False
+        if last or step % config.eval_interval == 0:
+            with log.paused():
+                scores = mean_loss(bare, val_batches, data["val"], processes, cast)
+            log.evaluation(step, scores)
+            improved = scores["val_nll"] < best_val_nll
+            best_val_nll, best_step = (scores["val_nll"], step) if improved else (best_val_nll, best_step)
+        due = (last or step % (config.save_interval or config.eval_interval) == 0) and config.always_save_checkpoint
+        if processes.is_main and step > first and (due or improved) and not config.eval_only:
+            state = {"model": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state |= {"step": step, "best_val_nll": best_val_nll, "best_step": best_step, "seconds": log.seconds}
+            state |= {"model_config": flatten(config.model), "config": flatten(config)}
+            with log.paused():
+                checkpoint.save(Path(config.out_dir), state)
+        if last:
+            break
+
+        lr = learning_rate_at(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for micro in processes.share(n_micro):
+            x, y = (t.to(device, non_blocking=True) for t in batches[step * n_micro + micro])
+            distributed.seed_micro_batch(config.seed, step * n_micro + micro)
+            with processes.accumulate(model, last=micro + processes.world_size >= n_micro):
+                with cast:
+                    micro_loss = model(x, y)
+                # DDP averages over the processes, so each divides by the micro-batches of its own
+                scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
+            loss += micro_loss.detach() / n_micro
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(bare.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % config.log_interval == 0:
+            log.training(step + 1, processes.sum(loss).item(), lr, grad_norm.item())
+    log.close()
+    return bare
+
+
+def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[GPT, dict]:
+    """The model to train, on CPU, and the checkpoint that it goes on from ({} when it starts afresh)."""
+    out_dir, init_from = Path(config.out_dir), config.init_from
+    if init_from == "auto":
+        init_from = "resume" if checkpoint.exists(out_dir) else "scratch"
+    if init_from == "resume":
+        state = checkpoint.read_newest(out_dir)
+        if "model_config" not in state:
+            raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from its weights: --init_from={out_dir}")
+        model = GPT(checkpoint.resumed_config(build(GPTConfig, state["model_config"]), config.model, given))
+        load_state(model, state["model"])
+        return model, state
+    if checkpoint.exists(out_dir):
+        raise UserError(f"{out_dir} already holds a run; go on with --init_from=resume, or give another --out_dir")
+    torch.manual_seed(config.seed)
+    head = replace(config.model.head, n_data=config.model.head.n_data or len(data))
+    if init_from == "scratch":
+        model = GPT(replace(config.model, vocab_size=config.model.vocab_size or data.vocab_size, head=head))
+        data.check(model.config.vocab_size)
+        model.lm_head.start_from(data.frequencies(model.config.vocab_size))
+        return model, {}
+    shape, weights = checkpoint.read_weights(init_from)
+    model = GPT(checkpoint.on_backbone(shape, replace(config.model, head=head), given))
+    data.check(model.config.vocab_size)
+    if load_state(model, weights):  # what the new head has beyond the old one
+        model.lm_head.weights.start_from(data.frequencies(model.config.vocab_size))
+    return model, {}
+
+
+def open_log(
+    config: TrainConfig, processes: distributed.Processes, model: GPT, dtype: str, first: int, seconds: float
+) -> Logger:
+    """Make the run's folder, write down what the run is, and say it."""
+    out_dir = Path(config.out_dir)
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+    if processes.is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.copy_tokenizer(dataset_folder(config.dataset), out_dir)
+        about = environment() | {"device": str(processes.device), "world_size": processes.world_size}
+        (out_dir / "config.json").write_text(json.dumps(flatten(config) | {"environment": about}, indent=1))
+    log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), first, config.max_iters, seconds)
+    n_head = sum(p.numel() for p in model.lm_head.parameters())
+    n_all = sum(p.numel() for p in model.parameters())
+    log.say(
+        f"{out_dir}: {config.model.head.weights} x {config.model.head.likelihood} head, {n_all / 1e6:.2f} M parameters "
+        f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if config.model.head.tie_head else ''}), "
+        f"{tokens_per_step:,} tokens per step, {dtype} on {processes.world_size} x {processes.device.type}"
+        + (f", going on at step {first}" if first else "")
+    )
+    if config.wandb_log:
+        log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)
+    return log
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""Sig-GPT: an independent Bernoulli per token, normalised for prediction.
+
+The loop and all options are train.py's, the head is in heads.py.
+
+python train_sigmoid.py config/quickstart.py
+torchrun --standalone --nproc_per_node=8 train_sigmoid.py config/train_gpt2.py
+"""
+
+from train import main
+
+if __name__ == "__main__":
+    main(weights="point", likelihood="sigmoid")

@@ -1,0 +1,12 @@
+"""Smooth-GPT: softmax trained on smoothed targets.
+
+The loop and all options are train.py's, the head is in heads.py.
+
+python train_smooth.py config/quickstart.py
+torchrun --standalone --nproc_per_node=8 train_smooth.py config/train_gpt2.py
+"""
+
+from train import main
+
+if __name__ == "__main__":
+    main(weights="point", likelihood="smooth")
