@@ -59,6 +59,8 @@ class EvaluateConfig:
 def main() -> None:
     config, _ = load_config(EvaluateConfig, sys.argv[1:])
     sources = [source.rstrip("/") for source in config.out_dir.split(",") if source]
+    if not sources:
+        raise UserError("which runs? --out_dir=RUN or --out_dir=RUN,RUN")
     rows = {}
     for source in sources:
         rows[source] = evaluate_run(source, config)
@@ -149,7 +151,8 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path) -> Non
     axes.set(xlabel="training tokens", ylabel="validation nll (nats per token)")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=120)
     plt.close(figure)
 
 

@@ -62,7 +62,8 @@ def main() -> None:
     device = pick_device(config.device)
     cast, _ = autocast(device, config.dtype)
     source = config.out_dir if config.init_from == "resume" else config.init_from
-    model, tokenizer = load_model(source, device), load_tokenizer(source)
+    folder = Path(source).parent if Path(source).is_file() else source
+    model, tokenizer = load_model(source, device), load_tokenizer(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: "

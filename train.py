@@ -21,9 +21,10 @@ from engine import checkpoint, distributed
 from engine.config import build, flatten, load_config
 from engine.errors import UserError, run
 from engine.evaluation import eval_batches, mean_loss
-from engine.logger import Logger, environment
+from engine.logger import Logger, environment, forget_after
 from engine.optim import adamw, learning_rate_at
 from engine.pretrained import load_state
+from engine.tokenizer import read_meta
 from engine.tokens import Batches, TokenFile, dataset_folder
 from model import GPT, GPTConfig
 
@@ -77,6 +78,8 @@ class TrainConfig:
             "learning_rate",
             "min_lr",
             "grad_clip",
+            "weight_decay",
+            "seed",
         ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} = {getattr(self, name)} must not be negative")
@@ -196,10 +199,15 @@ def open_log(
     out_dir = Path(config.out_dir)
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     if processes.is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.copy_tokenizer(dataset_folder(config.dataset), out_dir)
-        about = environment() | {"device": str(processes.device), "world_size": processes.world_size}
-        (out_dir / "config.json").write_text(json.dumps(flatten(config) | {"environment": about}, indent=1))
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir") from None
+        if not (first and config.eval_only):  # to evaluate a run adds a record and leaves all others as they are
+            checkpoint.copy_tokenizer(dataset_folder(config.dataset), out_dir)
+            about = environment() | {"device": str(processes.device), "world_size": processes.world_size}
+            (out_dir / "config.json").write_text(json.dumps(flatten(config) | {"environment": about}, indent=1))
+            forget_after(out_dir / "metrics.jsonl", first)
     log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), first, config.max_iters, seconds)
     n_head = sum(p.numel() for p in model.lm_head.parameters())
     n_all = sum(p.numel() for p in model.parameters())
@@ -209,6 +217,8 @@ def open_log(
         f"{tokens_per_step:,} tokens per step, {dtype} on {processes.world_size} x {processes.device.type}"
         + (f", going on at step {first}" if first else "")
     )
+    if read_meta(dataset_folder(config.dataset)) is None:
+        log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
     if config.wandb_log:
         log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)
     return log

@@ -1,20 +1,25 @@
-# quick start
+# What `make run` trains, five times with five heads: a small GPT on four books (data/quickstart), one epoch of
+# 1.47 M tokens, about a minute on two CPU cores. Expect a validation nll near 4.3 nats per token (unigram: 6.4).
 dataset = "quickstart"
 out_dir = "out/quickstart/softmax"
-block_size = 128
-n_layer = 4
-n_head = 4
-n_embd = 256
-dropout = 0.0
-batch_size = 32
+block_size = 256
+n_layer = 3
+n_head = 3
+n_embd = 192
+
+batch_size = 8
 gradient_accumulation_steps = 1
-learning_rate = 2e-3
+learning_rate = 4e-3
 min_lr = 2e-4
 beta2 = 0.99
-max_iters = 800
+max_iters = 720
 warmup_iters = 50
-eval_interval = 100
-eval_iters = 20
-log_interval = 20
+
+eval_interval = 120
+eval_iters = 25
+log_interval = 40
+compile = False  # at this size compiling takes longer than it saves
+
+# the heads: the same start for all, and a tempered posterior, since one and a half million tokens are few
 logit_bias = "unigram"
 kl_weight = 0.1

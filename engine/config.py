@@ -38,7 +38,7 @@ def load_config(cls: type[T], argv: Sequence[str], fixed: Mapping[str, Any] | No
     files, flags = _split_arguments(argv, options)
     given: dict[str, Any] = {}
     for path in files:
-        for name, value in _run_config_file(path).items():
+        for name, value in _run_config_file(path, options).items():
             given[name] = _checked(options, fixed, name, value, where=str(path))
     for name, text in flags:
         given[name] = _checked(options, fixed, name, text, where="")
@@ -95,7 +95,8 @@ def _comments(cls: type) -> dict[str, str]:
         if dataclasses.is_dataclass(inner):
             found |= _comments(inner)
         else:
-            line = re.search(rf"^    {field.name}: [^#\n]*(?:#\s*(.*(?:\n +#.*)*))?", source, re.MULTILINE)
+            value = r"(?:[^#\n]*\(\n)?[^#\n]*"  # the formatter breaks a long line behind an opening bracket
+            line = re.search(rf"^    {field.name}: {value}(?:#\s*(.*(?:\n +#.*)*))?", source, re.MULTILINE)
             found[field.name] = re.sub(r"\n +#", "", (line.group(1) or "") if line else "")
     return found
 
@@ -123,8 +124,11 @@ def _split_arguments(argv: Sequence[str], options: Mapping[str, Any]) -> tuple[l
     return files, flags
 
 
-def _run_config_file(path: Path) -> dict[str, Any]:
-    """The plain values a config file leaves behind: no modules, no functions, no name with an underscore in front."""
+def _run_config_file(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values a config file leaves behind: no modules, no functions, no name with an underscore in front.
+
+    What has an option's name stays whatever it is, so that a wrong type is refused and not passed over.
+    """
     if not path.is_file():
         hint = difflib.get_close_matches(str(path), map(str, Path("config").glob("*.py")), 1)
         raise UserError(f"config file {path} does not exist" + (f"; did you mean {hint[0]}?" if hint else ""))
@@ -135,7 +139,7 @@ def _run_config_file(path: Path) -> dict[str, Any]:
         line = getattr(error, "lineno", 0) or max((f.lineno for f in frames if f.filename == str(path)), default=0)
         raise UserError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from None
     plain = (bool, int, float, str, type(None), list, tuple, dict)
-    return {name: value for name, value in names.items() if not name.startswith("_") and isinstance(value, plain)}
+    return {n: v for n, v in names.items() if not n.startswith("_") and (n in options or isinstance(v, plain))}
 
 
 def _checked(options: Mapping[str, Any], fixed: Mapping[str, Any], name: str, value: Any, where: str) -> Any:
@@ -157,7 +161,7 @@ def _checked(options: Mapping[str, Any], fixed: Mapping[str, Any], name: str, va
     wanted = options[name]
     try:
         return _convert(value, wanted, is_text=not where)
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, OverflowError):
         names = getattr(wanted, "__name__", None) or str(wanted)
         got = "" if not where else f", a {type(value).__name__}"
         raise UserError(f"{in_file}{shown} wants {names}, got {value!r}{got}") from None
@@ -168,7 +172,7 @@ def _convert(value: Any, wanted: Any, is_text: bool) -> Any:
         for choice in typing.get_args(wanted):
             try:
                 return _convert(value, choice, is_text)
-            except (ValueError, TypeError, SyntaxError):
+            except (ValueError, TypeError, SyntaxError, OverflowError):
                 continue
         raise TypeError
     if wanted is str:

@@ -1,12 +1,16 @@
 """What the prepare scripts share: reading text files, making the tokenizer, knowing that the work is done already."""
 
 import hashlib
+import urllib.request
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.tokenizer import KINDS, BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, read_meta
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def read_text(path: str | Path) -> str:
@@ -24,6 +28,23 @@ def check_sha256(data: bytes, expected: str, what: str) -> bytes:
     if (found := hashlib.sha256(data).hexdigest()) != expected:
         raise UserError(f"{what} has sha256 {found[:12]}..., not {expected[:12]}...: another file, or a damaged one")
     return data
+
+
+def tiny_shakespeare(source: str, folder: Path) -> tuple[str, str]:
+    """nanoGPT's train and val text, 90 % and 10 %, from a local copy (source) or fetched once into the folder."""
+    path = Path(source or folder / "input.txt")
+    if not source and not path.is_file():
+        try:
+            with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
+                data = check_sha256(response.read(), SHAKESPEARE_SHA256, SHAKESPEARE)
+        except OSError as error:
+            raise UserError(f"cannot fetch {SHAKESPEARE} ({error}); give a local copy with --source=PATH") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    text = read_text(path)
+    check_sha256(text.encode(), SHAKESPEARE_SHA256, f"{path} (for a text of your own use data/text/prepare.py)")
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
 
 
 def make_tokenizer(kind: str, splits: Mapping[str, Sequence[str]], vocab_size: int) -> Tokenizer:

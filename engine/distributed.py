@@ -104,7 +104,7 @@ def pick_device(device: str) -> torch.device:
 def check_accumulation(gradient_accumulation_steps: int, world_size: int) -> None:
     """Refuse an accumulation (counted over all processes) that the processes cannot share evenly."""
     if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
-        below = gradient_accumulation_steps // world_size * world_size
+        below = max(0, gradient_accumulation_steps // world_size * world_size)
         near = [str(n) for n in (below, below + world_size) if n > 0]
         raise UserError(
             f"gradient_accumulation_steps = {gradient_accumulation_steps} counts over all processes and is no multiple "

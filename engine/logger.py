@@ -39,9 +39,7 @@ class Logger:
         self.first, self.first_seconds = self.last_step, self.last_seconds = first, seconds
         self.wandb = None
         if self.is_main:
-            path = out_dir / "metrics.jsonl"
-            _forget_after(path, first)
-            self.file = open(path, "a")  # noqa: SIM115  closed in close()
+            self.file = open(out_dir / "metrics.jsonl", "a")  # noqa: SIM115  closed in close()
             show = sys.stderr.isatty() and processes.world_size == 1
             self.bar = tqdm(total=max_iters, initial=first, unit="step", disable=not show, dynamic_ncols=True)
 
@@ -93,7 +91,10 @@ class Logger:
             self.bar.close()
             self.file.close()
             if self.wandb is not None:
-                self.wandb.finish(quiet=True)
+                try:
+                    self.wandb.finish()
+                except Exception as error:  # see start_wandb
+                    self.say(f"warning: wandb fails ({type(error).__name__}: {error})")
 
     def _tick(self) -> None:
         now = time.perf_counter()
@@ -135,7 +136,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def _forget_after(path: Path, step: int) -> None:
+def forget_after(path: Path, step: int) -> None:
     """Drop the records that a resumed run will write again: later ones, and the evaluation of this very step."""
     if not path.exists():
         return

@@ -17,6 +17,13 @@ TRANSPOSED = (
     "mlp.c_fc.weight",
     "mlp.c_proj.weight",
 )  # transformers' Conv1D
+FIXED = {  # transformers' options that change the function; ours is GPT-2's own
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
 
 
 def from_transformers(source: str | Path) -> tuple[dict, dict]:
@@ -28,10 +35,13 @@ def from_transformers(source: str | Path) -> tuple[dict, dict]:
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"{path} is missing; a transformers GPT-2 folder holds config.json and model.safetensors")
-    config = json.loads(Path(paths[0]).read_text())
-    if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
-        found = f"{config.get('model_type')} with {config.get('activation_function')}"
-        raise UserError(f"{source} is {found}; only GPT-2 with gelu_new fits this model")
+    try:
+        config = json.loads(Path(paths[0]).read_text())
+    except ValueError as error:
+        raise UserError(f"{paths[0]} is not JSON ({error}); fetch or export it again") from None
+    for name, value in ({"model_type": None} | config).items():
+        if value != FIXED.get(name, value):
+            raise UserError(f"{source} has {name} = {value!r}; only GPT-2 with {FIXED[name]!r} fits this model")
     try:
         tensors = load_file(paths[1])
     except SafetensorError as error:
@@ -72,6 +82,9 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
         raise UserError(
             f"{n} has shape {tuple(state[n].shape)} in the checkpoint, {tuple(ours[n].shape)} in this model"
         )
+    ends = ("transformer.wte.weight", "lm_head.weights.weight")
+    if model.config.head.tie_head and not torch.equal(*(state[name] for name in ends)):
+        raise UserError("the checkpoint's output weights are not its token embedding; add --tie_head=False")
     missing, unexpected = model.load_state_dict(state, strict=False)
     if odd := [name for name in [*missing, *unexpected] if not name.startswith("lm_head.")]:
         raise UserError(f"the checkpoint does not fit this model: {odd[0]} ({len(odd)} such parameters)")

@@ -198,9 +198,9 @@ def read_meta(folder: str | Path) -> dict | None:
             meta = _PlainUnpickler(file).load()
         itos = meta["itos"]
         chars = [itos[i] for i in range(len(itos))]
-    except (pickle.UnpicklingError, KeyError, TypeError, EOFError, IndexError) as error:
-        raise UserError(f"{path} is not a nanoGPT character table: {error}") from None
-    return {"tokenizer": {"kind": "char", "chars": chars, "eot": False}, "vocab_size": meta["vocab_size"]}
+        return {"tokenizer": {"kind": "char", "chars": chars, "eot": False}, "vocab_size": meta["vocab_size"]}
+    except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
+        raise UserError(f"{path} is not a nanoGPT character table: {type(error).__name__}: {error}") from None
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
-from engine.tokenizer import Tokenizer, read_meta
+from engine.tokenizer import GPT2Tokenizer, Tokenizer, read_meta
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
 SCAN = 1 << 24  # tokens looked at in one go when a whole file is read
@@ -101,9 +101,9 @@ class TokenFile:
         return len(self.ids)
 
     @property
-    def vocab_size(self) -> int | None:
-        """The vocabulary that the folder's meta file states; None where it has no meta file."""
-        return self.meta["vocab_size"] if self.meta else None
+    def vocab_size(self) -> int:
+        """The vocabulary that the folder's meta file states; without one it is nanoGPT's: GPT-2's BPE."""
+        return self.meta["vocab_size"] if self.meta else GPT2Tokenizer.vocab_size
 
     def check(self, vocab_size: int, block_size: int = 1) -> None:
         """Refuse a split shorter than one block, or one with an id outside the vocabulary."""

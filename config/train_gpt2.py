@@ -1,0 +1,17 @@
+# GPT-2 124M on OpenWebText, nanoGPT's recipe: 600,000 steps of 491,520 tokens, 295 B tokens in all. nanoGPT publishes
+# a loss of about 2.85 after some four days on 8 x A100; we have not run it.
+#     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+out_dir = "out-gpt2"
+dataset = "openwebtext"
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+
+max_iters = 600000
+eval_interval = 1000
+log_interval = 10
+weight_decay = 1e-1
+
+wandb_log = True
+wandb_project = "owt"
+wandb_run_name = "gpt2-124M"

@@ -1,0 +1,124 @@
+"""Tiny data sets, runs and models, shared by the tests."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from engine import distributed
+from engine.config import load_config
+from engine.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from engine.tokens import write_dataset
+from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)  # tiny tensors lose more to the threads than they win
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADS = [(weights, likelihood) for weights in WEIGHTS for likelihood in LIKELIHOODS]
+WORDS = ["the", "old", "blue", "sea", "ship", "wind", "sail", "storm", "captain", "harbour", "of", "and"]
+TINY = {
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 16,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_iters": 30,
+    "learning_rate": 1e-2,
+    "min_lr": 1e-3,
+    "warmup_iters": 3,
+    "eval_interval": 30,
+    "eval_iters": 5,
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": False,
+}
+
+
+def words(n: int, seed: int = 0) -> str:
+    """n random words: easy to learn letter by letter, with no end to it."""
+    return " ".join(np.random.default_rng(seed).choice(WORDS, n).tolist())
+
+
+def write_words(folder: Path, tokenizer: Tokenizer | None = None) -> Path:
+    """A data set of random words (by characters unless a tokenizer is given) with train, val and test."""
+    splits = {"train": [words(4000)], "val": [words(500, seed=1)], "test": [words(200, seed=2)]}
+    write_dataset(folder, splits, tokenizer or CharTokenizer.train(splits["train"]))
+    return folder
+
+
+def write_bytes(folder: Path) -> Path:
+    """The same by bytes, a vocabulary most of which never occurs."""
+    return write_words(folder, ByteTokenizer())
+
+
+def write_nanogpt(folder: Path, ids: Mapping[str, np.ndarray]) -> Path:
+    """A folder as nanoGPT's prepare.py leaves it, without a meta file."""
+    folder.mkdir(parents=True)
+    for split, values in ids.items():
+        np.asarray(values, dtype="<u2").tofile(folder / f"{split}.bin")
+    return folder
+
+
+def flags(**options) -> list[str]:
+    """Options as a command line."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def run(dataset: Path | str, out_dir: Path, **options) -> GPT:
+    """Train in this process, as train.py does with TINY and these options."""
+    argv = flags(**TINY | {"dataset": dataset, "out_dir": out_dir} | options)
+    config, given = load_config(train.TrainConfig, argv)
+    with distributed.start(config.device, config.backend) as processes:
+        return train.train(config, processes, given)
+
+
+def records(out_dir: Path, key: str) -> list[dict]:
+    """The records of metrics.jsonl that have the key: "loss" for training, "val_nll" for evaluations."""
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if key in record]
+
+
+def same_weights(a: GPT, b: GPT) -> bool:
+    """Whether two models agree bit for bit."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def difference(a: GPT, b: GPT) -> float:
+    """The largest difference of two weights."""
+    a, b = a.state_dict(), b.state_dict()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def tiny_head(weights: str = "point", likelihood: str = "categorical", **options) -> Head:
+    """A head with 67 tokens on hidden states of 8, its parameters far from their symmetric start."""
+    torch.manual_seed(0)
+    head = Head(HeadConfig(**{"weights": weights, "likelihood": likelihood, "n_data": 1000} | options), 67, 8)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(noise / 4 - 2 if name.endswith("log_std") else noise / 2 + parameter)
+    return head
+
+
+def tiny_gpt(weights: str = "point", likelihood: str = "categorical", std: float = 0.0, **options) -> GPT:
+    """A GPT of 2 layers with 67 tokens and 16 positions, in eval mode.
+
+    std > 0 redraws every matrix and bias with it, for predictions that depend on the context.
+    """
+    fields = {field.name for field in dataclasses.fields(HeadConfig)}
+    of_head = {"n_data": 1000} | {name: value for name, value in options.items() if name in fields}
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 67}
+    shape |= {name: value for name, value in options.items() if name not in fields}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape, head=HeadConfig(weights, likelihood, **of_head)))
+    for name, parameter in model.named_parameters():
+        if std and not name.endswith("log_std"):
+            torch.nn.init.normal_(parameter, mean=float("ln_" in name and name.endswith("weight")), std=std)
+    return model.eval()

@@ -1,0 +1,83 @@
+"""Who imports whom: an import goes down, and heavy packages are imported where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+LEVELS = {
+    "train": 4,
+    "engine.checkpoint": 3,
+    "engine.pretrained": 2,
+    "model": 1,
+    "engine.evaluation": 1,
+    "heads": 0,
+    "engine.linear_loss": 0,
+    "engine.config": 0,
+    "engine.distributed": 0,
+    "engine.tokens": 0,
+    "engine.tokenizer": 0,
+    "engine.optim": 0,
+    "engine.logger": 0,
+    "engine.corpus": 0,
+    "engine.errors": -1,
+}
+SCRIPT = 5  # every other file at the top, and those of the folders below
+SCRIPTS = ("data/*/*.py", "augmentation/*.py", "bench/*.py")
+NEIGHBOURS = {  # the imports within level 0; none of them closes a circle
+    ("heads", "engine.linear_loss"),
+    ("engine.tokens", "engine.tokenizer"),
+    ("engine.corpus", "engine.tokenizer"),
+    ("engine.logger", "engine.distributed"),
+}
+OURS = {path.stem for path in ROOT.glob("*.py")}
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *(p for pattern in SCRIPTS for p in ROOT.glob(pattern))])
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def level_of(module: str) -> int:
+    if module.startswith("engine."):
+        assert module in LEVELS, f"give {module} a level in tests/test_layering.py and in the table of the design"
+    return LEVELS.get(module, SCRIPT)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Our modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"engine.{alias.name}" for alias in node.names] if node.module == "engine" else [node.module]
+            found |= set(names)
+    return {name for name in found if name in OURS or name.startswith("engine.")}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "__init__"], ids=module_of)
+def test_imports_go_down(path):
+    module = module_of(path)
+    upward = {
+        name for name in imports_of(path) if level_of(name) >= level_of(module) and (module, name) not in NEIGHBOURS
+    }
+    assert upward == set()
+
+
+def test_the_table_names_what_exists():
+    found = {module_of(path) for path in FILES}
+    assert set(LEVELS) - found <= {"engine.linear_loss"}
+    assert {"train", "sample", "evaluate", "data.text.prepare"} <= found
+
+
+def test_importing_train_imports_no_package_that_training_does_not_need():
+    heavy = {"datasets", "wandb", "matplotlib", "transformers", "tiktoken", "tokenizers", "safetensors", "pandas"}
+    code = f"import sys, train; print(*sorted({heavy!r} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

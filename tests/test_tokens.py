@@ -1,0 +1,215 @@
+"""engine/tokens.py: token files and the order of batches."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+import engine.tokens
+from engine.errors import UserError
+from engine.evaluation import unigram_nll
+from engine.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
+from engine.tokens import Batches, TokenFile, gather, write_dataset
+from tests.helpers import run, words, write_nanogpt
+
+
+@pytest.fixture
+def numbered(tmp_path) -> TokenFile:
+    """A file whose token i is i."""
+    return TokenFile(write_nanogpt(tmp_path / "numbered", {"train": np.arange(1000)}), "train")
+
+
+def epoch(batches: Batches, number: int) -> list[int]:
+    """The first token of every block of an epoch (batch_size 1)."""
+    return [batches[i][0][0, 0].item() for i in range(number * batches.n_blocks, (number + 1) * batches.n_blocks)]
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 333, 499, 500, 998, 999])
+def test_an_epoch_visits_every_block_exactly_once_and_no_token_twice(numbered, block_size):
+    batches = Batches(numbered, 1, block_size, seed=3)
+    for number in range(3):
+        starts = sorted(epoch(batches, number))
+        assert starts == list(range(starts[0], starts[0] + block_size * batches.n_blocks, block_size))
+        assert 0 <= starts[0] < block_size and starts[-1] + block_size < len(numbered)
+    assert block_size * (batches.n_blocks + 2) > len(numbered) - 1  # nearly all of the file
+
+
+def test_batches_go_on_over_the_end_of_an_epoch_with_nothing_left_out(numbered):
+    one, seven = Batches(numbered, 1, 16, seed=0), Batches(numbered, 7, 16, seed=0)
+    rows = [row for i in range(30) for row in seven[i][0].tolist()]
+    assert rows == [one[i][0][0].tolist() for i in range(210)] and 3 * one.n_blocks < 210
+
+
+def test_a_batch_is_a_function_of_seed_and_i_whatever_was_read_before(numbered):
+    def batches() -> Batches:
+        return Batches(numbered, 4, 16, seed=5)
+
+    forward = batches()
+    expected = [forward[i][0].tolist() for i in range(40)]
+    backward = batches()
+    assert [backward[i][0].tolist() for i in reversed(range(40))] == expected[::-1]
+    assert batches()[39][0].tolist() == expected[39]
+
+
+def test_seeds_and_epochs_have_orders_of_their_own(numbered):
+    orders = [epoch(Batches(numbered, 1, 16, seed), number) for seed in (0, 1) for number in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert len({min(order) for order in orders}) > 1  # the blocks begin elsewhere too
+
+
+def test_y_is_x_one_token_later(numbered):
+    x, y = Batches(numbered, 4, 16, seed=0)[3]
+    assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype
+    assert (y == x + 1).all() and x.is_contiguous() and y.is_contiguous()
+
+
+def test_gather_reads_the_last_block_to_the_end(numbered):
+    x, y = gather(numbered.ids, np.array([0, 989]), 10)
+    assert (x[1, 0], y[1, -1]) == (989, 999)
+
+
+class WideTokenizer(ByteTokenizer):
+    vocab_size = (1 << 16) + 1
+
+    def encode(self, text):
+        return super().encode(text) + (1 << 16) - 200
+
+
+@pytest.mark.parametrize(("tokenizer", "dtype"), [(ByteTokenizer(), "uint16"), (WideTokenizer(), "uint32")])
+def test_ids_take_two_bytes_where_they_fit_and_four_where_not(tmp_path, tokenizer, dtype):
+    meta = write_dataset(tmp_path, {"train": ["sea"]}, tokenizer)
+    file = TokenFile(tmp_path, "train")
+    assert meta["dtype"] == dtype == file.dtype.name
+    assert (tmp_path / "train.bin").stat().st_size == 3 * file.dtype.itemsize
+    assert file.ids.tolist() == tokenizer.encode("sea").tolist()
+
+
+def test_meta_json_tells_counts_bytes_and_hashes(tmp_path):
+    import hashlib
+
+    meta = write_dataset(tmp_path, {"train": ["été", "", "b"], "val": ["c"]}, ByteTokenizer())
+    assert json.loads((tmp_path / "meta.json").read_text()) == meta and meta["vocab_size"] == 257
+    data = (tmp_path / "train.bin").read_bytes()
+    assert np.frombuffer(data, "<u2").tolist() == [*"été".encode(), 256, ord("b")]  # no end-of-text at either end
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert meta["splits"]["train"] == {"documents": 2, "tokens": 7, "bytes": 6, "sha256": sha256}
+
+
+def test_an_interrupted_writer_leaves_no_meta_json(tmp_path):
+    write_dataset(tmp_path, {"train": ["old"], "val": ["old"]}, ByteTokenizer())
+
+    def documents():
+        yield "new"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, {"train": ["new text"], "val": documents()}, ByteTokenizer())
+    assert not (tmp_path / "meta.json").exists()
+
+
+def test_several_documents_need_an_end_of_text_token(tmp_path):
+    with pytest.raises(UserError, match="end-of-text"):
+        write_dataset(tmp_path, {"train": ["ab", "ba"]}, CharTokenizer("ab"))
+
+
+def test_a_split_without_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no text for val.bin"):
+        write_dataset(tmp_path, {"train": ["ab"], "val": [""]}, ByteTokenizer())
+    assert not (tmp_path / "meta.json").exists() and not (tmp_path / "val.bin").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_an_empty_or_odd_file_is_refused_by_name(tmp_path, size):
+    (tmp_path / "train.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError, match=rf"train\.bin has {size} bytes.*prepare"):
+        TokenFile(tmp_path, "train")
+
+
+def test_a_truncated_file_is_refused_by_name(tmp_path):
+    write_dataset(tmp_path, {"train": ["a long text"]}, ByteTokenizer())
+    data = (tmp_path / "train.bin").read_bytes()
+    (tmp_path / "train.bin").write_bytes(data[:-4])
+    with pytest.raises(UserError, match=r"train\.bin holds 9 tokens, meta\.json says 11; prepare"):
+        TokenFile(tmp_path, "train")
+
+
+def test_a_broken_meta_json_is_refused_by_name(tmp_path):
+    write_dataset(tmp_path, {"train": ["a long text"]}, ByteTokenizer())
+    (tmp_path / "meta.json").write_text('{"dtype": "uint')
+    with pytest.raises(UserError, match=r"meta\.json is not JSON"):
+        TokenFile(tmp_path, "train")
+
+
+def test_an_id_outside_the_vocabulary_is_refused_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.tokens, "SCAN", 10)
+    file = TokenFile(write_nanogpt(tmp_path / "d", {"train": [0] * 95 + [67] + [0] * 4}), "train")
+    file.check(vocab_size=68)
+    with pytest.raises(UserError, match=r"train\.bin holds token id 67, outside the vocabulary of 67"):
+        file.check(vocab_size=67)
+
+
+def test_a_split_shorter_than_a_block_and_its_target_is_refused_with_both_sizes(numbered):
+    numbered.check(vocab_size=1000, block_size=999)
+    with pytest.raises(UserError, match=r"train\.bin has 1,000 tokens.*block of 1000.*--block_size=999"):
+        numbered.check(vocab_size=1000, block_size=1000)
+
+
+def test_counts_are_bincounts_and_frequencies_sum_to_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.tokens, "SCAN", 100)
+    ids = np.random.default_rng(0).integers(0, 60, 999)
+    file = TokenFile(write_nanogpt(tmp_path / "d", {"train": ids}), "train")
+    counts = np.bincount(ids, minlength=67)
+    assert file.counts(67).tolist() == counts.tolist()
+    expected = (counts + 0.5) / (999 + 67 / 2)
+    assert np.allclose(file.frequencies(67).numpy(), expected, rtol=1e-12)
+    assert np.isclose(unigram_nll(file, file.frequencies(67)), -np.log(expected[ids]).mean(), rtol=1e-12)
+
+
+def test_a_missing_split_names_those_that_are_there_or_the_command_that_makes_them(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="this data set has train"):
+        TokenFile(write_nanogpt(tmp_path / "d", {"train": [1, 2]}), "test")
+    monkeypatch.setattr(engine.tokens, "DATA_ROOT", tmp_path)
+    (tmp_path / "tales").mkdir()
+    (tmp_path / "tales" / "prepare.py").touch()
+    for dataset in ("tales", "nowhere"):
+        with pytest.raises(UserError, match=r"is missing; run.*: python data/tales/prepare\.py"):
+            TokenFile(dataset, "train")
+
+
+def nanogpt_chars(folder, text: str):
+    """The folder that nanoGPT's data/shakespeare_char/prepare.py leaves for a text."""
+    stoi = {char: i for i, char in enumerate(sorted(set(text)))}
+    ids, cut = np.array([stoi[char] for char in text]), int(0.9 * len(text))
+    write_nanogpt(folder, {"train": ids[:cut], "val": ids[cut:]})
+    meta = {"vocab_size": len(stoi), "itos": {i: char for char, i in stoi.items()}, "stoi": stoi}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def test_a_nanogpt_folder_with_characters_reads_and_trains_unmodified(tmp_path):
+    text = words(2000)
+    folder = nanogpt_chars(tmp_path / "d", text)
+    file, tokenizer = TokenFile(folder, "val"), load_tokenizer(folder)
+    assert file.vocab_size == tokenizer.vocab_size == len(set(text))
+    assert tokenizer.decode(file.ids) == text[int(0.9 * len(text)) :]
+    model = run(folder, tmp_path / "out", max_iters=2)
+    assert model.config.vocab_size == len(set(text))
+    assert load_tokenizer(tmp_path / "out").describe() == tokenizer.describe()  # the run has its tokenizer with it
+
+
+def test_a_nanogpt_folder_without_meta_is_gpt2s_bpe_and_says_so(tmp_path, capsys):
+    ids = np.random.default_rng(0).integers(0, 50257, 500)
+    folder = write_nanogpt(tmp_path / "d", {"train": ids, "val": ids[:100]})
+    assert TokenFile(folder, "train").vocab_size == 50257
+    model = run(folder, tmp_path / "out", max_iters=1, n_embd=4, batch_size=1)
+    assert model.config.vocab_size == 50257
+    assert "no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE" in capsys.readouterr().out
+
+
+def test_a_meta_pkl_that_would_run_code_is_refused(tmp_path):
+    folder = write_nanogpt(tmp_path / "d", {"train": [1, 2, 3]})
+    (folder / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    with pytest.raises(UserError, match=r"meta\.pkl.*refused"):
+        TokenFile(folder, "train")
+    assert not (tmp_path / "ran").exists()
