@@ -164,6 +164,8 @@ class SmoothCategorical(Categorical):
 
     def __init__(self, config: HeadConfig, vocab_size: int):
         self.epsilon = config.label_smoothing * vocab_size / (vocab_size - 1)
+        if self.epsilon > 1:
+            raise UserError(f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one")
 
 
 class Sigmoid:

@@ -1,6 +1,7 @@
 """Checkpoints: <out_dir>/ckpt_<step>.pt, written beside and renamed; loaded without running any code that they hold."""
 
 import os
+import pickle
 import shutil
 import sys
 import zipfile
@@ -56,6 +57,8 @@ def read(path: Path) -> dict:
         reason = "it holds no model"
     except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
         reason = str(error).split("\n")[0][:120] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds something else than tensors and plain values, which is never run"
     raise UserError(f"{path} is not a good checkpoint: {reason}")
 
 

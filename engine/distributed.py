@@ -35,7 +35,11 @@ class Processes:
         if self.world_size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = (
+            False  # every process sets its own; as an argument it is deprecated since torch 2.13
+        )
+        return wrapped
 
     def accumulate(self, model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Around one micro-batch: gradients travel between processes with the last one only."""

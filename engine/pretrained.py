@@ -85,6 +85,10 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
     ends = ("transformer.wte.weight", "lm_head.weights.weight")
     if model.config.head.tie_head and not torch.equal(*(state[name] for name in ends)):
         raise UserError("the checkpoint's output weights are not its token embedding; add --tie_head=False")
+    if "lm_head.bias" in state and "lm_head.bias" not in ours:
+        raise UserError(
+            "the checkpoint's head has a bias per token; add --logit_bias=unigram, or the bias would be lost"
+        )
     missing, unexpected = model.load_state_dict(state, strict=False)
     if odd := [name for name in [*missing, *unexpected] if not name.startswith("lm_head.")]:
         raise UserError(f"the checkpoint does not fit this model: {odd[0]} ({len(odd)} such parameters)")

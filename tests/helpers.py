@@ -97,9 +97,9 @@ def difference(a: GPT, b: GPT) -> float:
 
 
 def tiny_head(weights: str = "point", likelihood: str = "categorical", **options) -> Head:
-    """A head with 67 tokens on hidden states of 8, its parameters far from their symmetric start."""
+    """A head with 67 tokens on hidden states of 16, its parameters far from their symmetric start."""
     torch.manual_seed(0)
-    head = Head(HeadConfig(**{"weights": weights, "likelihood": likelihood, "n_data": 1000} | options), 67, 8)
+    head = Head(HeadConfig(**{"weights": weights, "likelihood": likelihood, "n_data": 1000} | options), 67, 16)
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             noise = torch.randn_like(parameter)

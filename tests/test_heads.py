@@ -15,7 +15,7 @@ from engine.errors import UserError
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
 from tests.helpers import HEADS, tiny_head
 
-V, C = 67, 8
+V, C = 67, 16  # of tiny_head; at C = 8 torch.compile 2.13 happens to avoid its trap (see below)
 BAYES = [weights for weights in WEIGHTS if weights != "point"]
 EPS = 0.1  # the default label_smoothing
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
@@ -85,14 +85,14 @@ def test_loss_and_its_gradients_are_those_of_the_slow_float64_formula(weights, l
 def test_the_bound_lies_above_the_expected_nll_and_meets_it_for_narrow_posteriors(weights, likelihood):
     head = tiny_head(weights, likelihood)
     x, targets = batch(3, 5)
-    for log_std, relative_gap in ((-1.0, 0.2), (-3.0, 2e-3)):
+    for log_std, relative_gap in ((-1.5, 0.2), (-3.5, 2e-3)):
         torch.nn.init.constant_(head.weights.log_std, log_std)
         bias = 0.0 if head.bias is None else head.bias
         losses = [slow_nll(likelihood, x @ w.T + bias, targets).item() for w in draws(head, 500)]
         expected, error = torch.tensor(losses).mean().item(), torch.tensor(losses).std().item() / math.sqrt(500)
         bound = head.data_loss(x, targets).item()
         assert expected - 4 * error < bound < expected * (1 + relative_gap) + 4 * error
-        if log_std == -1.0:
+        if log_std == -1.5:
             assert bound > expected + 4 * error
 
 
