@@ -144,11 +144,12 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path) -> Non
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, (source, curve) in enumerate(curves.items()):
+    axes.set_prop_cycle(color=COLOURS[:7], marker=list("osv^D<>"))
+    for source, curve in curves.items():
         trained = [point for point in curve if point[0] > 0] or curve  # step 0 would flatten all that follows
         tokens, nll = zip(*((n / 1e6, nll) for n, nll in trained), strict=True)
         label = f"{Path(source).name} ({nll[-1]:.3f})"
-        axes.plot(tokens, nll, color=COLOURS[i % len(COLOURS)], marker="osv^D"[i % 5], markersize=5, markerfacecolor="none", label=label)
+        axes.plot(tokens, nll, markersize=5, markerfacecolor="none", label=label)
     axes.set(xlabel="training tokens (millions)", ylabel="validation nll (nats per token)")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)

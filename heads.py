@@ -31,6 +31,14 @@ class HeadConfig:
         "auto"  # unigram (start at token frequencies) | uniform | none | auto: unigram for sigmoid, else none
     )
     label_smoothing: float = 0.1  # smooth: probability spread over the V - 1 other tokens
+    pos_weight: float = (
+        1.0  # sigmoid: weight of the true token's term; undone in predictions, which use z - ln pos_weight
+    )
+    sum_penalty: float = 0.0  # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
+    posterior: str = "row"  # bayes: row (a std for each token, almost free) | full (a std for each weight)
+    estimator: str = (
+        "bound"  # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
+    )
     prior_std: float | str = "empirical"  # bayes: of the prior N(0, prior_std^2); "empirical" fits it to the posterior
     kl_weight: float = (
         1.0  # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, as data below 1e9 tokens wants
@@ -38,13 +46,22 @@ class HeadConfig:
     n_data: int = 0  # bayes: training tokens in the data set, the N of KL / N; train.py reads it from the data
 
     def __post_init__(self):
-        for name, known in (("weights", WEIGHTS), ("likelihood", LIKELIHOODS)):
+        choices = {
+            "weights": WEIGHTS,
+            "likelihood": LIKELIHOODS,
+            "logit_bias": ("auto", "unigram", "uniform", "none"),
+            "posterior": ("row", "full"),
+            "estimator": ("bound", "local", "sample"),
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not one of: {', '.join(known)}")
-        if self.logit_bias not in ("auto", "unigram", "uniform", "none"):
-            raise UserError(f"logit_bias = {self.logit_bias!r} is not one of: auto, unigram, uniform, none")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
+        if not 0 < self.pos_weight < math.inf:
+            raise UserError(f"pos_weight = {self.pos_weight} must be above 0")
+        if not self.sum_penalty >= 0:
+            raise UserError(f"sum_penalty = {self.sum_penalty} must not be negative")
         if not (self.prior_std == "empirical" or (not isinstance(self.prior_std, str) and self.prior_std > 0)):
             raise UserError(f"prior_std = {self.prior_std!r} must be a number above 0, or 'empirical'")
         if not self.kl_weight >= 0:
@@ -73,6 +90,10 @@ class PointLinear(nn.Module):
         """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
         return None
 
+    def for_loss(self, x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits to take the loss of, and what their normaliser is to be shifted by, both (..., V)."""
+        return logits, None
+
     def kl(self) -> torch.Tensor | float:
         """KL(posterior || prior) in nats, of all weights together."""
         return 0.0
@@ -82,9 +103,10 @@ class PointLinear(nn.Module):
 
 
 class BayesLinear(PointLinear):
-    """A factorised Gaussian posterior N(weight, std_v^2), one std per token ("row"), under a prior N(0, prior_std^2).
+    """A factorised Gaussian posterior N(weight, std^2) under a prior N(0, prior_std^2) (Blundell et al. 2015).
 
-    Since the head is linear, logit v of a position is Gaussian with mean x . weight_v and variance std_v^2 |x|^2.
+    Since the head is linear, the logits of a position are independent Gaussians: logit v has mean x . weight_v and
+    variance sum_c std_vc^2 x_c^2. log_std is (V, C) for a full posterior, (V, 1) where a token's weights share theirs.
     """
 
     def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
@@ -92,11 +114,24 @@ class BayesLinear(PointLinear):
         if config.n_data < 1:
             raise UserError("Bayesian weights need n_data, the number of training tokens")
         self.config = config
-        self.log_std = nn.Parameter(torch.empty(vocab_size))
+        self.log_std = nn.Parameter(torch.empty(vocab_size, n_embd if config.posterior == "full" else 1))
         self.start_from(torch.full((vocab_size,), 1 / vocab_size))
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:
-        return x.float().square().sum(-1, keepdim=True) * torch.exp(2 * self.log_std)
+        squares = x.float().square()
+        if self.log_std.size(1) == 1:
+            return squares.sum(-1, keepdim=True) * torch.exp(2 * self.log_std).squeeze(1)
+        return F.linear(squares, torch.exp(2 * self.log_std))
+
+    def for_loss(self, x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """bound: no noise, Jensen's shift of half the variance. local: noise on every logit (Kingma et al. 2015).
+        sample: one draw of the whole matrix (Bayes by Backprop); as a sum, since bf16 weights would swallow the noise.
+        """
+        if self.config.estimator == "bound":
+            return logits, self.variance(x) / 2
+        if self.config.estimator == "local":
+            return logits + self.variance(x).sqrt() * torch.randn_like(logits, dtype=torch.float32), None
+        return logits + F.linear(x, torch.exp(self.log_std) * torch.randn_like(self.weight)), None
 
     def prior_variance(self) -> torch.Tensor | float:
         """prior_std^2; "empirical" is the value that minimises the KL, the mean second moment of the posterior."""
@@ -106,10 +141,9 @@ class BayesLinear(PointLinear):
 
     def kl(self) -> torch.Tensor:
         """1/2 sum [(std^2 + mean^2) / prior_variance - 1 - ln(std^2 / prior_variance)], a scalar in nats."""
-        n_embd, prior_variance = self.weight.size(1), torch.as_tensor(self.prior_variance())
-        second_moment = self.weight.square().sum() + n_embd * torch.exp(2 * self.log_std).sum()
-        log_ratio = 2 * n_embd * self.log_std.sum() - self.weight.numel() * prior_variance.log()
-        return 0.5 * (second_moment / prior_variance - self.weight.numel() - log_ratio)
+        prior_variance, n = torch.as_tensor(self.prior_variance()), self.weight.numel()
+        second_moment = self.weight.square().mean() + torch.exp(2 * self.log_std).mean()
+        return 0.5 * n * (second_moment / prior_variance - 1 - 2 * self.log_std.mean() + prior_variance.log())
 
     @torch.no_grad()
     def start_from(self, frequencies: torch.Tensor) -> None:
@@ -117,7 +151,8 @@ class BayesLinear(PointLinear):
         the last norm: tokens that the data determines start narrow, rare ones near the prior."""
         self.log_std.fill_(-math.inf)  # so that an empirical prior looks at the means alone
         data_precision = self.config.n_data * frequencies / max(self.config.kl_weight, 1e-6)
-        self.log_std.copy_(-0.5 * torch.log(1 / self.prior_variance() + data_precision.to(self.log_std)))
+        precision = 1 / self.prior_variance() + data_precision.to(self.log_std)
+        self.log_std.copy_(-0.5 * precision.log().unsqueeze(1).expand_as(self.log_std))
 
 
 class Categorical:
@@ -177,30 +212,42 @@ class Sigmoid:
     default_bias = "unigram"  # without it, training first spends its steps on pushing V logits down
 
     def __init__(self, config: HeadConfig, vocab_size: int):
-        pass
+        self.pos_weight, self.sum_penalty = config.pos_weight, config.sum_penalty
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-        """logits (..., V), targets (...) -> scalar mean. shift: as in Categorical.loss."""
+        """logits (..., V), targets (...) -> scalar mean. shift: as in Categorical.loss.
+
+        pos_weight w multiplies the true token's softplus(-z_y), and so the odds at the optimum by w.
+        """
         shifted = (logits if shift is None else logits + shift).float()
         targets = targets.unsqueeze(-1)
-        of_target = shifted.gather(-1, targets)
+        of_target, shift_of_target = shifted.gather(-1, targets), 0.0
         if shift is not None:
-            of_target = of_target - shift.gather(-1, targets)
-        return F.softplus(shifted).sum(-1).mean() - of_target.mean()
+            shift_of_target = shift.gather(-1, targets)
+            of_target = of_target - shift_of_target
+        loss = F.softplus(shifted).sum(-1).mean() - of_target.mean()
+        if self.pos_weight != 1:
+            loss = loss + (self.pos_weight - 1) * F.softplus(shift_of_target - of_target).mean()
+        if self.sum_penalty:
+            loss = loss + self.sum_penalty * (torch.sigmoid(logits.float()).sum(-1) - 1).square().mean()
+        return loss
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """logits (..., V) -> log p (..., V), fp32: the sigmoids, normalised (a softmax would normalise their odds)."""
-        return F.log_softmax(F.logsigmoid(logits.float()), dim=-1)
+        return F.log_softmax(F.logsigmoid(self._unweighted(logits)), dim=-1)
 
     def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
-        return torch.logit(frequencies)
+        return torch.logit(frequencies) + math.log(self.pos_weight)
 
     def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        return probs * (1 - probs) * torch.sigmoid(-logits.float()).square()
+        return probs * (1 - probs) * torch.sigmoid(-self._unweighted(logits)).square()
 
     def log_sum_sigma(self, logits: torch.Tensor) -> torch.Tensor:
-        """ln sum_v sigmoid(z_v), (...): 0 where the model is normalised by itself."""
-        return F.logsigmoid(logits.float()).logsumexp(-1)
+        """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""
+        return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
+
+    def _unweighted(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float() - math.log(self.pos_weight)
 
 
 WEIGHTS = {"point": PointLinear, "bayes": BayesLinear}
@@ -239,9 +286,9 @@ class Head(nn.Module):
         return self.data_loss(x, targets) + self.kl_loss()
 
     def data_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The likelihood's part of the loss: E_q[nats per token], for Gaussian logits its bound (Categorical.loss)."""
-        variance = self.weights.variance(x)
-        return self.likelihood.loss(self.logits(x), targets, None if variance is None else variance / 2)
+        """The likelihood's part of the loss: E_q[nats per token], by the estimator that the options name."""
+        logits, shift = self.weights.for_loss(x, self.logits(x))
+        return self.likelihood.loss(logits, targets, shift)
 
     def kl_loss(self) -> torch.Tensor:
         """The prior's part: kl_weight * kl_ramp * KL / n_data, nats per token; 0 for point weights."""

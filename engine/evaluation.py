@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from engine.distributed import Processes
+from engine.distributed import Processes, seed_micro_batch
 from engine.tokens import TokenFile, gather
 
 N_BINS = 15  # of the calibration error, equally wide (Guo et al. 2017)
@@ -42,6 +42,7 @@ def mean_loss(
     totals = torch.zeros(3, dtype=torch.float64)
     for i in processes.share(len(batches)):
         x, y = (t.to(processes.device) for t in gather(file.ids, batches[i], model.config.block_size))
+        seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
         with cast:
             for hidden, targets in _rows(model.hidden(x), y):
                 log_probs = model.lm_head.log_probs(hidden)

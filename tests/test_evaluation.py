@@ -1,5 +1,7 @@
 """engine/evaluation.py against the slow formulas, and evaluate.py's table, JSON and plot."""
 
+import contextlib
+import dataclasses
 import json
 import math
 import runpy
@@ -254,3 +256,13 @@ def test_the_plot_goes_where_it_is_told_to(runs, tmp_path, monkeypatch):
 
 def test_a_run_folder_has_its_tokenizer(runs):
     assert load_tokenizer(runs / "softmax").describe() == {"kind": "byte"}
+
+
+@pytest.mark.parametrize("estimator", ["local", "sample"])
+def test_an_evaluation_with_noise_in_its_loss_repeats_itself(tmp_path, estimator):
+    file = TokenFile(write_words(tmp_path), "val")
+    model = tiny_gpt("bayes")
+    model.lm_head.weights.config = dataclasses.replace(model.config.head, estimator=estimator)
+    batches = eval_batches(file, model.config.block_size, batch_size=4, n_batches=3)
+    first, second = (mean_loss(model, batches, file, CPU, contextlib.nullcontext()) for _ in range(2))
+    assert first == second and first["val_loss"] > first["val_nll"]

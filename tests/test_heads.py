@@ -18,6 +18,8 @@ from tests.helpers import HEADS, tiny_head
 V, C = 67, 16  # of tiny_head; at C = 8 torch.compile 2.13 happens to avoid its trap (see below)
 BAYES = [weights for weights in WEIGHTS if weights != "point"]
 EPS = 0.1  # the default label_smoothing
+POSTERIORS = ["row", "full"]
+every_posterior = pytest.mark.parametrize(("weights", "posterior"), [(w, p) for w in BAYES for p in POSTERIORS])
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 
@@ -56,7 +58,7 @@ def slow_loss(head: Head, x: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     logits = x @ mean.T + parameters.get("bias", 0.0)
     if head.config.weights == "point":
         return slow_nll(head.config.likelihood, logits, targets)
-    std = parameters["weights.log_std"].exp().unsqueeze(-1).expand_as(mean)
+    std = parameters["weights.log_std"].exp().expand_as(mean)
     kl = kl_divergence(Normal(mean, std), Normal(0.0, 0.5)).sum()
     bound = slow_bound(head.config.likelihood, logits, x.square() @ std.square().T, targets)
     return bound + head.config.kl_weight * kl / head.config.n_data
@@ -64,7 +66,7 @@ def slow_loss(head: Head, x: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 def draws(head: Head, n: int) -> torch.Tensor:
     """n whole weight matrices from the posterior, (n, V, C)."""
-    mean, std = head.weights.weight, head.weights.log_std.exp().unsqueeze(-1)
+    mean, std = head.weights.weight, head.weights.log_std.exp()
     return Normal(mean, std.expand_as(mean)).sample((n,))
 
 
@@ -81,9 +83,9 @@ def test_loss_and_its_gradients_are_those_of_the_slow_float64_formula(weights, l
 
 
 @every_likelihood
-@pytest.mark.parametrize("weights", BAYES)
-def test_the_bound_lies_above_the_expected_nll_and_meets_it_for_narrow_posteriors(weights, likelihood):
-    head = tiny_head(weights, likelihood)
+@every_posterior
+def test_the_bound_lies_above_the_expected_nll_and_meets_it_for_narrow_posteriors(weights, posterior, likelihood):
+    head = tiny_head(weights, likelihood, posterior=posterior)
     x, targets = batch(3, 5)
     for log_std, relative_gap in ((-1.5, 0.2), (-3.5, 2e-3)):
         torch.nn.init.constant_(head.weights.log_std, log_std)
@@ -97,10 +99,10 @@ def test_the_bound_lies_above_the_expected_nll_and_meets_it_for_narrow_posterior
 
 
 @pytest.mark.parametrize("prior_std", [0.02, 0.7, "empirical"])
-@pytest.mark.parametrize("weights", BAYES)
-def test_kl_is_that_of_torch_distributions_and_of_torchbnns_weights(weights, prior_std):
-    head = tiny_head(weights, prior_std=prior_std)
-    mean, std = head.weights.weight, head.weights.log_std.exp().unsqueeze(-1).expand_as(head.weights.weight)
+@every_posterior
+def test_kl_is_that_of_torch_distributions_and_of_torchbnns_weights(weights, posterior, prior_std):
+    head = tiny_head(weights, posterior=posterior, prior_std=prior_std)
+    mean, std = head.weights.weight, head.weights.log_std.exp().expand_as(head.weights.weight)
     prior = (mean.square().mean() + std.square().mean()).sqrt().item() if prior_std == "empirical" else prior_std
     kl = head.weights.kl().item()
     assert kl == pytest.approx(kl_divergence(Normal(mean, std), Normal(0.0, prior)).sum().item(), rel=1e-5)
@@ -111,12 +113,12 @@ def test_kl_is_that_of_torch_distributions_and_of_torchbnns_weights(weights, pri
     assert kl == pytest.approx(torchbnn.BKLLoss(reduction="sum")(theirs).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("weights", BAYES)
-def test_the_empirical_prior_minimises_the_kl_over_prior_std(weights):
-    empirical = tiny_head(weights).double()
+@every_posterior
+def test_the_empirical_prior_minimises_the_kl_over_prior_std(weights, posterior):
+    empirical = tiny_head(weights, posterior=posterior).double()
 
     def kl(prior_std: float) -> float:
-        return tiny_head(weights, prior_std=prior_std).double().weights.kl().item()
+        return tiny_head(weights, posterior=posterior, prior_std=prior_std).double().weights.kl().item()
 
     best = scipy.optimize.minimize_scalar(kl, bounds=(1e-3, 10), method="bounded", options={"xatol": 1e-9})
     assert best.x**2 == pytest.approx(empirical.weights.prior_variance().item(), rel=1e-3)
@@ -160,13 +162,15 @@ def test_sigmoid_normalises_its_probabilities_and_not_their_odds():
 def test_given_exactly_one_acceptable_token_the_sigmoid_head_is_softmax():
     """V independent coins of which exactly one shows heads: which one is distributed as the softmax of the logits."""
     logits = 3 * torch.randn(V, generator=torch.Generator().manual_seed(0))
-    alone = torch.stack([LIKELIHOODS["sigmoid"].loss(None, logits, y, None) for y in torch.arange(V)])
+    sigmoid = LIKELIHOODS["sigmoid"](HeadConfig(likelihood="sigmoid"), V)
+    alone = torch.stack([sigmoid.loss(logits, y, None) for y in torch.arange(V)])
     torch.testing.assert_close((-alone).log_softmax(0), logits.log_softmax(0), atol=1e-5, rtol=0)
 
 
 def test_sigmoid_and_softmax_predict_the_same_where_every_probability_is_small():
     logits = torch.randn(V, generator=torch.Generator().manual_seed(0)) - 20
-    predicted = {name: LIKELIHOODS[name].log_probs(None, logits) for name in ("categorical", "sigmoid")}
+    heads = {name: LIKELIHOODS[name](HeadConfig(likelihood=name), V) for name in ("categorical", "sigmoid")}
+    predicted = {name: head.log_probs(logits) for name, head in heads.items()}
     torch.testing.assert_close(predicted["sigmoid"], predicted["categorical"], atol=1e-5, rtol=0)
 
 
@@ -209,17 +213,17 @@ def test_a_posterior_starts_narrow_for_frequent_tokens_and_near_the_prior_for_ab
     frequencies = torch.zeros(V)
     frequencies[:2] = torch.tensor([0.9, 0.1])
     head.start_from(frequencies)
-    std = head.weights.log_std.exp()
+    std = head.weights.log_std.exp().squeeze(1)
     precision = 1 / 0.3**2 + 10**6 * torch.tensor([0.9, 0.1, 0.0]) / 0.1
     torch.testing.assert_close(std[:3], precision.rsqrt())
     assert std[-1].item() == pytest.approx(0.3)
 
 
-def fitted_logits(likelihood: str) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted_logits(likelihood: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """A distribution p (V,) and the free logits that minimise the loss on it, both float64."""
     counts = torch.arange(V) % 11 + 1
     targets = torch.arange(V).repeat_interleave(counts)
-    parts = LIKELIHOODS[likelihood](HeadConfig(likelihood=likelihood), V)
+    parts = LIKELIHOODS[likelihood](HeadConfig(likelihood=likelihood, **options), V)
     logits = torch.zeros(V, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logits], lr=0.5, max_iter=200, tolerance_grad=0, tolerance_change=0)
 
@@ -273,9 +277,9 @@ def test_padding_for_tensor_cores_changes_nothing(weights, likelihood):
 
 
 @every_likelihood
-@pytest.mark.parametrize("weights", BAYES)
-def test_samples_of_the_logits_average_the_probabilities_of_sampled_weights(weights, likelihood):
-    head, x = tiny_head(weights, likelihood), batch(1)[0]
+@every_posterior
+def test_samples_of_the_logits_average_the_probabilities_of_sampled_weights(weights, posterior, likelihood):
+    head, x = tiny_head(weights, likelihood, posterior=posterior), batch(1)[0]
     bias = 0.0 if head.bias is None else head.bias
     with torch.no_grad():
         probs = head.log_probs(x, 4000).exp().squeeze()
@@ -287,9 +291,9 @@ def test_samples_of_the_logits_average_the_probabilities_of_sampled_weights(weig
 
 
 @every_likelihood
-@pytest.mark.parametrize("weights", BAYES)
-def test_epistemic_uncertainty_is_the_mutual_information_of_token_and_weights(weights, likelihood):
-    head, x = tiny_head(weights, likelihood), batch(1)[0]
+@every_posterior
+def test_epistemic_uncertainty_is_the_mutual_information_of_token_and_weights(weights, posterior, likelihood):
+    head, x = tiny_head(weights, likelihood, posterior=posterior), batch(1)[0]
     with torch.no_grad():
         head.weights.log_std.sub_(2)
         bias = 0.0 if head.bias is None else head.bias
@@ -344,6 +348,10 @@ def test_a_compiled_loss_has_the_gradients_of_the_eager_one(weights, likelihood,
         {"prior_std": "foo"},
         {"prior_std": math.nan},
         {"kl_weight": -1.0},
+        {"posterior": "diagonal"},
+        {"estimator": "exact"},
+        {"pos_weight": 0.0},
+        {"sum_penalty": -1.0},
         {"weights": "bayes", "n_data": 0},
         {"weights": "bayes", "n_data": -5},
     ],
