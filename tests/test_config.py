@@ -14,8 +14,8 @@ from engine.config import build, flat_fields, flatten, load_config
 from engine.errors import UserError
 from evaluate import EvaluateConfig
 from sample import SampleConfig
-from tests.helpers import ROOT
-from train import TrainConfig
+from tests.helpers import ROOT, write_words
+from train import TrainConfig, main
 
 PREPARE = sorted(ROOT.glob("data/*/prepare.py"))
 CONFIGS = [TrainConfig, SampleConfig, EvaluateConfig]
@@ -341,3 +341,18 @@ def test_torchrun_passes_every_option_on(option):
 def test_no_option_begins_a_flag_of_torchruns_own():
     own = [flag.lstrip("-").replace("-", "_") for flag in get_args_parser()._option_string_actions]
     assert [option for option in flat_fields(TrainConfig) if any(flag.startswith(option) for flag in own)] == []
+
+
+def test_a_config_of_five_lines_is_enough_to_train(tmp_path, monkeypatch, capsys):
+    write_words(tmp_path / "words")
+    lines = [
+        f"dataset = {str(tmp_path / 'words')!r}",
+        f"out_dir = {str(tmp_path / 'run')!r}",
+        "n_layer = n_head = 2",
+        "n_embd = block_size = 32",
+        "max_iters = gradient_accumulation_steps = eval_iters = 2",
+    ]
+    (tmp_path / "five.py").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "five.py")])
+    main()
+    assert "step 2/2 | val nll" in capsys.readouterr().out
