@@ -12,6 +12,7 @@ A further head is one class here and one entry in WEIGHTS or LIKELIHOODS.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -68,6 +69,33 @@ class HeadConfig:
             raise UserError(f"kl_weight = {self.kl_weight} must not be negative")
 
 
+class Shift(NamedTuple):
+    """How far logits lie above their mean, x . weight_v, kept as its factors: no (..., V) tensor of it exists."""
+
+    x: torch.Tensor  # (..., K)
+    weight: torch.Tensor  # (V, K)
+
+    def of(self, targets: torch.Tensor) -> torch.Tensor:
+        """targets (...) -> the shift of their logits (...)."""
+        return (self.x * self.weight[targets]).sum(-1)
+
+    def mean(self) -> torch.Tensor:
+        """Averaged over all V, (...)."""
+        return self.x @ self.weight.mean(0)
+
+
+def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., C), weight (V, C) -> (..., V).
+
+    On CUDA V is padded to a multiple of 64, which the tensor cores want, and the padding cut off again: no padded row
+    ever gets probability, and no other code knows of them.
+    """
+    vocab_size, padding = len(weight), -len(weight) % 64
+    if not (x.is_cuda and padding):
+        return F.linear(x, weight)
+    return F.linear(x, F.pad(weight, (0, 0, 0, padding)))[..., :vocab_size]
+
+
 class PointLinear(nn.Module):
     """One weight matrix (V, C); also the interface of all output weights."""
 
@@ -76,23 +104,16 @@ class PointLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=0.02))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., C) -> (..., V), the mean of the logits.
-
-        On CUDA the vocabulary is padded to a multiple of 64, which the tensor cores want, and the padding cut off
-        again: no padded row ever gets probability, and no other code knows of them.
-        """
-        vocab_size, padding = len(self.weight), -len(self.weight) % 64
-        if not (x.is_cuda and padding):
-            return F.linear(x, self.weight)
-        return F.linear(x, F.pad(self.weight, (0, 0, 0, padding)))[..., :vocab_size]
+        """x (..., C) -> (..., V), the mean of the logits."""
+        return padded_linear(x, self.weight)
 
     def variance(self, x: torch.Tensor) -> torch.Tensor | None:
         """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
         return None
 
-    def for_loss(self, x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The logits to take the loss of, and what their normaliser is to be shifted by, both (..., V)."""
-        return logits, None
+    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
+        """x (..., C) -> the logits (..., V) to take the loss of, and how far they are shifted from their mean."""
+        return self.logits(x), None
 
     def kl(self) -> torch.Tensor | float:
         """KL(posterior || prior) in nats, of all weights together."""
@@ -118,41 +139,59 @@ class BayesLinear(PointLinear):
         self.start_from(torch.full((vocab_size,), 1 / vocab_size))
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:
-        squares = x.float().square()
-        if self.log_std.size(1) == 1:
-            return squares.sum(-1, keepdim=True) * torch.exp(2 * self.log_std).squeeze(1)
-        return F.linear(squares, torch.exp(2 * self.log_std))
+        squares, variances = self._factors(x)
+        return squares * variances.squeeze(1) if variances.size(1) == 1 else F.linear(squares, variances)
 
-    def for_loss(self, x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """bound: no noise, Jensen's shift of half the variance. local: noise on every logit (Kingma et al. 2015).
+    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
+        """bound: no noise, logits shifted by half their variance. local: noise on every logit (Kingma et al. 2015).
         sample: one draw of the whole matrix (Bayes by Backprop); as a sum, since bf16 weights would swallow the noise.
         """
         if self.config.estimator == "bound":
-            return logits, self.variance(x) / 2
+            squares, variances = self._factors(x)
+            shift = Shift(squares / 2, variances)
+            # further columns of one product cost less than a (..., V) tensor of shifts
+            return padded_linear(torch.cat([x, shift.x], -1), torch.cat([self.weight, shift.weight], 1)), shift
         if self.config.estimator == "local":
-            return logits + self.variance(x).sqrt() * torch.randn_like(logits, dtype=torch.float32), None
-        return logits + F.linear(x, torch.exp(self.log_std) * torch.randn_like(self.weight)), None
+            noise = self.variance(x).sqrt() * torch.randn(*x.shape[:-1], len(self.weight), device=x.device)
+        else:
+            noise = F.linear(x, torch.exp(self.log_std) * torch.randn_like(self.weight))
+        return self.logits(x) + noise, None
 
-    def prior_variance(self) -> torch.Tensor | float:
-        """prior_std^2; "empirical" is the value that minimises the KL, the mean second moment of the posterior."""
-        if self.config.prior_std == "empirical":
-            return self.weight.square().mean() + torch.exp(2 * self.log_std).mean()
-        return self.config.prior_std**2
+    def second_moment(self) -> torch.Tensor:
+        """E_q[w^2], averaged over all weights."""
+        return self.weight.square().mean() + torch.exp(2 * self.log_std).mean()
 
     def kl(self) -> torch.Tensor:
-        """1/2 sum [(std^2 + mean^2) / prior_variance - 1 - ln(std^2 / prior_variance)], a scalar in nats."""
-        prior_variance, n = torch.as_tensor(self.prior_variance()), self.weight.numel()
-        second_moment = self.weight.square().mean() + torch.exp(2 * self.log_std).mean()
-        return 0.5 * n * (second_moment / prior_variance - 1 - 2 * self.log_std.mean() + prior_variance.log())
+        """1/2 sum [E_q[w^2] / prior_variance - 1 - ln(std^2 / prior_variance)], a scalar in nats.
+
+        An empirical prior has the variance that minimises this, the second moment itself.
+        """
+        second_moment, n = self.second_moment(), self.weight.numel()
+        log_variance = 2 * self.log_std.mean()
+        if self.config.prior_std == "empirical":
+            return 0.5 * n * (second_moment.log() - log_variance)
+        prior_variance = self.config.prior_std**2
+        return 0.5 * n * (second_moment / prior_variance - 1 - log_variance + math.log(prior_variance))
 
     @torch.no_grad()
     def start_from(self, frequencies: torch.Tensor) -> None:
         """Laplace's guess at std^2, 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight), where E|x_c|^2 = 1 behind
         the last norm: tokens that the data determines start narrow, rare ones near the prior."""
-        self.log_std.fill_(-math.inf)  # so that an empirical prior looks at the means alone
+        empirical = self.config.prior_std == "empirical"
+        prior_variance = self.weight.square().mean() if empirical else self.config.prior_std**2
         data_precision = self.config.n_data * frequencies / max(self.config.kl_weight, 1e-6)
-        precision = 1 / self.prior_variance() + data_precision.to(self.log_std)
+        precision = 1 / prior_variance + data_precision.to(self.log_std)
         self.log_std.copy_(-0.5 * precision.log().unsqueeze(1).expand_as(self.log_std))
+
+    def _factors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squares of x (..., K) and variances (V, K), fp32, whose product is the variance of the logits.
+
+        K = C, or 1 where the weights of a token share a std: then the mean square, since the sum overflows float16.
+        """
+        squares, variances, n_embd = x.float().square(), torch.exp(2 * self.log_std), self.weight.size(1)
+        return (
+            (squares, variances) if self.log_std.size(1) > 1 else (squares.mean(-1, keepdim=True), n_embd * variances)
+        )
 
 
 class Categorical:
@@ -164,18 +203,16 @@ class Categorical:
     def __init__(self, config: HeadConfig, vocab_size: int):
         pass
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: Shift | None) -> torch.Tensor:
         """logits (..., V), targets (...) -> scalar mean.
 
-        shift (..., V) is added to the logits in the normaliser only: with shift = variance / 2 the loss is Jensen's
-        upper bound of the expectation over Gaussian logits. (Taken off again behind the gather instead of gathering
-        from the unshifted logits: torch.compile 2.13 gives wrong gradients for the latter.)
+        shift: the logits stand above their mean by half their variance. Kept in the normaliser and taken off the
+        target, that makes the loss Jensen's upper bound of its expectation over Gaussian logits. (Gather from the
+        shifted logits and take the shift off behind: torch.compile 2.13 gives wrong gradients for unshifted ones.)
         """
-        shifted = (logits if shift is None else logits + shift).float().flatten(0, -2)
-        loss = F.cross_entropy(shifted, targets.flatten(), label_smoothing=self.epsilon)
+        loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), label_smoothing=self.epsilon)
         if shift is not None:
-            of_target = shift.gather(-1, targets.unsqueeze(-1)).mean()
-            loss = loss + (1 - self.epsilon) * of_target + self.epsilon * shift.mean()
+            loss = loss + ((1 - self.epsilon) * shift.of(targets) + self.epsilon * shift.mean()).mean()
         return loss
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
@@ -214,22 +251,18 @@ class Sigmoid:
     def __init__(self, config: HeadConfig, vocab_size: int):
         self.pos_weight, self.sum_penalty = config.pos_weight, config.sum_penalty
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: Shift | None) -> torch.Tensor:
         """logits (..., V), targets (...) -> scalar mean. shift: as in Categorical.loss.
 
         pos_weight w multiplies the true token's softplus(-z_y), and so the odds at the optimum by w.
         """
-        shifted = (logits if shift is None else logits + shift).float()
-        targets = targets.unsqueeze(-1)
-        of_target, shift_of_target = shifted.gather(-1, targets), 0.0
-        if shift is not None:
-            shift_of_target = shift.gather(-1, targets)
-            of_target = of_target - shift_of_target
-        loss = F.softplus(shifted).sum(-1).mean() - of_target.mean()
+        logits, shift_of_target = logits.float(), 0.0 if shift is None else shift.of(targets)
+        of_target = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - shift_of_target
+        loss = (F.softplus(logits).sum(-1) - of_target).mean()
         if self.pos_weight != 1:
             loss = loss + (self.pos_weight - 1) * F.softplus(shift_of_target - of_target).mean()
         if self.sum_penalty:
-            loss = loss + self.sum_penalty * (torch.sigmoid(logits.float()).sum(-1) - 1).square().mean()
+            loss = loss + self.sum_penalty * (torch.sigmoid(logits).sum(-1) - 1).square().mean()
         return loss
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
@@ -287,8 +320,8 @@ class Head(nn.Module):
 
     def data_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The likelihood's part of the loss: E_q[nats per token], by the estimator that the options name."""
-        logits, shift = self.weights.for_loss(x, self.logits(x))
-        return self.likelihood.loss(logits, targets, shift)
+        logits, shift = self.weights.for_loss(x)
+        return self.likelihood.loss(logits if self.bias is None else logits + self.bias, targets, shift)
 
     def kl_loss(self) -> torch.Tensor:
         """The prior's part: kl_weight * kl_ramp * KL / n_data, nats per token; 0 for point weights."""

@@ -122,7 +122,7 @@ def test_the_empirical_prior_minimises_the_kl_over_prior_std(weights, posterior)
         return tiny_head(weights, posterior=posterior, prior_std=prior_std).double().weights.kl().item()
 
     best = scipy.optimize.minimize_scalar(kl, bounds=(1e-3, 10), method="bounded", options={"xatol": 1e-9})
-    assert best.x**2 == pytest.approx(empirical.weights.prior_variance().item(), rel=1e-3)
+    assert best.x**2 == pytest.approx(empirical.weights.second_moment().item(), rel=1e-3)
     assert best.fun == pytest.approx(empirical.weights.kl().item(), rel=1e-6)
 
 
