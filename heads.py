@@ -111,6 +111,10 @@ class PointLinear(nn.Module):
         """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
         return None
 
+    def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """x (..., C), shares (..., V) -> sum_v shares_v variance_v, (...); 0 for a point."""
+        return torch.zeros(x.shape[:-1], device=x.device)
+
     def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
         """x (..., C) -> the logits (..., V) to take the loss of, and how far they are shifted from their mean."""
         return self.logits(x), None
@@ -141,6 +145,10 @@ class BayesLinear(PointLinear):
     def variance(self, x: torch.Tensor) -> torch.Tensor:
         squares, variances = self._factors(x)
         return squares * variances.squeeze(1) if variances.size(1) == 1 else F.linear(squares, variances)
+
+    def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        squares, variances = self._factors(x)
+        return (squares * (shares @ variances)).sum(-1)
 
     def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
         """bound: no noise, logits shifted by half their variance. local: noise on every logit (Kingma et al. 2015).
@@ -347,10 +355,8 @@ class Head(nn.Module):
         Total is the entropy of the prediction. Epistemic is the mutual information of the next token and the weights,
         to second order: 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2]; for point weights it is 0.
         """
-        logits, variance = self.logits(x), self.weights.variance(x)
+        logits = self.logits(x)
         log_probs = self.likelihood.log_probs(logits)
         probs = log_probs.exp()
-        total = -(probs * log_probs).sum(-1)
-        if variance is None:
-            return total, torch.zeros_like(total)
-        return total, 0.5 * (variance * self.likelihood.fisher_diagonal(logits, probs)).sum(-1)
+        information = self.weights.weighted_variance(x, self.likelihood.fisher_diagonal(logits, probs)) / 2
+        return -(probs * log_probs).sum(-1), information
