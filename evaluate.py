@@ -10,17 +10,19 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
-from engine.checkpoint import load_model, read_newest
+from engine.checkpoint import check_tokenizer, load_model, trained_on
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
 from engine.errors import UserError, run
 from engine.evaluation import evaluate, unigram_nll, whole_split
+from engine.logger import read_records
 from engine.tokenizer import load_tokenizer
 from engine.tokens import TokenFile, dataset_folder
 
@@ -45,9 +47,9 @@ class EvaluateConfig:
     out_dir: str = "out"  # one run or several, separated by commas; gpt2* with --dataset
     split: str = "test"  # test | val | train
     dataset: str = ""  # another data set than the run's own (same tokenizer)
-    batch_size: int = 16  # blocks at a time; changes speed and memory alone
+    batch_size: int = 16  # blocks at a time: speed and memory (and which noise n_samples draws)
     n_samples: int = 0  # Bayesian heads: posterior samples averaged for each prediction; 0: the mean weights
-    plot: str = ""  # where the plot goes; default: val_nll.png in the runs' common folder
+    plot: str = ""  # where the plot goes; default: val_nll.png in the run's folder, of several runs beside the first
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
@@ -68,7 +70,8 @@ def main() -> None:
             (folder / f"eval_{config.split}.json").write_text(json.dumps(rows[source], indent=1))
     print(table(rows, config.split))
     if curves := {s: c for s in sources if (c := read_curve(Path(s) / "metrics.jsonl"))}:
-        default = Path(os.path.commonpath([str(Path(s).absolute()) for s in curves])) / "val_nll.png"
+        first = Path(next(iter(curves)))
+        default = (first if len(curves) == 1 else first.parent) / "val_nll.png"
         path = Path(config.plot or default)
         plot_curves(curves, path)
         print(f"plot: {os.path.relpath(path)}")
@@ -80,20 +83,21 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
     cast, _ = autocast(device, config.dtype)
     model = load_model(source, device)
     dataset = config.dataset or trained_on(source)
-    file = TokenFile(dataset, config.split)
+    if dataset is None:
+        raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
+    check_tokenizer(source, dataset_folder(dataset))
+    file, train = TokenFile(dataset, config.split), TokenFile(dataset, "train")
     file.check(model.config.vocab_size)
     folder = source if (Path(source) / "meta.json").is_file() else dataset_folder(dataset)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.describe() != load_tokenizer(dataset_folder(dataset)).describe():
-        raise UserError(f"{source} was trained with another tokenizer than {dataset} has")
     batches = whole_split(file, model.config.block_size, config.batch_size)
     n_batches = math.ceil((len(file) - 1) / model.config.block_size / config.batch_size)
     bar = tqdm(batches, desc=source, total=n_batches, leave=False, disable=not sys.stderr.isatty())
     result = evaluate(model, bar, device, cast, config.n_samples)
     # end-of-text counts in the nll but has no bytes
-    n_bytes = np.array([len(piece) for piece in tokenizer.token_bytes()])[file.ids[1:]].sum()
+    lengths = torch.tensor([len(piece) for piece in tokenizer.token_bytes()]).double()
+    n_bytes = file.counts(len(lengths)) @ lengths - lengths[int(file.ids[0])]  # the first token is not predicted
     result["bits_per_byte"] = result["nll"] * result["n_tokens"] / math.log(2) / n_bytes.item()
-    train = TokenFile(dataset, "train")
     result["unigram_nll"] = unigram_nll(file, train.frequencies(model.config.vocab_size))
     head = model.config.head
     return {
@@ -103,23 +107,18 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
     } | result
 
 
-def trained_on(source: str) -> str:
-    """The data set of a run."""
-    state = read_newest(Path(source)) if Path(source).is_dir() else {}
-    if "config" not in state or "dataset" not in state["config"]:
-        raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
-    return state["config"]["dataset"]
-
-
 def table(rows: dict[str, dict], split: str) -> str:
     """The comparison as text: a line per run, columns that no run has left out."""
     first = next(iter(rows.values()))
+    names = short_names(rows)
     columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
     lines = [["run", *(name.replace("_", " ") for name in columns), "vs first"]]
     unigram = {"nll": first["unigram_nll"], "perplexity": math.exp(first["unigram_nll"])}
     for source, row in {"unigram": unigram, **rows}.items():
         cells = [COLUMNS[name].format(row[name]) if name in row else "" for name in columns]
-        lines.append([Path(source).name or source, *cells, f"{math.exp(row['nll'] - first['nll']):.3f}"])
+        comparable = row.get("dataset", first["dataset"]) == first["dataset"]
+        ratio = f"{math.exp(row['nll'] - first['nll']):.3f}" if comparable else ""
+        lines.append([names.get(source, source), *cells, ratio])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text = [" ".join([line[0].ljust(widths[0]), *cells[1:]]) for line, cells in zip(lines, aligned, strict=True)]
@@ -128,12 +127,15 @@ def table(rows: dict[str, dict], split: str) -> str:
     return "\n".join([head, *text])
 
 
+def short_names(sources: Iterable[str]) -> dict[str, str]:
+    """source -> the last part of its path, or all of it where two share that part."""
+    last = {source: Path(source).name or source for source in sources}
+    return {source: name if list(last.values()).count(name) == 1 else source for source, name in last.items()}
+
+
 def read_curve(path: Path) -> list[tuple[float, float]]:
     """(tokens, val_nll) of a run's evaluations."""
-    if not path.is_file():
-        return []
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(record["tokens"], record["val_nll"]) for record in records if "val_nll" in record]
+    return [(record["tokens"], record["val_nll"]) for record in read_records(path) if "val_nll" in record]
 
 
 def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
@@ -144,11 +146,12 @@ def plot_curves(curves: dict[str, list[tuple[float, float]]], path: Path) -> Non
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    names = short_names(curves)
     axes.set_prop_cycle(color=COLOURS[:7], marker=list("osv^D<>"))
     for source, curve in curves.items():
         trained = [point for point in curve if point[0] > 0] or curve  # step 0 would flatten all that follows
         tokens, nll = zip(*((n / 1e6, nll) for n, nll in trained), strict=True)
-        label = f"{Path(source).name} ({nll[-1]:.3f})"
+        label = f"{names[source]} ({nll[-1]:.3f})"
         axes.plot(tokens, nll, markersize=5, markerfacecolor="none", label=label)
     axes.set(xlabel="training tokens (millions)", ylabel="validation nll (nats per token)")
     axes.legend(frameon=False)

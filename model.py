@@ -181,6 +181,7 @@ class GPT(nn.Module):
         top_k: int = 0,  # keep the k likeliest tokens; 0 keeps all
         top_p: float = 1.0,  # keep the likeliest tokens that together have this probability
         n_samples: int = 0,  # posterior samples per prediction; 0 uses the mean weights
+        n_ids: int = 0,  # draw ids below this only (a padded vocabulary has more than its tokenizer); 0: all
         use_cache: bool = True,  # False reads the whole context again for every token
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields each new token (B, 1) and the hidden state that it was drawn from (B, 1, C).
@@ -194,7 +195,7 @@ class GPT(nn.Module):
             if not use_cache or cache.length + new.size(1) > self.config.block_size:
                 cache.length, new = 0, idx[:, -self.config.block_size :]
             x = self.hidden(new, cache)[:, -1:]
-            new = draw(self.lm_head.log_probs(x, n_samples)[:, -1], temperature, top_k, top_p)
+            new = draw(self.lm_head.log_probs(x, n_samples)[:, -1, : n_ids or None], temperature, top_k, top_p)
             idx = torch.cat([idx, new], dim=1)
             yield new, x
 
@@ -208,7 +209,7 @@ def draw(log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_
     """log_probs (B, V) -> a token for each row, (B, 1), from the distribution tempered, then cut by top_k and top_p."""
     if temperature == 0:
         return log_probs.argmax(-1, keepdim=True)
-    log_probs = log_probs / temperature
+    log_probs = (log_probs - log_probs.max(-1, keepdim=True).values) / temperature  # the likeliest stays finite
     if 0 < top_k < log_probs.size(-1):
         log_probs = log_probs.masked_fill(log_probs < log_probs.topk(top_k).values[:, -1:], -math.inf)
     probs = log_probs.softmax(-1)

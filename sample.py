@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import load_model
+from engine.checkpoint import load_model, trained_on
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
 from engine.errors import UserError, run
-from engine.tokenizer import Tokenizer, load_tokenizer
+from engine.tokenizer import Tokenizer, load_tokenizer, read_meta
+from engine.tokens import dataset_folder
 
 # the effective number of tokens that the model wavers between (exp of the entropy), and the colour up to there
 SHADES = ((2, 40), (5, 148), (20, 220), (100, 208), (math.inf, 196))
@@ -53,6 +54,8 @@ class SampleConfig:
         ):
             if not getattr(self, name) >= least:
                 raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed = {self.seed} must lie between 0 and 2^63 - 1")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} must lie in (0, 1]")
 
@@ -63,7 +66,10 @@ def main() -> None:
     cast, _ = autocast(device, config.dtype)
     source = config.out_dir if config.init_from == "resume" else config.init_from
     folder = Path(source).parent if Path(source).is_file() else source
-    model, tokenizer = load_model(source, device), load_tokenizer(folder)
+    model = load_model(source, device)
+    if read_meta(folder) is None and (dataset := trained_on(folder)):  # nanoGPT keeps its tokenizer with the data
+        folder = dataset_folder(dataset)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: "
@@ -74,7 +80,9 @@ def main() -> None:
     prompt = encode_prompt(config.start, tokenizer)
     idx = torch.tensor([prompt] * config.num_samples, device=device)
     torch.manual_seed(config.seed)
-    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "n_samples")}
+    options = {"n_ids": tokenizer.vocab_size} | {
+        name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "n_samples")
+    }
     tokens, total, epistemic = [], [], []
     with cast, torch.no_grad():
         for token, x in model.stream(idx, config.max_new_tokens, **options):

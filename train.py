@@ -83,6 +83,10 @@ class TrainConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} = {getattr(self, name)} must not be negative")
+        if self.seed >= 1 << 63:
+            raise UserError(f"seed = {self.seed} must lie between 0 and 2^63 - 1")
+        if not self.out_dir:
+            raise UserError("out_dir is empty; name a folder for the run")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must lie in [0, 1)")
 
@@ -102,6 +106,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     """Train until max_iters and return the model; given: the options that were set on purpose."""
     device, n_micro = processes.device, config.gradient_accumulation_steps
     distributed.check_accumulation(n_micro, processes.world_size)
+    torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in float32, as nanoGPT does
     cast, dtype = distributed.autocast(device, config.dtype)
     data = {split: TokenFile(config.dataset, split) for split in ("train", "val")}
     bare, state = start_model(config, data["train"], given)
@@ -126,6 +131,10 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
         if last or step % config.eval_interval == 0:
             with log.paused():
                 scores = mean_loss(bare, val_batches, data["val"], processes, cast)
+            if not math.isfinite(scores["val_nll"]):
+                raise UserError(
+                    f"val nll is {scores['val_nll']} at step {step}; try a lower --learning_rate or --grad_clip"
+                )
             log.evaluation(step, scores)
             improved = scores["val_nll"] < best_val_nll
             best_val_nll, best_step = (scores["val_nll"], step) if improved else (best_val_nll, best_step)
@@ -172,7 +181,12 @@ def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[
         state = checkpoint.read_newest(out_dir)
         if "model_config" not in state:
             raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from its weights: --init_from={out_dir}")
-        model = GPT(checkpoint.resumed_config(build(GPTConfig, state["model_config"]), config.model, given))
+        shape = checkpoint.resumed_config(build(GPTConfig, state["model_config"]), config.model, given)
+        checkpoint.check_continuity(state["config"], flatten(config))
+        checkpoint.check_tokenizer(out_dir, dataset_folder(config.dataset))
+        if state["step"] > config.max_iters:
+            raise UserError(f"{out_dir} is at step {state['step']} already, beyond max_iters = {config.max_iters}")
+        model = GPT(shape)
         load_state(model, state["model"])
         return model, state
     if checkpoint.exists(out_dir):
@@ -184,10 +198,16 @@ def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[
         data.check(model.config.vocab_size)
         model.lm_head.start_from(data.frequencies(model.config.vocab_size))
         return model, {}
+    checkpoint.check_tokenizer(init_from, dataset_folder(config.dataset))
     shape, weights = checkpoint.read_weights(init_from)
     model = GPT(checkpoint.on_backbone(shape, replace(config.model, head=head), given))
     data.check(model.config.vocab_size)
-    if load_state(model, weights):  # what the new head has beyond the old one
+    new = load_state(model, weights)  # what this head has beyond the old one
+    if "lm_head.bias" in new and head.logit_bias == "unigram":
+        raise UserError(
+            "the weights to start from have no bias, and know frequencies already: give --logit_bias=uniform"
+        )
+    if any(name.startswith("lm_head.weights.") for name in new):
         model.lm_head.weights.start_from(data.frequencies(model.config.vocab_size))
     return model, {}
 

@@ -13,6 +13,7 @@ import torch
 from engine.config import build, flatten
 from engine.errors import UserError
 from engine.pretrained import HUB, from_nanogpt, from_transformers, load_state
+from engine.tokenizer import read_meta
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
@@ -64,12 +65,14 @@ def read(path: Path) -> dict:
 
 def read_newest(out_dir: Path) -> dict:
     """The newest good checkpoint of a run folder; a damaged one is named and passed over."""
-    for path in reversed(_checkpoints(out_dir)):
+    paths = _checkpoints(out_dir)
+    for path in reversed(paths):
         try:
             return read(path)
         except UserError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
-    raise UserError(f"there is no checkpoint in {out_dir}; train first, or give another --out_dir")
+    found = "no good checkpoint" if paths else "no checkpoint"
+    raise UserError(f"there is {found} in {out_dir}; train first, or give another --out_dir")
 
 
 def read_weights(source: str | Path) -> tuple[GPTConfig, dict]:
@@ -124,6 +127,30 @@ def resumed_config(saved: GPTConfig, wanted: GPTConfig, given: set[str]) -> GPTC
                 f"{name} = {after[name]!r}, but the run to resume has {before[name]!r}; use another --out_dir"
             )
     return replace(saved, **{name: after[name] for name in free if name in given})
+
+
+def check_continuity(saved: dict, wanted: dict) -> None:
+    """Refuse to resume a run with other data or another size of step: its micro-batches would not go on."""
+    for name in ("dataset", "seed", "batch_size", "gradient_accumulation_steps"):
+        if saved[name] != wanted[name]:
+            raise UserError(
+                f"the run to resume has {name} = {saved[name]!r}, this one {wanted[name]!r}; add --{name}={saved[name]}"
+            )
+
+
+def check_tokenizer(source: str | Path, dataset: Path) -> None:
+    """Refuse data whose tokenizer is another than that of the run in the folder of source, where both are known."""
+    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    metas = [{"tokenizer": {"kind": "gpt2"}} if str(source) in HUB else read_meta(folder), read_meta(dataset)]
+    if None not in metas and metas[0]["tokenizer"] != metas[1]["tokenizer"]:
+        kinds = [meta["tokenizer"].get("kind") for meta in metas]
+        raise UserError(f"{source} was trained with another tokenizer ({kinds[0]}) than {dataset} has ({kinds[1]})")
+
+
+def trained_on(source: str | Path) -> str | None:
+    """The data set of a run (of ours or nanoGPT's); None where the source does not say."""
+    state = read_newest(Path(source)) if Path(source).is_dir() and exists(Path(source)) else {}
+    return state.get("config", {}).get("dataset")
 
 
 def copy_tokenizer(data_folder: Path, out_dir: Path) -> None:

@@ -51,15 +51,13 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def wait(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
 
 @contextlib.contextmanager
 def start(device: str, backend: str):
     """Join the processes that torchrun started, or be the only one; yields Processes and takes leave at the end."""
     _keep_memory()
+    if backend not in ("auto", "nccl", "gloo"):
+        raise UserError(f"backend = {backend!r} is not one of: auto, nccl, gloo")
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world_size == 1:
         yield Processes(pick_device(device))

@@ -10,12 +10,15 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script's main(): a UserError ends in one line and exit code 2, Ctrl-C in exit code 130."""
+    """Run a script's main(): a UserError or OSError ends in one line and exit code 2, Ctrl-C in exit code 130."""
     try:
         main()
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a file or folder that cannot be read or written
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -67,17 +67,18 @@ def evaluate(
     Where the head has them also mutual_information, log_sum_sigma, kl, kl_weight.
     """
     model.eval()
+    seed_micro_batch(0, 0)  # n_samples draws the same noise each time
     sums, bins = {}, torch.zeros(3, N_BINS, dtype=torch.float64)
     for x, y in batches:
         with cast or contextlib.nullcontext():
             for hidden, targets in _rows(model.hidden(x.to(device)), y.to(device)):
                 values, confidence, correct = _per_token(model.lm_head, hidden, targets, n_samples)
                 for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + value.double().sum().item()
+                    sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
                 sums["n_tokens"] = sums.get("n_tokens", 0) + len(targets)
                 which = (confidence * N_BINS).long().clamp(max=N_BINS - 1).cpu()
                 for row, value in enumerate((torch.ones_like(confidence), confidence, correct)):
-                    bins[row].index_add_(0, which, value.double().cpu())
+                    bins[row].index_add_(0, which, value.cpu().double())
     n_tokens = sums.pop("n_tokens")
     result = {name: value / n_tokens for name, value in sums.items()}
     result["perplexity"] = math.exp(min(result["nll"], 700.0))

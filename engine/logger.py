@@ -40,7 +40,7 @@ class Logger:
         self.wandb = None
         if self.is_main:
             self.file = open(out_dir / "metrics.jsonl", "a")  # noqa: SIM115  closed in close()
-            show = sys.stderr.isatty() and processes.world_size == 1
+            show = sys.stderr.isatty()
             self.bar = tqdm(total=max_iters, initial=first, unit="step", disable=not show, dynamic_ncols=True)
 
     @contextlib.contextmanager
@@ -122,12 +122,14 @@ def clock_time(seconds: float) -> str:
 
 def environment() -> dict[str, str]:
     """What a number depends on beside the options: code, versions, machine."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    try:
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -136,12 +138,14 @@ def environment() -> dict[str, str]:
     }
 
 
+def read_records(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line that a killed run left unfinished is passed over."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
 def forget_after(path: Path, step: int) -> None:
     """Drop the records that a resumed run will write again: later ones, and the evaluation of this very step."""
-    if not path.exists():
-        return
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]
+    kept = [r for r in read_records(path) if r["step"] < step or (r["step"] == step and "loss" in r)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(temporary, path)

@@ -62,7 +62,7 @@ def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
     state = {}
     for name, tensor in checkpoint["model"].items():
         name = name.removeprefix("_orig_mod.").removeprefix("module.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")) or tensor.dim() == 1:
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
             state["lm_head.weights.weight" if name == "lm_head.weight" else name] = tensor
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
     return {name: checkpoint["model_args"][name] for name in names}, state

@@ -5,6 +5,7 @@ face: vocab_size, eot (the end-of-text id, or None), encode, decode, token_bytes
 End-of-text is never produced by encode: the string "<|endoftext|>" inside a text is text.
 """
 
+import hashlib
 import json
 import pickle
 from collections.abc import Iterable
@@ -100,7 +101,7 @@ class BPETokenizer:
         return [b"" if i == self.eot else bytes(unicode_to_byte[c] for c in p) for i, p in enumerate(pieces)]
 
     def describe(self) -> dict:
-        return {"kind": self.kind, "file": self.file}
+        return {"kind": self.kind, "sha256": hashlib.sha256(self.bpe.to_str().encode()).hexdigest()}
 
     def save(self, folder: Path) -> None:
         self.bpe.save(str(Path(folder) / self.file))
@@ -187,18 +188,25 @@ def read_meta(folder: str | Path) -> dict | None:
     path = Path(folder) / "meta.json"
     if path.is_file():
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}); prepare the data set again") from None
+            meta = json.loads(path.read_text())
+            known = isinstance(meta["vocab_size"], int) and meta.get("dtype", "uint16") in ("uint16", "uint32")
+            if known and isinstance(meta.get("splits", {}), dict) and isinstance(meta["tokenizer"], dict):
+                return meta
+            reason = "other fields than it should have"
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} does not describe a data set ({reason}); prepare it again")
     path = Path(folder) / "meta.pkl"
     if not path.is_file():
         return None
     try:
         with open(path, "rb") as file:
             meta = _PlainUnpickler(file).load()
-        itos = meta["itos"]
+        vocab_size, itos = int(meta["vocab_size"]), meta.get("itos")
+        if itos is None:  # enough to train on; there is no text to be had from such ids
+            return {"tokenizer": {"kind": "none"}, "vocab_size": vocab_size}
         chars = [itos[i] for i in range(len(itos))]
-        return {"tokenizer": {"kind": "char", "chars": chars, "eot": False}, "vocab_size": meta["vocab_size"]}
+        return {"tokenizer": {"kind": "char", "chars": chars, "eot": False}, "vocab_size": vocab_size}
     except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
         raise UserError(f"{path} is not a nanoGPT character table: {type(error).__name__}: {error}") from None
 

@@ -32,30 +32,39 @@ def dataset_folder(dataset: str | Path) -> Path:
 def write_dataset(folder: str | Path, splits: Mapping[str, Iterable[str]], tokenizer: Tokenizer) -> dict:
     """Write each split's documents to <folder>/<split>.bin and describe them in meta.json; returns that description.
 
-    Files are written beside and renamed, meta.json last: a killed run leaves no half-written data set behind.
+    All is written beside first, so that a failure leaves the folder as it was. Then meta.json comes before the token
+    files: whoever is killed in between leaves counts that do not match, which TokenFile refuses.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    described = {split: _write_split(folder / f"{split}.bin", docs, tokenizer, dtype) for split, docs in splits.items()}
-    tokenizer.save(folder)
+    try:
+        described = {
+            name: _write_split(folder / f"{name}.tmp", docs, tokenizer, dtype) for name, docs in splits.items()
+        }
+    except BaseException:
+        for split in splits:
+            (folder / f"{split}.tmp").unlink(missing_ok=True)
+        raise
     meta = {
         "tokenizer": tokenizer.describe(),
         "vocab_size": tokenizer.vocab_size,
         "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
         "splits": described,
     }
-    temporary = folder / "meta.json.tmp"
-    temporary.write_text(json.dumps(meta, indent=1))
-    os.replace(temporary, folder / "meta.json")
+    (folder / "meta.tmp").write_text(json.dumps(meta, indent=1))
+    os.replace(folder / "meta.tmp", folder / "meta.json")
+    tokenizer.save(folder)
+    for split in described:
+        os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
+    for split in {"train", "val", "test"} - set(described):  # of an earlier preparation, with other ids
+        (folder / f"{split}.bin").unlink(missing_ok=True)
     return meta
 
 
 def _write_split(path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype) -> dict:
     started, n_tokens, n_bytes, n_documents, sha256 = time.perf_counter(), 0, 0, 0, hashlib.sha256()
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         for document in documents:
             if not document:
                 continue
@@ -70,11 +79,9 @@ def _write_split(path: Path, documents: Iterable[str], tokenizer: Tokenizer, dty
         file.flush()
         os.fsync(file.fileno())
     if not n_tokens:
-        temporary.unlink()
-        raise UserError(f"there is no text for {path.name}; give more text or another --val_fraction")
-    os.replace(temporary, path)
+        raise UserError(f"there is no text for the {path.stem} split; give more text or another --val_fraction")
     seconds = time.perf_counter() - started
-    print(f"{path.name}: {n_documents:,} documents, {n_bytes:,} bytes, {n_tokens:,} tokens in {seconds:.1f} s")
+    print(f"{path.stem}.bin: {n_documents:,} documents, {n_bytes:,} bytes, {n_tokens:,} tokens in {seconds:.1f} s")
     return {"documents": n_documents, "tokens": n_tokens, "bytes": n_bytes, "sha256": sha256.hexdigest()}
 
 
@@ -92,7 +99,12 @@ class TokenFile:
         n, rest = divmod(size, self.dtype.itemsize)
         if n == 0 or rest:
             raise UserError(f"{self.path} has {size} bytes: no whole {self.dtype.name} ids; prepare it again")
-        expected = (self.meta or {}).get("splits", {}).get(split, {}).get("tokens", n)
+        splits = (self.meta or {}).get("splits", {split: {}})
+        if split not in splits:
+            raise UserError(
+                f"{self.path} is no split of this data set, which has {', '.join(splits)}; prepare it again"
+            )
+        expected = splits[split].get("tokens", n)
         if n != expected:
             raise UserError(f"{self.path} holds {n:,} tokens, meta.json says {expected:,}; prepare it again")
         self.ids = np.memmap(self.path, self.dtype, mode="r")
@@ -103,7 +115,7 @@ class TokenFile:
     @property
     def vocab_size(self) -> int:
         """The vocabulary that the folder's meta file states; without one it is nanoGPT's: GPT-2's BPE."""
-        return self.meta["vocab_size"] if self.meta else GPT2Tokenizer.vocab_size
+        return GPT2Tokenizer.vocab_size if self.meta is None else self.meta["vocab_size"]
 
     def check(self, vocab_size: int, block_size: int = 1) -> None:
         """Refuse a split shorter than one block, or one with an id outside the vocabulary."""
@@ -172,5 +184,8 @@ def _how_to_get(folder: Path, split: str) -> str:
         return f"this data set has {', '.join(sorted(path.stem for path in folder.glob('*.bin')))}"
     if (folder / "prepare.py").is_file():
         return f"run: python data/{folder.name}/prepare.py"
+    for script in sorted(DATA_ROOT.glob("*/prepare.py"), reverse=True):
+        if folder.name.startswith(script.parent.name):  # wikitext2
+            return f"run: python data/{script.parent.name}/prepare.py (its --help says how)"
     known = sorted(path.parent.name for path in DATA_ROOT.glob("*/prepare.py"))
     return f"run one of: {', '.join(f'python data/{name}/prepare.py' for name in known)}"

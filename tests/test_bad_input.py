@@ -167,7 +167,7 @@ def test_a_run_of_nothing_but_damaged_checkpoints_names_each_and_then_what_to_do
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
     warning, error = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2 and "ckpt_00000001.pt is not a good checkpoint" in warning
-    assert error.startswith("error: there is no checkpoint in damaged")
+    assert error.startswith("error: there is no good checkpoint in damaged")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from engine.checkpoint import load_model
 from engine.distributed import Processes
 from engine.evaluation import N_BINS, eval_batches, evaluate, mean_loss, whole_split
+from engine.logger import read_records
 from engine.tokenizer import load_tokenizer
 from engine.tokens import TokenFile
 from heads import HeadConfig
@@ -266,3 +267,15 @@ def test_an_evaluation_with_noise_in_its_loss_repeats_itself(tmp_path, estimator
     batches = eval_batches(file, model.config.block_size, batch_size=4, n_batches=3)
     first, second = (mean_loss(model, batches, file, CPU, contextlib.nullcontext()) for _ in range(2))
     assert first == second and first["val_loss"] > first["val_nll"]
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_passed_over(tmp_path):
+    whole = [{"step": 1, "tokens": 8, "val_nll": 2.5}]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(whole[0]) + '\n{"step": 2, "tok')
+    assert read_records(tmp_path / "metrics.jsonl") == whole and read_records(tmp_path / "none.jsonl") == []
+
+
+def test_a_model_with_more_ids_than_its_tokenizer_draws_only_those_of_the_tokenizer():
+    model = tiny_gpt()
+    idx = model.generate(torch.zeros(4, 1, dtype=torch.long), 50, n_ids=5)
+    assert idx.max() < 5 <= model.generate(torch.zeros(4, 1, dtype=torch.long), 50).max()

@@ -175,3 +175,18 @@ def test_a_run_of_two_processes_goes_on_with_one(data, two_processes, tmp_path):
     one = run(data, tmp_path, **longer)
     folder = two_processes / "train.py"
     assert difference(run(data, folder, **longer, init_from="resume"), one) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 8), ("gradient_accumulation_steps", 1), ("seed", 7)])
+def test_resuming_with_another_order_of_samples_is_refused(data, whole, name, value):
+    before = (whole[1] / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"the run to resume has {name} = .* add --{name}="):
+        run(data, whole[1], **LONG | {"init_from": "resume", name: value})
+    assert (whole[1] / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_to_fewer_steps_than_are_done_is_refused_and_erases_nothing(data, whole):
+    before = (whole[1] / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is at step .* already, beyond max_iters = 1"):
+        run(data, whole[1], **LONG | {"init_from": "resume", "max_iters": 1})
+    assert (whole[1] / "metrics.jsonl").read_bytes() == before

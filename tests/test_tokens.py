@@ -9,7 +9,7 @@ import pytest
 import engine.tokens
 from engine.errors import UserError
 from engine.evaluation import unigram_nll
-from engine.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
+from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from engine.tokens import Batches, TokenFile, gather, write_dataset
 from tests.helpers import run, words, write_nanogpt
 
@@ -96,8 +96,9 @@ def test_meta_json_tells_counts_bytes_and_hashes(tmp_path):
     assert meta["splits"]["train"] == {"documents": 2, "tokens": 7, "bytes": 6, "sha256": sha256}
 
 
-def test_an_interrupted_writer_leaves_no_meta_json(tmp_path):
+def test_an_interrupted_writer_leaves_what_was_there(tmp_path):
     write_dataset(tmp_path, {"train": ["old"], "val": ["old"]}, ByteTokenizer())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def documents():
         yield "new"
@@ -105,7 +106,24 @@ def test_an_interrupted_writer_leaves_no_meta_json(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path, {"train": ["new text"], "val": documents()}, ByteTokenizer())
-    assert not (tmp_path / "meta.json").exists()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_split_of_an_earlier_preparation_does_not_survive_the_next(tmp_path):
+    write_dataset(tmp_path, {"train": ["ab"], "val": ["ab"]}, CharTokenizer("ab"))
+    write_dataset(tmp_path, {"train": ["new text"]}, ByteTokenizer())
+    with pytest.raises(UserError, match=r"val\.bin is missing"):
+        TokenFile(tmp_path, "val")
+    (tmp_path / "val.bin").write_bytes(bytes(8))
+    with pytest.raises(UserError, match="no split of this data set"):
+        TokenFile(tmp_path, "val")
+
+
+def test_two_bpes_trained_on_other_text_are_two_tokenizers(tmp_path):
+    texts = ["the sea the ship the sea"] * 9, ["captain and harbour and captain"] * 9
+    first, second = (BPETokenizer.train(text, 280) for text in texts)
+    write_dataset(tmp_path, {"train": ["the sea"]}, first)
+    assert load_tokenizer(tmp_path).describe() == first.describe() != second.describe()
 
 
 def test_several_documents_need_an_end_of_text_token(tmp_path):
@@ -114,7 +132,7 @@ def test_several_documents_need_an_end_of_text_token(tmp_path):
 
 
 def test_a_split_without_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no text for val.bin"):
+    with pytest.raises(UserError, match="no text for the val split"):
         write_dataset(tmp_path, {"train": ["ab"], "val": [""]}, ByteTokenizer())
     assert not (tmp_path / "meta.json").exists() and not (tmp_path / "val.bin").exists()
 
@@ -137,7 +155,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path):
 def test_a_broken_meta_json_is_refused_by_name(tmp_path):
     write_dataset(tmp_path, {"train": ["a long text"]}, ByteTokenizer())
     (tmp_path / "meta.json").write_text('{"dtype": "uint')
-    with pytest.raises(UserError, match=r"meta\.json is not JSON"):
+    with pytest.raises(UserError, match=r"meta\.json does not describe a data set \(JSONDecodeError"):
         TokenFile(tmp_path, "train")
 
 

@@ -13,9 +13,10 @@ import torch
 from engine import checkpoint
 from engine.config import flatten
 from engine.distributed import Processes
+from engine.errors import UserError
 from engine.evaluation import eval_batches, mean_loss, unigram_nll
 from engine.tokens import TokenFile
-from tests.helpers import HEADS, TINY, difference, records, run, same_weights, write_words
+from tests.helpers import HEADS, TINY, difference, records, run, same_weights, write_bytes, write_words
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +280,29 @@ def test_a_failing_wandb_is_said_once_and_does_not_stop_the_run(data, plain, tmp
 def test_no_option_of_tiny_is_at_its_default_by_accident(plain):
     written = json.loads((plain[1] / "config.json").read_text())
     assert TINY.items() <= written.items()
+
+
+def test_divergence_ends_in_one_line_and_is_not_saved(data, tmp_path):
+    with pytest.raises(UserError, match="val nll is nan at step 4; try a lower"):
+        run(data, tmp_path, learning_rate=1e30, grad_clip=0, eval_interval=4, warmup_iters=0)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_training_needs_no_git(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run(data, tmp_path / "run", max_iters=1)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["commit"] == "unknown"
+
+
+def test_weights_of_another_tokenizer_are_refused(data, plain, tmp_path):
+    other = write_bytes(tmp_path / "bytes")
+    with pytest.raises(UserError, match=r"another tokenizer \(char\) than .* has \(byte\)"):
+        run(other, tmp_path / "run", init_from=plain[1])
+
+
+def test_fine_tuning_keeps_a_posterior_and_refuses_a_unigram_bias(data, tmp_path):
+    trained = run(data, tmp_path / "bayes", weights="bayes")
+    tuned = run(data, tmp_path / "tuned", weights="bayes", init_from=tmp_path / "bayes", learning_rate=0, min_lr=0)
+    assert torch.equal(tuned.lm_head.weights.log_std, trained.lm_head.weights.log_std)
+    with pytest.raises(UserError, match="give --logit_bias=uniform"):
+        run(data, tmp_path / "no", weights="bayes", init_from=tmp_path / "bayes", logit_bias="unigram")

@@ -84,7 +84,11 @@ def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
     if not options.source:
         raise UserError("which text? --source=FILES (see --help)")
-    if Path(options.name).name != options.name or (DATA_ROOT / options.name / "prepare.py").is_file():
+    if (
+        options.name in ("", ".", "..")
+        or Path(options.name).name != options.name
+        or (DATA_ROOT / options.name / "prepare.py").is_file()
+    ):
         raise UserError(f"--name={options.name} must be a plain name and none of the data sets that have a prepare.py")
     fractions = {"val": options.val_fraction, "test": options.test_fraction}
     if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
