@@ -115,9 +115,9 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
         file.check(config.model.vocab_size, config.model.block_size)
     optimizer = adamw(bare.to(device), config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+    for name, part in (("optimizer", optimizer), ("scaler", scaler)):
+        if state:
+            part.load_state_dict(state[name])
     first, best_val_nll, best_step = (state.get(name, 0) for name in ("step", "best_val_nll", "best_step"))
     best_val_nll = best_val_nll or math.inf
     model = processes.wrap(torch.compile(bare) if config.compile else bare)
@@ -140,11 +140,9 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
             best_val_nll, best_step = (scores["val_nll"], step) if improved else (best_val_nll, best_step)
         due = (last or step % (config.save_interval or config.eval_interval) == 0) and config.always_save_checkpoint
         if processes.is_main and step > first and (due or improved) and not config.eval_only:
-            state = {"model": bare.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            state |= {"step": step, "best_val_nll": best_val_nll, "best_step": best_step, "seconds": log.seconds}
-            state |= {"model_config": flatten(config.model), "config": flatten(config)}
+            progress = {"step": step, "best_val_nll": best_val_nll, "best_step": best_step, "seconds": log.seconds}
             with log.paused():
-                checkpoint.save(Path(config.out_dir), state)
+                checkpoint.save(Path(config.out_dir), snapshot(config, bare, optimizer, scaler) | progress)
         if last:
             break
 
@@ -210,6 +208,13 @@ def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[
     if any(name.startswith("lm_head.weights.") for name in new):
         model.lm_head.weights.start_from(data.frequencies(model.config.vocab_size))
     return model, {}
+
+
+def snapshot(config: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict:
+    """What a checkpoint holds beside the run's progress: tensors and plain values."""
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    configs = {"model_config": flatten(config.model), "config": flatten(config)}
+    return {name: part.state_dict() for name, part in parts.items()} | configs
 
 
 def open_log(
