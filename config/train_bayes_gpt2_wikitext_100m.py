@@ -1,0 +1,6 @@
+# Row 4 of 8, Bayesian output weights: all else as in train_gpt2_wikitext_100m.py.
+#     python train_bayes.py config/train_bayes_gpt2_wikitext_100m.py
+from config.train_gpt2_wikitext_100m import *
+
+out_dir = "out/wikitext_100m/bayes"
+weights = "bayes"

@@ -1,0 +1,23 @@
+# Row 1 of 8, softmax, and what the other rows share: GPT-2 124M on WikiText-103 (118 M tokens), 4 epochs: 3840 steps of
+# 122,880 tokens, 472 M in all. About 15 minutes on an H200 if it reaches 40 % of its peak; we have not run it yet.
+#     python data/wikitext/prepare.py
+#     python train.py config/train_gpt2_wikitext_100m.py                                          one GPU
+#     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_wikitext_100m.py --batch_size=12
+dataset = "wikitext"
+out_dir = "out/wikitext_100m/softmax"
+block_size = 1024
+batch_size = 15
+gradient_accumulation_steps = 8
+
+learning_rate = 6e-4
+min_lr = 6e-5
+max_iters = 3840
+warmup_iters = 200
+
+eval_interval = 240  # a quarter of an epoch
+eval_iters = 14  # of 15 blocks: all of the 215 k tokens of the validation split
+log_interval = 10
+
+# the heads: the same start for all, and a tempered posterior, since a hundred million tokens are few for 39 M weights
+logit_bias = "unigram"
+kl_weight = 0.1

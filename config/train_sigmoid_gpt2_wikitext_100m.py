@@ -1,0 +1,6 @@
+# Row 5 of 8, sigmoid: all else as in train_gpt2_wikitext_100m.py.
+#     python train_sigmoid.py config/train_sigmoid_gpt2_wikitext_100m.py
+from config.train_gpt2_wikitext_100m import *
+
+out_dir = "out/wikitext_100m/sigmoid"
+likelihood = "sigmoid"

@@ -1,0 +1,7 @@
+# Row 6 of 8, sigmoid, held to probabilities that sum to 1: all else as in train_gpt2_wikitext_100m.py.
+#     python train_sigmoid.py config/train_sigmoid_regularised_gpt2_wikitext_100m.py
+from config.train_gpt2_wikitext_100m import *
+
+out_dir = "out/wikitext_100m/sigmoid_regularised"
+likelihood = "sigmoid"
+sum_penalty = 1.0

@@ -1,0 +1,7 @@
+# Row 7 of 8, sigmoid, the true token's term weighted: all else as in train_gpt2_wikitext2_cpu.py.
+#     python train_sigmoid.py config/train_sigmoid_weighted_gpt2_wikitext2_cpu.py
+from config.train_gpt2_wikitext2_cpu import *
+
+out_dir = "out/wikitext2/sigmoid_weighted"
+likelihood = "sigmoid"
+pos_weight = 2.0

@@ -1,0 +1,7 @@
+# Row 2 of 8, label-smoothed with the paper's first epsilon: all else as in train_gpt2_wikitext_100m.py.
+#     python train_smooth.py config/train_smooth_05_gpt2_wikitext_100m.py
+from config.train_gpt2_wikitext_100m import *
+
+out_dir = "out/wikitext_100m/smooth_05"
+likelihood = "smooth"
+label_smoothing = 0.05
