@@ -4,6 +4,7 @@
 
 Every number comes from log_probs, the normalised distribution over the next token, over the whole split: consecutive
 blocks of block_size, each token predicted once. `unigram` is what the training text's token frequencies alone reach.
+With --std_tolerance=0.01 a Bayesian run has a second row: its posterior as wide as costs no more than that on val.
 """
 
 import json
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,22 +23,27 @@ from engine.checkpoint import check_tokenizer, load_model, trained_on
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
 from engine.errors import UserError, run
-from engine.evaluation import evaluate, unigram_nll, whole_split
+from engine.evaluation import evaluate, unigram_nll, whole_split, widest_posterior
+from engine.labels import LabelFile
 from engine.logger import read_records
-from engine.tokenizer import load_tokenizer
+from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.tokens import TokenFile, dataset_folder
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
+SCALE_BLOCKS = 64  # of the validation split, to find the widest posterior on
 COLUMNS = {
     "nll": "{:.4f}",
     "perplexity": "{:.2f}",
+    "perplexity_desmoothed": "{:.2f}",
     "bits_per_byte": "{:.4f}",
     "accuracy": "{:.4f}",
     "ece": "{:.4f}",
     "brier": "{:.4f}",
     "entropy": "{:.4f}",
     "mutual_information": "{:.5f}",
+    "recall_at_k": "{:.4f}",
+    "lrap": "{:.4f}",
     "log_sum_sigma": "{:+.4f}",
     "kl_weight": "{:g}",
 }
@@ -48,14 +55,22 @@ class EvaluateConfig:
     split: str = "test"  # test | val | train
     dataset: str = ""  # another data set than the run's own (same tokenizer)
     batch_size: int = 16  # blocks at a time: speed and memory (and which noise n_samples draws)
-    n_samples: int = 0  # Bayesian heads: posterior samples averaged for each prediction; 0: the mean weights
+    limit: int = 0  # this many blocks, evenly spread over the split; 0: the whole split
+    n_samples: int = 0  # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
+    std_tolerance: float = (
+        0.0  # Bayesian: evaluate also with the widest posterior within so many nats on val; 0: do not
+    )
+    labels: str = (
+        ""  # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP of its sets
+    )
     plot: str = ""  # where the plot goes; default: val_nll.png in the run's folder, of several runs beside the first
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.n_samples < 0:
-            raise UserError("batch_size must be at least 1, n_samples at least 0")
+        for name, least in (("batch_size", 1), ("limit", 0), ("n_samples", -1), ("std_tolerance", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
 
 
 def main() -> None:
@@ -68,7 +83,10 @@ def main() -> None:
         rows[source] = evaluate_run(source, config)
         if (folder := Path(source)).is_dir():
             (folder / f"eval_{config.split}.json").write_text(json.dumps(rows[source], indent=1))
-    print(table(rows, config.split))
+    scaled = {
+        f"{s} (std x {row['scaled']['std_factor']:.2f})": row["scaled"] for s, row in rows.items() if "scaled" in row
+    }
+    print(table(rows | scaled, config.split))
     if curves := {s: c for s in sources if (c := read_curve(Path(s) / "metrics.jsonl"))}:
         first = Path(next(iter(curves)))
         default = (first if len(curves) == 1 else first.parent) / "val_nll.png"
@@ -82,29 +100,46 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
     device = pick_device(config.device)
     cast, _ = autocast(device, config.dtype)
     model = load_model(source, device)
+    if config.std_tolerance and not model.bayes_layers():
+        raise UserError(f"{source} has no posterior to scale; leave --std_tolerance out")
     dataset = config.dataset or trained_on(source)
     if dataset is None:
         raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
     check_tokenizer(source, dataset_folder(dataset))
-    file, train = TokenFile(dataset, config.split), TokenFile(dataset, "train")
+    file = TokenFile(dataset, config.split)
     file.check(model.config.vocab_size)
+    labels = LabelFile(file, config.labels, "set") if config.labels else None
+    shape, head = (model.config.block_size, config.batch_size), model.config.head
+
+    def scores(file: TokenFile, limit: int, n_samples: int, what: str, labels: LabelFile | None = None) -> dict:
+        n_blocks = min(limit or math.inf, (len(file) - 1) / shape[0])
+        show = {"desc": what, "total": math.ceil(n_blocks / shape[1]), "leave": False}
+        batches = tqdm(whole_split(file, *shape, limit, labels), **show, disable=not sys.stderr.isatty())
+        return evaluate(model, batches, device, cast, n_samples)
+
+    about = {"head": f"{head.weights} x {head.likelihood}", "dataset": str(dataset), "n_samples": config.n_samples}
+    about |= {"labels": config.labels, "k": labels.about["k"] + 1} if labels else {}
+    result = about | scores(file, config.limit, config.n_samples, source, labels)
+    targets = (y for _, y in whole_split(file, *shape, config.limit))
     folder = source if (Path(source) / "meta.json").is_file() else dataset_folder(dataset)
-    tokenizer = load_tokenizer(folder)
-    batches = whole_split(file, model.config.block_size, config.batch_size)
-    n_batches = math.ceil((len(file) - 1) / model.config.block_size / config.batch_size)
-    bar = tqdm(batches, desc=source, total=n_batches, leave=False, disable=not sys.stderr.isatty())
-    result = evaluate(model, bar, device, cast, config.n_samples)
+    frequencies = TokenFile(dataset, "train").frequencies(model.config.vocab_size)
+    result |= of_text(targets, frequencies, load_tokenizer(folder), result["nll"])
+    if config.std_tolerance:
+        val, n_samples = TokenFile(dataset, "val"), config.n_samples or -1  # the mean weights have no width
+        nll = partial(scores, val, SCALE_BLOCKS, n_samples, f"{source}: width")
+        factor = widest_posterior(model, lambda: nll()["nll"], config.std_tolerance)
+        about = {"std_factor": factor, "std_tolerance": config.std_tolerance, "n_samples": n_samples}
+        result["scaled"] = about | scores(file, config.limit, n_samples, f"{source}: scaled")
+    return result
+
+
+def of_text(targets: Iterable[torch.Tensor], frequencies: torch.Tensor, tokenizer: Tokenizer, nll: float) -> dict:
+    """What follows from the predicted tokens themselves: nll in bits per byte, and the nll of the frequencies (V,)."""
+    counts = sum(torch.bincount(y.flatten(), minlength=len(frequencies)) for y in targets).double()
     # end-of-text counts in the nll but has no bytes
     lengths = torch.tensor([len(piece) for piece in tokenizer.token_bytes()]).double()
-    n_bytes = file.counts(len(lengths)) @ lengths - lengths[int(file.ids[0])]  # the first token is not predicted
-    result["bits_per_byte"] = result["nll"] * result["n_tokens"] / math.log(2) / n_bytes.item()
-    result["unigram_nll"] = unigram_nll(file, train.frequencies(model.config.vocab_size))
-    head = model.config.head
-    return {
-        "head": f"{head.weights} x {head.likelihood}",
-        "dataset": str(dataset),
-        "n_samples": config.n_samples,
-    } | result
+    bits, n_bytes = nll * counts.sum() / math.log(2), counts[: len(lengths)] @ lengths
+    return {"bits_per_byte": (bits / n_bytes).item(), "unigram_nll": unigram_nll(counts, frequencies)}
 
 
 def table(rows: dict[str, dict], split: str) -> str:

@@ -5,20 +5,23 @@
 
 Any pair works, and all answer the same two questions: `loss` (a scalar, minimised by training; its unit differs
 between likelihoods) and `log_probs` (a normalised distribution over the next token, with the same meaning for all).
-Shapes: x (B, T, C) hidden states, weight (V, C), logits (B, T, V), targets (B, T).
+Shapes: x (B, T, C) hidden states, logits (B, T, V), targets (B, T). Soft labels are targets (B, T, K) with
+label_weights (B, T, K), the share of each of the K ids; all other ids have none.
 
-A further head is one class here and one entry in WEIGHTS or LIKELIHOODS.
+A further head is one class in weights.py or likelihoods.py, its options and one entry in WEIGHTS or LIKELIHOODS here.
 """
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 
 from engine.errors import UserError
+from likelihoods import Categorical, Sigmoid, SmoothCategorical
+from weights import PointLinear, bayes_linear
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,14 @@ class HeadConfig:
         1.0  # sigmoid: weight of the true token's term; undone in predictions, which use z - ln pos_weight
     )
     sum_penalty: float = 0.0  # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
-    posterior: str = "row"  # bayes: row (a std for each token, almost free) | full (a std for each weight)
+    posterior: str = (
+        "row"  # bayes: row (a std per token, almost free) | full (per weight) | torchbnn: that library's own layer
+    )
     estimator: str = (
         "bound"  # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
     )
-    prior_std: float | str = "empirical"  # bayes: of the prior N(0, prior_std^2); "empirical" fits it to the posterior
+    prior_mean: float = 0.0  # bayes: of the prior N(prior_mean, prior_std^2) of every weight
+    prior_std: float | str = "empirical"  # bayes: a number, or "empirical": fit to the posterior as that moves
     kl_weight: float = (
         1.0  # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, as data below 1e9 tokens wants
     )
@@ -51,7 +57,7 @@ class HeadConfig:
             "weights": WEIGHTS,
             "likelihood": LIKELIHOODS,
             "logit_bias": ("auto", "unigram", "uniform", "none"),
-            "posterior": ("row", "full"),
+            "posterior": ("row", "full", "torchbnn"),
             "estimator": ("bound", "local", "sample"),
         }
         for name, known in choices.items():
@@ -65,233 +71,26 @@ class HeadConfig:
             raise UserError(f"sum_penalty = {self.sum_penalty} must not be negative")
         if not (self.prior_std == "empirical" or (not isinstance(self.prior_std, str) and self.prior_std > 0)):
             raise UserError(f"prior_std = {self.prior_std!r} must be a number above 0, or 'empirical'")
-        if not self.kl_weight >= 0:
-            raise UserError(f"kl_weight = {self.kl_weight} must not be negative")
+        if not math.isfinite(self.prior_mean):
+            raise UserError(f"prior_mean = {self.prior_mean} must be a finite number")
+        if not 0 <= self.kl_weight < math.inf:
+            raise UserError(f"kl_weight = {self.kl_weight} must not be negative, or infinite")
 
 
-class Shift(NamedTuple):
-    """How far logits lie above their mean, x . weight_v, kept as its factors: no (..., V) tensor of it exists."""
+class Prediction(NamedTuple):
+    """The next token at each position, and what is not known about it; nats."""
 
-    x: torch.Tensor  # (..., K)
-    weight: torch.Tensor  # (V, K)
+    log_probs: torch.Tensor  # (..., V), normalised
+    total: torch.Tensor  # (...), entropy of the prediction
+    epistemic: torch.Tensor  # (...), mutual information of token and weights: what the weights do not know
 
-    def of(self, targets: torch.Tensor) -> torch.Tensor:
-        """targets (...) -> the shift of their logits (...)."""
-        return (self.x * self.weight[targets]).sum(-1)
-
-    def mean(self) -> torch.Tensor:
-        """Averaged over all V, (...)."""
-        return self.x @ self.weight.mean(0)
+    @property
+    def aleatoric(self) -> torch.Tensor:
+        """(...), what the text leaves open: the entropy that is left when the weights are known."""
+        return self.total - self.epistemic
 
 
-def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (..., C), weight (V, C) -> (..., V).
-
-    On CUDA V is padded to a multiple of 64, which the tensor cores want, and the padding cut off again: no padded row
-    ever gets probability, and no other code knows of them.
-    """
-    vocab_size, padding = len(weight), -len(weight) % 64
-    if not (x.is_cuda and padding):
-        return F.linear(x, weight)
-    return F.linear(x, F.pad(weight, (0, 0, 0, padding)))[..., :vocab_size]
-
-
-class PointLinear(nn.Module):
-    """One weight matrix (V, C); also the interface of all output weights."""
-
-    def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=0.02))
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., C) -> (..., V), the mean of the logits."""
-        return padded_linear(x, self.weight)
-
-    def variance(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
-        return None
-
-    def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """x (..., C), shares (..., V) -> sum_v shares_v variance_v, (...); 0 for a point."""
-        return torch.zeros(x.shape[:-1], device=x.device)
-
-    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
-        """x (..., C) -> the logits (..., V) to take the loss of, and how far they are shifted from their mean."""
-        return self.logits(x), None
-
-    def kl(self) -> torch.Tensor | float:
-        """KL(posterior || prior) in nats, of all weights together."""
-        return 0.0
-
-    def start_from(self, frequencies: torch.Tensor) -> None:
-        """Initialise what depends on the token frequencies (V,), which sum to 1."""
-
-
-class BayesLinear(PointLinear):
-    """A factorised Gaussian posterior N(weight, std^2) under a prior N(0, prior_std^2) (Blundell et al. 2015).
-
-    Since the head is linear, the logits of a position are independent Gaussians: logit v has mean x . weight_v and
-    variance sum_c std_vc^2 x_c^2. log_std is (V, C) for a full posterior, (V, 1) where a token's weights share theirs.
-    """
-
-    def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
-        super().__init__(config, vocab_size, n_embd)
-        if config.n_data < 1:
-            raise UserError("Bayesian weights need n_data, the number of training tokens")
-        self.config = config
-        self.log_std = nn.Parameter(torch.empty(vocab_size, n_embd if config.posterior == "full" else 1))
-        self.start_from(torch.full((vocab_size,), 1 / vocab_size))
-
-    def variance(self, x: torch.Tensor) -> torch.Tensor:
-        squares, variances = self._factors(x)
-        return squares * variances.squeeze(1) if variances.size(1) == 1 else F.linear(squares, variances)
-
-    def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        squares, variances = self._factors(x)
-        return (squares * (shares @ variances)).sum(-1)
-
-    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
-        """bound: no noise, logits shifted by half their variance. local: noise on every logit (Kingma et al. 2015).
-        sample: one draw of the whole matrix (Bayes by Backprop); as a sum, since bf16 weights would swallow the noise.
-        """
-        if self.config.estimator == "bound":
-            squares, variances = self._factors(x)
-            shift = Shift(squares / 2, variances)
-            # further columns of one product cost less than a (..., V) tensor of shifts
-            return padded_linear(torch.cat([x, shift.x], -1), torch.cat([self.weight, shift.weight], 1)), shift
-        if self.config.estimator == "local":
-            noise = self.variance(x).sqrt() * torch.randn(*x.shape[:-1], len(self.weight), device=x.device)
-        else:
-            noise = F.linear(x, torch.exp(self.log_std) * torch.randn_like(self.weight))
-        return self.logits(x) + noise, None
-
-    def second_moment(self) -> torch.Tensor:
-        """E_q[w^2], averaged over all weights."""
-        return self.weight.square().mean() + torch.exp(2 * self.log_std).mean()
-
-    def kl(self) -> torch.Tensor:
-        """1/2 sum [E_q[w^2] / prior_variance - 1 - ln(std^2 / prior_variance)], a scalar in nats.
-
-        An empirical prior has the variance that minimises this, the second moment itself.
-        """
-        second_moment, n = self.second_moment(), self.weight.numel()
-        log_variance = 2 * self.log_std.mean()
-        if self.config.prior_std == "empirical":
-            return 0.5 * n * (second_moment.log() - log_variance)
-        prior_variance = self.config.prior_std**2
-        return 0.5 * n * (second_moment / prior_variance - 1 - log_variance + math.log(prior_variance))
-
-    @torch.no_grad()
-    def start_from(self, frequencies: torch.Tensor) -> None:
-        """Laplace's guess at std^2, 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight), where E|x_c|^2 = 1 behind
-        the last norm: tokens that the data determines start narrow, rare ones near the prior."""
-        empirical = self.config.prior_std == "empirical"
-        prior_variance = self.weight.square().mean() if empirical else self.config.prior_std**2
-        data_precision = self.config.n_data * frequencies / max(self.config.kl_weight, 1e-6)
-        precision = 1 / prior_variance + data_precision.to(self.log_std)
-        self.log_std.copy_(-0.5 * precision.log().unsqueeze(1).expand_as(self.log_std))
-
-    def _factors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squares of x (..., K) and variances (V, K), fp32, whose product is the variance of the logits.
-
-        K = C, or 1 where the weights of a token share a std: then the mean square, since the sum overflows float16.
-        """
-        squares, variances, n_embd = x.float().square(), torch.exp(2 * self.log_std), self.weight.size(1)
-        return (
-            (squares, variances) if self.log_std.size(1) > 1 else (squares.mean(-1, keepdim=True), n_embd * variances)
-        )
-
-
-class Categorical:
-    """Softmax: loss = logsumexp(z) - z_y, in nats per token."""
-
-    default_bias = "none"
-    epsilon = 0.0  # probability that the target spreads evenly over all V tokens
-
-    def __init__(self, config: HeadConfig, vocab_size: int):
-        pass
-
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: Shift | None) -> torch.Tensor:
-        """logits (..., V), targets (...) -> scalar mean.
-
-        shift: the logits stand above their mean by half their variance. Kept in the normaliser and taken off the
-        target, that makes the loss Jensen's upper bound of its expectation over Gaussian logits. (Gather from the
-        shifted logits and take the shift off behind: torch.compile 2.13 gives wrong gradients for unshifted ones.)
-        """
-        loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), label_smoothing=self.epsilon)
-        if shift is not None:
-            loss = loss + ((1 - self.epsilon) * shift.of(targets) + self.epsilon * shift.mean()).mean()
-        return loss
-
-    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits (..., V) -> log p (..., V), normalised, in fp32."""
-        return F.log_softmax(logits.float(), dim=-1)
-
-    def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
-        """The logits that predict these frequencies (V,)."""
-        return frequencies.log()
-
-    def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        """E_y[(d log p_y / d z_v)^2], (..., V): how much the prediction depends on each logit."""
-        return probs * (1 - probs)
-
-
-class SmoothCategorical(Categorical):
-    """Softmax trained on 1 - label_smoothing for the true token and label_smoothing / (V - 1) for each other one.
-
-    PyTorch spreads its label_smoothing over all V tokens, the true one too, hence the factor V / (V - 1).
-    """
-
-    def __init__(self, config: HeadConfig, vocab_size: int):
-        self.epsilon = config.label_smoothing * vocab_size / (vocab_size - 1)
-        if self.epsilon > 1:
-            raise UserError(f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one")
-
-
-class Sigmoid:
-    """A Bernoulli per token: loss = sum_v softplus(z_v) - z_y, summed over the vocabulary (a mean would starve Adam).
-
-    The loss is a proper score: at the optimum sigmoid(z_v) = p(v | x), and the V of them sum to 1 by themselves.
-    """
-
-    default_bias = "unigram"  # without it, training first spends its steps on pushing V logits down
-
-    def __init__(self, config: HeadConfig, vocab_size: int):
-        self.pos_weight, self.sum_penalty = config.pos_weight, config.sum_penalty
-
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, shift: Shift | None) -> torch.Tensor:
-        """logits (..., V), targets (...) -> scalar mean. shift: as in Categorical.loss.
-
-        pos_weight w multiplies the true token's softplus(-z_y), and so the odds at the optimum by w.
-        """
-        logits, shift_of_target = logits.float(), 0.0 if shift is None else shift.of(targets)
-        of_target = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - shift_of_target
-        loss = (F.softplus(logits).sum(-1) - of_target).mean()
-        if self.pos_weight != 1:
-            loss = loss + (self.pos_weight - 1) * F.softplus(shift_of_target - of_target).mean()
-        if self.sum_penalty:
-            loss = loss + self.sum_penalty * (torch.sigmoid(logits).sum(-1) - 1).square().mean()
-        return loss
-
-    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits (..., V) -> log p (..., V), fp32: the sigmoids, normalised (a softmax would normalise their odds)."""
-        return F.log_softmax(F.logsigmoid(self._unweighted(logits)), dim=-1)
-
-    def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
-        return torch.logit(frequencies) + math.log(self.pos_weight)
-
-    def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        return probs * (1 - probs) * torch.sigmoid(-self._unweighted(logits)).square()
-
-    def log_sum_sigma(self, logits: torch.Tensor) -> torch.Tensor:
-        """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""
-        return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
-
-    def _unweighted(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.float() - math.log(self.pos_weight)
-
-
-WEIGHTS = {"point": PointLinear, "bayes": BayesLinear}
+WEIGHTS = {"point": PointLinear, "bayes": bayes_linear}
 LIKELIHOODS = {"categorical": Categorical, "smooth": SmoothCategorical, "sigmoid": Sigmoid}
 
 
@@ -322,41 +121,76 @@ class Head(nn.Module):
         logits = self.weights.logits(x)
         return logits if self.bias is None else logits + self.bias
 
-    def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """x (B, T, C), targets (B, T) -> scalar, what training minimises: nats per token + kl_weight * KL / n_data."""
-        return self.data_loss(x, targets) + self.kl_loss()
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, T, C), targets (B, T), or (B, T, K) with label_weights (B, T, K) -> scalar, what training minimises:
+        nats per token + kl_weight * KL / n_data."""
+        return self.data_loss(x, targets, label_weights) + self.kl_loss(self.weights.kl())
 
-    def data_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def data_loss(
+        self, x: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The likelihood's part of the loss: E_q[nats per token], by the estimator that the options name."""
         logits, shift = self.weights.for_loss(x)
-        return self.likelihood.loss(logits if self.bias is None else logits + self.bias, targets, shift)
+        logits = logits if self.bias is None else logits + self.bias
+        return self.likelihood.loss(logits, targets, shift, label_weights)
 
-    def kl_loss(self) -> torch.Tensor:
-        """The prior's part: kl_weight * kl_ramp * KL / n_data, nats per token; 0 for point weights."""
-        return self.kl_ramp * self.weights.kl() * (self.config.kl_weight / max(1, self.config.n_data))
+    def kl_loss(self, kl: torch.Tensor | float) -> torch.Tensor:
+        """The prior's part, nats per token: kl_weight * kl_ramp * KL / n_data, of a KL in nats."""
+        return self.kl_ramp * kl * (self.config.kl_weight / max(1, self.config.n_data))
 
-    def log_probs(self, x: torch.Tensor, n_samples: int = 0) -> torch.Tensor:
+    def log_probs(self, x: torch.Tensor | Sequence[torch.Tensor], n_samples: int = 0) -> torch.Tensor:
         """x (..., C) -> log p(next token) (..., V), normalised over V, fp32.
 
-        n_samples = 0 uses the mean weights; S > 0 averages the probabilities of S draws of the logits.
+        n_samples = 0 uses the mean weights; S > 0 averages the probabilities of S draws of the logits; -1 averages
+        over all of them without sampling (an approximation: see Categorical.average). x may be a sequence of hidden
+        states, one for each draw.
         """
-        logits, variance = self.logits(x).float(), self.weights.variance(x)
-        if variance is None or n_samples == 0:
-            return self.likelihood.log_probs(logits)
-        std, total = variance.sqrt(), torch.full_like(logits, -math.inf)
-        for _ in range(n_samples):
-            draw = self.likelihood.log_probs(logits + std * torch.randn_like(logits))
-            total = torch.logaddexp(total, draw)
-        return total - math.log(n_samples)
+        xs = [x] if isinstance(x, torch.Tensor) else x
+        return average(self._draws(xs, n_samples))[0] if n_samples > 0 else self._without_draws(xs[0], n_samples)[0]
 
-    def uncertainty(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (..., C) -> total and epistemic uncertainty of the next token, both (...), in nats; no sampling.
+    def predict(self, x: torch.Tensor | Sequence[torch.Tensor], n_samples: int = 0) -> Prediction:
+        """log_probs(x, n_samples) with its uncertainty.
 
-        Total is the entropy of the prediction. Epistemic is the mutual information of the next token and the weights,
-        to second order: 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2]; for point weights it is 0.
+        With draws, epistemic is the mutual information of the next token and the weights, H[mean p] - mean H[p].
+        Without, it is that to second order: 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2]; for point weights 0.
         """
-        logits = self.logits(x)
-        log_probs = self.likelihood.log_probs(logits)
-        probs = log_probs.exp()
-        information = self.weights.weighted_variance(x, self.likelihood.fisher_diagonal(logits, probs)) / 2
-        return -(probs * log_probs).sum(-1), information
+        xs = [x] if isinstance(x, torch.Tensor) else x
+        if n_samples > 0:
+            log_probs, aleatoric = average(self._draws(xs, n_samples))
+            total = entropy(log_probs)
+            return Prediction(log_probs, total, total - aleatoric)
+        log_probs, logits = self._without_draws(xs[0], n_samples)
+        probs = log_probs.exp() if n_samples == 0 else self.likelihood.log_probs(logits).exp()
+        epistemic = self.weights.weighted_variance(xs[0], self.likelihood.fisher_diagonal(logits, probs)) / 2
+        return Prediction(log_probs, entropy(log_probs), epistemic)
+
+    def _without_draws(self, x: torch.Tensor, n_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction of the mean weights (0) or the sampling-free average (-1), and the logits' mean (..., V)."""
+        logits, variance = self.logits(x).float(), self.weights.variance(x) if n_samples < 0 else None
+        if variance is None:
+            return self.likelihood.log_probs(logits), logits
+        return self.likelihood.average(logits, variance), logits
+
+    def _draws(self, xs: Sequence[torch.Tensor], n_samples: int) -> Iterator[torch.Tensor]:
+        """log p (..., V) under n_samples draws of the logits; under one where nothing is random."""
+        for i in range(n_samples):
+            if i < len(xs):
+                logits, variance = self.logits(xs[i]).float(), self.weights.variance(xs[i])
+            elif variance is None:
+                return
+            noise = 0.0 if variance is None else variance.sqrt() * torch.randn_like(logits)
+            yield self.likelihood.log_probs(logits + noise)
+
+
+def average(draws: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mixture of predictions that come one by one, log-probabilities (..., V), and their mean entropy (...)."""
+    log_sum, entropies, n = None, 0.0, 0
+    for draw in draws:
+        log_sum = draw if log_sum is None else torch.logaddexp(log_sum, draw)
+        entropies, n = entropies + entropy(draw), n + 1
+    return log_sum - math.log(n), entropies / n
+
+
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """log_probs (..., V) -> (...), nats; a token of probability 0 adds nothing."""
+    return -(log_probs.exp() * log_probs.clamp(min=-200)).sum(-1)

@@ -4,9 +4,11 @@ The backbone is GPT-2 to the letter: pre-LN blocks, GELU in its tanh form, learn
 parameters. What happens to the final hidden states is the head's business (heads.py).
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError
 from heads import Head, HeadConfig
+from weights import BayesLayer, BayesLinear
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class GPTConfig:
     bias: bool = False  # biases in all linear and norm layers, as GPT-2 has; without is a bit better and faster
     qkv_bias: bool = False  # with bias=False: a bias in the attention's c_attn alone
     gradient_checkpointing: bool = False  # recompute each block in backward: less memory, about a third more time
+    bayes_mlp: bool = (
+        False  # Bayesian MLPs too (any head), with the Bayesian head's options; bound draws as local there
+    )
     head: HeadConfig = HeadConfig()
 
     def __post_init__(self):
@@ -40,6 +46,8 @@ class GPTConfig:
             raise UserError(f"vocab_size = {self.vocab_size} must be at least 2, or 0 to take it from the data")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout = {self.dropout} must lie in [0, 1)")
+        if self.bayes_mlp and self.head.posterior == "torchbnn":
+            raise UserError("bayes_mlp has no torchbnn layers; use --posterior=row or full")
         if self.n_embd % self.n_head:
             near = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             best = sorted(near, key=lambda n: abs(n - self.n_head))[:2]
@@ -89,8 +97,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        linear = partial(BayesLayer, config.head) if config.bayes_mlp else nn.Linear
+        self.c_fc = linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,13 +168,53 @@ class GPT(nn.Module):
             cache.length += idx.size(1)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """idx, targets (B, T) -> the head's loss, a scalar."""
-        return self.lm_head.loss(self.hidden(idx), targets)
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """idx (B, T), targets (B, T) or (B, T, K) with label_weights (B, T, K) -> what training minimises, a scalar."""
+        return self.lm_head.data_loss(self.hidden(idx), targets, label_weights) + self.kl_loss()
+
+    def kl(self) -> torch.Tensor | float:
+        """KL(posterior || prior) of all Bayesian weights, in nats; 0.0 where there are none."""
+        return sum((layer.kl() for layer in self.bayes_layers()), 0.0)
+
+    def kl_loss(self) -> torch.Tensor:
+        """The prior's part of the loss, nats per token."""
+        return self.lm_head.kl_loss(self.kl())
+
+    def bayes_layers(self) -> list[BayesLinear]:
+        """The Bayesian layers, the head's output weights among them."""
+        return [module for module in self.modules() if isinstance(module, BayesLinear)]
 
     def log_probs(self, idx: torch.Tensor, n_samples: int = 0) -> torch.Tensor:
         """idx (B, T) -> log p(next token) at every position, (B, T, V), normalised over V."""
-        return self.lm_head.log_probs(self.hidden(idx), n_samples)
+        return self.lm_head.log_probs(self.hiddens(idx, n_samples), n_samples)
+
+    def hiddens(self, idx: torch.Tensor, n_samples: int = 0) -> list[torch.Tensor]:
+        """The hidden states (B, T, C) that n_samples draws of all weights need: one, or one per draw with bayes_mlp."""
+        if n_samples < 1 or not self.config.bayes_mlp:
+            return [self.hidden(idx)]
+        with self.sampling():
+            return [self.hidden(idx) for _ in range(n_samples)]
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, the hidden Bayesian layers draw from their posterior, as they do in training."""
+        layers = [layer for layer in self.bayes_layers() if isinstance(layer, BayesLayer)]
+        for layer in layers:
+            layer.sampling = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.sampling = False
+
+    def start_posteriors(self, frequencies: torch.Tensor) -> None:
+        """Start the posteriors' widths anew for the weights that are there; frequencies (V,) of the training text."""
+        self.lm_head.weights.start_from(frequencies)
+        for layer in self.bayes_layers():
+            if isinstance(layer, BayesLayer):
+                layer.start()
 
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
@@ -180,7 +229,7 @@ class GPT(nn.Module):
         temperature: float = 1.0,  # divides the log-probabilities; 0 always takes the likeliest token
         top_k: int = 0,  # keep the k likeliest tokens; 0 keeps all
         top_p: float = 1.0,  # keep the likeliest tokens that together have this probability
-        n_samples: int = 0,  # posterior samples per prediction; 0 uses the mean weights
+        n_samples: int = 0,  # draws of the output weights per prediction (0: their mean); the others stay at their mean
         n_ids: int = 0,  # draw ids below this only (a padded vocabulary has more than its tokenizer); 0: all
         use_cache: bool = True,  # False reads the whole context again for every token
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -37,7 +37,7 @@ class SampleConfig:
     temperature: float = 0.8  # below 1: safer, above 1: wilder, 0: always the likeliest token
     top_k: int = 200  # draw from the k likeliest tokens; 0: from all
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    n_samples: int = 0  # Bayesian heads: posterior samples averaged for each token; 0: the mean weights
+    n_samples: int = 0  # Bayesian heads: posterior draws averaged per token; 0: the mean weights; -1: all, not sampled
     seed: int = 1337  # the same seed, the same text
     show_uncertainty: bool = False  # colour the tokens by uncertainty
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
@@ -50,7 +50,7 @@ class SampleConfig:
             ("max_new_tokens", 1),
             ("temperature", 0),
             ("top_k", 0),
-            ("n_samples", 0),
+            ("n_samples", -1),
         ):
             if not getattr(self, name) >= least:
                 raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
@@ -88,8 +88,9 @@ def main() -> None:
         for token, x in model.stream(idx, config.max_new_tokens, **options):
             tokens.append(token)
             if config.show_uncertainty:
-                for values, value in zip((total, epistemic), model.lm_head.uncertainty(x), strict=True):
-                    values.append(value)
+                prediction = model.lm_head.predict(x, config.n_samples)
+                total.append(prediction.total)
+                epistemic.append(prediction.epistemic)
     tokens = torch.cat(tokens, dim=1).tolist()
     if config.show_uncertainty:
         total, epistemic = torch.cat(total, dim=1), torch.cat(epistemic, dim=1)

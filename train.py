@@ -21,6 +21,7 @@ from engine import checkpoint, distributed
 from engine.config import build, flatten, load_config
 from engine.errors import UserError, run
 from engine.evaluation import eval_batches, mean_loss
+from engine.labels import MODES, LabelFile
 from engine.logger import Logger, environment, forget_after
 from engine.optim import adamw, learning_rate_at
 from engine.pretrained import load_state
@@ -48,6 +49,9 @@ class TrainConfig:
     wandb_project: str = "owt"  # project name there
     wandb_run_name: str = "gpt2"  # run name there
     dataset: str = "openwebtext"  # a folder in data/, or the path of a folder with train.bin and val.bin
+    labels: str = ""  # teacher labels to train on, by their --name in augmentation/teacher_labels.py
+    label_mode: str = "soft"  # soft: the teacher shares in the true token's label | set: all are labels of 1 (sigmoid)
+    label_weight: float = 0.5  # soft: the teacher's share where there are labels, in [0, 1]
     gradient_accumulation_steps: int = 40  # micro-batches in a step, counted over all processes
     batch_size: int = 12  # blocks in a micro-batch; lower it when memory runs out, and accumulate more
     model: GPTConfig = GPTConfig()
@@ -87,6 +91,10 @@ class TrainConfig:
             raise UserError(f"seed = {self.seed} must lie between 0 and 2^63 - 1")
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
+        if self.label_mode not in MODES:
+            raise UserError(f"label_mode = {self.label_mode!r} is not one of: {', '.join(MODES)}")
+        if not 0 <= self.label_weight <= 1:
+            raise UserError(f"label_weight = {self.label_weight} must lie in [0, 1]")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must lie in [0, 1)")
 
@@ -121,7 +129,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     first, best_val_nll, best_step = (state.get(name, 0) for name in ("step", "best_val_nll", "best_step"))
     best_val_nll = best_val_nll or math.inf
     model = processes.wrap(torch.compile(bare) if config.compile else bare)
-    batches = Batches(data["train"], config.batch_size, config.model.block_size, config.seed)
+    batches = training_batches(config, data["train"])
     val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
     log = open_log(config, processes, bare, dtype, first, state.get("seconds", 0.0))
 
@@ -151,11 +159,11 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for micro in processes.share(n_micro):
-            x, y = (t.to(device, non_blocking=True) for t in batches[step * n_micro + micro])
+            batch = [t.to(device, non_blocking=True) for t in batches[step * n_micro + micro]]
             distributed.seed_micro_batch(config.seed, step * n_micro + micro)
             with processes.accumulate(model, last=micro + processes.world_size >= n_micro):
                 with cast:
-                    micro_loss = model(x, y)
+                    micro_loss = model(*batch)
                 # DDP averages over the processes, so each divides by the micro-batches of its own
                 scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
             loss += micro_loss.detach() / n_micro
@@ -180,7 +188,7 @@ def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[
         if "model_config" not in state:
             raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from its weights: --init_from={out_dir}")
         shape = checkpoint.resumed_config(build(GPTConfig, state["model_config"]), config.model, given)
-        checkpoint.check_continuity(state["config"], flatten(config))
+        checkpoint.check_continuity(flatten(TrainConfig()) | state["config"], flatten(config))
         checkpoint.check_tokenizer(out_dir, dataset_folder(config.dataset))
         if state["step"] > config.max_iters:
             raise UserError(f"{out_dir} is at step {state['step']} already, beyond max_iters = {config.max_iters}")
@@ -205,9 +213,20 @@ def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[
         raise UserError(
             "the weights to start from have no bias, and know frequencies already: give --logit_bias=uniform"
         )
-    if any(name.startswith("lm_head.weights.") for name in new):
-        model.lm_head.weights.start_from(data.frequencies(model.config.vocab_size))
+    if any(name.endswith("log_std") for name in new):
+        model.start_posteriors(data.frequencies(model.config.vocab_size))
     return model, {}
+
+
+def training_batches(config: TrainConfig, file: TokenFile) -> Batches:
+    """The micro-batches of the training split, with teacher labels where the options name some."""
+    labels = None
+    if config.labels:
+        if config.label_mode == "set" and config.model.head.likelihood != "sigmoid":
+            raise UserError("label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1")
+        labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
+        labels.check(config.model.vocab_size)
+    return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
 
 
 def snapshot(config: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict:
@@ -240,6 +259,7 @@ def open_log(
         f"{out_dir}: {config.model.head.weights} x {config.model.head.likelihood} head, {n_all / 1e6:.2f} M parameters "
         f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if config.model.head.tie_head else ''}), "
         f"{tokens_per_step:,} tokens per step, {dtype} on {processes.world_size} x {processes.device.type}"
+        + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
         + (f", going on at step {first}" if first else "")
     )
     if read_meta(dataset_folder(config.dataset)) is None:

@@ -131,7 +131,8 @@ def resumed_config(saved: GPTConfig, wanted: GPTConfig, given: set[str]) -> GPTC
 
 def check_continuity(saved: dict, wanted: dict) -> None:
     """Refuse to resume a run with other data or another size of step: its micro-batches would not go on."""
-    for name in ("dataset", "seed", "batch_size", "gradient_accumulation_steps"):
+    same = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "labels", "label_mode", "label_weight")
+    for name in same:
         if saved[name] != wanted[name]:
             raise UserError(
                 f"the run to resume has {name} = {saved[name]!r}, this one {wanted[name]!r}; add --{name}={saved[name]}"

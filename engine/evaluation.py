@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -10,8 +10,9 @@ import torch
 from engine.distributed import Processes, seed_micro_batch
 from engine.tokens import TokenFile, gather
 
+MAX_SCALE = 1000.0  # of a posterior's width
 N_BINS = 15  # of the calibration error, equally wide (Guo et al. 2017)
-ROWS = 512  # positions whose (ROWS, V) log-probabilities exist at a time
+ROWS = {"cpu": 64}  # positions whose (ROWS, V) log-probabilities exist at a time: a CPU's cache is small
 
 
 def eval_batches(file: TokenFile, block_size: int, batch_size: int, n_batches: int) -> list[np.ndarray]:
@@ -22,14 +23,21 @@ def eval_batches(file: TokenFile, block_size: int, batch_size: int, n_batches: i
     return [starts[i : i + batch_size] for i in range(0, n, batch_size)]
 
 
-def whole_split(file: TokenFile, block_size: int, batch_size: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """x, y of consecutive blocks that cover the split, every target once; the last, shorter block comes alone."""
+def whole_split(
+    file: TokenFile, block_size: int, batch_size: int, limit: int = 0, labels=None
+) -> Iterable[tuple[torch.Tensor, ...]]:
+    """x, y of consecutive blocks that cover the split, every target once; the last, shorter block comes alone.
+
+    limit: only so many blocks, evenly spaced; 0: all. labels: an engine.labels.LabelFile of the split, whose targets
+    (B, T, K) and their weights then follow behind y.
+    """
     full, rest = divmod(len(file) - 1, block_size)
-    starts = np.arange(full) * block_size
-    for i in range(0, full, batch_size):
-        yield gather(file.ids, starts[i : i + batch_size], block_size)
-    if rest:
-        yield gather(file.ids, np.array([full * block_size]), rest)
+    n = min(limit or full, full)
+    starts = np.arange(n) * full // max(1, n) * block_size
+    pieces = [(starts[i : i + batch_size], block_size) for i in range(0, n, batch_size)]
+    for piece, length in pieces + ([(np.array([full * block_size]), rest)] if rest and not limit else []):
+        x, y = gather(file.ids, piece, length)
+        yield (x, y) if labels is None else (x, y, *labels.targets(y, piece))
 
 
 @torch.no_grad()
@@ -44,35 +52,38 @@ def mean_loss(
         x, y = (t.to(processes.device) for t in gather(file.ids, batches[i], model.config.block_size))
         seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
         with cast:
-            for hidden, targets in _rows(model.hidden(x), y):
+            for (hidden,), targets in _rows([model.hidden(x)], y):
                 log_probs = model.lm_head.log_probs(hidden)
                 nll = -log_probs.gather(-1, targets.unsqueeze(-1)).sum()
                 loss = model.lm_head.data_loss(hidden, targets) * len(targets)
                 totals += torch.tensor([nll.item(), loss.item(), len(targets)], dtype=torch.float64)
     model.train()
     nll, loss, n = processes.sum(totals.to(processes.device, _widest(processes.device))).tolist()
-    return {"val_nll": nll / n, "val_loss": loss / n + float(model.lm_head.kl_loss())}
+    return {"val_nll": nll / n, "val_loss": loss / n + float(model.kl_loss())}
 
 
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor, ...]],
     device: torch.device,
     cast: contextlib.AbstractContextManager | None = None,
     n_samples: int = 0,
 ) -> dict[str, float]:
     """nll, perplexity, accuracy, ece, brier, entropy over batches of (x, y), streamed; nats per token.
 
-    Where the head has them also mutual_information, log_sum_sigma, kl, kl_weight.
+    Of batches (x, y, ids, weights) with a set of labels for each token also recall_at_k and lrap (see set_scores).
+    Where the head has them also aleatoric, mutual_information, nll_desmoothed and its perplexity, log_sum_sigma, kl,
+    kl_weight.
     """
     model.eval()
     seed_micro_batch(0, 0)  # n_samples draws the same noise each time
     sums, bins = {}, torch.zeros(3, N_BINS, dtype=torch.float64)
-    for x, y in batches:
+    for x, *of_tokens in batches:
         with cast or contextlib.nullcontext():
-            for hidden, targets in _rows(model.hidden(x.to(device)), y.to(device)):
-                values, confidence, correct = _per_token(model.lm_head, hidden, targets, n_samples)
+            of_tokens = [t.to(device) for t in of_tokens]
+            for hiddens, targets, *labels in _rows(model.hiddens(x.to(device), n_samples), *of_tokens):
+                values, confidence, correct = _per_token(model, hiddens, targets, labels, n_samples)
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
                 sums["n_tokens"] = sums.get("n_tokens", 0) + len(targets)
@@ -81,41 +92,86 @@ def evaluate(
                     bins[row].index_add_(0, which, value.cpu().double())
     n_tokens = sums.pop("n_tokens")
     result = {name: value / n_tokens for name, value in sums.items()}
-    result["perplexity"] = math.exp(min(result["nll"], 700.0))
+    for name in [name for name in result if name.startswith("nll")]:
+        result[name.replace("nll", "perplexity")] = math.exp(min(result[name], 700.0))
     result["n_tokens"] = n_tokens
     result["ece"] = ((bins[1] - bins[2]).abs().sum() / n_tokens).item()
-    kl = float(model.lm_head.weights.kl())
+    kl = float(model.kl())
     return result | ({"kl": kl, "kl_weight": model.lm_head.config.kl_weight} if kl else {})
 
 
-def _per_token(head, hidden: torch.Tensor, targets: torch.Tensor, n_samples: int):
+def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels: list[torch.Tensor], n_samples: int):
     """What is averaged over tokens, (n,) each; and confidence and correctness of the likeliest token, for the ECE."""
-    log_probs = head.log_probs(hidden, n_samples)
-    probs = log_probs.exp()
-    of_target = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    head, hidden = model.lm_head, hiddens[0]
+    prediction = head.predict(hiddens, n_samples)
+    probs, index = prediction.log_probs.exp(), targets.unsqueeze(-1)
+    of_target = prediction.log_probs.gather(-1, index).squeeze(-1)
     confidence, guess = probs.max(-1)
     correct = (guess == targets).float()
     values = {
         "nll": -of_target,
         "accuracy": correct,
         "brier": probs.square().sum(-1) - 2 * of_target.exp() + 1,
-        "entropy": -(probs * log_probs).sum(-1),
+        "entropy": prediction.total,
     }
-    if head.weights.variance(hidden[:1]) is not None:
-        values["mutual_information"] = head.uncertainty(hidden)[1]
+    if model.bayes_layers():
+        values |= {"aleatoric": prediction.aleatoric, "mutual_information": prediction.epistemic}
+    if hasattr(head.likelihood, "desmoothed"):
+        plain = head.likelihood.desmoothed(prediction.log_probs)
+        values["nll_desmoothed"] = -plain.gather(-1, index).squeeze(-1)
     if hasattr(head.likelihood, "log_sum_sigma"):
         values["log_sum_sigma"] = head.likelihood.log_sum_sigma(head.logits(hidden))
+    if labels:
+        values |= set_scores(prediction.log_probs, *labels)
     return values, confidence, correct
 
 
-def unigram_nll(file: TokenFile, frequencies: torch.Tensor) -> float:
-    """nats per token of the split under the training text's frequencies (V,): what a model without context reaches."""
-    return -(file.counts(len(frequencies)) * frequencies.log()).sum().item() / len(file)
+def set_scores(scores: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How well scores (n, V) rank the members of a set above the rest; ids (n, K), members (n, K) above 0.
+
+    recall_at_k: the share of the set among the K best. lrap: label-ranking average precision, the mean over members of
+    the share of members among all that rank as high (scikit-learn's definition).
+    """
+    of_ids, is_member = scores.gather(-1, ids), members > 0
+    rank = torch.stack([(scores >= score.unsqueeze(-1)).sum(-1) for score in of_ids.unbind(-1)], -1)
+    among_members = ((of_ids.unsqueeze(-2) >= of_ids.unsqueeze(-1)) & is_member.unsqueeze(-2)).sum(-1)
+    size = is_member.sum(-1)
+    recall = (is_member & (rank <= ids.size(-1))).sum(-1) / size
+    return {"recall_at_k": recall, "lrap": (is_member * among_members / rank).sum(-1) / size}
 
 
-def _rows(hidden: torch.Tensor, targets: torch.Tensor):
-    """(B, T, C) and (B, T) -> pieces of (<= ROWS, C) and (<= ROWS,): logits of the whole batch never exist."""
-    return zip(hidden.flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True)
+def unigram_nll(counts: torch.Tensor, frequencies: torch.Tensor) -> float:
+    """nats per token of tokens that occur counts (V,) times, under the training text's frequencies (V,): what a model
+    without context reaches."""
+    return -(counts @ frequencies.log()).item() / counts.sum().item()
+
+
+def widest_posterior(model: torch.nn.Module, nll: Callable[[], float], tolerance: float) -> float:
+    """Scale the posterior's standard deviations by the largest factor with which nll() stays within the tolerance
+    (nats per token) of what it is now; returns the factor, to 5 %."""
+    limit, factor, step = nll() + tolerance, 1.0, 2.0
+    while step > 1.05:
+        scale_posterior(model, step)
+        if nll() <= limit and factor * step < MAX_SCALE:
+            factor *= step
+        else:
+            scale_posterior(model, 1 / step)
+            step = math.sqrt(step)
+    return factor
+
+
+@torch.no_grad()
+def scale_posterior(model: torch.nn.Module, factor: float) -> None:
+    """Multiply all standard deviations, in place."""
+    for layer in model.bayes_layers():
+        layer.log_std += math.log(factor)
+
+
+def _rows(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor):
+    """(B, T, C) each and (B, T, ...) each -> pieces of (<= n, C) and (<= n, ...): all logits together never exist."""
+    n = ROWS.get(hiddens[0].device.type, 1024)
+    pieces = zip(*(hidden.flatten(0, 1).split(n) for hidden in hiddens), strict=True)
+    return zip(pieces, *(t.flatten(0, 1).split(n) for t in of_tokens), strict=True)
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -71,7 +71,7 @@ def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
 def load_state(model: torch.nn.Module, state: dict) -> list[str]:
     """Load a state_dict whose head may be another and whose block_size may be longer.
 
-    Returns the parameters that stay as initialised, which only the head's own may (a bias, log_std).
+    Returns the parameters that stay as initialised, which only the head's own may (a bias) and posteriors' widths.
     """
     state = dict(state)
     positions = "transformer.wpe.weight"
@@ -90,7 +90,7 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
             "the checkpoint's head has a bias per token; add --logit_bias=unigram, or the bias would be lost"
         )
     missing, unexpected = model.load_state_dict(state, strict=False)
-    if odd := [name for name in [*missing, *unexpected] if not name.startswith("lm_head.")]:
+    if odd := [n for n in [*missing, *unexpected] if not (n.startswith("lm_head.") or n.endswith(".log_std"))]:
         raise UserError(f"the checkpoint does not fit this model: {odd[0]} ({len(odd)} such parameters)")
     return missing
 

@@ -152,17 +152,20 @@ class Batches:
 
     An epoch cuts the file into consecutive blocks from a random offset and visits each block once; offset and order
     depend on (seed, epoch) alone, so any process can produce any micro-batch, in any order, after any restart.
+    labels: an engine.labels.LabelFile of this file; what its targets() makes of y then takes y's place.
     """
 
-    def __init__(self, file: TokenFile, batch_size: int, block_size: int, seed: int):
+    def __init__(self, file: TokenFile, batch_size: int, block_size: int, seed: int, labels=None):
         self.ids, self.batch_size, self.block_size, self.seed = file.ids, batch_size, block_size, seed
+        self.labels = labels
         self.n_blocks = max(1, (len(self.ids) - 1) // block_size - 1)  # one block less, so that every offset fits
         self._epoch, self._starts = -1, None
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
         blocks = range(i * self.batch_size, (i + 1) * self.batch_size)
         starts = np.array([self._block_start(*divmod(block, self.n_blocks)) for block in blocks])
-        return gather(self.ids, starts, self.block_size)
+        x, y = gather(self.ids, starts, self.block_size)
+        return (x, y) if self.labels is None else (x, *self.labels.targets(y, starts))
 
     def _block_start(self, epoch: int, k: int) -> int:
         if epoch != self._epoch:

@@ -80,7 +80,7 @@ CASES = [
     ("sample.py", [*SAMPLE, "--top_p=0"], "top_p = 0.0 must lie in (0, 1]"),
     ("sample.py", [*SAMPLE, "--num_samples=0"], "num_samples = 0 must be at least 1"),
     ("sample.py", [*SAMPLE, "--dtype=half"], "is not one of"),
-    ("evaluate.py", [*EVALUATE, "--batch_size=0"], "batch_size must be at least 1"),
+    ("evaluate.py", [*EVALUATE, "--batch_size=0"], "batch_size = 0 must be at least 1"),
     # devices
     ("train.py", [*TRAIN, "--device=cuda:99"], "device = 'cuda:99' is not there: this machine has .*--device=auto"),
     ("train.py", [*TRAIN, "--device=tpu"], "device = 'tpu' is not a device; use auto, cpu, cuda"),

@@ -16,11 +16,11 @@ import torch
 
 from engine.checkpoint import load_model
 from engine.distributed import Processes
-from engine.evaluation import N_BINS, eval_batches, evaluate, mean_loss, whole_split
+from engine.evaluation import N_BINS, eval_batches, evaluate, mean_loss, set_scores, whole_split
 from engine.logger import read_records
 from engine.tokenizer import load_tokenizer
 from engine.tokens import TokenFile
-from heads import HeadConfig
+from heads import HeadConfig, Prediction, entropy
 from model import GPT, GPTConfig
 from tests.helpers import HEADS, ROOT, flags, run, write_bytes, write_nanogpt, write_words
 
@@ -134,13 +134,12 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.table = log_probs
         self.lm_head = torch.nn.Module()
-        self.lm_head.log_probs = lambda hidden, n_samples: hidden
-        self.lm_head.weights = torch.nn.Module()
-        self.lm_head.weights.variance, self.lm_head.weights.kl = lambda hidden: None, lambda: 0.0
+        self.lm_head.predict = lambda hiddens, n_samples: Prediction(hiddens[0], entropy(hiddens[0]), None)
         self.lm_head.likelihood = None
+        self.kl, self.bayes_layers = lambda: 0.0, list
 
-    def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        return self.table[x]
+    def hiddens(self, x: torch.Tensor, n_samples: int) -> list[torch.Tensor]:
+        return [self.table[x]]
 
 
 def oracle_scores(sharpness: float) -> dict[str, float]:
@@ -279,3 +278,21 @@ def test_a_model_with_more_ids_than_its_tokenizer_draws_only_those_of_the_tokeni
     model = tiny_gpt()
     idx = model.generate(torch.zeros(4, 1, dtype=torch.long), 50, n_ids=5)
     assert idx.max() < 5 <= model.generate(torch.zeros(4, 1, dtype=torch.long), 50).max()
+
+
+def test_set_scores_are_scikit_learns_average_precision_and_the_definition_of_recall():
+    metrics = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(0)
+    scores, V = torch.randn(40, 30).round(decimals=1), 30  # rounded: ties
+    ids = torch.stack([torch.randperm(V)[:5] for _ in range(40)])
+    ids[:10, 4] = ids[:10, 0]  # a repeated id counts once: its second column is no member
+    members = torch.ones(40, 5)
+    members[:10, 4], members[10:20, 2] = 0, 0
+    dense = torch.zeros(40, V).scatter_reduce(-1, ids, members, "amax")
+    found = set_scores(scores, ids, members)
+    expected = metrics.label_ranking_average_precision_score(dense.numpy(), scores.numpy())
+    assert found["lrap"].mean().item() == pytest.approx(expected, rel=1e-6)
+    distinct = torch.randn(40, V)  # without ties the K best are a set
+    best = torch.zeros(40, V).scatter(-1, distinct.topk(5).indices, 1.0)
+    recall = set_scores(distinct, ids, members)["recall_at_k"]
+    torch.testing.assert_close(recall, (best * dense).sum(-1) / dense.sum(-1))

@@ -83,4 +83,4 @@ def test_weighted_epistemic_uncertainty_is_that_of_the_same_predictions_unweight
     with torch.no_grad():
         weighted.bias += math.log(5) - (weighted.bias - plain.bias)
     torch.testing.assert_close(weighted.log_probs(x), plain.log_probs(x))
-    torch.testing.assert_close(weighted.uncertainty(x), plain.uncertainty(x))
+    torch.testing.assert_close(weighted.predict(x), plain.predict(x))

@@ -193,7 +193,7 @@ def test_a_unigram_start_predicts_the_unigram(weights, likelihood):
     head.start_from(frequencies)
     log_probs = head.log_probs(torch.zeros(C))
     torch.testing.assert_close(log_probs.exp(), frequencies, rtol=1e-5, atol=0)
-    total, epistemic = head.uncertainty(torch.zeros(C))
+    total, epistemic = head.predict(torch.zeros(C))[1:]
     assert total.item() == pytest.approx(-(frequencies * frequencies.log()).sum().item(), rel=1e-5)
     assert epistemic.item() == 0
 
@@ -301,7 +301,7 @@ def test_epistemic_uncertainty_is_the_mutual_information_of_token_and_weights(we
         log_probs = head.likelihood.log_probs(draws(head, 10_000) @ x[0] + bias).double()
         mean = log_probs.exp().mean(0)
         sampled = -(mean * mean.log()).sum() + (log_probs.exp() * log_probs).sum(-1).mean()
-        total, epistemic = head.uncertainty(x)
+        _, total, epistemic = head.predict(x)
         predicted = head.log_probs(x)
     assert epistemic.item() == pytest.approx(sampled.item(), rel=0.04)
     assert total.item() == pytest.approx(torch.distributions.Categorical(logits=predicted).entropy().item(), rel=1e-5)
@@ -310,8 +310,8 @@ def test_epistemic_uncertainty_is_the_mutual_information_of_token_and_weights(we
 @every_likelihood
 def test_point_weights_know_no_epistemic_uncertainty_and_need_no_samples(likelihood):
     head, x = tiny_head("point", likelihood), batch(2, 3)[0]
-    assert head.uncertainty(x)[1].tolist() == torch.zeros(2, 3).tolist()
-    assert torch.equal(head.log_probs(x, 7), head.log_probs(x)) and head.kl_loss().item() == 0
+    assert head.predict(x).epistemic.tolist() == torch.zeros(2, 3).tolist()
+    assert torch.equal(head.log_probs(x, 7), head.log_probs(x)) and head.weights.kl() == 0
 
 
 @every_head

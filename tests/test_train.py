@@ -36,7 +36,7 @@ def test_every_head_learns_more_than_token_frequencies(data, tmp_path, weights, 
     run(data, tmp_path, weights=weights, likelihood=likelihood)
     before, after = records(tmp_path, "val_nll")
     val, train = TokenFile(data, "val"), TokenFile(data, "train")
-    unigram = unigram_nll(val, train.frequencies(train.vocab_size))
+    unigram = unigram_nll(val.counts(train.vocab_size), train.frequencies(train.vocab_size))
     assert after["val_nll"] < 0.75 * unigram < before["val_nll"]
     assert after["val_loss"] < before["val_loss"]
 

@@ -1,0 +1,172 @@
+"""What a logit means: likelihoods over logits (..., V), each with its loss, its prediction and what they depend on.
+
+A likelihood has no parameters; its options are those of heads.HeadConfig. Losses are nats per token: summed over the
+vocabulary, averaged over positions.
+"""
+
+import math
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from engine.errors import UserError
+from weights import Shift
+
+if TYPE_CHECKING:
+    from heads import HeadConfig
+
+KEPT_OF_FLOOR = 0.1  # see SmoothCategorical.desmoothed
+
+
+class Categorical:
+    """Softmax: loss = logsumexp(z) - z_y, in nats per token."""
+
+    default_bias = "none"
+    epsilon = 0.0  # probability that the target spreads evenly over all V tokens
+
+    def __init__(self, config: "HeadConfig", vocab_size: int):
+        pass
+
+    def loss(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        shift: Shift | None,
+        label_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """logits (..., V), targets (...) or (..., K) with label_weights (..., K) of sum 1 -> scalar mean.
+
+        shift: the logits stand above their mean by half their variance. Kept in the normaliser and taken off the
+        targets, that makes the loss Jensen's upper bound of its expectation over Gaussian logits.
+        """
+        logits, epsilon = logits.float(), self.epsilon
+        if label_weights is None:
+            loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=epsilon)
+            if shift is not None:
+                of_target = shift.of(targets.unsqueeze(-1)).squeeze(-1)
+                loss = loss + ((1 - epsilon) * of_target + epsilon * shift.mean()).mean()
+            return loss
+        of_labels = (label_weights * mean_logits(logits, targets, shift)).sum(-1)
+        of_all = logits.mean(-1) - (0.0 if shift is None else shift.mean()) if epsilon else 0.0
+        return (logits.logsumexp(-1) - (1 - epsilon) * of_labels - epsilon * of_all).mean()
+
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (..., V) -> log p (..., V), normalised, in fp32."""
+        return F.log_softmax(logits.float(), dim=-1)
+
+    def average(self, logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """Gaussian logits, mean and variance (..., V) -> log E[p] (..., V), fp32, without sampling.
+
+        p_v = sigmoid(z_v - ln R_v), R_v the sum of the other tokens' exp(z): so many terms that it hardly varies, and
+        its expectation takes its place. What is left is an integral over one logit.
+        """
+        own = logits.float() + variance / 2  # ln E[exp(z_v)]
+        log_all = own.logsumexp(-1, keepdim=True)
+        log_others = log_all + torch.log1p(-torch.exp((own - log_all).clamp(max=-1e-6)))
+        return F.log_softmax(expected_log_sigmoid(logits.float() - log_others, variance.sqrt()), dim=-1)
+
+    def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
+        """The logits that predict these frequencies (V,)."""
+        return frequencies.log()
+
+    def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        """E_y[(d log p_y / d z_v)^2], (..., V): how much the prediction depends on each logit."""
+        return probs * (1 - probs)
+
+
+class SmoothCategorical(Categorical):
+    """Softmax trained on 1 - label_smoothing for the true token and label_smoothing / (V - 1) for each other one.
+
+    PyTorch spreads its label_smoothing over all V tokens, the true one too, hence the factor V / (V - 1).
+    """
+
+    def __init__(self, config: "HeadConfig", vocab_size: int):
+        self.epsilon = config.label_smoothing * vocab_size / (vocab_size - 1)
+        if self.epsilon > 1:
+            raise UserError(f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one")
+        self.floor = config.label_smoothing / (vocab_size - 1)
+
+    def desmoothed(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """log q (..., V) -> log p of the p that is smoothed to q = (1 - eps) p + eps (1 - p) / (V - 1).
+
+        Where q comes near or below the floor eps / (V - 1) that smoothing gives to all, p keeps a share of it: a
+        probability of 0 would make the perplexity infinite.
+        """
+        above = log_probs.exp() - self.floor
+        return F.normalize(above.clamp(min=KEPT_OF_FLOOR * self.floor), p=1, dim=-1).log()
+
+
+class Sigmoid:
+    """A Bernoulli per token: loss = sum_v softplus(z_v) - z_y, summed over the vocabulary (a mean would starve Adam).
+
+    The loss is a proper score: at the optimum sigmoid(z_v) = p(v | x), and the V of them sum to 1 by themselves.
+    """
+
+    default_bias = "unigram"  # without it, training first spends its steps on pushing V logits down
+
+    def __init__(self, config: "HeadConfig", vocab_size: int):
+        self.pos_weight, self.sum_penalty = config.pos_weight, config.sum_penalty
+
+    def loss(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        shift: Shift | None,
+        label_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """logits (..., V), targets (...) or (..., K) -> scalar mean. shift: as in Categorical.loss.
+
+        label_weights (..., K), each in [0, 1]: of sum 1, or 1 for each member of a set. pos_weight w multiplies a
+        label's softplus(-z), and so the odds at the optimum by w.
+        """
+        logits = logits.float()
+        targets = targets if label_weights is not None else targets.unsqueeze(-1)
+        labels = 1.0 if label_weights is None else label_weights
+        of_labels = mean_logits(logits, targets, shift)
+        loss = (F.softplus(logits).sum(-1) - (labels * of_labels).sum(-1)).mean()
+        if self.pos_weight != 1:
+            raised = -of_labels if shift is None else shift.of(targets) - of_labels
+            loss = loss + (self.pos_weight - 1) * (labels * F.softplus(raised)).sum(-1).mean()
+        if self.sum_penalty:
+            means = logits if shift is None else logits - shift.dense()
+            loss = loss + self.sum_penalty * (torch.sigmoid(means).sum(-1) - 1).square().mean()
+        return loss
+
+    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (..., V) -> log p (..., V), fp32: the sigmoids, normalised (a softmax would normalise their odds)."""
+        return F.log_softmax(F.logsigmoid(self._unweighted(logits)), dim=-1)
+
+    def average(self, logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """As Categorical.average: each sigmoid's expectation, normalised."""
+        return F.log_softmax(expected_log_sigmoid(self._unweighted(logits), variance.sqrt()), dim=-1)
+
+    def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
+        return torch.logit(frequencies) + math.log(self.pos_weight)
+
+    def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        return probs * (1 - probs) * torch.sigmoid(-self._unweighted(logits)).square()
+
+    def log_sum_sigma(self, logits: torch.Tensor) -> torch.Tensor:
+        """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""
+        return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
+
+    def _unweighted(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float() - math.log(self.pos_weight)
+
+
+def mean_logits(logits: torch.Tensor, targets: torch.Tensor, shift: Shift | None) -> torch.Tensor:
+    """logits (..., V), which stand above their mean by shift, targets (..., K) -> the mean of the targets' (..., K).
+
+    (Gather from the shifted logits and take the shift off behind: torch.compile 2.13 gives wrong gradients for a
+    normaliser and a target that come from different tensors.)
+    """
+    of_targets = logits.gather(-1, targets)
+    return of_targets if shift is None else of_targets - shift.of(targets)
+
+
+def expected_log_sigmoid(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """ln E[sigmoid(z)] for z ~ N(mean, std^2), by Gauss-Hermite quadrature with three nodes."""
+    nodes = ((0.0, 2 / 3), (math.sqrt(3), 1 / 6), (-math.sqrt(3), 1 / 6))
+    return reduce(torch.logaddexp, (F.logsigmoid(mean + node * std) + math.log(share) for node, share in nodes))

@@ -1,0 +1,224 @@
+"""What the weights of a layer are: a matrix, or a Gaussian over matrices with its prior, KL and noise.
+
+PointLinear and BayesLinear are the output weights of a head (heads.py); BayesLayer is a hidden layer with the same
+posterior (model.py, bayes_mlp). Options: the Bayesian ones of heads.HeadConfig. Shapes: x (..., C), weight (V, C).
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from heads import HeadConfig
+
+
+class Shift(NamedTuple):
+    """How far logits lie above their mean, x . weight_v, kept as its factors: no (..., V) tensor of it exists."""
+
+    x: torch.Tensor  # (..., K)
+    weight: torch.Tensor  # (V, K)
+
+    def of(self, targets: torch.Tensor) -> torch.Tensor:
+        """targets (..., K) -> the shift of their logits (..., K)."""
+        return (self.x.unsqueeze(-2) * self.weight[targets]).sum(-1)
+
+    def mean(self) -> torch.Tensor:
+        """Averaged over all V, (...)."""
+        return self.x @ self.weight.mean(0)
+
+    def dense(self) -> torch.Tensor:
+        """Of all logits, (..., V)."""
+        return F.linear(self.x, self.weight)
+
+
+def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., C), weight (V, C) -> (..., V).
+
+    On CUDA V is padded to a multiple of 64, which the tensor cores want, and the padding cut off again: no padded row
+    ever gets probability, and no other code knows of them.
+    """
+    vocab_size, padding = len(weight), -len(weight) % 64
+    if not (x.is_cuda and padding):
+        return F.linear(x, weight)
+    return F.linear(x, F.pad(weight, (0, 0, 0, padding)))[..., :vocab_size]
+
+
+class PointLinear(nn.Module):
+    """One weight matrix (V, C); also the interface of all output weights."""
+
+    def __init__(self, config: "HeadConfig", vocab_size: int, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=0.02))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> (..., V), the mean of the logits."""
+        return padded_linear(x, self.weight)
+
+    def variance(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
+        return None
+
+    def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """x (..., C), shares (..., V) -> sum_v shares_v variance_v, (...); 0 for a point."""
+        return torch.zeros(x.shape[:-1], device=x.device)
+
+    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
+        """x (..., C) -> the logits (..., V) to take the loss of, and how far they are shifted from their mean."""
+        return self.logits(x), None
+
+    def kl(self) -> torch.Tensor | float:
+        """KL(posterior || prior) in nats, of all weights together."""
+        return 0.0
+
+    def start_from(self, frequencies: torch.Tensor) -> None:
+        """Initialise what depends on how often each output is asked for, frequencies (V,), at most 1."""
+
+
+class BayesLinear(PointLinear):
+    """A factorised Gaussian posterior N(weight, std^2) under a prior N(prior_mean, prior_std^2) (Blundell et al. 2015).
+
+    Since the head is linear, the logits of a position are independent Gaussians: logit v has mean x . weight_v and
+    variance sum_c std_vc^2 x_c^2. log_std is (V, C) for a full posterior, (V, 1) where a token's weights share theirs.
+    """
+
+    def __init__(self, config: "HeadConfig", vocab_size: int, n_embd: int):
+        super().__init__(config, vocab_size, n_embd)
+        if config.n_data < 1:
+            raise UserError("Bayesian weights need n_data, the number of training tokens")
+        self.config = config
+        self.log_std = nn.Parameter(torch.empty(vocab_size, 1 if config.posterior == "row" else n_embd))
+        self.start_from(torch.full((vocab_size,), 1 / vocab_size))
+
+    def variance(self, x: torch.Tensor) -> torch.Tensor:
+        squares, variances = self._factors(x)
+        return squares * variances.squeeze(1) if variances.size(1) == 1 else F.linear(squares, variances)
+
+    def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        squares, variances = self._factors(x)
+        return (squares * (shares @ variances)).sum(-1)
+
+    def noise(self, x: torch.Tensor) -> torch.Tensor:
+        """A draw of the logits' deviation from their mean, (..., V).
+
+        sample: from one draw of the whole matrix (Bayes by Backprop); as a sum, since bf16 weights would swallow the
+        noise. Else a draw for each logit (local reparameterisation, Kingma et al. 2015).
+        """
+        if self.config.estimator == "sample":
+            return F.linear(x, torch.exp(self.log_std) * torch.randn_like(self.weight))
+        return self.variance(x).sqrt() * torch.randn(*x.shape[:-1], len(self.weight), device=x.device)
+
+    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
+        """bound: no noise, logits shifted by half their variance. local and sample: noisy logits."""
+        if self.config.estimator != "bound":
+            return self.logits(x) + self.noise(x), None
+        squares, variances = self._factors(x)
+        shift = Shift(squares / 2, variances)
+        # further columns of one product cost less than a (..., V) tensor of shifts
+        return padded_linear(torch.cat([x, shift.x], -1), torch.cat([self.weight, shift.weight], 1)), shift
+
+    def second_moment(self) -> torch.Tensor:
+        """E_q[(w - prior_mean)^2], averaged over all weights."""
+        return (self.weight - self.config.prior_mean).square().mean() + torch.exp(2 * self.log_std).mean()
+
+    def kl(self) -> torch.Tensor:
+        """1/2 sum [E_q[(w - prior_mean)^2] / prior_variance - 1 - ln(std^2 / prior_variance)], a scalar in nats.
+
+        An empirical prior has the variance that minimises this, the second moment itself.
+        """
+        second_moment, n = self.second_moment(), self.weight.numel()
+        log_variance = 2 * self.log_std.mean()
+        if self.config.prior_std == "empirical":
+            return 0.5 * n * (second_moment.log() - log_variance)
+        prior_variance = self.config.prior_std**2
+        return 0.5 * n * (second_moment / prior_variance - 1 - log_variance + math.log(prior_variance))
+
+    @torch.no_grad()
+    def start_from(self, frequencies: torch.Tensor) -> None:
+        """Laplace's guess at std^2, 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight), where E|x_c|^2 = 1 behind
+        the last norm: tokens that the data determines start narrow, rare ones near the prior."""
+        empirical = self.config.prior_std == "empirical"
+        squares = (self.weight - self.config.prior_mean).square()
+        prior_variance = squares.mean() if empirical else self.config.prior_std**2
+        data_precision = self.config.n_data * frequencies / max(self.config.kl_weight, 1e-6)
+        precision = 1 / prior_variance + data_precision.to(self.log_std)
+        self.log_std.copy_(-0.5 * precision.log().unsqueeze(1).expand_as(self.log_std))
+
+    def to_torchbnn(self) -> dict[str, torch.Tensor]:
+        """The state_dict of the torchbnn.BayesLinear(..., bias=False) with this posterior."""
+        return {"weight_mu": self.weight.detach(), "weight_log_sigma": self.log_std.detach().expand_as(self.weight)}
+
+    @torch.no_grad()
+    def from_torchbnn(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over the posterior in a torchbnn.BayesLinear's state_dict; needs posterior = full, and no bias there."""
+        if odd := state.keys() ^ {"weight_mu", "weight_log_sigma"}:
+            raise UserError(f"{', '.join(sorted(odd))}: ours is a torchbnn.BayesLinear(..., bias=False), unfrozen")
+        for ours, theirs in ((self.weight, state["weight_mu"]), (self.log_std, state["weight_log_sigma"])):
+            if ours.shape != theirs.shape:
+                raise UserError(f"torchbnn has a shape of {tuple(theirs.shape)}, posterior = full {tuple(ours.shape)}")
+            ours.copy_(theirs)
+
+    def _factors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squares of x (..., K) and variances (V, K), fp32, whose product is the variance of the logits.
+
+        K = C, or 1 where the weights of a token share a std: then the mean square, since the sum overflows float16.
+        """
+        squares, variances, n_embd = x.float().square(), torch.exp(2 * self.log_std), self.weight.size(1)
+        return (
+            (squares, variances) if self.log_std.size(1) > 1 else (squares.mean(-1, keepdim=True), n_embd * variances)
+        )
+
+
+class TorchBNNLinear(BayesLinear):
+    """torchbnn's own layer, to compare with: a draw of the whole matrix for each loss, and its own KL.
+
+    The parameters are ours (those of a full posterior); the library's layer works on them.
+    """
+
+    def __init__(self, config: "HeadConfig", vocab_size: int, n_embd: int):
+        import torchbnn
+
+        if config.prior_std == "empirical":
+            raise UserError('posterior = torchbnn needs a prior_std that is a number; "empirical" is ours')
+        super().__init__(config, vocab_size, n_embd)
+        layer = torchbnn.BayesLinear(config.prior_mean, config.prior_std, n_embd, vocab_size, bias=False)
+        object.__setattr__(self, "_layer", layer)  # not a submodule: its parameters would be a second pair
+
+    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
+        parameters = {"weight_mu": self.weight, "weight_log_sigma": self.log_std}
+        return torch.func.functional_call(self._layer, parameters, (x,)), None
+
+    def kl(self) -> torch.Tensor:
+        from torchbnn.functional import _kl_loss  # what bayesian_kl_loss(reduction="sum") adds up
+
+        return _kl_loss(self.weight, self.log_std, self._layer.prior_mu, self._layer.prior_log_sigma)
+
+
+def bayes_linear(config: "HeadConfig", vocab_size: int, n_embd: int) -> BayesLinear:
+    """Bayesian output weights with the posterior that the options name."""
+    return (TorchBNNLinear if config.posterior == "torchbnn" else BayesLinear)(config, vocab_size, n_embd)
+
+
+class BayesLayer(BayesLinear):
+    """A hidden linear layer with the same posterior: noisy in training and while `sampling`, else its mean weights.
+
+    The bound needs a linear path to the loss, which a hidden layer has not: with estimator = bound it draws as local.
+    """
+
+    def __init__(self, config: "HeadConfig", n_in: int, n_out: int, bias: bool):
+        super().__init__(config, n_out, n_in)
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
+        self.sampling = False
+        self.start()
+
+    def start(self) -> None:
+        """Start the posterior: every token uses every output."""
+        self.start_from(torch.ones(len(self.weight)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = F.linear(x, self.weight, self.bias)
+        return mean + self.noise(x).to(mean.dtype) if self.training or self.sampling else mean
