@@ -102,6 +102,8 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
     model = load_model(source, device)
     if config.std_tolerance and not model.bayes_layers():
         raise UserError(f"{source} has no posterior to scale; leave --std_tolerance out")
+    if model.config.bayes_mlp and (config.n_samples < 0 or (config.std_tolerance and config.n_samples == 0)):
+        raise UserError(f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say")
     dataset = config.dataset or trained_on(source)
     if dataset is None:
         raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
@@ -129,7 +131,8 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
         nll = partial(scores, val, SCALE_BLOCKS, n_samples, f"{source}: width")
         factor = widest_posterior(model, lambda: nll()["nll"], config.std_tolerance)
         about = {"std_factor": factor, "std_tolerance": config.std_tolerance, "n_samples": n_samples}
-        result["scaled"] = about | scores(file, config.limit, n_samples, f"{source}: scaled")
+        result["scaled"] = scaled = about | scores(file, config.limit, n_samples, f"{source}: scaled")
+        scaled["bits_per_byte"] = result["bits_per_byte"] * scaled["nll"] / result["nll"]
     return result
 
 

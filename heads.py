@@ -21,7 +21,7 @@ import torch.nn as nn
 
 from engine.errors import UserError
 from likelihoods import Categorical, Sigmoid, SmoothCategorical
-from weights import PointLinear, bayes_linear
+from weights import BayesLinear, PointLinear, bayes_linear
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ class Head(nn.Module):
         """log_probs(x, n_samples) with its uncertainty.
 
         With draws, epistemic is the mutual information of the next token and the weights, H[mean p] - mean H[p].
-        Without, it is that to second order: 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2]; for point weights 0.
+        Without, it is that to second order, 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2], of the output weights alone:
+        good while the logits' standard deviations stay below 1. For point weights it is 0.
         """
         xs = [x] if isinstance(x, torch.Tensor) else x
         if n_samples > 0:
@@ -160,9 +161,12 @@ class Head(nn.Module):
             total = entropy(log_probs)
             return Prediction(log_probs, total, total - aleatoric)
         log_probs, logits = self._without_draws(xs[0], n_samples)
+        total = entropy(log_probs)
+        if not isinstance(self.weights, BayesLinear):
+            return Prediction(log_probs, total, torch.zeros_like(total))
         probs = log_probs.exp() if n_samples == 0 else self.likelihood.log_probs(logits).exp()
-        epistemic = self.weights.weighted_variance(xs[0], self.likelihood.fisher_diagonal(logits, probs)) / 2
-        return Prediction(log_probs, entropy(log_probs), epistemic)
+        fisher = self.likelihood.fisher_diagonal(logits, probs)
+        return Prediction(log_probs, total, self.weights.weighted_variance(xs[0], fisher) / 2)
 
     def _without_draws(self, x: torch.Tensor, n_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction of the mean weights (0) or the sampling-free average (-1), and the logits' mean (..., V)."""
@@ -193,4 +197,4 @@ def average(draws: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     """log_probs (..., V) -> (...), nats; a token of probability 0 adds nothing."""
-    return -(log_probs.exp() * log_probs.clamp(min=-200)).sum(-1)
+    return torch.special.entr(log_probs.exp()).sum(-1)

@@ -9,6 +9,7 @@ from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from engine.errors import UserError
@@ -29,13 +30,7 @@ class Categorical:
     def __init__(self, config: "HeadConfig", vocab_size: int):
         pass
 
-    def loss(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        shift: Shift | None,
-        label_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, shift: Shift | None, label_weights: Tensor | None = None) -> Tensor:
         """logits (..., V), targets (...) or (..., K) with label_weights (..., K) of sum 1 -> scalar mean.
 
         shift: the logits stand above their mean by half their variance. Kept in the normaliser and taken off the
@@ -52,26 +47,27 @@ class Categorical:
         of_all = logits.mean(-1) - (0.0 if shift is None else shift.mean()) if epsilon else 0.0
         return (logits.logsumexp(-1) - (1 - epsilon) * of_labels - epsilon * of_all).mean()
 
-    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+    def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log p (..., V), normalised, in fp32."""
         return F.log_softmax(logits.float(), dim=-1)
 
-    def average(self, logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """Gaussian logits, mean and variance (..., V) -> log E[p] (..., V), fp32, without sampling.
 
         p_v = sigmoid(z_v - ln R_v), R_v the sum of the other tokens' exp(z): so many terms that it hardly varies, and
-        its expectation takes its place. What is left is an integral over one logit.
+        its expectation takes its place. What is left is an integral over one logit. Good while the standard deviations
+        stay below 1; far above, single terms rule R_v, and only draws tell.
         """
         own = logits.float() + variance / 2  # ln E[exp(z_v)]
         log_all = own.logsumexp(-1, keepdim=True)
         log_others = log_all + torch.log1p(-torch.exp((own - log_all).clamp(max=-1e-6)))
         return F.log_softmax(expected_log_sigmoid(logits.float() - log_others, variance.sqrt()), dim=-1)
 
-    def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
+    def base_rate_logits(self, frequencies: Tensor) -> Tensor:
         """The logits that predict these frequencies (V,)."""
         return frequencies.log()
 
-    def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
         """E_y[(d log p_y / d z_v)^2], (..., V): how much the prediction depends on each logit."""
         return probs * (1 - probs)
 
@@ -88,7 +84,7 @@ class SmoothCategorical(Categorical):
             raise UserError(f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one")
         self.floor = config.label_smoothing / (vocab_size - 1)
 
-    def desmoothed(self, log_probs: torch.Tensor) -> torch.Tensor:
+    def desmoothed(self, log_probs: Tensor) -> Tensor:
         """log q (..., V) -> log p of the p that is smoothed to q = (1 - eps) p + eps (1 - p) / (V - 1).
 
         Where q comes near or below the floor eps / (V - 1) that smoothing gives to all, p keeps a share of it: a
@@ -109,13 +105,7 @@ class Sigmoid:
     def __init__(self, config: "HeadConfig", vocab_size: int):
         self.pos_weight, self.sum_penalty = config.pos_weight, config.sum_penalty
 
-    def loss(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        shift: Shift | None,
-        label_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, shift: Shift | None, label_weights: Tensor | None = None) -> Tensor:
         """logits (..., V), targets (...) or (..., K) -> scalar mean. shift: as in Categorical.loss.
 
         label_weights (..., K), each in [0, 1]: of sum 1, or 1 for each member of a set. pos_weight w multiplies a
@@ -127,36 +117,36 @@ class Sigmoid:
         of_labels = mean_logits(logits, targets, shift)
         loss = (F.softplus(logits).sum(-1) - (labels * of_labels).sum(-1)).mean()
         if self.pos_weight != 1:
-            raised = -of_labels if shift is None else shift.of(targets) - of_labels
-            loss = loss + (self.pos_weight - 1) * (labels * F.softplus(raised)).sum(-1).mean()
+            of_misses = F.softplus(logits.gather(-1, targets)) - of_labels  # softplus(-z), or its bound
+            loss = loss + (self.pos_weight - 1) * (labels * of_misses).sum(-1).mean()
         if self.sum_penalty:
             means = logits if shift is None else logits - shift.dense()
-            loss = loss + self.sum_penalty * (torch.sigmoid(means).sum(-1) - 1).square().mean()
+            loss = loss + self.sum_penalty * (torch.sigmoid(self._unweighted(means)).sum(-1) - 1).square().mean()
         return loss
 
-    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+    def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log p (..., V), fp32: the sigmoids, normalised (a softmax would normalise their odds)."""
         return F.log_softmax(F.logsigmoid(self._unweighted(logits)), dim=-1)
 
-    def average(self, logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """As Categorical.average: each sigmoid's expectation, normalised."""
         return F.log_softmax(expected_log_sigmoid(self._unweighted(logits), variance.sqrt()), dim=-1)
 
-    def base_rate_logits(self, frequencies: torch.Tensor) -> torch.Tensor:
+    def base_rate_logits(self, frequencies: Tensor) -> Tensor:
         return torch.logit(frequencies) + math.log(self.pos_weight)
 
-    def fisher_diagonal(self, logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
         return probs * (1 - probs) * torch.sigmoid(-self._unweighted(logits)).square()
 
-    def log_sum_sigma(self, logits: torch.Tensor) -> torch.Tensor:
+    def log_sum_sigma(self, logits: Tensor) -> Tensor:
         """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""
         return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
 
-    def _unweighted(self, logits: torch.Tensor) -> torch.Tensor:
+    def _unweighted(self, logits: Tensor) -> Tensor:
         return logits.float() - math.log(self.pos_weight)
 
 
-def mean_logits(logits: torch.Tensor, targets: torch.Tensor, shift: Shift | None) -> torch.Tensor:
+def mean_logits(logits: Tensor, targets: Tensor, shift: Shift | None) -> Tensor:
     """logits (..., V), which stand above their mean by shift, targets (..., K) -> the mean of the targets' (..., K).
 
     (Gather from the shifted logits and take the shift off behind: torch.compile 2.13 gives wrong gradients for a
@@ -166,7 +156,7 @@ def mean_logits(logits: torch.Tensor, targets: torch.Tensor, shift: Shift | None
     return of_targets if shift is None else of_targets - shift.of(targets)
 
 
-def expected_log_sigmoid(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def expected_log_sigmoid(mean: Tensor, std: Tensor) -> Tensor:
     """ln E[sigmoid(z)] for z ~ N(mean, std^2), by Gauss-Hermite quadrature with three nodes."""
     nodes = ((0.0, 2 / 3), (math.sqrt(3), 1 / 6), (-math.sqrt(3), 1 / 6))
     return reduce(torch.logaddexp, (F.logsigmoid(mean + node * std) + math.log(share) for node, share in nodes))

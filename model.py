@@ -6,7 +6,7 @@ parameters. What happens to the final hidden states is the head's business (head
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -144,6 +144,7 @@ class GPT(nn.Module):
         self.lm_head = Head(config.head, config.vocab_size, config.n_embd)
         if config.head.tie_head:
             self.lm_head.weights.weight = self.transformer.wte.weight
+        self.start_posteriors(torch.full((config.vocab_size,), 1 / config.vocab_size))
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -209,12 +210,13 @@ class GPT(nn.Module):
             for layer in layers:
                 layer.sampling = False
 
-    def start_posteriors(self, frequencies: torch.Tensor) -> None:
-        """Start the posteriors' widths anew for the weights that are there; frequencies (V,) of the training text."""
-        self.lm_head.weights.start_from(frequencies)
-        for layer in self.bayes_layers():
-            if isinstance(layer, BayesLayer):
-                layer.start()
+    def start_posteriors(self, frequencies: torch.Tensor, only: Collection[str] | None = None) -> None:
+        """Start the posteriors' widths anew for the weights that are there: all, or those of the parameters `only`.
+
+        frequencies: (V,), of the training text."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, BayesLinear) and (only is None or f"{name}.log_std" in only):
+                layer.start_from(torch.ones(len(layer.weight)) if isinstance(layer, BayesLayer) else frequencies)
 
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:

@@ -213,8 +213,8 @@ def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[
         raise UserError(
             "the weights to start from have no bias, and know frequencies already: give --logit_bias=uniform"
         )
-    if any(name.endswith("log_std") for name in new):
-        model.start_posteriors(data.frequencies(model.config.vocab_size))
+    if any(name.endswith(".log_std") for name in new):
+        model.start_posteriors(data.frequencies(model.config.vocab_size), only=new)
     return model, {}
 
 

@@ -63,10 +63,6 @@ class PointLinear(nn.Module):
         """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
         return None
 
-    def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """x (..., C), shares (..., V) -> sum_v shares_v variance_v, (...); 0 for a point."""
-        return torch.zeros(x.shape[:-1], device=x.device)
-
     def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
         """x (..., C) -> the logits (..., V) to take the loss of, and how far they are shifted from their mean."""
         return self.logits(x), None
@@ -99,23 +95,25 @@ class BayesLinear(PointLinear):
         return squares * variances.squeeze(1) if variances.size(1) == 1 else F.linear(squares, variances)
 
     def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """x (..., C), shares (..., V) -> sum_v shares_v variance_v, (...)."""
         squares, variances = self._factors(x)
         return (squares * (shares @ variances)).sum(-1)
 
-    def noise(self, x: torch.Tensor) -> torch.Tensor:
+    def noise(self, x: torch.Tensor, whole: bool) -> torch.Tensor:
         """A draw of the logits' deviation from their mean, (..., V).
 
-        sample: from one draw of the whole matrix (Bayes by Backprop); as a sum, since bf16 weights would swallow the
+        whole: from one draw of the whole matrix (Bayes by Backprop); as a sum, since bf16 weights would swallow the
         noise. Else a draw for each logit (local reparameterisation, Kingma et al. 2015).
         """
-        if self.config.estimator == "sample":
+        if whole:
             return F.linear(x, torch.exp(self.log_std) * torch.randn_like(self.weight))
-        return self.variance(x).sqrt() * torch.randn(*x.shape[:-1], len(self.weight), device=x.device)
+        std = self.variance(x).clamp(min=1e-20).sqrt()  # the root of 0 has no gradient
+        return std * torch.randn(*x.shape[:-1], len(self.weight), device=x.device)
 
     def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
         """bound: no noise, logits shifted by half their variance. local and sample: noisy logits."""
         if self.config.estimator != "bound":
-            return self.logits(x) + self.noise(x), None
+            return self.logits(x) + self.noise(x, whole=self.config.estimator == "sample"), None
         squares, variances = self._factors(x)
         shift = Shift(squares / 2, variances)
         # further columns of one product cost less than a (..., V) tensor of shifts
@@ -140,7 +138,8 @@ class BayesLinear(PointLinear):
     @torch.no_grad()
     def start_from(self, frequencies: torch.Tensor) -> None:
         """Laplace's guess at std^2, 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight), where E|x_c|^2 = 1 behind
-        the last norm: tokens that the data determines start narrow, rare ones near the prior."""
+        the last norm: tokens that the data determines start narrow, rare ones near the prior. (Every token uses every
+        output of a hidden layer: f = 1.)"""
         empirical = self.config.prior_std == "empirical"
         squares = (self.weight - self.config.prior_mean).square()
         prior_variance = squares.mean() if empirical else self.config.prior_std**2
@@ -157,9 +156,11 @@ class BayesLinear(PointLinear):
         """Take over the posterior in a torchbnn.BayesLinear's state_dict; needs posterior = full, and no bias there."""
         if odd := state.keys() ^ {"weight_mu", "weight_log_sigma"}:
             raise UserError(f"{', '.join(sorted(odd))}: ours is a torchbnn.BayesLinear(..., bias=False), unfrozen")
-        for ours, theirs in ((self.weight, state["weight_mu"]), (self.log_std, state["weight_log_sigma"])):
+        pairs = [(self.weight, state["weight_mu"]), (self.log_std, state["weight_log_sigma"])]
+        for ours, theirs in pairs:
             if ours.shape != theirs.shape:
                 raise UserError(f"torchbnn has a shape of {tuple(theirs.shape)}, posterior = full {tuple(ours.shape)}")
+        for ours, theirs in pairs:
             ours.copy_(theirs)
 
     def _factors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,18 +208,17 @@ class BayesLayer(BayesLinear):
     """A hidden linear layer with the same posterior: noisy in training and while `sampling`, else its mean weights.
 
     The bound needs a linear path to the loss, which a hidden layer has not: with estimator = bound it draws as local.
+    Local noise is independent between positions where that of a matrix is shared, and attention averages it: as an
+    estimate of E_q[loss] it is approximate here. Predictions (`sampling`) draw whole matrices, as estimator = sample.
     """
 
     def __init__(self, config: "HeadConfig", n_in: int, n_out: int, bias: bool):
         super().__init__(config, n_out, n_in)
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.sampling = False
-        self.start()
-
-    def start(self) -> None:
-        """Start the posterior: every token uses every output."""
-        self.start_from(torch.ones(len(self.weight)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean = F.linear(x, self.weight, self.bias)
-        return mean + self.noise(x).to(mean.dtype) if self.training or self.sampling else mean
+        if not (self.training or self.sampling):
+            return mean
+        return mean + self.noise(x, whole=self.sampling or self.config.estimator == "sample").to(mean.dtype)

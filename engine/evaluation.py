@@ -35,7 +35,7 @@ def whole_split(
     n = min(limit or full, full)
     starts = np.arange(n) * full // max(1, n) * block_size
     pieces = [(starts[i : i + batch_size], block_size) for i in range(0, n, batch_size)]
-    for piece, length in pieces + ([(np.array([full * block_size]), rest)] if rest and not limit else []):
+    for piece, length in pieces + ([(np.array([full * block_size]), rest)] if rest and not 0 < limit <= full else []):
         x, y = gather(file.ids, piece, length)
         yield (x, y) if labels is None else (x, y, *labels.targets(y, piece))
 
@@ -44,8 +44,10 @@ def whole_split(
 def mean_loss(
     model: torch.nn.Module, batches: list[np.ndarray], file: TokenFile, processes: Processes, cast
 ) -> dict[str, float]:
-    """val_nll (nats of the true next token under the mean weights) and val_loss (what training minimises) over
-    eval_batches, the work shared by all processes; the same numbers on each."""
+    """val_nll (nats of the true next token under the mean weights) and val_loss (what training minimises, but for
+    dropout, soft labels and the noise of Bayesian MLPs) over eval_batches.
+
+    The work is shared by all processes; the same numbers on each."""
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64)
     for i in processes.share(len(batches)):
@@ -150,7 +152,7 @@ def widest_posterior(model: torch.nn.Module, nll: Callable[[], float], tolerance
     """Scale the posterior's standard deviations by the largest factor with which nll() stays within the tolerance
     (nats per token) of what it is now; returns the factor, to 5 %."""
     limit, factor, step = nll() + tolerance, 1.0, 2.0
-    while step > 1.05:
+    while step > 1.04:
         scale_posterior(model, step)
         if nll() <= limit and factor * step < MAX_SCALE:
             factor *= step
