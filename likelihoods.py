@@ -18,7 +18,7 @@ from weights import Shift
 if TYPE_CHECKING:
     from heads import HeadConfig
 
-KEPT_OF_FLOOR = 0.1  # see SmoothCategorical.desmoothed
+KEPT_OF_FLOOR = 0.5  # see SmoothCategorical.desmoothed
 
 
 class Categorical:
@@ -87,8 +87,8 @@ class SmoothCategorical(Categorical):
     def desmoothed(self, log_probs: Tensor) -> Tensor:
         """log q (..., V) -> log p of the p that is smoothed to q = (1 - eps) p + eps (1 - p) / (V - 1).
 
-        Where q comes near or below the floor eps / (V - 1) that smoothing gives to all, p keeps a share of it: a
-        probability of 0 would make the perplexity infinite.
+        Where q comes near or below the floor eps / (V - 1) that smoothing gives to all, p keeps half of that: what a
+        model says there is noise, and a probability of 0 would make the perplexity infinite.
         """
         above = log_probs.exp() - self.floor
         return F.normalize(above.clamp(min=KEPT_OF_FLOOR * self.floor), p=1, dim=-1).log()
