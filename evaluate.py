@@ -4,7 +4,8 @@
 
 Every number comes from log_probs, the normalised distribution over the next token, over the whole split: consecutive
 blocks of block_size, each token predicted once. `unigram` is what the training text's token frequencies alone reach.
-With --std_tolerance=0.01 a Bayesian run has a second row: its posterior as wide as costs no more than that on val.
+With --std_tolerance=0.01 --n_samples=16 a Bayesian run has a second row: its posterior as wide as costs no more than
+that on the validation split.
 """
 
 import json
@@ -41,6 +42,7 @@ COLUMNS = {
     "ece": "{:.4f}",
     "brier": "{:.4f}",
     "entropy": "{:.4f}",
+    "n_samples": "{:d}",
     "mutual_information": "{:.5f}",
     "recall_at_k": "{:.4f}",
     "lrap": "{:.4f}",
@@ -71,6 +73,8 @@ class EvaluateConfig:
         for name, least in (("batch_size", 1), ("limit", 0), ("n_samples", -1), ("std_tolerance", 0)):
             if not least <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
+        if self.std_tolerance and self.n_samples == 0:
+            raise UserError("std_tolerance needs predictions that see the width: give --n_samples=16, say, or -1")
 
 
 def main() -> None:
@@ -100,9 +104,9 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
     device = pick_device(config.device)
     cast, _ = autocast(device, config.dtype)
     model = load_model(source, device)
-    if config.std_tolerance and not model.bayes_layers():
+    if config.std_tolerance and not model.bayes_layers() and source == config.out_dir:
         raise UserError(f"{source} has no posterior to scale; leave --std_tolerance out")
-    if model.config.bayes_mlp and (config.n_samples < 0 or (config.std_tolerance and config.n_samples == 0)):
+    if model.config.bayes_mlp and config.n_samples < 0:
         raise UserError(f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say")
     dataset = config.dataset or trained_on(source)
     if dataset is None:
@@ -120,18 +124,18 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
         return evaluate(model, batches, device, cast, n_samples)
 
     about = {"head": f"{head.weights} x {head.likelihood}", "dataset": str(dataset), "n_samples": config.n_samples}
+    about |= {"limit": config.limit} if config.limit else {}
     about |= {"labels": config.labels, "k": labels.about["k"] + 1} if labels else {}
     result = about | scores(file, config.limit, config.n_samples, source, labels)
     targets = (y for _, y in whole_split(file, *shape, config.limit))
     folder = source if (Path(source) / "meta.json").is_file() else dataset_folder(dataset)
     frequencies = TokenFile(dataset, "train").frequencies(model.config.vocab_size)
     result |= of_text(targets, frequencies, load_tokenizer(folder), result["nll"])
-    if config.std_tolerance:
-        val, n_samples = TokenFile(dataset, "val"), config.n_samples or -1  # the mean weights have no width
-        nll = partial(scores, val, SCALE_BLOCKS, n_samples, f"{source}: width")
+    if config.std_tolerance and model.bayes_layers():
+        nll = partial(scores, TokenFile(dataset, "val"), SCALE_BLOCKS, config.n_samples, f"{source}: width")
         factor = widest_posterior(model, lambda: nll()["nll"], config.std_tolerance)
-        about = {"std_factor": factor, "std_tolerance": config.std_tolerance, "n_samples": n_samples}
-        result["scaled"] = scaled = about | scores(file, config.limit, n_samples, f"{source}: scaled")
+        about = {"std_factor": factor, "std_tolerance": config.std_tolerance, "n_samples": config.n_samples}
+        result["scaled"] = scaled = about | scores(file, config.limit, config.n_samples, f"{source}: scaled")
         scaled["bits_per_byte"] = result["bits_per_byte"] * scaled["nll"] / result["nll"]
     return result
 
@@ -149,7 +153,7 @@ def table(rows: dict[str, dict], split: str) -> str:
     """The comparison as text: a line per run, columns that no run has left out."""
     first = next(iter(rows.values()))
     names = short_names(rows)
-    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    columns = [name for name in COLUMNS if any(row.get(name, 0) != 0 for row in rows.values())]
     lines = [["run", *(name.replace("_", " ") for name in columns), "vs first"]]
     unigram = {"nll": first["unigram_nll"], "perplexity": math.exp(first["unigram_nll"])}
     for source, row in {"unigram": unigram, **rows}.items():

@@ -32,7 +32,7 @@ class HeadConfig:
     likelihood: str = "categorical"  # categorical | smooth | sigmoid
     tie_head: bool = True  # the output weights (for bayes: their means) are the token embedding, as in GPT-2
     logit_bias: str = (
-        "auto"  # unigram (start at token frequencies) | uniform | none | auto: unigram for sigmoid, else none
+        "auto"  # unigram | uniform | none | auto: sigmoid unigram (on a model without bias uniform), else none
     )
     label_smoothing: float = 0.1  # smooth: probability spread over the V - 1 other tokens
     pos_weight: float = (
@@ -40,7 +40,7 @@ class HeadConfig:
     )
     sum_penalty: float = 0.0  # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
     posterior: str = (
-        "row"  # bayes: row (a std per token, almost free) | full (per weight) | torchbnn: that library's own layer
+        "row"  # bayes: row (a std per token, almost free) | full (per weight) | torchbnn: its own layer, which samples
     )
     estimator: str = (
         "bound"  # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
@@ -65,16 +65,17 @@ class HeadConfig:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not one of: {', '.join(known)}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
-        if not 0 < self.pos_weight < math.inf:
-            raise UserError(f"pos_weight = {self.pos_weight} must be above 0")
-        if not self.sum_penalty >= 0:
-            raise UserError(f"sum_penalty = {self.sum_penalty} must not be negative")
-        if not (self.prior_std == "empirical" or (not isinstance(self.prior_std, str) and self.prior_std > 0)):
-            raise UserError(f"prior_std = {self.prior_std!r} must be a number above 0, or 'empirical'")
-        if not math.isfinite(self.prior_mean):
-            raise UserError(f"prior_mean = {self.prior_mean} must be a finite number")
-        if not 0 <= self.kl_weight < math.inf:
-            raise UserError(f"kl_weight = {self.kl_weight} must not be negative, or infinite")
+        if not 1e-6 <= self.pos_weight <= 1e6:
+            raise UserError(f"pos_weight = {self.pos_weight} must be above 0, within 1e-6 .. 1e6")
+        for name in ("sum_penalty", "kl_weight"):
+            if not 0 <= getattr(self, name) <= 1e6:
+                raise UserError(f"{name} = {getattr(self, name)} must not be negative, nor above 1e6")
+        if self.prior_std != "empirical" and (isinstance(self.prior_std, str) or not 1e-6 <= self.prior_std <= 1e6):
+            raise UserError(f"prior_std = {self.prior_std!r} must be a number above 0 (1e-6 .. 1e6), or 'empirical'")
+        if not abs(self.prior_mean) <= 1e6:
+            raise UserError(f"prior_mean = {self.prior_mean} must lie within -1e6 .. 1e6")
+        if self.posterior == "torchbnn" and self.estimator == "local":
+            raise UserError("posterior = 'torchbnn' draws whole matrices; estimator = 'local' needs --posterior=full")
 
 
 class Prediction(NamedTuple):
@@ -103,7 +104,7 @@ class Head(nn.Module):
         self.weights = WEIGHTS[config.weights](config, vocab_size, n_embd)
         self.likelihood = LIKELIHOODS[config.likelihood](config, vocab_size)
         bias = self.likelihood.default_bias if config.logit_bias == "auto" else config.logit_bias
-        uniform = torch.full((vocab_size,), -math.log(vocab_size - 1))
+        uniform = self.likelihood.base_rate_logits(torch.full((vocab_size,), 1 / vocab_size))
         self.bias = nn.Parameter(uniform) if bias != "none" else None
         self.wants_unigram = bias == "unigram"
         # beta(t) of the ELBO, 0 .. 1 over the warm-up; set by the training loop

@@ -18,7 +18,7 @@ from weights import Shift
 if TYPE_CHECKING:
     from heads import HeadConfig
 
-KEPT_OF_FLOOR = 0.5  # see SmoothCategorical.desmoothed
+KEPT_OF_FLOOR = 0.01  # see SmoothCategorical.desmoothed
 
 
 class Categorical:
@@ -43,7 +43,7 @@ class Categorical:
                 of_target = shift.of(targets.unsqueeze(-1)).squeeze(-1)
                 loss = loss + ((1 - epsilon) * of_target + epsilon * shift.mean()).mean()
             return loss
-        of_labels = (label_weights * mean_logits(logits, targets, shift)).sum(-1)
+        of_labels = (label_weights * mean_logits(logits.gather(-1, targets), targets, shift)).sum(-1)
         of_all = logits.mean(-1) - (0.0 if shift is None else shift.mean()) if epsilon else 0.0
         return (logits.logsumexp(-1) - (1 - epsilon) * of_labels - epsilon * of_all).mean()
 
@@ -87,8 +87,8 @@ class SmoothCategorical(Categorical):
     def desmoothed(self, log_probs: Tensor) -> Tensor:
         """log q (..., V) -> log p of the p that is smoothed to q = (1 - eps) p + eps (1 - p) / (V - 1).
 
-        Where q comes near or below the floor eps / (V - 1) that smoothing gives to all, p keeps half of that: what a
-        model says there is noise, and a probability of 0 would make the perplexity infinite.
+        Where q falls to the floor eps / (V - 1) that smoothing gives to all, p keeps a hundredth of that: 0 would make
+        the perplexity infinite. The kept mass is below eps / 100.
         """
         above = log_probs.exp() - self.floor
         return F.normalize(above.clamp(min=KEPT_OF_FLOOR * self.floor), p=1, dim=-1).log()
@@ -114,10 +114,11 @@ class Sigmoid:
         logits = logits.float()
         targets = targets if label_weights is not None else targets.unsqueeze(-1)
         labels = 1.0 if label_weights is None else label_weights
-        of_labels = mean_logits(logits, targets, shift)
+        at_labels = logits.gather(-1, targets)
+        of_labels = mean_logits(at_labels, targets, shift)
         loss = (F.softplus(logits).sum(-1) - (labels * of_labels).sum(-1)).mean()
         if self.pos_weight != 1:
-            of_misses = F.softplus(logits.gather(-1, targets)) - of_labels  # softplus(-z), or its bound
+            of_misses = F.softplus(at_labels) - of_labels  # softplus(-z), or its bound
             loss = loss + (self.pos_weight - 1) * (labels * of_misses).sum(-1).mean()
         if self.sum_penalty:
             means = logits if shift is None else logits - shift.dense()
@@ -146,14 +147,13 @@ class Sigmoid:
         return logits.float() - math.log(self.pos_weight)
 
 
-def mean_logits(logits: Tensor, targets: Tensor, shift: Shift | None) -> Tensor:
-    """logits (..., V), which stand above their mean by shift, targets (..., K) -> the mean of the targets' (..., K).
+def mean_logits(at_targets: Tensor, targets: Tensor, shift: Shift | None) -> Tensor:
+    """The logits (..., K) gathered at targets (..., K), which stand above their mean by shift -> that mean.
 
     (Gather from the shifted logits and take the shift off behind: torch.compile 2.13 gives wrong gradients for a
     normaliser and a target that come from different tensors.)
     """
-    of_targets = logits.gather(-1, targets)
-    return of_targets if shift is None else of_targets - shift.of(targets)
+    return at_targets if shift is None else at_targets - shift.of(targets)
 
 
 def expected_log_sigmoid(mean: Tensor, std: Tensor) -> Tensor:

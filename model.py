@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError
-from heads import Head, HeadConfig
+from heads import Head, HeadConfig, Prediction
 from weights import BayesLayer, BayesLinear
 
 
@@ -234,8 +234,9 @@ class GPT(nn.Module):
         n_samples: int = 0,  # draws of the output weights per prediction (0: their mean); the others stay at their mean
         n_ids: int = 0,  # draw ids below this only (a padded vocabulary has more than its tokenizer); 0: all
         use_cache: bool = True,  # False reads the whole context again for every token
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields each new token (B, 1) and the hidden state that it was drawn from (B, 1, C).
+        uncertain: bool = False,  # tell what is not known about each token
+    ) -> Iterator[tuple[torch.Tensor, Prediction | None]]:
+        """Yields each new token (B, 1) and, if uncertain, the prediction (B, 1, ...) that it was drawn from.
 
         Past block_size the window slides by one: every token then has a new (learned) position, so nothing cached stays
         valid, and each step reads the last block_size tokens again.
@@ -246,9 +247,11 @@ class GPT(nn.Module):
             if not use_cache or cache.length + new.size(1) > self.config.block_size:
                 cache.length, new = 0, idx[:, -self.config.block_size :]
             x = self.hidden(new, cache)[:, -1:]
-            new = draw(self.lm_head.log_probs(x, n_samples)[:, -1, : n_ids or None], temperature, top_k, top_p)
+            prediction = self.lm_head.predict(x, n_samples) if uncertain else None
+            log_probs = prediction.log_probs if uncertain else self.lm_head.log_probs(x, n_samples)
+            new = draw(log_probs[:, -1, : n_ids or None], temperature, top_k, top_p)
             idx = torch.cat([idx, new], dim=1)
-            yield new, x
+            yield new, prediction
 
     def flops_per_token(self) -> float:
         """Of one training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B), N without the positions."""

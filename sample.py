@@ -85,10 +85,9 @@ def main() -> None:
     }
     tokens, total, epistemic = [], [], []
     with cast, torch.no_grad():
-        for token, x in model.stream(idx, config.max_new_tokens, **options):
+        for token, prediction in model.stream(idx, config.max_new_tokens, **options, uncertain=config.show_uncertainty):
             tokens.append(token)
             if config.show_uncertainty:
-                prediction = model.lm_head.predict(x, config.n_samples)
                 total.append(prediction.total)
                 epistemic.append(prediction.epistemic)
     tokens = torch.cat(tokens, dim=1).tolist()

@@ -129,7 +129,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     first, best_val_nll, best_step = (state.get(name, 0) for name in ("step", "best_val_nll", "best_step"))
     best_val_nll = best_val_nll or math.inf
     model = processes.wrap(torch.compile(bare) if config.compile else bare)
-    batches = training_batches(config, data["train"])
+    batches = training_batches(config, data["train"], state)
     val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
     log = open_log(config, processes, bare, dtype, first, state.get("seconds", 0.0))
 
@@ -139,16 +139,16 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
         if last or step % config.eval_interval == 0:
             with log.paused():
                 scores = mean_loss(bare, val_batches, data["val"], processes, cast)
-            if not math.isfinite(scores["val_nll"]):
-                raise UserError(
-                    f"val nll is {scores['val_nll']} at step {step}; try a lower --learning_rate or --grad_clip"
-                )
+            if odd := [name for name, value in scores.items() if not math.isfinite(value)]:
+                what = f"{odd[0].replace('_', ' ')} is {scores[odd[0]]} at step {step}"
+                raise UserError(f"{what}; try a lower --learning_rate or --grad_clip")
             log.evaluation(step, scores)
             improved = scores["val_nll"] < best_val_nll
             best_val_nll, best_step = (scores["val_nll"], step) if improved else (best_val_nll, best_step)
         due = (last or step % (config.save_interval or config.eval_interval) == 0) and config.always_save_checkpoint
         if processes.is_main and step > first and (due or improved) and not config.eval_only:
             progress = {"step": step, "best_val_nll": best_val_nll, "best_step": best_step, "seconds": log.seconds}
+            progress |= {"labels": batches.labels.about} if batches.labels else {}
             with log.paused():
                 checkpoint.save(Path(config.out_dir), snapshot(config, bare, optimizer, scaler) | progress)
         if last:
@@ -218,14 +218,20 @@ def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[
     return model, {}
 
 
-def training_batches(config: TrainConfig, file: TokenFile) -> Batches:
-    """The micro-batches of the training split, with teacher labels where the options name some."""
+def training_batches(config: TrainConfig, file: TokenFile, state: dict) -> Batches:
+    """The micro-batches of the training split, with teacher labels where the options name some.
+
+    state: the checkpoint that the run goes on from; its labels must be the same ones."""
     labels = None
+    if config.label_mode == "set" and not config.labels:
+        raise UserError("label_mode = 'set' needs --labels=NAME")
     if config.labels:
         if config.label_mode == "set" and config.model.head.likelihood != "sigmoid":
             raise UserError("label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1")
         labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
         labels.check(config.model.vocab_size)
+        if state and state.get("labels") != labels.about:
+            raise UserError(f"{labels.path} was made anew since the run to resume began; use another --out_dir")
     return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
 
 

@@ -25,7 +25,7 @@ class Shift(NamedTuple):
 
     def of(self, targets: torch.Tensor) -> torch.Tensor:
         """targets (..., K) -> the shift of their logits (..., K)."""
-        return (self.x.unsqueeze(-2) * self.weight[targets]).sum(-1)
+        return (self.x.unsqueeze(-2) * F.embedding(targets, self.weight)).sum(-1)
 
     def mean(self) -> torch.Tensor:
         """Averaged over all V, (...)."""
@@ -92,12 +92,16 @@ class BayesLinear(PointLinear):
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:
         squares, variances = self._factors(x)
-        return squares * variances.squeeze(1) if variances.size(1) == 1 else F.linear(squares, variances)
+        if variances.size(1) == 1:
+            return squares * variances.squeeze(1)
+        with torch.autocast(x.device.type, enabled=False):  # in float16 a variance below 6e-8 is 0
+            return F.linear(squares, variances)
 
     def weighted_variance(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """x (..., C), shares (..., V) -> sum_v shares_v variance_v, (...)."""
         squares, variances = self._factors(x)
-        return (squares * (shares @ variances)).sum(-1)
+        with torch.autocast(x.device.type, enabled=False):
+            return (squares * (shares.float() @ variances)).sum(-1)
 
     def noise(self, x: torch.Tensor, whole: bool) -> torch.Tensor:
         """A draw of the logits' deviation from their mean, (..., V).
@@ -186,12 +190,14 @@ class TorchBNNLinear(BayesLinear):
         if config.prior_std == "empirical":
             raise UserError('posterior = torchbnn needs a prior_std that is a number; "empirical" is ours')
         super().__init__(config, vocab_size, n_embd)
-        layer = torchbnn.BayesLinear(config.prior_mean, config.prior_std, n_embd, vocab_size, bias=False)
+        with torch.device("meta"):  # its own parameters are never used
+            layer = torchbnn.BayesLinear(config.prior_mean, config.prior_std, n_embd, vocab_size, bias=False)
         object.__setattr__(self, "_layer", layer)  # not a submodule: its parameters would be a second pair
 
     def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
         parameters = {"weight_mu": self.weight, "weight_log_sigma": self.log_std}
-        return torch.func.functional_call(self._layer, parameters, (x,)), None
+        with torch.autocast(x.device.type, enabled=False):  # it adds the noise to the weight, where bf16 swallows it
+            return torch.func.functional_call(self._layer, parameters, (x.float(),)), None
 
     def kl(self) -> torch.Tensor:
         from torchbnn.functional import _kl_loss  # what bayesian_kl_loss(reduction="sum") adds up

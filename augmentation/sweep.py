@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from engine.checkpoint import read_weights
 from engine.config import flatten, load_config
 from engine.errors import UserError, run
 from engine.labels import paths_of
@@ -47,14 +48,23 @@ def main() -> None:
         import optuna
     except ImportError:
         raise UserError("the sweep needs optuna: pip install optuna") from None
-    out_dir = Path(options.train.out_dir)
+    out_dir, file = Path(options.train.out_dir), TokenFile(options.train.dataset, "train")
+    read_weights(options.teacher)  # what is wrong with the teacher is said before anything is trained
     out_dir.mkdir(parents=True, exist_ok=True)
     passed_on = [f"--{n}={v}" for n, v in flatten(options.train).items() if n in given and n != "out_dir"]
     training = [options.script, *passed_on, f"--dataset={options.train.dataset}", "--always_save_checkpoint=False"]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(storage=f"sqlite:///{out_dir}/study.db", study_name="labels", load_if_exists=True)
+    about = {"teacher": options.teacher, "thresholds": options.thresholds, "training": training}
+    if study.user_attrs.get("about", about) != about:
+        raise UserError(f"{out_dir} holds a sweep with other options; give another --out_dir")
+    study.set_user_attr("about", about)
+    study.sampler = optuna.samplers.TPESampler(seed=options.train.seed + len(study.trials))
     print(f"without a teacher: val nll {final_nll(training, out_dir / 'no_teacher'):.4f}", flush=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler, storage = optuna.samplers.TPESampler(seed=options.train.seed), f"sqlite:///{out_dir}/study.db"
-    study = optuna.create_study(storage=storage, study_name="labels", sampler=sampler, load_if_exists=True)
+
+    def forget_labels() -> None:
+        for path in paths_of(file, "sweep"):
+            path.unlink(missing_ok=True)
 
     def objective(trial) -> float:
         settings = {
@@ -63,17 +73,18 @@ def main() -> None:
             "share": trial.suggest_float("share", 0.1, 1.0),
             "max_perplexity": trial.suggest_categorical("max_perplexity", options.thresholds.split(",")),
         }
-        weight, name = trial.suggest_float("label_weight", 0.05, 0.95), f"sweep_{trial.number}"
-        about = {"teacher": options.teacher, "dataset": options.train.dataset, "name": name}
-        flags = [f"--{n}={v}" for n, v in (about | settings | {"device": options.train.device}).items()]
+        weight = trial.suggest_float("label_weight", 0.05, 0.95)
+        settings |= {"teacher": options.teacher, "dataset": options.train.dataset, "name": "sweep"}
+        forget_labels()  # of a trial that was killed
         try:
-            call("augmentation/teacher_labels.py", *flags)
-            return final_nll([*training, f"--labels={name}", f"--label_weight={weight}"], out_dir / name)
+            call("augmentation/teacher_labels.py", *(f"--{n}={v}" for n, v in settings.items()), f"--device={device}")
+            flags = [*training, "--labels=sweep", f"--label_weight={weight}"]
+            return final_nll(flags, out_dir / f"trial_{trial.number}")
         finally:
-            for path in paths_of(TokenFile(options.train.dataset, "train"), name):
-                path.unlink(missing_ok=True)
+            forget_labels()
 
-    while (n_done := sum(trial.state.is_finished() for trial in study.trials)) < options.trials:
+    device, complete = options.train.device, [optuna.trial.TrialState.COMPLETE]
+    while (n_done := len(study.get_trials(states=complete))) < options.trials:
         study.optimize(objective, n_trials=1)
         print(f"trial {n_done}: val nll {study.trials[-1].value:.4f} | {study.trials[-1].params}", flush=True)
     print(f"best: val nll {study.best_value:.4f} | {study.best_params} | study: {out_dir}/study.db")

@@ -67,7 +67,7 @@ class Teacher:
 
     def __init__(self, options: Options):
         self.options, self.device = options, pick_device(options.device)
-        self.cast, _ = autocast(self.device, options.dtype)
+        self.cast, self.dtype = autocast(self.device, options.dtype)
         file = TokenFile(options.dataset, options.split)
         paths_of(file, options.name)  # a bad name is said now
         check_tokenizer(options.teacher, dataset_folder(options.dataset))
@@ -77,8 +77,9 @@ class Teacher:
         file.check(self.n_ids)
         if self.n_ids > 1 << 16:
             raise UserError(f"the vocabulary has {self.n_ids:,} ids, but a label has 16 bits")
-        if options.k > self.n_ids or options.stride > self.T:
-            raise UserError(f"k may be up to {self.n_ids}, the vocabulary, and stride up to {self.T}, the block_size")
+        for name, most, what in (("k", self.n_ids, "the vocabulary"), ("stride", self.T, "the teacher's block_size")):
+            if getattr(options, name) > most:
+                raise UserError(f"{name} = {getattr(options, name)} is above {most}, {what}")
         self.stride = options.stride or max(1, self.T // 2)
         self.n_positions = min(options.max_tokens or len(file), len(file) - 1)  # nothing follows the last token
         self.n_windows = 1 + math.ceil(max(0, self.n_positions - self.T) / self.stride)
@@ -91,7 +92,12 @@ class Teacher:
         for tensor in self.model.state_dict().values():
             weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
         options = {name: value for name, value in flatten(self.options).items() if name not in FREE}
-        return options | {"teacher_sha256": weights.hexdigest(), "vocab_size": self.n_ids, "windows": self.n_windows}
+        return options | {
+            "dtype": self.dtype,
+            "teacher_sha256": weights.hexdigest(),
+            "vocab_size": self.n_ids,
+            "windows": self.n_windows,
+        }
 
     @torch.no_grad()
     def label(self, windows: range) -> tuple[int, np.ndarray, dict]:

@@ -29,16 +29,13 @@ def paths_of(file: TokenFile, name: str) -> tuple[Path, Path]:
 
 
 def identity(file: TokenFile) -> dict:
-    """What labels belong to: these tokens under this tokenizer. The hash is meta.json's, where that has one."""
-    described = file.meta or {"tokenizer": {"kind": "gpt2"}}
-    sha256 = described.get("splits", {}).get(file.path.stem, {}).get("sha256")
-    if sha256 is None:
-        digest = hashlib.sha256()
-        for i in range(0, len(file), SCAN):
-            digest.update(file.ids[i : i + SCAN])
-        sha256 = digest.hexdigest()
-    tokenizer = hashlib.sha256(json.dumps(described["tokenizer"], sort_keys=True).encode()).hexdigest()
-    return {"tokens": len(file), "tokens_sha256": sha256, "tokenizer_sha256": tokenizer}
+    """What labels belong to: these tokens (a second per GB) under this tokenizer."""
+    tokens = hashlib.sha256()
+    for i in range(0, len(file), SCAN):
+        tokens.update(file.ids[i : i + SCAN])
+    described = (file.meta or {"tokenizer": {"kind": "gpt2"}})["tokenizer"]
+    tokenizer = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    return {"tokens": len(file), "tokens_sha256": tokens.hexdigest(), "tokenizer_sha256": tokenizer.hexdigest()}
 
 
 def pack(ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -91,6 +88,8 @@ class LabelFile:
         first, and label weights (B, T, K + 1) float32: soft ones sum to 1, those of a set are 1 once for each member.
         """
         ids, weights = unpack(self.rows[starts[:, None] + np.arange(y.size(1))])
+        if ids.max() >= self.about["vocab_size"] or not ((weights >= 0) & (weights <= 1)).all():
+            raise UserError(f"{self.path} is damaged; delete it and its .json, and make the labels again")
         y, total = y.unsqueeze(-1), weights.sum(-1, keepdim=True)
         targets = torch.cat([y, ids], -1)
         if self.mode == "set":

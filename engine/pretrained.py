@@ -77,6 +77,9 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
     positions = "transformer.wpe.weight"
     state[positions] = state[positions][: model.config.block_size]
     ours = model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith(".log_std") and name in ours and tensor.size(1) == 1:  # a row posterior is a full one too
+            state[name] = tensor.expand_as(ours[name])
     if wrong := [n for n, t in state.items() if n in ours and t.shape != ours[n].shape]:
         n = wrong[0]
         raise UserError(

@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -260,7 +261,7 @@ def test_of_two_processes_that_write_the_same_labels_the_second_is_refused(data)
         ({"mode": "top"}, "is not one of: topk, sample"),
         ({"share": 0}, r"share = 0.0 must lie in \(0, 1\]"),
         ({"k": 0}, "k = 0 must be at least 1"),
-        ({"k": 40}, "k may be up to 2., the vocabulary"),
+        ({"k": 40}, "k = 40 is above 2., the vocabulary"),
         ({"stride": T + 1}, f"stride up to {T}, the block_size"),
         ({"max_perplexity": 1}, "max_perplexity = 1.0 must be above 1"),
         ({"teacher": "nowhere"}, "nowhere does not exist"),
@@ -372,3 +373,25 @@ def test_a_run_cannot_go_on_with_other_labels_but_one_older_than_labels_goes_on(
         del state["config"][name]
     torch.save(state, tmp_path / "run" / "ckpt_00000002.pt")
     run(data, tmp_path / "run", max_iters=4, init_from="resume")
+
+
+def test_what_was_changed_behind_the_labels_back_is_refused(data, teacher, label, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    made = label("copy", dataset=folder)
+    out_dir = tmp_path / "run"
+    run(folder, out_dir, labels="copy", likelihood="sigmoid", max_iters=2, eval_interval=2)
+    for place, value in (((30, 0, 1), 60000), ((30, 1, 1), np.float16(-1).view(np.uint16)), ((30, 1, 1), 0x7E00)):
+        rows = np.memmap(made.path, "<u2", mode="r+", shape=made.rows.shape)
+        before, rows[place] = rows[place], value  # an id too high, a weight below 0, one that is no number
+        with pytest.raises(UserError, match="damaged"):
+            LabelFile(TokenFile(folder, "train"), "copy").targets(torch.zeros(1, 40, dtype=torch.int64), np.array([0]))
+        rows[place] = before
+    for path in (made.path, made.path.with_name(made.path.name + ".json")):
+        path.unlink()
+    label("copy", dataset=folder, k=2)
+    with pytest.raises(UserError, match="made anew"):
+        run(folder, out_dir, labels="copy", likelihood="sigmoid", max_iters=4, init_from="resume")
+    ids = np.fromfile(folder / "train.bin", "<u2")
+    ids[::-1].tofile(folder / "train.bin")  # as many tokens as meta.json says, but others
+    with pytest.raises(UserError, match="other data"):
+        run(folder, tmp_path / "other", labels="copy", likelihood="sigmoid", max_iters=2)

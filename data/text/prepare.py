@@ -1,4 +1,4 @@
-"""Your own text: UTF-8 files in, a data set out, in seconds per 10 MB.
+r"""Your own text: UTF-8 files in, a data set out, in seconds per 10 MB.
 
 python data/text/prepare.py --source=notes,book.txt,'more/*.txt' --name=mytext     # then: train.py --dataset=mytext
 python data/text/prepare.py --source=speeches.txt --separator='\n\n\n' --tokenizer=bpe --vocab_size=4096
