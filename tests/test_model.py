@@ -161,12 +161,15 @@ def test_posterior_samples_in_generation_are_the_same_with_and_without_cache(lik
 
 
 @torch.no_grad()
-def test_stream_yields_each_token_with_the_hidden_state_it_was_drawn_from():
-    model, idx = tiny_gpt(std=0.3), tokens(2, 5)
-    for token, x in model.stream(idx, 20, temperature=0):
-        assert token.shape == (2, 1) and x.shape == (2, 1, 32)
-        torch.testing.assert_close(x, model.hidden(idx[:, -16:])[:, -1:], atol=1e-5, rtol=0)
-        assert torch.equal(token, model.lm_head.log_probs(x)[:, -1].argmax(-1, keepdim=True))
+def test_stream_yields_each_token_with_the_prediction_that_it_was_drawn_from():
+    model, idx = tiny_gpt("bayes", std=0.3), tokens(2, 5)
+    assert all(prediction is None for _, prediction in model.stream(idx, 3))
+    torch.manual_seed(0)
+    for token, prediction in model.stream(idx, 20, temperature=0, n_samples=3, uncertain=True):
+        assert token.shape == prediction.total.shape == prediction.epistemic.shape == (2, 1)
+        assert torch.equal(token, prediction.log_probs[:, -1].argmax(-1, keepdim=True))
+        x = model.hidden(idx[:, -16:])[:, -1:]
+        torch.testing.assert_close(prediction.log_probs, model.lm_head.log_probs(x), atol=0.5, rtol=0)
         idx = torch.cat([idx, token], dim=1)
 
 
