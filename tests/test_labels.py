@@ -262,7 +262,7 @@ def test_of_two_processes_that_write_the_same_labels_the_second_is_refused(data)
         ({"share": 0}, r"share = 0.0 must lie in \(0, 1\]"),
         ({"k": 0}, "k = 0 must be at least 1"),
         ({"k": 40}, "k = 40 is above 2., the vocabulary"),
-        ({"stride": T + 1}, f"stride up to {T}, the block_size"),
+        ({"stride": T + 1}, f"stride = {T + 1} is above {T}"),
         ({"max_perplexity": 1}, "max_perplexity = 1.0 must be above 1"),
         ({"teacher": "nowhere"}, "nowhere does not exist"),
         ({"dataset": "nowhere"}, r"train\.bin is missing"),
