@@ -508,3 +508,15 @@ def test_a_compiled_model_has_the_gradients_of_the_eager_one(options, backend):
             results.append((loss.item(), gradients(loss, model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     assert same_gradients(results[0][1], results[1][1], 1e-4)
+
+
+@pytest.mark.parametrize("posterior", ["row", "full"])
+def test_float16_autocast_does_not_lose_the_variance_of_narrow_posteriors(posterior):
+    head, x = tiny_head("bayes", posterior=posterior), torch.randn(3, 16)
+    with torch.no_grad():
+        head.weights.log_std.fill_(math.log(1e-4))
+        slow = x.double().square() @ head.weights.log_std.double().exp().expand(67, 16).square().T
+        with torch.autocast("cpu", torch.float16):
+            variance, epistemic = head.weights.variance(x), head.predict(x).epistemic
+    torch.testing.assert_close(variance.double(), slow, rtol=1e-4, atol=0)
+    assert (epistemic > 0).all()

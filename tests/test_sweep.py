@@ -30,6 +30,9 @@ def test_a_sweep_finds_the_best_of_its_trials_and_goes_on_where_it_stopped(tmp_p
     nlls = [float(line.split("val nll ")[1].split()[0]) for line in [first[1], *more[1:]]]
     assert nlls[-1] == min(nlls[:-1])
     assert first[0] == more[0] and records(tmp_path / "sweep/no_teacher", "val_nll")[-1]["step"] == 5
+    with pytest.raises(SystemExit):
+        sweep(capsys, monkeypatch, *argv, "--trials=4", "--max_iters=6")
+    assert "holds a sweep with other options" in capsys.readouterr().err
     assert sorted(data.iterdir()) == before and not list((tmp_path / "sweep").glob("**/*.pt"))
 
 
