@@ -114,7 +114,6 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     """Train until max_iters and return the model; given: the options that were set on purpose."""
     device, n_micro = processes.device, config.gradient_accumulation_steps
     distributed.check_accumulation(n_micro, processes.world_size)
-    torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in float32, as nanoGPT does
     cast, dtype = distributed.autocast(device, config.dtype)
     data = {split: TokenFile(config.dataset, split) for split in ("train", "val")}
     bare, state = start_model(config, data["train"], given)
@@ -126,8 +125,8 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     for name, part in (("optimizer", optimizer), ("scaler", scaler)):
         if state:
             part.load_state_dict(state[name])
-    first, best_val_nll, best_step = (state.get(name, 0) for name in ("step", "best_val_nll", "best_step"))
-    best_val_nll = best_val_nll or math.inf
+    first, best_step = state.get("step", 0), state.get("best_step", 0)
+    best_val_nll = state.get("best_val_nll", math.inf)
     model = processes.wrap(torch.compile(bare) if config.compile else bare)
     batches = training_batches(config, data["train"], state)
     val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
@@ -139,18 +138,15 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
         if last or step % config.eval_interval == 0:
             with log.paused():
                 scores = mean_loss(bare, val_batches, data["val"], processes, cast)
-            if odd := [name for name, value in scores.items() if not math.isfinite(value)]:
-                what = f"{odd[0].replace('_', ' ')} is {scores[odd[0]]} at step {step}"
-                raise UserError(f"{what}; try a lower --learning_rate or --grad_clip")
+            refuse_non_finite(scores, step)
             log.evaluation(step, scores)
             improved = scores["val_nll"] < best_val_nll
             best_val_nll, best_step = (scores["val_nll"], step) if improved else (best_val_nll, best_step)
         due = (last or step % (config.save_interval or config.eval_interval) == 0) and config.always_save_checkpoint
         if processes.is_main and step > first and (due or improved) and not config.eval_only:
             progress = {"step": step, "best_val_nll": best_val_nll, "best_step": best_step, "seconds": log.seconds}
-            progress |= {"labels": batches.labels.about} if batches.labels else {}
             with log.paused():
-                checkpoint.save(Path(config.out_dir), snapshot(config, bare, optimizer, scaler) | progress)
+                checkpoint.save(Path(config.out_dir), snapshot(config, bare, optimizer, scaler, batches) | progress)
         if last:
             break
 
@@ -235,11 +231,22 @@ def training_batches(config: TrainConfig, file: TokenFile, state: dict) -> Batch
     return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
 
 
-def snapshot(config: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict:
+def refuse_non_finite(scores: dict[str, float], step: int) -> None:
+    """Stop a training that has come to nothing."""
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            what = f"{name.replace('_', ' ')} is {value} at step {step}"
+            raise UserError(f"{what}; try a lower --learning_rate or --grad_clip")
+
+
+def snapshot(
+    config: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: Batches
+) -> dict:
     """What a checkpoint holds beside the run's progress: tensors and plain values."""
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     configs = {"model_config": flatten(config.model), "config": flatten(config)}
-    return {name: part.state_dict() for name, part in parts.items()} | configs
+    labels = {"labels": batches.labels.about} if batches.labels else {}
+    return {name: part.state_dict() for name, part in parts.items()} | configs | labels
 
 
 def open_log(

@@ -56,6 +56,7 @@ class Processes:
 def start(device: str, backend: str):
     """Join the processes that torchrun started, or be the only one; yields Processes and takes leave at the end."""
     _keep_memory()
+    torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in float32, as nanoGPT does
     if backend not in ("auto", "nccl", "gloo"):
         raise UserError(f"backend = {backend!r} is not one of: auto, nccl, gloo")
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
