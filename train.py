@@ -23,7 +23,7 @@ from engine.errors import UserError, run
 from engine.evaluation import eval_batches, mean_loss
 from engine.labels import MODES, LabelFile
 from engine.logger import Logger, environment, forget_after
-from engine.optim import adamw, learning_rate_at
+from engine.optim import adamw, set_learning_rate
 from engine.pretrained import load_state
 from engine.tokenizer import read_meta
 from engine.tokens import Batches, TokenFile, dataset_folder
@@ -150,9 +150,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
         if last:
             break
 
-        lr = learning_rate_at(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(optimizer, step, config)
         loss = torch.zeros((), device=device)
         for micro in processes.share(n_micro):
             batch = [t.to(device, non_blocking=True) for t in batches[step * n_micro + micro]]

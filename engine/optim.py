@@ -34,3 +34,11 @@ def learning_rate_at(step: int, config) -> float:
         return lowest
     progress = (step - warmup) / max(1, end - warmup)
     return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - lowest)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> float:
+    """Give the optimiser the learning rate of this step, and return it."""
+    lr = learning_rate_at(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -9,7 +9,7 @@ import torch
 
 from engine import checkpoint
 from engine.errors import UserError
-from engine.optim import learning_rate_at
+from engine.optim import set_learning_rate
 from tests.helpers import HEADS, ROOT, TINY, difference, flags, records, run, same_weights, write_words
 
 LONG = {"max_iters": 60, "lr_decay_iters": 60, "dropout": 0.1, "gradient_accumulation_steps": 2, "eval_interval": 15}
@@ -61,13 +61,13 @@ def test_a_run_killed_between_checkpoints_leaves_no_record_twice(data, whole, tm
     class Killed(BaseException):
         pass
 
-    def killed(step, config):
+    def killed(optimizer, step, config):
         if step == 40:
             raise Killed
-        return learning_rate_at(step, config)
+        return set_learning_rate(optimizer, step, config)
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.learning_rate_at", killed)
+        patch.setattr("train.set_learning_rate", killed)
         with pytest.raises(Killed):
             run(data, tmp_path, **LONG)
     with open(tmp_path / "metrics.jsonl", "a") as file:
