@@ -55,7 +55,7 @@ class Processes:
 @contextlib.contextmanager
 def start(device: str, backend: str):
     """Join the processes that torchrun started, or be the only one; yields Processes and takes leave at the end."""
-    _keep_memory()
+    keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in float32, as nanoGPT does
     if backend not in ("auto", "nccl", "gloo"):
         raise UserError(f"backend = {backend!r} is not one of: auto, nccl, gloo")
@@ -154,7 +154,7 @@ def peak_flops(device: torch.device) -> float:
     return next((peak for part, peak in peaks.items() if part in name), math.nan)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc's malloc keep large freed blocks: by default each step on a CPU faults its tensors' pages in anew."""
     if platform.libc_ver()[0] == "glibc":
         libc, m_mmap_max, m_trim_threshold = ctypes.CDLL(None), -4, -1
