@@ -20,7 +20,8 @@ import torch
 import torch.nn as nn
 
 from engine.errors import UserError
-from likelihoods import Categorical, Sigmoid, SmoothCategorical
+from engine.linear_loss import linear_loss, plain_loss
+from likelihoods import Categorical, Sigmoid, SmoothCategorical, weighted_sum
 from weights import BayesLinear, PointLinear, bayes_linear
 
 
@@ -131,9 +132,19 @@ class Head(nn.Module):
         self, x: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The likelihood's part of the loss: E_q[nats per token], by the estimator that the options name."""
-        logits, shift = self.weights.for_loss(x)
-        logits = logits if self.bias is None else logits + self.bias
-        return self.likelihood.loss(logits, targets, shift, label_weights)
+        if label_weights is None:
+            targets = targets.unsqueeze(-1)
+        if self.weights.noise_in_logits:
+            logits = self.weights.noisy_logits(x).float()
+            logits = logits if self.bias is None else logits + self.bias
+            return plain_loss(self.likelihood, logits, targets, label_weights).mean()
+        weight, added, shift = self.weights.for_loss(x)
+        loss = linear_loss(self.likelihood, x, weight, self.bias, added, targets, label_weights)
+        if shift is None:
+            return loss
+        # raised in the normaliser alone, not at the labels, logits make the loss Jensen's upper bound of its mean
+        raised = weighted_sum(shift.of(targets), label_weights)
+        return loss + (self.likelihood.on_labels * raised + self.likelihood.on_all * shift.mean()).mean()
 
     def kl_loss(self, kl: torch.Tensor | float) -> torch.Tensor:
         """The prior's part, nats per token: kl_weight * kl_ramp * KL / n_data, of a KL in nats."""

@@ -1,7 +1,11 @@
 """What a logit means: likelihoods over logits (..., V), each with its loss, its prediction and what they depend on.
 
-A likelihood has no parameters; its options are those of heads.HeadConfig. Losses are nats per token: summed over the
-vocabulary, averaged over positions.
+A likelihood has no parameters; its options are those of heads.HeadConfig. Its loss, in nats per token, has two parts:
+
+    loss = normaliser(all logits) + of_labels(the labels' logits)         labels: 1 for each id, or their label_weights
+
+engine/linear_loss.py differentiates them and never builds all logits. The loss must be linear in the logits wherever a
+Bayesian head's bound wants their mean: it takes off `on_labels` times each label's logit, `on_all` times the mean one.
 """
 
 import math
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.errors import UserError
-from weights import Shift
+from engine.linear_loss import wide
 
 if TYPE_CHECKING:
     from heads import HeadConfig
@@ -25,27 +29,19 @@ class Categorical:
     """Softmax: loss = logsumexp(z) - z_y, in nats per token."""
 
     default_bias = "none"
-    epsilon = 0.0  # probability that the target spreads evenly over all V tokens
+    on_labels, on_all = 1.0, 0.0
 
     def __init__(self, config: "HeadConfig", vocab_size: int):
         pass
 
-    def loss(self, logits: Tensor, targets: Tensor, shift: Shift | None, label_weights: Tensor | None = None) -> Tensor:
-        """logits (..., V), targets (...) or (..., K) with label_weights (..., K) of sum 1 -> scalar mean.
+    def normaliser(self, logits: Tensor) -> Tensor:
+        """logits (..., V) -> (...)."""
+        normaliser = logits.logsumexp(-1)
+        return normaliser - self.on_all * logits.mean(-1) if self.on_all else normaliser
 
-        shift: the logits stand above their mean by half their variance. Kept in the normaliser and taken off the
-        targets, that makes the loss Jensen's upper bound of its expectation over Gaussian logits.
-        """
-        logits, epsilon = logits.float(), self.epsilon
-        if label_weights is None:
-            loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=epsilon)
-            if shift is not None:
-                of_target = shift.of(targets.unsqueeze(-1)).squeeze(-1)
-                loss = loss + ((1 - epsilon) * of_target + epsilon * shift.mean()).mean()
-            return loss
-        of_labels = (label_weights * mean_logits(logits.gather(-1, targets), targets, shift)).sum(-1)
-        of_all = logits.mean(-1) - (0.0 if shift is None else shift.mean()) if epsilon else 0.0
-        return (logits.logsumexp(-1) - (1 - epsilon) * of_labels - epsilon * of_all).mean()
+    def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
+        """logits (..., K) of the labels, label_weights (..., K) of sum 1 -> (...)."""
+        return -self.on_labels * weighted_sum(logits, label_weights)
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log p (..., V), normalised, in fp32."""
@@ -79,8 +75,9 @@ class SmoothCategorical(Categorical):
     """
 
     def __init__(self, config: "HeadConfig", vocab_size: int):
-        self.epsilon = config.label_smoothing * vocab_size / (vocab_size - 1)
-        if self.epsilon > 1:
+        self.on_all = config.label_smoothing * vocab_size / (vocab_size - 1)
+        self.on_labels = 1 - self.on_all
+        if self.on_labels < 0:
             raise UserError(f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one")
         self.floor = config.label_smoothing / (vocab_size - 1)
 
@@ -101,29 +98,28 @@ class Sigmoid:
     """
 
     default_bias = "unigram"  # without it, training first spends its steps on pushing V logits down
+    on_all = 0.0
 
     def __init__(self, config: "HeadConfig", vocab_size: int):
-        self.pos_weight, self.sum_penalty = config.pos_weight, config.sum_penalty
+        self.pos_weight = self.on_labels = config.pos_weight
+        self.sum_penalty = config.sum_penalty
 
-    def loss(self, logits: Tensor, targets: Tensor, shift: Shift | None, label_weights: Tensor | None = None) -> Tensor:
-        """logits (..., V), targets (...) or (..., K) -> scalar mean. shift: as in Categorical.loss.
+    def normaliser(self, logits: Tensor) -> Tensor:
+        """logits (..., V) -> (...). Under a Bayesian head's bound, logits raised by half their variance, the sum that
+        the penalty wants to be 1 is about E_q[sum_v sigmoid(z_v)], as that of exp(z) is."""
+        normaliser = F.softplus(logits).sum(-1)
+        if not self.sum_penalty:
+            return normaliser
+        excess = torch.sigmoid(self._unweighted(logits)).sum(-1) - 1
+        return normaliser + self.sum_penalty * excess.square()
 
-        label_weights (..., K), each in [0, 1]: of sum 1, or 1 for each member of a set. pos_weight w multiplies a
-        label's softplus(-z), and so the odds at the optimum by w.
-        """
-        logits = logits.float()
-        targets = targets if label_weights is not None else targets.unsqueeze(-1)
-        labels = 1.0 if label_weights is None else label_weights
-        at_labels = logits.gather(-1, targets)
-        of_labels = mean_logits(at_labels, targets, shift)
-        loss = (F.softplus(logits).sum(-1) - (labels * of_labels).sum(-1)).mean()
+    def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
+        """logits (..., K) of the labels, label_weights (..., K) in [0, 1]: of sum 1, or 1 for each member of a set ->
+        (...). pos_weight w multiplies a label's softplus(-z), and so the odds at the optimum by w."""
+        of_labels = -self.on_labels * logits
         if self.pos_weight != 1:
-            of_misses = F.softplus(at_labels) - of_labels  # softplus(-z), or its bound
-            loss = loss + (self.pos_weight - 1) * (labels * of_misses).sum(-1).mean()
-        if self.sum_penalty:
-            means = logits if shift is None else logits - shift.dense()
-            loss = loss + self.sum_penalty * (torch.sigmoid(self._unweighted(means)).sum(-1) - 1).square().mean()
-        return loss
+            of_labels = of_labels + (self.pos_weight - 1) * F.softplus(logits)
+        return weighted_sum(of_labels, label_weights)
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log p (..., V), fp32: the sigmoids, normalised (a softmax would normalise their odds)."""
@@ -144,16 +140,12 @@ class Sigmoid:
         return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
 
     def _unweighted(self, logits: Tensor) -> Tensor:
-        return logits.float() - math.log(self.pos_weight)
+        return wide(logits) - math.log(self.pos_weight)
 
 
-def mean_logits(at_targets: Tensor, targets: Tensor, shift: Shift | None) -> Tensor:
-    """The logits (..., K) gathered at targets (..., K), which stand above their mean by shift -> that mean.
-
-    (Gather from the shifted logits and take the shift off behind: torch.compile 2.13 gives wrong gradients for a
-    normaliser and a target that come from different tensors.)
-    """
-    return at_targets if shift is None else at_targets - shift.of(targets)
+def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    """values (..., K), weights (..., K) or all 1 -> (...)."""
+    return (values if weights is None else weights * values).sum(-1)
 
 
 def expected_log_sigmoid(mean: Tensor, std: Tensor) -> Tensor:

@@ -5,35 +5,17 @@ posterior (model.py, bayes_mlp). Options: the Bayesian ones of heads.HeadConfig.
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from engine.errors import UserError
+from engine.linear_loss import Product, wide
 
 if TYPE_CHECKING:
     from heads import HeadConfig
-
-
-class Shift(NamedTuple):
-    """How far logits lie above their mean, x . weight_v, kept as its factors: no (..., V) tensor of it exists."""
-
-    x: torch.Tensor  # (..., K)
-    weight: torch.Tensor  # (V, K)
-
-    def of(self, targets: torch.Tensor) -> torch.Tensor:
-        """targets (..., K) -> the shift of their logits (..., K)."""
-        return (self.x.unsqueeze(-2) * F.embedding(targets, self.weight)).sum(-1)
-
-    def mean(self) -> torch.Tensor:
-        """Averaged over all V, (...)."""
-        return self.x @ self.weight.mean(0)
-
-    def dense(self) -> torch.Tensor:
-        """Of all logits, (..., V)."""
-        return F.linear(self.x, self.weight)
 
 
 def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -51,6 +33,8 @@ def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class PointLinear(nn.Module):
     """One weight matrix (V, C); also the interface of all output weights."""
 
+    noise_in_logits = False  # whether noisy_logits(x) -> (..., V), not for_loss, says what the loss is taken of
+
     def __init__(self, config: "HeadConfig", vocab_size: int, n_embd: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=0.02))
@@ -63,9 +47,10 @@ class PointLinear(nn.Module):
         """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
         return None
 
-    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
-        """x (..., C) -> the logits (..., V) to take the loss of, and how far they are shifted from their mean."""
-        return self.logits(x), None
+    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Product | None, Product | None]:
+        """x (..., C) -> the weight (V, C) whose logits to take the loss of, what to add to these, and how far they then
+        stand above their mean."""
+        return self.weight, None, None
 
     def kl(self) -> torch.Tensor | float:
         """KL(posterior || prior) in nats, of all weights together."""
@@ -86,7 +71,7 @@ class BayesLinear(PointLinear):
         super().__init__(config, vocab_size, n_embd)
         if config.n_data < 1:
             raise UserError("Bayesian weights need n_data, the number of training tokens")
-        self.config = config
+        self.config, self.noise_in_logits = config, config.estimator == "local"
         self.log_std = nn.Parameter(torch.empty(vocab_size, 1 if config.posterior == "row" else n_embd))
         self.start_from(torch.full((vocab_size,), 1 / vocab_size))
 
@@ -110,18 +95,28 @@ class BayesLinear(PointLinear):
         noise. Else a draw for each logit (local reparameterisation, Kingma et al. 2015).
         """
         if whole:
-            return F.linear(x, torch.exp(self.log_std) * torch.randn_like(self.weight))
+            return F.linear(x, self.draw())
         std = self.variance(x).clamp(min=1e-20).sqrt()  # the root of 0 has no gradient
         return std * torch.randn(*x.shape[:-1], len(self.weight), device=x.device)
 
-    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
-        """bound: no noise, logits shifted by half their variance. local and sample: noisy logits."""
-        if self.config.estimator != "bound":
-            return self.logits(x) + self.noise(x, whole=self.config.estimator == "sample"), None
-        squares, variances = self._factors(x)
-        shift = Shift(squares / 2, variances)
-        # further columns of one product cost less than a (..., V) tensor of shifts
-        return padded_linear(torch.cat([x, shift.x], -1), torch.cat([self.weight, shift.weight], 1)), shift
+    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Product | None, Product | None]:
+        """bound: logits raised by half their variance. sample: a draw of the whole matrix (Bayes by Backprop)."""
+        if self.config.estimator == "bound":
+            squares, variances = self._factors(x)
+            shift = Product(squares / 2, variances)
+            return self.weight, shift, shift
+        noise = self.draw()
+        if torch.is_autocast_enabled(x.device.type):  # added to the weight, bf16 would swallow it
+            return self.weight, Product(x, noise), None
+        return self.weight + noise, None, None
+
+    def noisy_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> (..., V) with a draw for each logit (local reparameterisation, Kingma et al. 2015)."""
+        return self.logits(x) + self.noise(x, whole=False)
+
+    def draw(self) -> torch.Tensor:
+        """A draw of the weights' deviation from their mean, (V, C)."""
+        return torch.exp(self.log_std) * torch.randn_like(self.weight)
 
     def second_moment(self) -> torch.Tensor:
         """E_q[(w - prior_mean)^2], averaged over all weights."""
@@ -172,7 +167,7 @@ class BayesLinear(PointLinear):
 
         K = C, or 1 where the weights of a token share a std: then the mean square, since the sum overflows float16.
         """
-        squares, variances, n_embd = x.float().square(), torch.exp(2 * self.log_std), self.weight.size(1)
+        squares, variances, n_embd = wide(x).square(), torch.exp(2 * self.log_std), self.weight.size(1)
         return (
             (squares, variances) if self.log_std.size(1) > 1 else (squares.mean(-1, keepdim=True), n_embd * variances)
         )
@@ -190,14 +185,15 @@ class TorchBNNLinear(BayesLinear):
         if config.prior_std == "empirical":
             raise UserError('posterior = torchbnn needs a prior_std that is a number; "empirical" is ours')
         super().__init__(config, vocab_size, n_embd)
+        self.noise_in_logits = True
         with torch.device("meta"):  # its own parameters are never used
             layer = torchbnn.BayesLinear(config.prior_mean, config.prior_std, n_embd, vocab_size, bias=False)
         object.__setattr__(self, "_layer", layer)  # not a submodule: its parameters would be a second pair
 
-    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Shift | None]:
+    def noisy_logits(self, x: torch.Tensor) -> torch.Tensor:
         parameters = {"weight_mu": self.weight, "weight_log_sigma": self.log_std}
         with torch.autocast(x.device.type, enabled=False):  # it adds the noise to the weight, where bf16 swallows it
-            return torch.func.functional_call(self._layer, parameters, (x.float(),)), None
+            return torch.func.functional_call(self._layer, parameters, (x.float(),))
 
     def kl(self) -> torch.Tensor:
         from torchbnn.functional import _kl_loss  # what bayesian_kl_loss(reduction="sum") adds up

@@ -1,12 +1,18 @@
 """Tiny data sets, runs and models, shared by the tests."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
 
 import train
 from engine import distributed
@@ -38,6 +44,17 @@ TINY = {
     "dtype": "float32",
     "compile": False,
 }
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """For tests of torch.compile, which must not fall back to eager unnoticed."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile on CPU needs a C++ compiler")
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(compile_threads=1), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def words(n: int, seed: int = 0) -> str:

@@ -48,8 +48,13 @@ def test_local_noise_differs_between_positions_and_a_sampled_matrix_is_shared_by
     x = batch(1)[0].expand(1, 2, C)  # the same hidden state at two positions
     for estimator, same in (("local", False), ("sample", True)):
         head = tiny_head(weights, posterior=posterior, estimator=estimator)
-        logits, shift = head.weights.for_loss(x)
-        assert shift is None and torch.equal(logits[0, 0], logits[0, 1]) == same
+        if estimator == "local":
+            logits = head.weights.noisy_logits(x)
+        else:
+            weight, added, shift = head.weights.for_loss(x)
+            assert added is None and shift is None and not torch.equal(weight, head.weights.weight)
+            logits = x @ weight.T
+        assert torch.equal(logits[0, 0], logits[0, 1]) == same
 
 
 @pytest.mark.parametrize("pos_weight", [0.2, 5.0])

@@ -1,0 +1,187 @@
+"""Hidden states to a loss and its gradients, a piece of the positions at a time: (positions, V) logits never exist.
+
+    logits = x weightᵀ [+ added.x added.weightᵀ] [+ bias]       loss = normaliser(logits) + of_labels(logits at labels)
+
+For each piece the logits are one matrix product; the likelihood's two functions, differentiated by torch.func, turn
+them into their own gradient; two more products make that the gradients of x and weight. All of it happens in forward,
+and backward only scales. So a likelihood is written once, as a loss. Inside torch.compile the pass over the logits is
+compiled; the products are the libraries' own anyway.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+# bytes of logits at a time: on a CPU as few as keep a matrix product fast, elsewhere as many as keep the device busy
+PIECE = {"cpu": 1 << 26}
+BLOCK = {"cpu": 1 << 24}  # of those that become gradients at a time where nothing is compiled: what a cache holds
+ELSEWHERE = 1 << 29
+
+
+class Product(NamedTuple):
+    """x weightᵀ, kept as its factors: no (..., V) tensor of it exists."""
+
+    x: torch.Tensor  # (..., K)
+    weight: torch.Tensor  # (V, K)
+
+    def of(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (..., J) -> its entries there (..., J)."""
+        return (self.x.unsqueeze(-2) * F.embedding(ids, self.weight)).sum(-1)
+
+    def mean(self) -> torch.Tensor:
+        """Averaged over all V, (...)."""
+        return self.x @ self.weight.mean(0)
+
+
+def linear_loss(
+    likelihood,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    added: Product | None,
+    targets: torch.Tensor,
+    label_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x (..., C), weight (V, C), bias (V,), targets (..., K) with label_weights (..., K), None for all 1 -> the loss
+    averaged over positions, a scalar in nats. Not twice differentiable.
+
+    likelihood: normaliser(logits (n, V)) -> (n,) and of_labels(logits (n, K), label_weights) -> (n,), both in fp32.
+    Under autocast the products are in its dtype; bias, sums over pieces and an `added` of one column are not.
+    """
+    added_x, added_weight = (None, None) if added is None else (added.x.flatten(0, -2), added.weight)
+    tensors = (x.flatten(0, -2), weight, bias, added_x, added_weight)
+    tokens = (targets.flatten(0, -2), None if label_weights is None else label_weights.flatten(0, -2))
+    return _apply(likelihood, torch.compiler.is_compiling(), torch.is_grad_enabled(), *tensors, *tokens)
+
+
+def plain_loss(
+    likelihood, logits: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The same of logits (..., V) that are at hand -> (...)."""
+    return likelihood.normaliser(logits) + likelihood.of_labels(logits.gather(-1, targets), label_weights)
+
+
+def rows_within(budget: dict[str, int], x: torch.Tensor, vocab_size: int) -> int:
+    """How many rows of logits in x's dtype the device's budget allows: a power of two, so that pieces are alike."""
+    most = budget.get(x.device.type, ELSEWHERE) // (vocab_size * x.element_size())
+    return 1 << max(0, most.bit_length() - 1)
+
+
+@torch.compiler.disable
+def _apply(*arguments) -> torch.Tensor:
+    return _LinearLoss.apply(*arguments)
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, likelihood, compiled, with_grad, x, weight, bias, added_x, added_weight, targets, label_weights):
+        given = (x, weight, bias, added_x, added_weight)
+        # gradients are those of the sum over positions (in float16 those of the mean would vanish), and wide
+        wanted = [i for i, t in enumerate(given) if with_grad and t is not None and t.requires_grad]
+        grads = {
+            i: torch.zeros_like(given[i], dtype=torch.promote_types(given[i].dtype, torch.float32)) for i in wanted
+        }
+        x, weight, added_x, added_weight = _in_product_dtype(x, weight, added_x, added_weight)
+        fused = (bias, None, None)
+        total, n = 0.0, rows_within(PIECE, x, len(weight))
+        with torch.autocast(x.device.type, enabled=False):
+            for i in range(0, len(x), n):
+                piece, labels = slice(i, i + n), [None if t is None else t[i : i + n] for t in (targets, label_weights)]
+                logits = x[piece] @ weight.t()
+                if added_x is not None and added_x.size(1) > 1:
+                    logits.addmm_(added_x[piece], added_weight.t())
+                elif added_x is not None:
+                    fused = (bias, added_x[piece], added_weight)
+                sums, slopes = _slopes(likelihood, compiled, bool(wanted), len(given[1]), logits, fused, *labels)
+                total = total + sums
+                if 0 in grads:
+                    grads[0][piece] = slopes @ weight
+                if 1 in grads:
+                    _accumulate(grads[1], slopes, x[piece])
+                if 2 in grads:
+                    grads[2] += slopes.sum(0, dtype=grads[2].dtype)[: len(bias)]
+                if 3 in grads:
+                    grads[3][piece] = slopes @ added_weight.to(slopes.dtype)
+                if 4 in grads:
+                    _accumulate(grads[4], slopes, added_x[piece].to(slopes.dtype))
+        ctx.save_for_backward(*(grads.get(i) for i in range(5)))
+        ctx.dtypes, ctx.n = [None if t is None else t.dtype for t in given], len(x)
+        return total / len(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        scale, sums = gradient / ctx.n, zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, None, None, *(None if t is None else (t * scale).to(dtype) for t, dtype in sums), None, None
+
+
+def _in_product_dtype(x, weight, added_x, added_weight):
+    """The factors of the products in the dtype to multiply in; those of a single added column stay as they are.
+
+    On CUDA the weights are padded to a multiple of 64 rows, which the tensor cores want: no other code knows of them.
+    """
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if added_x is not None and added_x.size(1) > 1:
+        added_x, added_weight = added_x.to(dtype), added_weight.to(dtype)
+    if x.is_cuda and len(weight) % 64:
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
+        added_weight = None if added_weight is None else F.pad(added_weight, (0, 0, 0, -len(added_weight) % 64))
+    return x, weight, added_x, added_weight
+
+
+def _accumulate(total: torch.Tensor, slopes: torch.Tensor, x: torch.Tensor) -> None:
+    """total (V, C) += slopes (n, V)ᵀ x (n, C)"""
+    if total.dtype == x.dtype and len(total) == slopes.size(1):
+        total.addmm_(slopes.t(), x)
+    else:
+        total += (slopes.t() @ x)[: len(total)]
+
+
+def _slopes(likelihood, compiled, with_grad, vocab_size, logits, fused, targets, label_weights):
+    """The loss of a piece, summed over its positions, and the gradient of that by its logits (n, V), which they give
+    their memory to."""
+    bias, added_x, added_weight = fused
+    rows = torch.arange(len(targets), device=targets.device).unsqueeze(-1)
+    at_labels = wide(logits[rows, targets])
+    at_labels = at_labels if bias is None else at_labels + bias[targets]
+    at_labels = at_labels if added_x is None else at_labels + added_x * added_weight[targets].squeeze(-1)
+    of_labels = torch.func.grad_and_value(lambda z: likelihood.of_labels(z, label_weights).sum())
+    slopes_at_labels, total = of_labels(at_labels)
+    n = len(logits) if compiled else rows_within(BLOCK, at_labels, vocab_size)
+    normaliser = _compiled_normaliser if compiled else _normaliser
+    for i in range(0, len(logits), n):
+        block = logits[i : i + n]
+        added = None if added_x is None else added_x[i : i + n]
+        slopes, part = normaliser(likelihood, with_grad, vocab_size, block, bias, added, added_weight)
+        total = total + part
+        if with_grad and n >= len(logits):
+            logits = slopes
+        elif with_grad:
+            block.copy_(slopes)
+    if with_grad:
+        logits.index_put_((rows, targets), slopes_at_labels.to(logits.dtype), accumulate=True)
+    return total, logits
+
+
+def _normaliser(likelihood, with_grad, vocab_size, logits, bias, added_x, added_weight):
+    """The gradient of the normalisers' sum by the products (n, V), and that sum."""
+
+    def total(products):
+        z = wide(products[:, :vocab_size])
+        z = z if bias is None else z + bias
+        z = z if added_x is None else z + added_x * added_weight[:vocab_size].squeeze(-1)
+        return likelihood.normaliser(z).sum()
+
+    return torch.func.grad_and_value(total)(logits) if with_grad else (None, total(logits))
+
+
+_compiled_normaliser = torch.compile(_normaliser)
+
+
+def wide(logits: torch.Tensor) -> torch.Tensor:
+    """The same in float32 where they are in less."""
+    return logits.float() if logits.element_size() < 4 else logits
