@@ -21,7 +21,7 @@ import torch.nn as nn
 
 from engine.errors import UserError
 from engine.linear_loss import linear_loss, plain_loss
-from likelihoods import Categorical, Sigmoid, SmoothCategorical, weighted_sum
+from likelihoods import Categorical, Nll, Sigmoid, SmoothCategorical, weighted_sum
 from weights import BayesLinear, PointLinear, bayes_linear
 
 
@@ -145,6 +145,10 @@ class Head(nn.Module):
         # raised in the normaliser alone, not at the labels, logits make the loss Jensen's upper bound of its mean
         raised = weighted_sum(shift.of(targets), label_weights)
         return loss + (self.likelihood.on_labels * raised + self.likelihood.on_all * shift.mean()).mean()
+
+    def nll(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C), targets (B, T) -> nats per token under the mean weights, a scalar."""
+        return linear_loss(Nll(self.likelihood), x, self.weights.weight, self.bias, None, targets.unsqueeze(-1))
 
     def kl_loss(self, kl: torch.Tensor | float) -> torch.Tensor:
         """The prior's part, nats per token: kl_weight * kl_ramp * KL / n_data, of a KL in nats."""

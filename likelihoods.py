@@ -43,9 +43,13 @@ class Categorical:
         """logits (..., K) of the labels, label_weights (..., K) of sum 1 -> (...)."""
         return -self.on_labels * weighted_sum(logits, label_weights)
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """logits (...) -> log p (...) but for its normaliser, fp32."""
+        return wide(logits)
+
     def log_probs(self, logits: Tensor) -> Tensor:
-        """logits (..., V) -> log p (..., V), normalised, in fp32."""
-        return F.log_softmax(logits.float(), dim=-1)
+        """logits (..., V) -> log p (..., V), normalised, fp32."""
+        return F.log_softmax(self.scores(logits), dim=-1)
 
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """Gaussian logits, mean and variance (..., V) -> log E[p] (..., V), fp32, without sampling.
@@ -121,9 +125,13 @@ class Sigmoid:
             of_labels = of_labels + (self.pos_weight - 1) * F.softplus(logits)
         return weighted_sum(of_labels, label_weights)
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """As Categorical.scores: p is the sigmoids, normalised (a softmax would normalise their odds)."""
+        return F.logsigmoid(self._unweighted(logits))
+
     def log_probs(self, logits: Tensor) -> Tensor:
-        """logits (..., V) -> log p (..., V), fp32: the sigmoids, normalised (a softmax would normalise their odds)."""
-        return F.log_softmax(F.logsigmoid(self._unweighted(logits)), dim=-1)
+        """logits (..., V) -> log p (..., V), normalised, fp32."""
+        return F.log_softmax(self.scores(logits), dim=-1)
 
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """As Categorical.average: each sigmoid's expectation, normalised."""
@@ -137,10 +145,23 @@ class Sigmoid:
 
     def log_sum_sigma(self, logits: Tensor) -> Tensor:
         """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""
-        return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
+        return self.scores(logits).logsumexp(-1)
 
     def _unweighted(self, logits: Tensor) -> Tensor:
         return wide(logits) - math.log(self.pos_weight)
+
+
+class Nll:
+    """-log p of the true token, whatever a likelihood trains on, in the two parts of a loss."""
+
+    def __init__(self, likelihood: Categorical | Sigmoid):
+        self.scores = likelihood.scores
+
+    def normaliser(self, logits: Tensor) -> Tensor:
+        return self.scores(logits).logsumexp(-1)
+
+    def of_labels(self, logits: Tensor, label_weights: None) -> Tensor:
+        return -self.scores(logits).squeeze(-1)
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -130,6 +130,8 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     model = processes.wrap(torch.compile(bare) if config.compile else bare)
     batches = training_batches(config, data["train"], state)
     val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
+    share = processes.share(n_micro)
+    ahead = batches.prefetched((s * n_micro + m for s in range(first, config.max_iters) for m in share), device)
     log = open_log(config, processes, bare, dtype, first, state.get("seconds", 0.0))
 
     for step in range(first, config.max_iters + 1):
@@ -152,12 +154,11 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
 
         lr = set_learning_rate(optimizer, step, config)
         loss = torch.zeros((), device=device)
-        for micro in processes.share(n_micro):
-            batch = [t.to(device, non_blocking=True) for t in batches[step * n_micro + micro]]
+        for micro in share:
             distributed.seed_micro_batch(config.seed, step * n_micro + micro)
             with processes.accumulate(model, last=micro + processes.world_size >= n_micro):
                 with cast:
-                    micro_loss = model(*batch)
+                    micro_loss = model(*next(ahead))
                 # DDP averages over the processes, so each divides by the micro-batches of its own
                 scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
             loss += micro_loss.detach() / n_micro

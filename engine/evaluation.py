@@ -54,11 +54,9 @@ def mean_loss(
         x, y = (t.to(processes.device) for t in gather(file.ids, batches[i], model.config.block_size))
         seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
         with cast:
-            for (hidden,), targets in _rows([model.hidden(x)], y):
-                log_probs = model.lm_head.log_probs(hidden)
-                nll = -log_probs.gather(-1, targets.unsqueeze(-1)).sum()
-                loss = model.lm_head.data_loss(hidden, targets) * len(targets)
-                totals += torch.tensor([nll.item(), loss.item(), len(targets)], dtype=torch.float64)
+            hidden = model.hidden(x)
+            nll, loss = model.lm_head.nll(hidden, y), model.lm_head.data_loss(hidden, y)
+        totals += y.numel() * torch.tensor([nll.item(), loss.item(), 1.0], dtype=torch.float64)
     model.train()
     nll, loss, n = processes.sum(totals.to(processes.device, _widest(processes.device))).tolist()
     return {"val_nll": nll / n, "val_loss": loss / n + float(model.kl_loss())}

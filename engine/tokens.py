@@ -7,10 +7,12 @@ function of (seed, i) alone.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,18 @@ class Batches:
         starts = np.array([self._block_start(*divmod(block, self.n_blocks)) for block in blocks])
         x, y = gather(self.ids, starts, self.block_size)
         return (x, y) if self.labels is None else (x, *self.labels.targets(y, starts))
+
+    def prefetched(self, order: Iterable[int], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The micro-batches of that order on the device, each read while the one before it is worked on."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead = None
+            for i in itertools.chain(order, [None]):
+                batch, ahead = ahead, None if i is None else reader.submit(self._read, i, device.type == "cuda")
+                if batch is not None:
+                    yield tuple(t.to(device, non_blocking=device.type == "cuda") for t in batch.result())
+
+    def _read(self, i: int, pinned: bool) -> tuple[torch.Tensor, ...]:
+        return tuple(t.pin_memory() if pinned else t for t in self[i])  # from pinned memory alone a GPU copies aside
 
     def _block_start(self, epoch: int, k: int) -> int:
         if epoch != self._epoch:
