@@ -127,12 +127,12 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
             part.load_state_dict(state[name])
     first, best_step = state.get("step", 0), state.get("best_step", 0)
     best_val_nll = state.get("best_val_nll", math.inf)
-    model = processes.wrap(torch.compile(bare) if config.compile else bare)
+    model, how = processes.wrap(bare, config.compile)
     batches = training_batches(config, data["train"], state)
     val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
     share = processes.share(n_micro)
     ahead = batches.prefetched((s * n_micro + m for s in range(first, config.max_iters) for m in share), device)
-    log = open_log(config, processes, bare, dtype, first, state.get("seconds", 0.0))
+    log = open_log(config, processes, bare, f"{dtype}, {how}", first, state.get("seconds", 0.0))
 
     for step in range(first, config.max_iters + 1):
         bare.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
@@ -249,7 +249,7 @@ def snapshot(
 
 
 def open_log(
-    config: TrainConfig, processes: distributed.Processes, model: GPT, dtype: str, first: int, seconds: float
+    config: TrainConfig, processes: distributed.Processes, model: GPT, how: str, first: int, seconds: float
 ) -> Logger:
     """Make the run's folder, write down what the run is, and say it."""
     out_dir = Path(config.out_dir)
@@ -270,7 +270,7 @@ def open_log(
     log.say(
         f"{out_dir}: {config.model.head.weights} x {config.model.head.likelihood} head, {n_all / 1e6:.2f} M parameters "
         f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if config.model.head.tie_head else ''}), "
-        f"{tokens_per_step:,} tokens per step, {dtype} on {processes.world_size} x {processes.device.type}"
+        f"{tokens_per_step:,} tokens per step, {how}, on {processes.world_size} x {processes.device.type}"
         + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
         + (f", going on at step {first}" if first else "")
     )

@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import platform
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -30,16 +31,18 @@ class Processes:
         """Which of n pieces of work this process does."""
         return range(self.rank, n, self.world_size)
 
-    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model, its gradients averaged over all processes in backward."""
+    def wrap(self, model: torch.nn.Module, compile: bool) -> tuple[torch.nn.Module, str]:
+        """The model, compiled if wanted and possible, its gradients averaged over all processes in backward; and how it
+        runs, in words."""
+        model, how = _compiled(model, self.device) if compile else (model, "eager")
         if self.world_size == 1:
-            return model
+            return model, how
         ids = [self.device.index] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         wrapped.broadcast_buffers = (
             False  # every process sets its own; as an argument it is deprecated since torch 2.13
         )
-        return wrapped
+        return wrapped, how
 
     def accumulate(self, model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Around one micro-batch: gradients travel between processes with the last one only."""
@@ -164,3 +167,10 @@ def keep_memory() -> None:
 
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
+
+
+def _compiled(model: torch.nn.Module, device: torch.device) -> tuple[torch.nn.Module, str]:
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
+    if device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+        return model, "eager (torch.compile wants a C++ compiler and finds none: install g++ or set CXX)"
+    return torch.compile(model), "compiled"

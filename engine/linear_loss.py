@@ -79,9 +79,7 @@ class _LinearLoss(torch.autograd.Function):
         given = (x, weight, bias, added_x, added_weight)
         # gradients are those of the sum over positions (in float16 those of the mean would vanish), and wide
         wanted = [i for i, t in enumerate(given) if with_grad and t is not None and t.requires_grad]
-        grads = {
-            i: torch.zeros_like(given[i], dtype=torch.promote_types(given[i].dtype, torch.float32)) for i in wanted
-        }
+        grads = {i: torch.empty_like(given[i], dtype=wide(given[i][:0]).dtype) for i in wanted}
         x, weight, added_x, added_weight = _in_product_dtype(x, weight, added_x, added_weight)
         fused = (bias, None, None)
         total, n = 0.0, rows_within(PIECE, x, len(weight))
@@ -98,13 +96,14 @@ class _LinearLoss(torch.autograd.Function):
                 if 0 in grads:
                     grads[0][piece] = slopes @ weight
                 if 1 in grads:
-                    _accumulate(grads[1], slopes, x[piece])
+                    _accumulate(grads[1], slopes, x[piece], first=i == 0)
                 if 2 in grads:
-                    grads[2] += slopes.sum(0, dtype=grads[2].dtype)[: len(bias)]
+                    column_sums = slopes.sum(0, dtype=grads[2].dtype)[: len(bias)]
+                    grads[2] = column_sums if i == 0 else grads[2] + column_sums
                 if 3 in grads:
                     grads[3][piece] = slopes @ added_weight.to(slopes.dtype)
                 if 4 in grads:
-                    _accumulate(grads[4], slopes, added_x[piece].to(slopes.dtype))
+                    _accumulate(grads[4], slopes, added_x[piece].to(slopes.dtype), first=i == 0)
         ctx.save_for_backward(*(grads.get(i) for i in range(5)))
         ctx.dtypes, ctx.n = [None if t is None else t.dtype for t in given], len(x)
         return total / len(x)
@@ -133,10 +132,12 @@ def _in_product_dtype(x, weight, added_x, added_weight):
     return x, weight, added_x, added_weight
 
 
-def _accumulate(total: torch.Tensor, slopes: torch.Tensor, x: torch.Tensor) -> None:
-    """total (V, C) += slopes (n, V)ᵀ x (n, C)"""
+def _accumulate(total: torch.Tensor, slopes: torch.Tensor, x: torch.Tensor, first: bool) -> None:
+    """total (V, C) += slopes (n, V)ᵀ x (n, C); the first time = instead."""
     if total.dtype == x.dtype and len(total) == slopes.size(1):
-        total.addmm_(slopes.t(), x)
+        total.addmm_(slopes.t(), x, beta=0 if first else 1)  # beta = 0 does not read what was there
+    elif first:
+        total.copy_((slopes.t() @ x)[: len(total)])
     else:
         total += (slopes.t() @ x)[: len(total)]
 

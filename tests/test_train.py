@@ -105,6 +105,13 @@ def test_half_precision_trains_as_float32_does(data, tmp_path, dtype, likelihood
     assert ("scale" in state["scaler"]) == (dtype == "float16")
 
 
+def test_without_a_compiler_a_run_says_so_and_goes_on_eager(data, plain, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.distributed.shutil.which", lambda name: None)
+    run(data, tmp_path, compile=True, max_iters=5, lr_decay_iters=30)
+    assert capsys.readouterr().out.count("C++ compiler") == 1
+    assert [r["loss"] for r in records(tmp_path, "loss")] == [r["loss"] for r in records(plain[1], "loss")[:5]]
+
+
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_has_the_same_losses_and_a_checkpoint_without_its_traces(data, plain, tmp_path):
     run(data, tmp_path, compile=True, max_iters=5, lr_decay_iters=30)
