@@ -50,9 +50,9 @@ def linear_loss(
     Under autocast the products are in its dtype; bias, sums over pieces and an `added` of one column are not.
     """
     added_x, added_weight = (None, None) if added is None else (added.x.flatten(0, -2), added.weight)
-    tensors = (x.flatten(0, -2), weight, bias, added_x, added_weight)
+    factors = (x.flatten(0, -2), weight, bias, added_x, added_weight)
     tokens = (targets.flatten(0, -2), None if label_weights is None else label_weights.flatten(0, -2))
-    return _apply(likelihood, torch.compiler.is_compiling(), torch.is_grad_enabled(), *tensors, *tokens)
+    return _apply(likelihood, torch.compiler.is_compiling(), torch.is_grad_enabled(), *tokens, *factors)
 
 
 def plain_loss(
@@ -73,38 +73,53 @@ def _apply(*arguments) -> torch.Tensor:
     return _LinearLoss.apply(*arguments)
 
 
+class _Factors(NamedTuple):
+    """What the logits are made of, or the gradients of all that."""
+
+    x: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    added_x: torch.Tensor | None
+    added_weight: torch.Tensor | None
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, likelihood, compiled, with_grad, x, weight, bias, added_x, added_weight, targets, label_weights):
-        given = (x, weight, bias, added_x, added_weight)
+    def forward(ctx, likelihood, compiled, with_grad, targets, label_weights, *factors):
+        given = _Factors(*factors)
         # gradients are those of the sum over positions (in float16 those of the mean would vanish), and wide
-        wanted = [i for i, t in enumerate(given) if with_grad and t is not None and t.requires_grad]
-        grads = {i: torch.empty_like(given[i], dtype=wide(given[i][:0]).dtype) for i in wanted}
-        x, weight, added_x, added_weight = _in_product_dtype(x, weight, added_x, added_weight)
-        fused = (bias, None, None)
+        wanted = [with_grad and t is not None and t.requires_grad for t in given]
+        grads = _Factors(
+            *(torch.empty_like(t, dtype=wide(t[:0]).dtype) if w else None for t, w in zip(given, wanted, strict=True))
+        )
+        if grads.bias is not None:
+            grads.bias.zero_()
+        x, weight, bias, added_x, added_weight = _in_product_dtype(given)
         total, n = 0.0, rows_within(PIECE, x, len(weight))
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, len(x), n):
-                piece, labels = slice(i, i + n), [None if t is None else t[i : i + n] for t in (targets, label_weights)]
+                piece = slice(i, i + n)
+                added = None if added_x is None else Product(added_x[piece], added_weight)
                 logits = x[piece] @ weight.t()
-                if added_x is not None and added_x.size(1) > 1:
-                    logits.addmm_(added_x[piece], added_weight.t())
-                elif added_x is not None:
-                    fused = (bias, added_x[piece], added_weight)
-                sums, slopes = _slopes(likelihood, compiled, bool(wanted), len(given[1]), logits, fused, *labels)
-                total = total + sums
-                if 0 in grads:
-                    grads[0][piece] = slopes @ weight
-                if 1 in grads:
-                    _accumulate(grads[1], slopes, x[piece], first=i == 0)
-                if 2 in grads:
-                    column_sums = slopes.sum(0, dtype=grads[2].dtype)[: len(bias)]
-                    grads[2] = column_sums if i == 0 else grads[2] + column_sums
-                if 3 in grads:
-                    grads[3][piece] = slopes @ added_weight.to(slopes.dtype)
-                if 4 in grads:
-                    _accumulate(grads[4], slopes, added_x[piece].to(slopes.dtype), first=i == 0)
-        ctx.save_for_backward(*(grads.get(i) for i in range(5)))
+                if added is not None and added.x.size(1) > 1:
+                    logits.addmm_(added.x, added.weight.t())
+                    added = None
+                labels = targets[piece], None if label_weights is None else label_weights[piece]
+                part, slopes = _slopes(
+                    likelihood, compiled, any(wanted), len(given.weight), logits, bias, added, *labels
+                )
+                total = total + part
+                if grads.x is not None:
+                    grads.x[piece] = slopes @ weight
+                if grads.weight is not None:
+                    _accumulate(grads.weight, slopes, x[piece], first=i == 0)
+                if grads.bias is not None:
+                    grads.bias.add_(slopes.sum(0, dtype=bias.dtype)[: len(bias)])
+                if grads.added_x is not None:
+                    grads.added_x[piece] = slopes @ added_weight.to(slopes.dtype)
+                if grads.added_weight is not None:
+                    _accumulate(grads.added_weight, slopes, added_x[piece].to(slopes.dtype), first=i == 0)
+        ctx.save_for_backward(*grads)
         ctx.dtypes, ctx.n = [None if t is None else t.dtype for t in given], len(x)
         return total / len(x)
 
@@ -112,14 +127,15 @@ class _LinearLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         scale, sums = gradient / ctx.n, zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, None, None, *(None if t is None else (t * scale).to(dtype) for t, dtype in sums), None, None
+        return *[None] * 5, *(None if t is None else (t * scale).to(dtype) for t, dtype in sums)
 
 
-def _in_product_dtype(x, weight, added_x, added_weight):
-    """The factors of the products in the dtype to multiply in; those of a single added column stay as they are.
+def _in_product_dtype(given: _Factors) -> _Factors:
+    """The factors in the dtype to multiply in; bias and a single added column, which join later, as they are.
 
     On CUDA the weights are padded to a multiple of 64 rows, which the tensor cores want: no other code knows of them.
     """
+    x, weight, bias, added_x, added_weight = given
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -127,9 +143,10 @@ def _in_product_dtype(x, weight, added_x, added_weight):
     if added_x is not None and added_x.size(1) > 1:
         added_x, added_weight = added_x.to(dtype), added_weight.to(dtype)
     if x.is_cuda and len(weight) % 64:
-        weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
-        added_weight = None if added_weight is None else F.pad(added_weight, (0, 0, 0, -len(added_weight) % 64))
-    return x, weight, added_x, added_weight
+        padding = (0, 0, 0, -len(weight) % 64)
+        weight = F.pad(weight, padding)
+        added_weight = None if added_weight is None else F.pad(added_weight, padding)
+    return _Factors(x, weight, bias, added_x, added_weight)
 
 
 def _accumulate(total: torch.Tensor, slopes: torch.Tensor, x: torch.Tensor, first: bool) -> None:
@@ -142,22 +159,21 @@ def _accumulate(total: torch.Tensor, slopes: torch.Tensor, x: torch.Tensor, firs
         total += (slopes.t() @ x)[: len(total)]
 
 
-def _slopes(likelihood, compiled, with_grad, vocab_size, logits, fused, targets, label_weights):
+def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, targets, label_weights):
     """The loss of a piece, summed over its positions, and the gradient of that by its logits (n, V), which they give
     their memory to."""
-    bias, added_x, added_weight = fused
     rows = torch.arange(len(targets), device=targets.device).unsqueeze(-1)
     at_labels = wide(logits[rows, targets])
     at_labels = at_labels if bias is None else at_labels + bias[targets]
-    at_labels = at_labels if added_x is None else at_labels + added_x * added_weight[targets].squeeze(-1)
+    at_labels = at_labels if added is None else at_labels + added.of(targets)
     of_labels = torch.func.grad_and_value(lambda z: likelihood.of_labels(z, label_weights).sum())
     slopes_at_labels, total = of_labels(at_labels)
     n = len(logits) if compiled else rows_within(BLOCK, at_labels, vocab_size)
     normaliser = _compiled_normaliser if compiled else _normaliser
     for i in range(0, len(logits), n):
         block = logits[i : i + n]
-        added = None if added_x is None else added_x[i : i + n]
-        slopes, part = normaliser(likelihood, with_grad, vocab_size, block, bias, added, added_weight)
+        added_block = (None, None) if added is None else (added.x[i : i + n], added.weight)
+        slopes, part = normaliser(likelihood, with_grad, vocab_size, block, bias, *added_block)
         total = total + part
         if with_grad and n >= len(logits):
             logits = slopes
