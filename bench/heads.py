@@ -12,12 +12,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # the folder of this file has a heads.py of its own
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
-from torch.nn import functional as F
 
 from bench import measure
+from bench.plain import N_DATA, PlainHead
 from engine.distributed import autocast, pick_device
 from heads import Head, HeadConfig
 
@@ -42,7 +41,6 @@ GOALS = {  # time under the default allocator, memory there, time under the tune
     "bayes_sigmoid": (0.82, 0.25, 1.06),
     "softmax_bf16": (0.30, None, 0.30),
 }
-N_DATA = 1_000_000  # tokens of a training set, the N of KL / N
 
 
 def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[[], None]:
@@ -54,9 +52,9 @@ def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[
     name, how = split(case)
     if name in OURS:
         head = Head(HeadConfig(**OURS[name], n_data=N_DATA), vocab_size, n_embd).to(device)
-        parameters, loss_of = list(head.parameters()), head.loss
+        loss_of = head.loss
     else:
-        parameters, loss_of = naive(name, vocab_size, n_embd, device)
+        loss_of = head = PlainHead(name, vocab_size, n_embd).to(device)
     if how == "compiled" or (how == "bf16" and name in OURS):
         loss_of = measure.compiled(loss_of)
     cast, _ = autocast(device, "bfloat16" if how == "bf16" else "float32")
@@ -65,7 +63,7 @@ def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[
         with cast:
             loss = loss_of(x, targets)
         loss.backward()
-        for tensor in (x, *parameters):
+        for tensor in (x, *head.parameters()):
             tensor.grad = None
 
     return step
@@ -77,31 +75,6 @@ def split(case: str) -> tuple[str, str]:
         if case.endswith(f"_{how}"):
             return case.removesuffix(f"_{how}"), how
     return case, "compiled" if case in OURS else "eager"
-
-
-def naive(name: str, vocab_size: int, n_embd: int, device: torch.device) -> tuple[list[torch.Tensor], Callable]:
-    """The parameters and the loss of a head as users write it."""
-    if name.startswith("torchbnn"):
-        import torchbnn
-
-        linear = torchbnn.BayesLinear(0, 0.1, n_embd, vocab_size, bias=False).to(device)
-        divergence = torchbnn.BKLLoss(reduction="sum")
-    else:
-        linear = torch.nn.Linear(n_embd, vocab_size, bias=False, device=device)
-        divergence = None
-    nll = dense_bce if name.endswith("dense_bce") else F.cross_entropy
-
-    def loss_of(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = nll(linear(x).flatten(0, 1), targets.flatten())
-        return loss if divergence is None else loss + divergence(linear).squeeze() / N_DATA
-
-    return list(linear.parameters()), loss_of
-
-
-def dense_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy with a one-hot target (N, V), summed over V."""
-    one_hot = torch.zeros_like(logits).scatter_(1, targets.unsqueeze(1), 1.0)
-    return F.binary_cross_entropy_with_logits(logits, one_hot, reduction="sum") / len(targets)
 
 
 def goal(case: str, allocator: str) -> str:

@@ -140,8 +140,11 @@ def table(
     baseline: str,
     memory: Mapping[str, int] | None = None,
     goals: Mapping[str, str] | None = None,
+    n_tokens: int = 0,
 ) -> None:
-    """Print of each case the median time, its ratio to the baseline (and the middle half of both), and its goal."""
+    """Print of each case the median time, its ratio to the baseline (and the middle half of both), and its goal.
+
+    n_tokens: of one call, for tokens per second."""
     print(f"\n{title}: ratios to {baseline}")
     width = max(map(len, seconds))
     for name, times in seconds.items():
@@ -149,6 +152,8 @@ def table(
         ratios = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
         line = f"  {name:<{width}}  {median * 1e3:8.1f} ms ({low * 1e3:.1f} - {high * 1e3:.1f})"
         line += "  x {1:.3f} ({0:.3f} - {2:.3f})".format(*quartiles(ratios))
+        if n_tokens:
+            line += f"  {n_tokens / median:7.0f} tokens/s"
         if memory:
             line += f"  peak {memory[name] / 2**20:6.0f} MiB  x {memory[name] / memory[baseline]:.3f}"
         if goals and name in goals:
