@@ -1,6 +1,6 @@
 """The head alone, forward and backward, against the plain fp32 linear + cross-entropy, and against what users write.
 
-    python bench/heads.py                          both allocators, all cases (about ten minutes)
+    python bench/heads.py                          all cases under both allocators
     python bench/heads.py --allocator=default --cases=softmax,sigmoid --rounds=5
 
 Ours are compiled unless a case ends in _eager; _bf16 is under autocast. The naive ones are as users write them, eager

@@ -6,7 +6,7 @@
 
 Ours run as on a CPU with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned allocator, in turns in this
 process. What users write is eager fp32 with AdamW as it comes, each in a worker process under malloc's default, which
-has its turn when we have ended ours; plain_tuned is the plain GPT here, under our setting.
+has its turn while ours waits; plain_tuned is the plain GPT here, under our setting.
 """
 
 import contextlib
@@ -89,8 +89,10 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    quiet = {"bos_token_id": None, "eos_token_id": None, "loss_type": "ForCausalLM"}  # else it warns
-    return GPT2LMHeadModel(GPT2Config(n_positions=block_size, **shape, **no_dropout, **quiet)).train()
+    no_ids = {"bos_token_id": None, "eos_token_id": None}  # its defaults lie beyond a small vocabulary
+    model = GPT2LMHeadModel(GPT2Config(n_positions=block_size, **shape, **no_dropout, **no_ids))
+    model.loss_type = "ForCausalLM"  # what it takes anyway, with a warning
+    return model.train()
 
 
 def allocator_of(case: str) -> str:
