@@ -2,6 +2,7 @@
 # make rows  the eight rows of the paper's table on WikiText-2 (python data/wikitext/prepare.py --version=2 first), an estimated
 #            90 minutes on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
 # make test  ruff and the tests
+# make bench time and memory of heads, steps and the start-up, in ratios; appends to bench/results.jsonl (bench/README.md)
 # All make .venv by themselves from python3 >= 3.10, pip and PyPI.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ RUNS   := $(OUT)/softmax,$(OUT)/smooth,$(OUT)/bayes,$(OUT)/sigmoid,$(OUT)/bayes_
 SIZE   ?= wikitext2_cpu
 ROWS   := smooth_05_ smooth_ bayes_ sigmoid_ sigmoid_regularised_ sigmoid_weighted_ bayes_sigmoid_weighted_
 STUDY  := out/$(SIZE:_cpu=)
-.PHONY: run rows test clean
+.PHONY: run rows test bench clean
 
 # a stage says what it does, does it, and says how long it took
 stage = @printf '\n== %s\n' "$(1)"; s=$$(date +%s); $(2) && printf '   (%d s)\n' $$(($$(date +%s) - s))
@@ -38,6 +39,13 @@ test: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m pytest
+
+bench: .venv/.installed-dev
+	$(PY) bench/heads.py $(FLAGS)
+	$(PY) bench/step.py $(FLAGS)
+	$(PY) bench/step.py --scale=char $(FLAGS)
+	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
+	$(PY) bench/startup.py $(FLAGS)
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.11 ..."; exit 1; }

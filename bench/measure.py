@@ -1,10 +1,14 @@
 """How the benchmarks measure: the cases in turns in one process, medians and spread of several rounds, memory apart.
 
 A ratio of two cases is the median over rounds of the ratio within a round, since a machine's speed drifts. Peak memory
-is that of one call in a fresh process (what a process once had taints what it needs later).
+is that of one call in a fresh process (what a process once had taints what it needs later). A case comes from its
+module's prepare(case, **shapes), a function without arguments, so that another process can make it too.
 """
 
+import argparse
+import ctypes
 import datetime
+import gc
 import importlib
 import json
 import os
@@ -13,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ import torch
 from engine.distributed import keep_memory
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results.jsonl"
+RESULTS = ROOT / "bench" / "results.jsonl"  # or $BENCH_RESULTS
 
 
 def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, list[float]]:
@@ -31,24 +35,31 @@ def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict
         for name, case in cases.items():
             started = time.perf_counter()
             case()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
             if counts:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
-def ratio(seconds: list[float], baseline: list[float]) -> float:
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
 def peak_memory(case: Callable[[], object]) -> int:
     """Bytes that one call needs beyond what is there before it; for a process that has done nothing else."""
+    gc.collect()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         case()
         return torch.cuda.max_memory_allocated() - before
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left free would hide what this one needs
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
     case()
@@ -56,21 +67,65 @@ def peak_memory(case: Callable[[], object]) -> int:
 
 
 def peak_of(module: str, case: str, allocator: str = "tuned", **shapes: int) -> int:
-    """peak_memory of <module>.prepare(case, **shapes) in a fresh process; the first call there, which may compile, is
-    the one before."""
-    code = (
-        f"from bench.measure import use_allocator, warm_peak; use_allocator({allocator!r}); "
-        f"print(warm_peak({module!r}, {case!r}, {shapes!r}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    """The warm_peak of a case in a fresh process."""
+    code = f"print(measure.warm_peak({module!r}, {case!r}, {shapes!r}))"
+    done = subprocess.run(_python(allocator, code), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{module} {case}: {done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
 
 
 def warm_peak(module: str, case: str, shapes: Mapping[str, int]) -> int:
-    """peak_memory of a case whose compilation a smaller call has paid for."""
-    return peak_memory(importlib.import_module(module).prepare(case, **shapes))
+    """peak_memory of a case that has been called twice (that compiled it, loaded kernels, made the optimiser's state),
+    and what it holds between two calls, if it has a function that says so."""
+    prepared = importlib.import_module(module).prepare(case, **shapes)
+    prepared()
+    prepared()
+    held = prepared.held() if hasattr(prepared, "held") else 0
+    return held + peak_memory(prepared)
+
+
+class Worker:
+    """A case in a process of its own, for in_turns: it works while it is called, and waits otherwise."""
+
+    def __init__(self, module: str, case: str, allocator: str, **shapes: int):
+        code = f"measure.serve({module!r}, {case!r}, {shapes!r})"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(_python(allocator, code), cwd=ROOT, text=True, bufsize=1, **pipes)
+        self.answer()
+
+    def __call__(self) -> None:
+        self.process.stdin.write("go\n")
+        self.answer()
+
+    def answer(self) -> None:
+        if self.process.stdout.readline() != "done\n":
+            raise RuntimeError(f"{' '.join(self.process.args)} ended early")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(module: str, case: str, shapes: Mapping[str, int]) -> None:
+    """What a Worker does: one call for each line that comes in."""
+    prepared = importlib.import_module(module).prepare(case, **shapes)
+    print("done", flush=True)
+    for _ in sys.stdin:
+        prepared()
+        synchronize()
+        print("done", flush=True)
+
+
+def _python(allocator: str, code: str) -> list[str]:
+    code = f"from bench import measure; measure.use_allocator({allocator!r}); {code}"
+    return [sys.executable, "-c", code]
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for a function that a process compiles for many models."""
+    torch._dynamo.config.recompile_limit = 64  # by default a ninth version of one code is given up, for eager
+    return torch.compile(function, dynamic=False)
 
 
 def use_allocator(name: str) -> None:
@@ -79,17 +134,35 @@ def use_allocator(name: str) -> None:
         keep_memory()
 
 
-def table(title: str, seconds: Mapping[str, list[float]], baseline: str, memory: Mapping[str, int] | None = None):
-    """Print median, spread (of the middle half) and ratio to the baseline of each case."""
-    print(f"\n{title}")
+def table(
+    title: str,
+    seconds: Mapping[str, list[float]],
+    baseline: str,
+    memory: Mapping[str, int] | None = None,
+    goals: Mapping[str, str] | None = None,
+    n_tokens: int = 0,
+) -> None:
+    """Print of each case the median time, its ratio to the baseline (and the middle half of both), and its goal.
+
+    n_tokens: of one call, for tokens per second."""
+    print(f"\n{title}: ratios to {baseline}")
     width = max(map(len, seconds))
     for name, times in seconds.items():
-        low, median, high = statistics.quantiles(times, n=4)
-        line = f"  {name:<{width}}  {median * 1e3:9.1f} ms ({low * 1e3:.1f} - {high * 1e3:.1f})"
-        line += f"  x {ratio(times, seconds[baseline]):.3f}"
+        low, median, high = quartiles(times)
+        ratios = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
+        line = f"  {name:<{width}}  {median * 1e3:8.1f} ms ({low * 1e3:.1f} - {high * 1e3:.1f})"
+        line += "  x {1:.3f} ({0:.3f} - {2:.3f})".format(*quartiles(ratios))
+        if n_tokens:
+            line += f"  {n_tokens / median:7.0f} tokens/s"
         if memory:
-            line += f"  peak {memory[name] / 2**20:8.0f} MiB  x {memory[name] / memory[baseline]:.3f}"
+            line += f"  peak {memory[name] / 2**20:6.0f} MiB  x {memory[name] / memory[baseline]:.3f}"
+        if goals and name in goals:
+            line += f"  goal {goals[name]}"
         print(line, flush=True)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def record(bench: str, case: str, baseline: str, time_ratio: float, memory_ratio: float | None = None, **about) -> None:
@@ -97,8 +170,31 @@ def record(bench: str, case: str, baseline: str, time_ratio: float, memory_ratio
     line = {"bench": bench, "case": case, "baseline": baseline, "time_ratio": round(time_ratio, 4)}
     line |= {} if memory_ratio is None else {"memory_ratio": round(memory_ratio, 4)}
     line |= about | {"machine": machine(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-    with open(RESULTS, "a") as file:
+    with open(os.environ.get("BENCH_RESULTS") or RESULTS, "a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def record_all(
+    bench: str, seconds: Mapping[str, list[float]], baseline: str, memory: Mapping[str, int], **about
+) -> None:
+    """A record for each case but the baseline, with its medians."""
+    for case in [name for name in seconds if name != baseline]:
+        medians = {"seconds": round(statistics.median(seconds[case]), 5), "peak_mib": round(memory[case] / 2**20, 1)}
+        ratios = ratio(seconds[case], seconds[baseline]), memory[case] / memory[baseline]
+        record(bench, case, baseline, *ratios, **medians, **about)
+
+
+def arguments(description: str, rounds: int, **defaults: str) -> argparse.Namespace:
+    """The command line that the benchmarks share; defaults: further options, each a word."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: does it run?")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds of all cases in turns")
+    parser.add_argument("--cases", default="", help="only these, separated by commas")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default)
+    args = parser.parse_args()
+    args.rounds = 2 if args.quick else args.rounds
+    return args
 
 
 def machine() -> str:

@@ -1,0 +1,141 @@
+"""A whole training step: each head against our softmax, and against what users write.
+
+    python bench/step.py                        4 layers of 256, V = 50304 (small)
+    python bench/step.py --scale=char           6 layers of 384 on 65 characters; --scale=gpt2: 124M, one block of 1024
+    python bench/step.py --sweep=yes            memory by batch size, tokens per second by T, V and d: softmax and plain
+
+Ours run as on a CPU with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned allocator, in turns in this
+process. What users write is eager fp32 with AdamW as it comes, each in a worker process under malloc's default, which
+has its turn while ours waits; plain_tuned is the plain GPT here, under our setting.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+
+from bench import measure
+from bench.heads import OURS
+from bench.plain import N_DATA, PlainGPT
+from engine.distributed import autocast, pick_device
+from engine.optim import adamw
+from heads import HeadConfig
+from model import GPT, GPTConfig
+
+USERS = ("plain", "transformers", "torchbnn", "dense_bce", "torchbnn_dense_bce")
+SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8, "vocab_size": 50304}
+CHAR = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 12, "vocab_size": 65}
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 1, "vocab_size": 50304}
+SCALES = {  # shapes and cases; those of 124M that fit into 24 GiB together
+    "small": (SMALL, (*OURS, "plain_tuned", *USERS)),
+    "char": (CHAR, (*OURS, "plain_tuned", "plain", "transformers")),
+    "gpt2": (GPT2, ("softmax", "plain", "transformers")),
+}
+QUICK = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "vocab_size": 307}
+GOALS = {"smooth": "<= 1.01", **dict.fromkeys(("bayes", "bayes_full_sample", "sigmoid", "bayes_sigmoid"), "<= 1.05")}
+PLAIN_GOALS = {"small": ">= 4 / >= 2", "char": ">= 2.8 / -", "gpt2": ">= 3.2 / -"}
+SWEEP = (
+    *({"batch_size": n} for n in (1, 2, 4, 8, 16)),
+    *({"block_size": n, "batch_size": 2048 // n} for n in (128, 512, 1024)),
+    *({"vocab_size": n} for n in (1024, 8192, 100_352)),
+    *({"n_embd": n, "n_head": n // 64} for n in (128, 512, 768)),
+)
+
+
+class Step:
+    """One step of training on a batch that stays the same."""
+
+    def __init__(self, model: torch.nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer, dtype: str):
+        self.model, self.loss_of, self.optimizer = model, loss_of, optimizer
+        self.cast, _ = autocast(pick_device("auto"), dtype)
+
+    def __call__(self) -> None:
+        with self.cast:
+            loss = self.loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def held(self) -> int:
+        """Bytes of the weights and the optimiser's state, which are there between two steps."""
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        tensors = [*self.model.parameters(), *(value for value in state if isinstance(value, torch.Tensor))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def prepare(case: str, batch_size: int, **shape: int) -> Step:
+    torch.manual_seed(0)
+    device = pick_device("auto")
+    idx, targets = torch.randint(shape["vocab_size"], (2, batch_size, shape["block_size"]), device=device)
+    if case in OURS:
+        model = GPT(GPTConfig(**shape, head=HeadConfig(**OURS[case], n_data=N_DATA))).to(device)
+        compiled, optimizer = measure.compiled(model), adamw(model, 6e-4, (0.9, 0.95), 0.1)
+        return Step(model, lambda: compiled(idx, targets), optimizer, "bfloat16")
+    if case == "transformers":
+        model = transformers_gpt2(**shape).to(device)
+        loss_of = lambda: model(idx, labels=idx).loss  # noqa: E731  it shifts the labels itself
+    else:
+        model = PlainGPT(**shape, head=case.removesuffix("_tuned")).to(device)
+        loss_of = lambda: model(idx, targets)  # noqa: E731
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    return Step(model, loss_of, optimizer, "float32")
+
+
+def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    no_ids = {"bos_token_id": None, "eos_token_id": None}  # its defaults lie beyond a small vocabulary
+    model = GPT2LMHeadModel(GPT2Config(n_positions=block_size, **shape, **no_dropout, **no_ids))
+    model.loss_type = "ForCausalLM"  # what it takes anyway, with a warning
+    return model.train()
+
+
+def allocator_of(case: str) -> str:
+    return "default" if case in USERS else "tuned"
+
+
+def compare(
+    title: str, names: Sequence[str], shapes: Mapping[str, int], rounds: int, goals: Mapping[str, str], apart: bool
+) -> None:
+    """Measure, print and record steps in turns; apart: ours in workers of their own, too."""
+    with contextlib.ExitStack() as stack:
+        cases = {}
+        for name in names:
+            if apart or name in USERS:
+                cases[name] = measure.Worker("bench.step", name, allocator_of(name), **shapes)
+                stack.callback(cases[name].close)
+            else:
+                cases[name] = prepare(name, **shapes)
+        seconds = measure.in_turns(cases, rounds)
+    del cases
+    memory = {name: measure.peak_of("bench.step", name, allocator_of(name), **shapes) for name in names}
+    n_tokens = shapes["batch_size"] * shapes["block_size"]
+    measure.table(f"step, {title}, {dict(shapes)}", seconds, "softmax", memory, goals, n_tokens)
+    for name in names:
+        if name != "softmax":
+            pair = {key: seconds[key] for key in ("softmax", name)}
+            measure.record_all("step", pair, "softmax", memory, shapes=shapes, allocator=allocator_of(name))
+
+
+def main() -> None:
+    args = measure.arguments(__doc__.splitlines()[0], rounds=7, scale="small", sweep="")
+    measure.use_allocator("tuned")
+    shapes, names = SCALES[args.scale]
+    if args.sweep:
+        for changed in SWEEP[:1] if args.quick else SWEEP:
+            point = (QUICK if args.quick else SMALL) | changed
+            compare(f"sweep {changed}", ("softmax", "plain"), point, args.rounds, {}, apart=True)
+        return
+    chosen = args.cases.split(",") if args.cases else names
+    names = ("softmax", *(name for name in chosen if name != "softmax"))
+    goals = GOALS | {"plain": PLAIN_GOALS[args.scale]}
+    compare(args.scale, names, QUICK if args.quick else shapes, args.rounds, goals, apart=False)
+
+
+if __name__ == "__main__":
+    main()

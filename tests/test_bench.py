@@ -1,0 +1,65 @@
+"""The benchmarks run at tiny shapes and append records with the keys that their readers rely on."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench.measure import peak_memory
+from tests.helpers import ROOT
+
+KEYS = {"bench", "case", "baseline", "time_ratio", "memory_ratio", "shapes", "allocator", "machine", "date"}
+
+
+def records_of(script: str, tmp_path, *flags: str) -> list[dict]:
+    results = tmp_path / "results.jsonl"
+    environment = os.environ | {"BENCH_RESULTS": str(results), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "bench" / script), "--quick", *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    for record in records:
+        assert record.keys() >= KEYS
+        assert all(math.isfinite(record[name]) and record[name] > 0 for name in ("time_ratio", "memory_ratio"))
+        assert f"  {record['case']} " in done.stdout
+    return records
+
+
+def test_heads_compares_heads_and_what_users_write_with_the_plain_one_under_both_allocators(tmp_path):
+    records = records_of("heads.py", tmp_path, "--cases=softmax,bayes_bf16,torchbnn_dense_bce")
+    cases = ["softmax", "bayes_bf16", "torchbnn_dense_bce"]
+    assert [(r["allocator"], r["case"]) for r in records] == [(a, c) for a in ("default", "tuned") for c in cases]
+    assert {(r["bench"], r["baseline"]) for r in records} == {("heads", "plain")}
+
+
+def test_step_compares_heads_and_what_users_write_with_our_softmax(tmp_path):
+    records = records_of("step.py", tmp_path, "--cases=bayes,plain_tuned,plain,transformers,torchbnn_dense_bce")
+    expected = {"bayes": "tuned", "plain_tuned": "tuned"}
+    expected |= dict.fromkeys(("plain", "transformers", "torchbnn_dense_bce"), "default")
+    assert {record["case"]: record["allocator"] for record in records} == expected
+    assert {(record["bench"], record["baseline"]) for record in records} == {("step", "softmax")}
+
+
+def test_step_sweeps_over_shapes_with_ours_and_the_plain_gpt_in_processes_of_their_own(tmp_path):
+    (record,) = records_of("step.py", tmp_path, "--sweep=yes")
+    assert record["case"] == "plain" and record["shapes"]["batch_size"] == 1
+
+
+def test_startup_compares_imports_and_finds_no_heavy_package_in_a_training_step(tmp_path):
+    records = records_of("startup.py", tmp_path, "--cases=train_step,python")
+    assert [record["case"] for record in records] == ["train_step", "python"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_what_a_call_needs_the_second_time_too():
+    def case():
+        a = torch.ones(16 << 20)  # 64 MiB
+        a = a + 1
+        return a.sum()
+
+    for _ in range(2):
+        assert 127 < peak_memory(case) / 2**20 < 136
