@@ -239,7 +239,7 @@ class GPT(nn.Module):
         """Yields each new token (B, 1) and, if uncertain, the prediction (B, 1, ...) that it was drawn from.
 
         Past block_size the window slides by one: every token then has a new (learned) position, so nothing cached stays
-        valid, and each step reads the last block_size tokens again. The tokens are views of one tensor that only grows.
+        valid, and each step reads the last block_size tokens again. The tokens are views of one tensor.
         """
         B, n_prompt = idx.shape
         block_size, n_tokens = self.config.block_size, n_prompt + max_new_tokens
