@@ -1,12 +1,15 @@
 """Drawing tokens and caching what was read, against the distributions written the slow way; bench/generate.py runs."""
 
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from model import KVCache, draw
-from tests.helpers import HEADS, tiny_gpt
+from tests.helpers import HEADS, ROOT, tiny_gpt
 
 V = 67
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
@@ -150,3 +153,13 @@ def test_draw_takes_the_kept_tokens_in_proportion(options, kept):
     expected /= expected.sum()
     assert set(drawn.nonzero().flatten().tolist()) == set(kept)
     assert ((drawn - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+
+
+def test_the_benchmark_runs_and_writes_its_records(tmp_path):
+    command = [sys.executable, ROOT / "bench" / "generate.py", "--quick", f"--results={tmp_path / 'results.jsonl'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    cases = {"softmax", "sigmoid", "bayes", "transformers", "bayes, draws: 16"}
+    assert {record["case"] for record in records} == cases and len(records) == 12
+    assert all(record["bench"] == "generate" and record["time_ratio"] > 0 and record["shapes"] for record in records)
