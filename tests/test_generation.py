@@ -58,6 +58,31 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(options):
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
+@pytest.mark.parametrize("bayes_mlp", [False, True])
+@torch.no_grad()
+def test_the_step_of_fixed_shapes_is_the_cached_one(bayes_mlp):
+    model = tiny_gpt("bayes", std=0.3, bias=True, bayes_mlp=bayes_mlp)
+    idx, cache, fixed = torch.randint(V, (3, 16)), KVCache(model.config, 16), KVCache(model.config, 16)
+    for filled in (cache, fixed):
+        model.hidden(idx[:, :4], filled)
+    for i in range(4, 16):
+        expected = model.hidden(idx[:, i : i + 1], cache)
+        torch.testing.assert_close(model.step(idx[:, i : i + 1], fixed.kv, torch.tensor([i])), expected)
+    torch.testing.assert_close(fixed.kv, cache.kv)
+
+
+def test_a_compiled_step_writes_the_same_texts_with_one_graph():
+    model, idx, texts = tiny_gpt(std=0.3), torch.zeros(2, 3, dtype=torch.long), []
+    for compiled in (False, True, True):
+        if compiled and not model.compiled_step:
+            torch._dynamo.reset()
+            model.compile_step()
+        torch.manual_seed(0)
+        texts.append(model.generate(idx, 20, top_k=20))  # past block_size
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_tokens_that_were_yielded_stay_as_they_are():
     model, idx = tiny_gpt(std=0.3), torch.zeros(2, 1, dtype=torch.long)
     yielded, copies = [], []
