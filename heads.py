@@ -162,7 +162,7 @@ class Head(nn.Module):
         states, one for each draw.
         """
         xs = [x] if isinstance(x, torch.Tensor) else x
-        return average(self._draws(xs, n_samples))[0] if n_samples > 0 else self._without_draws(xs[0], n_samples)[0]
+        return mixture(self._draws(xs, n_samples)) if n_samples > 0 else self._without_draws(xs[0], n_samples)[0]
 
     def predict(self, x: torch.Tensor | Sequence[torch.Tensor], n_samples: int = 0) -> Prediction:
         """log_probs(x, n_samples) with its uncertainty.
@@ -173,9 +173,10 @@ class Head(nn.Module):
         """
         xs = [x] if isinstance(x, torch.Tensor) else x
         if n_samples > 0:
-            log_probs, aleatoric = average(self._draws(xs, n_samples))
+            entropies = []
+            log_probs = mixture(self._draws(xs, n_samples), entropies)
             total = entropy(log_probs)
-            return Prediction(log_probs, total, total - aleatoric)
+            return Prediction(log_probs, total, total - sum(entropies) / len(entropies))
         log_probs, logits = self._without_draws(xs[0], n_samples)
         total = entropy(log_probs)
         if not isinstance(self.weights, BayesLinear):
@@ -196,19 +197,21 @@ class Head(nn.Module):
         for i in range(n_samples):
             if i < len(xs):
                 logits, variance = self.logits(xs[i]).float(), self.weights.variance(xs[i])
-            elif variance is None:
+                std = None if variance is None else variance.sqrt()
+            elif std is None:
                 return
-            noise = 0.0 if variance is None else variance.sqrt() * torch.randn_like(logits)
-            yield self.likelihood.log_probs(logits + noise)
+            noisy = logits if std is None else torch.addcmul(logits, std, torch.randn_like(logits))
+            yield self.likelihood.log_probs(noisy)
 
 
-def average(draws: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mixture of predictions that come one by one, log-probabilities (..., V), and their mean entropy (...)."""
-    log_sum, entropies, n = None, 0.0, 0
+def mixture(draws: Iterable[torch.Tensor], entropies: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """The mean of predictions that come one by one, log-probabilities (..., V); their entropies (...) join the list."""
+    log_sum, n = None, 0
     for draw in draws:
-        log_sum = draw if log_sum is None else torch.logaddexp(log_sum, draw)
-        entropies, n = entropies + entropy(draw), n + 1
-    return log_sum - math.log(n), entropies / n
+        log_sum, n = draw if log_sum is None else torch.logaddexp(log_sum, draw), n + 1
+        if entropies is not None:
+            entropies.append(entropy(draw))
+    return log_sum - math.log(n)
 
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:

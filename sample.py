@@ -42,7 +42,7 @@ class SampleConfig:
     show_uncertainty: bool = False  # colour the tokens by uncertainty
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
-    compile: bool = False  # torch.compile the backbone: pays for long texts on a GPU
+    compile: bool = False  # one compiled graph per token (on CUDA a CUDA graph): for long texts on a GPU
 
     def __post_init__(self):
         for name, least in (
@@ -76,7 +76,7 @@ def main() -> None:
             f"{source} needs the meta.json of its data set"
         )
     if config.compile:
-        model.hidden = torch.compile(model.hidden, dynamic=True)
+        model.compile_step()
     prompt = encode_prompt(config.start, tokenizer)
     idx = torch.tensor([prompt] * config.num_samples, device=device)
     torch.manual_seed(config.seed)

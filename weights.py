@@ -25,6 +25,8 @@ def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     ever gets probability, and no other code knows of them.
     """
     vocab_size, padding = len(weight), -len(weight) % 64
+    if x.numel() == weight.size(1) and not torch.is_grad_enabled():  # one token: in bf16, mv takes 2/3 of mm's time
+        return (weight @ x.flatten()).view(*x.shape[:-1], vocab_size)
     if not (x.is_cuda and padding):
         return F.linear(x, weight)
     return F.linear(x, F.pad(weight, (0, 0, 0, padding)))[..., :vocab_size]
