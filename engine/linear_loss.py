@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-# bytes of logits at a time: on a CPU as few as keep a matrix product fast, elsewhere as many as keep the device busy
+# bytes of fp32 logits at a time: on a CPU as few as keep a matrix product fast, elsewhere as many as keep it busy
 PIECE = {"cpu": 1 << 26}
 BLOCK = {"cpu": 1 << 24}  # of those that become gradients at a time where nothing is compiled: what a cache holds
 ELSEWHERE = 1 << 29
@@ -63,8 +63,9 @@ def plain_loss(
 
 
 def rows_within(budget: dict[str, int], x: torch.Tensor, vocab_size: int) -> int:
-    """How many rows of logits in x's dtype the device's budget allows: a power of two, so that pieces are alike."""
-    most = budget.get(x.device.type, ELSEWHERE) // (vocab_size * x.element_size())
+    """How many rows of logits the device's budget allows: a power of two, so that pieces are alike. In half the
+    precision four times as many: there the sum over pieces, in fp32, is a pass of its own for each."""
+    most = budget.get(x.device.type, ELSEWHERE) // (vocab_size * 4) * (4 if x.element_size() < 4 else 1)
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -103,14 +104,14 @@ class _LinearLoss(torch.autograd.Function):
                 elif added_x is not None:
                     logits.addmm_(added_x[piece], added_weight.t())
                 labels = targets[piece], None if label_weights is None else label_weights[piece]
-                part, slopes = _slopes(
+                part, slopes, by_added = _slopes(
                     likelihood, compiled, any(wanted), len(given.weight), logits, bias, added, *labels
                 )
                 total = total + part
                 if grads.x is not None:
                     grads.x[piece] = slopes @ weight
                 if grads.added_x is not None:
-                    grads.added_x[piece] = slopes @ added_weight.to(slopes.dtype)
+                    grads.added_x[piece] = by_added if narrow else slopes @ added_weight
                 if grads.weight is not None:
                     _add(grads.weight, slopes.t(), x[piece], first=i == 0)
                 if grads.added_weight is not None:
@@ -160,8 +161,8 @@ def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> 
 
 
 def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, targets, label_weights):
-    """The loss of a piece, summed over its positions, and the gradient of that by its logits (n, V), which they give
-    their memory to."""
+    """The loss of a piece, summed over its positions, and the gradients of that by its logits (n, V), which they give
+    their memory to, and by added.x (n, 1)."""
     rows = torch.arange(len(targets), device=targets.device).unsqueeze(-1)
     at_labels = wide(logits[rows, targets])
     at_labels = at_labels if bias is None else at_labels + bias[targets]
@@ -169,11 +170,12 @@ def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, ta
     of_labels = torch.func.grad_and_value(lambda z: likelihood.of_labels(z, label_weights).sum())
     slopes_at_labels, total = of_labels(at_labels)
     n = len(logits) if compiled else rows_within(BLOCK, at_labels, vocab_size)
-    normaliser = _compiled_normaliser if compiled else _normaliser
+    normaliser, by_added = _compiled_normaliser if compiled else _normaliser, []
     for i in range(0, len(logits), n):
         block = logits[i : i + n]
         added_block = (None, None) if added is None else (added.x[i : i + n], added.weight)
-        slopes, part = normaliser(likelihood, with_grad, vocab_size, block, bias, *added_block)
+        slopes, by_added_block, part = normaliser(likelihood, with_grad, vocab_size, block, bias, *added_block)
+        by_added.append(by_added_block)
         total = total + part
         if with_grad and n >= len(logits):
             logits = slopes
@@ -181,19 +183,25 @@ def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, ta
             block.copy_(slopes)
     if with_grad:
         logits.index_put_((rows, targets), slopes_at_labels.to(logits.dtype), accumulate=True)
-    return total, logits
+        if added is not None:
+            by_labels = (slopes_at_labels * F.embedding(targets, added.weight).squeeze(-1)).sum(-1, keepdim=True)
+            return total, logits, torch.cat(by_added) + by_labels
+    return total, logits, None
 
 
 def _normaliser(likelihood, with_grad, vocab_size, logits, bias, added_x, added_weight):
-    """The gradient of the normalisers' sum by the products (n, V), and that sum."""
+    """The gradients of the normalisers' sum by the products (n, V) and by added_x (n, 1), and that sum."""
 
-    def total(products):
+    def total(products, added_x):
         z = wide(products[:, :vocab_size])
         z = z if bias is None else z + bias
         z = z if added_x is None else z + added_x * added_weight[:vocab_size].squeeze(-1)
         return likelihood.normaliser(z).sum()
 
-    return torch.func.grad_and_value(total)(logits) if with_grad else (None, total(logits))
+    if not with_grad:
+        return None, None, total(logits, added_x)
+    slopes, value = torch.func.grad_and_value(total, (0,) if added_x is None else (0, 1))(logits, added_x)
+    return slopes[0], None if added_x is None else slopes[1], value
 
 
 _compiled_normaliser = torch.compile(_normaliser)
