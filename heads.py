@@ -126,29 +126,38 @@ class Head(nn.Module):
     def loss(self, x: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, C), targets (B, T), or (B, T, K) with label_weights (B, T, K) -> scalar, what training minimises:
         nats per token + kl_weight * KL / n_data."""
-        return self.data_loss(x, targets, label_weights) + self.kl_loss(self.weights.kl())
+        data_loss, mean_square = self._data_loss(x, targets, label_weights)
+        return data_loss + self.kl_loss(self.weights.kl(mean_square))
 
     def data_loss(
         self, x: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The likelihood's part of the loss: E_q[nats per token], by the estimator that the options name."""
+        return self._data_loss(x, targets, label_weights)[0]
+
+    def _data_loss(self, x, targets, label_weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """And, where it is at hand then, the mean square of the weights that their KL takes."""
         if label_weights is None:
             targets = targets.unsqueeze(-1)
         if self.weights.noise_in_logits:
             logits = self.weights.noisy_logits(x).float()
             logits = logits if self.bias is None else logits + self.bias
-            return plain_loss(self.likelihood, logits, targets, label_weights).mean()
+            return plain_loss(self.likelihood, logits, targets, label_weights).mean(), None
         weight, added, shift = self.weights.for_loss(x)
-        loss = linear_loss(self.likelihood, x, weight, self.bias, added, targets, label_weights)
+        center = None if shift is None else self.config.prior_mean
+        loss, mean_square = linear_loss(
+            self.likelihood, x, weight, self.bias, added, targets, label_weights, center=center
+        )
         if shift is None:
-            return loss
+            return loss, None
         # raised in the normaliser alone, not at the labels, logits make the loss Jensen's upper bound of its mean
         raised = weighted_sum(shift.of(targets), label_weights)
-        return loss + (self.likelihood.on_labels * raised + self.likelihood.on_all * shift.mean()).mean()
+        of_shift = self.likelihood.on_labels * raised + self.likelihood.on_all * shift.mean()
+        return loss + of_shift.mean(), mean_square
 
     def nll(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """x (B, T, C), targets (B, T) -> nats per token under the mean weights, a scalar."""
-        return linear_loss(Nll(self.likelihood), x, self.weights.weight, self.bias, None, targets.unsqueeze(-1))
+        return linear_loss(Nll(self.likelihood), x, self.weights.weight, self.bias, None, targets.unsqueeze(-1))[0]
 
     def kl_loss(self, kl: torch.Tensor | float) -> torch.Tensor:
         """The prior's part, nats per token: kl_weight * kl_ramp * KL / n_data, of a KL in nats."""

@@ -201,7 +201,9 @@ class GPT(nn.Module):
         self, idx: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         """idx (B, T), targets (B, T) or (B, T, K) with label_weights (B, T, K) -> what training minimises, a scalar."""
-        return self.lm_head.data_loss(self.hidden(idx), targets, label_weights) + self.kl_loss()
+        loss = self.lm_head.loss(self.hidden(idx), targets, label_weights)
+        hidden_kl = sum((layer.kl() for layer in self.bayes_layers() if layer is not self.lm_head.weights), 0.0)
+        return loss + self.lm_head.kl_loss(hidden_kl)
 
     def kl(self) -> torch.Tensor | float:
         """KL(posterior || prior) of all Bayesian weights, in nats; 0.0 where there are none."""

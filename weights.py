@@ -54,8 +54,8 @@ class PointLinear(nn.Module):
         stand above their mean."""
         return self.weight, None, None
 
-    def kl(self) -> torch.Tensor | float:
-        """KL(posterior || prior) in nats, of all weights together."""
+    def kl(self, mean_square: torch.Tensor | None = None) -> torch.Tensor | float:
+        """KL(posterior || prior) in nats, of all weights together; mean_square: that of their means, if at hand."""
         return 0.0
 
     def start_from(self, frequencies: torch.Tensor) -> None:
@@ -120,16 +120,18 @@ class BayesLinear(PointLinear):
         """A draw of the weights' deviation from their mean, (V, C)."""
         return torch.exp(self.log_std) * torch.randn_like(self.weight)
 
-    def second_moment(self) -> torch.Tensor:
-        """E_q[(w - prior_mean)^2], averaged over all weights."""
-        return (self.weight - self.config.prior_mean).square().mean() + torch.exp(2 * self.log_std).mean()
+    def second_moment(self, mean_square: torch.Tensor | None = None) -> torch.Tensor:
+        """E_q[(w - prior_mean)^2], averaged over all weights; mean_square: the part of their means, if at hand."""
+        if mean_square is None:
+            mean_square = (self.weight - self.config.prior_mean).square().mean()
+        return mean_square + torch.exp(2 * self.log_std).mean()
 
-    def kl(self) -> torch.Tensor:
+    def kl(self, mean_square: torch.Tensor | None = None) -> torch.Tensor:
         """1/2 sum [E_q[(w - prior_mean)^2] / prior_variance - 1 - ln(std^2 / prior_variance)], a scalar in nats.
 
         An empirical prior has the variance that minimises this, the second moment itself.
         """
-        second_moment, n = self.second_moment(), self.weight.numel()
+        second_moment, n = self.second_moment(mean_square), self.weight.numel()
         log_variance = 2 * self.log_std.mean()
         if self.config.prior_std == "empirical":
             return 0.5 * n * (second_moment.log() - log_variance)
@@ -197,7 +199,7 @@ class TorchBNNLinear(BayesLinear):
         with torch.autocast(x.device.type, enabled=False):  # it adds the noise to the weight, where bf16 swallows it
             return torch.func.functional_call(self._layer, parameters, (x.float(),))
 
-    def kl(self) -> torch.Tensor:
+    def kl(self, mean_square: torch.Tensor | None = None) -> torch.Tensor:
         from torchbnn.functional import _kl_loss  # what bayesian_kl_loss(reduction="sum") adds up
 
         return _kl_loss(self.weight, self.log_std, self._layer.prior_mu, self._layer.prior_log_sigma)

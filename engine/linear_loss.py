@@ -16,7 +16,7 @@ from torch.nn import functional as F
 # bytes of fp32 logits at a time: on a CPU as few as keep a matrix product fast, elsewhere as many as keep it busy
 PIECE = {"cpu": 1 << 26}
 BLOCK = {"cpu": 1 << 24}  # of those that become gradients at a time where nothing is compiled: what a cache holds
-ELSEWHERE = 1 << 29
+ELSEWHERE = 1 << 28
 
 
 class Product(NamedTuple):
@@ -42,9 +42,13 @@ def linear_loss(
     added: Product | None,
     targets: torch.Tensor,
     label_weights: torch.Tensor | None = None,
-) -> torch.Tensor:
+    center: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x (..., C), weight (V, C), bias (V,), targets (..., K) with label_weights (..., K), None for all 1 -> the loss
-    averaged over positions, a scalar in nats. Not twice differentiable.
+    averaged over positions, a scalar in nats; and given a center the mean of (weight - center)^2. Differentiable once.
+
+    The mean square is what a KL wants of the weights. Its gradient costs a pass over (V, C) less here, where that of
+    the loss is scaled, than anywhere else.
 
     likelihood: normaliser(logits (n, V)) -> (n,) and of_labels(logits (n, K), label_weights) -> (n,), both in fp32.
     Under autocast the products are in its dtype; bias, sums over pieces and an `added` of one column are not.
@@ -52,7 +56,8 @@ def linear_loss(
     added_x, added_weight = (None, None) if added is None else (added.x.flatten(0, -2), added.weight)
     factors = (x.flatten(0, -2), weight, bias, added_x, added_weight)
     tokens = (targets.flatten(0, -2), None if label_weights is None else label_weights.flatten(0, -2))
-    return _apply(likelihood, torch.compiler.is_compiling(), torch.is_grad_enabled(), *tokens, *factors)
+    options = (likelihood, torch.compiler.is_compiling(), torch.is_grad_enabled(), center)
+    return _apply(*options, *tokens, *factors)
 
 
 def plain_loss(
@@ -70,7 +75,7 @@ def rows_within(budget: dict[str, int], x: torch.Tensor, vocab_size: int) -> int
 
 
 @torch.compiler.disable
-def _apply(*arguments) -> torch.Tensor:
+def _apply(*arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     return _LinearLoss.apply(*arguments)
 
 
@@ -86,7 +91,7 @@ class _Factors(NamedTuple):
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, likelihood, compiled, with_grad, targets, label_weights, *factors):
+    def forward(ctx, likelihood, compiled, with_grad, center, targets, label_weights, *factors):
         given = _Factors(*factors)
         # gradients are those of the sum over positions (in float16 those of the mean would vanish), and wide
         wanted = [with_grad and t is not None and t.requires_grad for t in given]
@@ -95,6 +100,9 @@ class _LinearLoss(torch.autograd.Function):
         )
         x, weight, bias, added_x, added_weight = _in_product_dtype(given)
         total, n, narrow = 0.0, rows_within(PIECE, x, len(weight)), added_x is not None and added_x.size(1) == 1
+        joined = None  # gradients of what joins the logits later: bias (V,), and added_weight (V, 1)
+        if grads.bias is not None or (narrow and grads.added_weight is not None):
+            joined = torch.empty(1 + narrow, len(given.weight), dtype=wide(given.weight[:0]).dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, len(x), n):
                 piece, added = slice(i, i + n), None
@@ -114,20 +122,33 @@ class _LinearLoss(torch.autograd.Function):
                     grads.added_x[piece] = by_added if narrow else slopes @ added_weight
                 if grads.weight is not None:
                     _add(grads.weight, slopes.t(), x[piece], first=i == 0)
-                if grads.added_weight is not None:
-                    _add(grads.added_weight, slopes.t(), added_x[piece].to(slopes.dtype), first=i == 0)
-                if grads.bias is not None:  # as a product: sum(0, dtype=float32) of bf16 takes seven times as long
-                    ones = torch.ones(1, len(slopes), dtype=slopes.dtype, device=slopes.device)
-                    _add(grads.bias.unsqueeze(0), ones, slopes, first=i == 0)
-        ctx.save_for_backward(*grads)
+                if grads.added_weight is not None and not narrow:
+                    _add(grads.added_weight, slopes.t(), added_x[piece], first=i == 0)
+                if joined is not None:  # a product: sum(0, dtype=float32) of bf16 takes seven times as long
+                    ones = torch.ones(len(slopes), 1, dtype=slopes.dtype, device=slopes.device)
+                    columns = torch.cat([ones, added_x[piece].to(slopes.dtype)], 1) if narrow else ones
+                    _add(joined, columns.t(), slopes, first=i == 0)
+        if grads.bias is not None:
+            grads.bias.copy_(joined[0])
+        if grads.added_weight is not None and narrow:
+            grads.added_weight.copy_(joined[1:].t())
+        ctx.save_for_backward(given.weight, *grads)
         ctx.dtypes, ctx.n = [None if t is None else t.dtype for t in given], len(x)
-        return total / len(x)
+        ctx.center, ctx.compiled = center, compiled
+        return total / len(x), None if center is None else _mean_square(given.weight, center)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        scale, sums = gradient / ctx.n, zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *[None] * 5, *(None if t is None else (t * scale).to(dtype) for t, dtype in sums)
+    def backward(ctx, gradient, by_square):
+        weight, *sums = ctx.saved_tensors
+        scale, grads = gradient / ctx.n, []
+        for name, total in zip(_Factors._fields, sums, strict=True):
+            if name == "weight" and ctx.center is not None and total is not None:
+                scaled = _compiled_scaled if ctx.compiled else _scaled
+                grads.append(scaled(total, scale, weight, ctx.center, by_square * 2 / weight.numel()))
+            else:
+                grads.append(None if total is None else total * scale)
+        return *[None] * 6, *(None if t is None else t.to(dtype) for t, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
 def _in_product_dtype(given: _Factors) -> _Factors:
@@ -204,7 +225,16 @@ def _normaliser(likelihood, with_grad, vocab_size, logits, bias, added_x, added_
     return slopes[0], None if added_x is None else slopes[1], value
 
 
-_compiled_normaliser = torch.compile(_normaliser)
+def _mean_square(weight: torch.Tensor, center: float) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(weight - center if center else weight)  # a pass without a copy
+    return norm.square() / weight.numel()
+
+
+def _scaled(total, scale, weight, center, by_square):
+    return total * scale + (weight - center) * by_square
+
+
+_compiled_normaliser, _compiled_scaled = torch.compile(_normaliser), torch.compile(_scaled)
 
 
 def wide(logits: torch.Tensor) -> torch.Tensor:
