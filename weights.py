@@ -118,7 +118,7 @@ class BayesLinear(PointLinear):
 
     def draw(self) -> torch.Tensor:
         """A draw of the weights' deviation from their mean, (V, C)."""
-        return torch.exp(self.log_std) * torch.randn_like(self.weight)
+        return _draw(self.weight, self.log_std)
 
     def second_moment(self, mean_square: torch.Tensor | None = None) -> torch.Tensor:
         """E_q[(w - prior_mean)^2], averaged over all weights; mean_square: the part of their means, if at hand."""
@@ -175,6 +175,26 @@ class BayesLinear(PointLinear):
         return (
             (squares, variances) if self.log_std.size(1) > 1 else (squares.mean(-1, keepdim=True), n_embd * variances)
         )
+
+
+class _Draw(torch.autograd.Function):
+    """std * eps with one (V, C) tensor kept: it is its own derivative by log_std."""
+
+    @staticmethod
+    def forward(ctx, weight, log_std):
+        noise = torch.randn_like(weight).mul_(torch.exp(log_std))
+        ctx.save_for_backward(noise)
+        ctx.shape = log_std.shape
+        return noise
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, (gradient * ctx.saved_tensors[0]).sum_to_size(ctx.shape)
+
+
+@torch.compiler.disable  # the libraries' normal numbers are faster than those of compiled code, and the same as eager's
+def _draw(weight: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    return _Draw.apply(weight, log_std)
 
 
 class TorchBNNLinear(BayesLinear):

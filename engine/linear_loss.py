@@ -128,11 +128,12 @@ class _LinearLoss(torch.autograd.Function):
                     ones = torch.ones(len(slopes), 1, dtype=slopes.dtype, device=slopes.device)
                     columns = torch.cat([ones, added_x[piece].to(slopes.dtype)], 1) if narrow else ones
                     _add(joined, columns.t(), slopes, first=i == 0)
+                del logits, slopes  # before the next ones come
         if grads.bias is not None:
             grads.bias.copy_(joined[0])
         if grads.added_weight is not None and narrow:
             grads.added_weight.copy_(joined[1:].t())
-        ctx.save_for_backward(given.weight, *grads)
+        ctx.save_for_backward(None if center is None else given.weight, *grads)
         ctx.dtypes, ctx.n = [None if t is None else t.dtype for t in given], len(x)
         ctx.center, ctx.compiled = center, compiled
         return total / len(x), None if center is None else _mean_square(given.weight, center)
