@@ -45,6 +45,7 @@ bench: .venv/.installed-dev
 	$(PY) bench/step.py $(FLAGS)
 	$(PY) bench/step.py --scale=char $(FLAGS)
 	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
+	$(PY) bench/generate.py $(FLAGS)
 	$(PY) bench/startup.py $(FLAGS)
 
 .venv/.installed: requirements.txt

@@ -175,13 +175,16 @@ def record(bench: str, case: str, baseline: str, time_ratio: float, memory_ratio
 
 
 def record_all(
-    bench: str, seconds: Mapping[str, list[float]], baseline: str, memory: Mapping[str, int], **about
+    bench: str, seconds: Mapping[str, list[float]], baseline: str, memory: Mapping[str, int] | None, **about
 ) -> None:
     """A record for each case but the baseline, with its medians."""
     for case in [name for name in seconds if name != baseline]:
-        medians = {"seconds": round(statistics.median(seconds[case]), 5), "peak_mib": round(memory[case] / 2**20, 1)}
-        ratios = ratio(seconds[case], seconds[baseline]), memory[case] / memory[baseline]
-        record(bench, case, baseline, *ratios, **medians, **about)
+        median, time_ratio = round(statistics.median(seconds[case]), 5), ratio(seconds[case], seconds[baseline])
+        if memory is None:
+            record(bench, case, baseline, time_ratio, seconds=median, **about)
+        else:
+            peak = {"peak_mib": round(memory[case] / 2**20, 1)}
+            record(bench, case, baseline, time_ratio, memory[case] / memory[baseline], seconds=median, **peak, **about)
 
 
 def arguments(description: str, rounds: int, **defaults: str) -> argparse.Namespace:
