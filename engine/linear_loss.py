@@ -103,10 +103,12 @@ class _LinearLoss(torch.autograd.Function):
         joined = None  # gradients of what joins the logits later: bias (V,), and added_weight (V, 1)
         if grads.bias is not None or (narrow and grads.added_weight is not None):
             joined = torch.empty(1 + narrow, len(given.weight), dtype=wide(given.weight[:0]).dtype, device=x.device)
+        # one buffer: malloc's default gives memory of this size back, and a new one has its pages faulted in
+        buffer = x.new_empty(min(n, len(x)), len(weight))
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, len(x), n):
                 piece, added = slice(i, i + n), None
-                logits = x[piece] @ weight.t()
+                logits = torch.mm(x[piece], weight.t(), out=buffer[: len(x) - i])
                 if narrow:
                     added = Product(added_x[piece], added_weight)
                 elif added_x is not None:
@@ -128,7 +130,7 @@ class _LinearLoss(torch.autograd.Function):
                     ones = torch.ones(len(slopes), 1, dtype=slopes.dtype, device=slopes.device)
                     columns = torch.cat([ones, added_x[piece].to(slopes.dtype)], 1) if narrow else ones
                     _add(joined, columns.t(), slopes, first=i == 0)
-                del logits, slopes  # before the next ones come
+                del slopes  # before the next come
         if grads.bias is not None:
             grads.bias.copy_(joined[0])
         if grads.added_weight is not None and narrow:
