@@ -16,7 +16,7 @@ from torch.nn import functional as F
 # bytes of fp32 logits at a time: on a CPU as few as keep a matrix product fast, elsewhere as many as keep it busy
 PIECE = {"cpu": 1 << 26}
 BLOCK = {"cpu": 1 << 24}  # of those that become gradients at a time where nothing is compiled: what a cache holds
-ELSEWHERE = 1 << 28
+ELSEWHERE = 1 << 27
 
 
 class Product(NamedTuple):
