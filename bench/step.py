@@ -46,16 +46,19 @@ SWEEP = (
 
 
 class Step:
-    """One step of training on a batch that stays the same."""
+    """One step of training, of n_micro micro-batches: a batch that stays the same."""
 
-    def __init__(self, model: torch.nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer, dtype: str):
-        self.model, self.loss_of, self.optimizer = model, loss_of, optimizer
+    def __init__(
+        self, model: torch.nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer, dtype: str, n_micro: int = 1
+    ):
+        self.model, self.loss_of, self.optimizer, self.n_micro = model, loss_of, optimizer, n_micro
         self.cast, _ = autocast(pick_device("auto"), dtype)
 
     def __call__(self) -> None:
-        with self.cast:
-            loss = self.loss_of()
-        loss.backward()
+        for _ in range(self.n_micro):
+            with self.cast:
+                loss = self.loss_of()
+            (loss / self.n_micro).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -67,14 +70,14 @@ class Step:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def prepare(case: str, batch_size: int, **shape: int) -> Step:
+def prepare(case: str, batch_size: int, n_micro: int = 1, **shape: int) -> Step:
     torch.manual_seed(0)
     device = pick_device("auto")
     idx, targets = torch.randint(shape["vocab_size"], (2, batch_size, shape["block_size"]), device=device)
     if case in OURS:
         model = GPT(GPTConfig(**shape, head=HeadConfig(**OURS[case], n_data=N_DATA))).to(device)
         compiled, optimizer = measure.compiled(model), adamw(model, 6e-4, (0.9, 0.95), 0.1)
-        return Step(model, lambda: compiled(idx, targets), optimizer, "bfloat16")
+        return Step(model, lambda: compiled(idx, targets), optimizer, "bfloat16", n_micro)
     if case == "transformers":
         model = transformers_gpt2(**shape).to(device)
         loss_of = lambda: model(idx, labels=idx).loss  # noqa: E731  it shifts the labels itself
@@ -82,7 +85,7 @@ def prepare(case: str, batch_size: int, **shape: int) -> Step:
         model = PlainGPT(**shape, head=case.removesuffix("_tuned")).to(device)
         loss_of = lambda: model(idx, targets)  # noqa: E731
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    return Step(model, loss_of, optimizer, "float32")
+    return Step(model, loss_of, optimizer, "float32", n_micro)
 
 
 def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from bench.heads import OURS
 from bench.measure import peak_memory
 from tests.helpers import ROOT
 
@@ -52,6 +53,25 @@ def test_step_sweeps_over_shapes_with_ours_and_the_plain_gpt_in_processes_of_the
 def test_startup_compares_imports_and_finds_no_heavy_package_in_a_training_step(tmp_path):
     records = records_of("startup.py", tmp_path, "--cases=train_step,python")
     assert [record["case"] for record in records] == ["train_step", "python"]
+
+
+def test_gpu_runs_its_five_parts_at_tiny_shapes_and_without_them_asks_for_a_gpu(tmp_path):
+    results = tmp_path / "results.jsonl"
+    environment = os.environ | {"BENCH_RESULTS": str(results), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py")]
+    done = subprocess.run([*command, "--quick"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = {}
+    for record in (json.loads(line) for line in results.read_text().splitlines()):
+        assert record.keys() >= KEYS - {"memory_ratio", "allocator"} | {"seconds"}
+        assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
+        assert f"  {record['case']} " in done.stdout
+        cases.setdefault(record["bench"], []).append(record["case"])
+    assert {"gpu_attention", "gpu_products", "gpu_steps", "gpu_heads", "gpu_decode"} == cases.keys()
+    assert cases["gpu_steps"] == list(OURS) and len(cases["gpu_decode"]) == 2 * 2 * 3
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "CUDA" in done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from Linux's /proc")
