@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 import engine.tokens
 from engine.errors import UserError
@@ -50,6 +51,24 @@ def test_a_batch_is_a_function_of_seed_and_i_whatever_was_read_before(numbered):
     backward = batches()
     assert [backward[i][0].tolist() for i in reversed(range(40))] == expected[::-1]
     assert batches()[39][0].tolist() == expected[39]
+
+
+def test_prefetched_batches_are_those_of_the_order_one_is_read_ahead_and_none_beyond(numbered):
+    batches, read = Batches(numbered, 2, 5, seed=1), []
+    plain = [batches[i] for i in (3, 0, 3, 7)]
+    ahead = batches.prefetched((read.append(i) or i for i in (3, 0, 3, 7)), torch.device("cpu"))
+    for n, expected in enumerate(plain):
+        assert all(torch.equal(a, b) for a, b in zip(next(ahead), expected, strict=True))
+        assert len(read) == min(n + 2, 4)
+    assert next(ahead, None) is None
+    assert next(batches.prefetched([], torch.device("cpu")), None) is None
+
+
+def test_what_goes_wrong_in_the_reader_goes_wrong_where_its_batch_is_wanted(numbered, monkeypatch):
+    batches = Batches(numbered, 2, 5, seed=1)
+    monkeypatch.setattr(engine.tokens, "gather", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches.prefetched(range(3), torch.device("cpu")))
 
 
 def test_seeds_and_epochs_have_orders_of_their_own(numbered):
