@@ -2,8 +2,9 @@
 
     python bench/curve.py --dataset=quickstart          after data/quickstart/prepare.py; about 3 minutes on two cores
 
-In fp32, from the same weights, on the same batches. Prints the largest difference of the losses, and writes all of them
-to training_logs/curves.json.
+In fp32, from the same weights, on the same batches. Training amplifies rounding, so there is a yardstick: all logits at
+once from weights that differ in their last bit. Prints the largest differences of the losses, and writes all of them to
+training_logs/curves.json.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ def all_at_once(likelihood, x, weight, bias, added, targets, label_weights=None,
 
 
 def curve(file: TokenFile, name: str, how: str, steps: int) -> list[float]:
-    """The losses of a small GPT trained with that head. how: plain | pieces | compiled."""
+    """The losses of a small GPT trained with that head. how: plain | rounded (the yardstick) | pieces | compiled."""
     torch.manual_seed(0)
     head = HeadConfig(**OURS[name], n_data=len(file), kl_weight=0.1)
     shape = {"block_size": 128, "vocab_size": file.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 128}
@@ -54,7 +55,12 @@ def curve(file: TokenFile, name: str, how: str, steps: int) -> list[float]:
     model.lm_head.start_from(file.frequencies(file.vocab_size))
     optimizer, batches, losses = adamw(model, 2e-3, (0.9, 0.95), 0.1), Batches(file, 4, 128, seed=0), []
     forward = measure.compiled(model) if how == "compiled" else model
-    patch = mock.patch.object(heads, "linear_loss", all_at_once) if how == "plain" else contextlib.nullcontext()
+    if how == "rounded":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 1 + torch.finfo(torch.float32).eps * torch.randn_like(parameter).sign()
+    at_once = how in ("plain", "rounded")
+    patch = mock.patch.object(heads, "linear_loss", all_at_once) if at_once else contextlib.nullcontext()
     with patch:
         for step in range(steps):
             seed_micro_batch(0, step)
@@ -71,13 +77,15 @@ def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
     file, curves = TokenFile(options.dataset, "train"), {}
     for name in OURS:
-        curves[name] = {how: curve(file, name, how, options.steps) for how in ("plain", "pieces", "compiled")}
+        curves[name] = {
+            how: curve(file, name, how, options.steps) for how in ("plain", "rounded", "pieces", "compiled")
+        }
         plain = curves[name]["plain"]
         apart = {
             how: max(abs(a - b) for a, b in zip(losses, plain, strict=True)) for how, losses in curves[name].items()
         }
         line = f"{name:<18} loss {plain[0]:.4f} -> {plain[-1]:.4f}; largest difference from all logits at once: "
-        print(line + f"pieces {apart['pieces']:.1e}, compiled {apart['compiled']:.1e}", flush=True)
+        print(line + ", ".join(f"{how} {apart[how]:.1e}" for how in ("rounded", "pieces", "compiled")), flush=True)
     Path(ROOT / options.out).write_text(json.dumps({"machine": measure.machine(), "torch": torch.__version__} | curves))
 
 
