@@ -8,6 +8,7 @@ and backward only scales. So a likelihood is written once, as a loss. Inside tor
 compiled; the products are the libraries' own anyway.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ class _LinearLoss(torch.autograd.Function):
         scale, grads = gradient / ctx.n, []
         for name, total in zip(_Factors._fields, sums, strict=True):
             if name == "weight" and ctx.center is not None and total is not None:
-                scaled = _compiled_scaled if ctx.compiled else _scaled
+                scaled = _compiled(_scaled) if ctx.compiled else _scaled
                 grads.append(scaled(total, scale, weight, ctx.center, by_square * 2 / weight.numel()))
             else:
                 grads.append(None if total is None else total * scale)
@@ -194,7 +195,7 @@ def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, ta
     of_labels = torch.func.grad_and_value(lambda z: likelihood.of_labels(z, label_weights).sum())
     slopes_at_labels, total = of_labels(at_labels)
     n = len(logits) if compiled else rows_within(BLOCK, at_labels, vocab_size)
-    normaliser, by_added = _compiled_normaliser if compiled else _normaliser, []
+    normaliser, by_added = _compiled(_normaliser) if compiled else _normaliser, []
     for i in range(0, len(logits), n):
         block = logits[i : i + n]
         added_block = (None, None) if added is None else (added.x[i : i + n], added.weight)
@@ -237,7 +238,9 @@ def _scaled(total, scale, weight, center, by_square):
     return total * scale + (weight - center) * by_square
 
 
-_compiled_normaliser, _compiled_scaled = torch.compile(_normaliser), torch.compile(_scaled)
+@functools.cache  # when first used: torch.compile itself takes longer to import than all of torch
+def _compiled(function):
+    return torch.compile(function)
 
 
 def wide(logits: torch.Tensor) -> torch.Tensor:
