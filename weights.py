@@ -192,7 +192,7 @@ class _Draw(torch.autograd.Function):
         return None, (gradient * ctx.saved_tensors[0]).sum_to_size(ctx.shape)
 
 
-@torch.compiler.disable  # the libraries' normal numbers are faster than those of compiled code, and the same as eager's
+@torch._disable_dynamo  # the libraries' normal numbers are faster than compiled code's, and the same as eager's
 def _draw(weight: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     return _Draw.apply(weight, log_std)
 

@@ -75,7 +75,7 @@ def rows_within(budget: dict[str, int], x: torch.Tensor, vocab_size: int) -> int
     return 1 << max(0, most.bit_length() - 1)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable, but imported when first called
 def _apply(*arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     return _LinearLoss.apply(*arguments)
 

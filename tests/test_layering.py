@@ -82,7 +82,17 @@ def test_the_table_names_what_exists():
 
 
 def test_importing_train_imports_no_package_that_training_does_not_need():
-    heavy = {"torch._dynamo", "datasets", "wandb", "matplotlib", "transformers", "tiktoken", "tokenizers", "safetensors", "pandas"}
+    heavy = {
+        "torch._dynamo",
+        "datasets",
+        "wandb",
+        "matplotlib",
+        "transformers",
+        "tiktoken",
+        "tokenizers",
+        "safetensors",
+        "pandas",
+    }
     code = f"import sys, train; print(*sorted({heavy!r} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
