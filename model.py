@@ -177,7 +177,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + idx.size(1)]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            if self.config.gradient_checkpointing and self.training:
+            if self.config.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
@@ -273,7 +273,8 @@ class GPT(nn.Module):
         """
         B, n_prompt = idx.shape
         block_size, n_tokens = self.config.block_size, n_prompt + max_new_tokens
-        cache = KVCache(self.config, min(block_size, n_tokens)) if use_cache else None
+        size = block_size if self.compiled_step else min(block_size, n_tokens)  # each size is a graph of its own
+        cache = KVCache(self.config, size) if use_cache else None
         new, text = idx, torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
         for end in range(n_prompt, n_tokens):
             if cache is None or cache.length in (0, block_size):
@@ -304,7 +305,7 @@ def draw(log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
     The inverse of the cumulated probabilities at a uniform number: a twentieth of torch.multinomial's time on a CPU.
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or what would divide to nan
         return log_probs.argmax(-1, keepdim=True)
     ids = None
     if 0 < top_k < log_probs.size(-1):

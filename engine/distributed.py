@@ -170,7 +170,7 @@ def _has_mps() -> bool:
 
 
 def _compiled(model: torch.nn.Module, device: torch.device) -> tuple[torch.nn.Module, str]:
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
-    if device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
-        return model, "eager (torch.compile wants a C++ compiler and finds none: install g++ or set CXX)"
+    compiler = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")  # as inductor looks
+    if device.type == "cpu" and not shutil.which(compiler):
+        return model, f"eager (torch.compile wants the C++ compiler {compiler} and does not find it)"
     return torch.compile(model), "compiled"

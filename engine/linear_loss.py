@@ -3,9 +3,9 @@
     logits = x weightᵀ [+ added.x added.weightᵀ] [+ bias]       loss = normaliser(logits) + of_labels(logits at labels)
 
 For each piece the logits are one matrix product; the likelihood's two functions, differentiated by torch.func, turn
-them into their own gradient; two more products make that the gradients of x and weight. All of it happens in forward,
-and backward only scales. So a likelihood is written once, as a loss. Inside torch.compile the pass over the logits is
-compiled; the products are the libraries' own anyway.
+them into their own gradient; two more products make that the gradients of x and weight. All of it happens in forward;
+backward scales, and adds the gradient of the weights' mean square. So a likelihood is written once, as a loss. Inside
+torch.compile the pass over the logits is compiled; the products are the libraries' own anyway.
 """
 
 import functools
@@ -72,6 +72,7 @@ def rows_within(budget: dict[str, int], x: torch.Tensor, vocab_size: int) -> int
     """How many rows of logits the device's budget allows: a power of two, so that pieces are alike. In half the
     precision four times as many: there the sum over pieces, in fp32, is a pass of its own for each."""
     most = budget.get(x.device.type, ELSEWHERE) // (vocab_size * 4) * (4 if x.element_size() < 4 else 1)
+    most = min(most, 1 << 12) if x.dtype == torch.float16 else most  # more rows' slopes may add up beyond its range
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -189,7 +190,7 @@ def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, ta
     """The loss of a piece, summed over its positions, and the gradients of that by its logits (n, V), which they give
     their memory to, and by added.x (n, 1)."""
     rows = torch.arange(len(targets), device=targets.device).unsqueeze(-1)
-    at_labels = wide(logits[rows, targets])
+    at_labels = wide(logits[:, :vocab_size].gather(1, targets))  # refuses an id outside
     at_labels = at_labels if bias is None else at_labels + bias[targets]
     at_labels = at_labels if added is None else at_labels + added.of(targets)
     of_labels = torch.func.grad_and_value(lambda z: likelihood.of_labels(z, label_weights).sum())

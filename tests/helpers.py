@@ -52,6 +52,7 @@ def compiling() -> Iterator[None]:
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile on CPU needs a C++ compiler")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with torch._inductor.config.patch(compile_threads=1), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

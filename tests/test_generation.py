@@ -76,6 +76,7 @@ def test_a_compiled_step_writes_the_same_texts_with_one_graph():
     for compiled in (False, True, True):
         if compiled and not model.compiled_step:
             torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
             model.compile_step()
         torch.manual_seed(0)
         texts.append(model.generate(idx, 20, top_k=20))  # past block_size
@@ -188,3 +189,10 @@ def test_the_benchmark_runs_and_writes_its_records(tmp_path):
     cases = {"softmax", "sigmoid", "bayes", "transformers", "bayes, draws: 16"}
     assert {record["case"] for record in records} == cases and len(records) == 12
     assert all(record["bench"] == "generate" and record["time_ratio"] > 0 and record["shapes"] for record in records)
+
+
+def test_a_model_in_training_mode_that_recomputes_its_blocks_generates_the_same_cached_or_not():
+    model = tiny_gpt(std=0.3, gradient_checkpointing=True).train()
+    idx = torch.tensor([[5, 5, 5]])
+    cached, plain = (model.generate(idx, 8, temperature=0, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)

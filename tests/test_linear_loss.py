@@ -173,3 +173,18 @@ def test_weights_that_do_not_learn_get_no_gradient_and_none_is_computed(small_pi
     head.weights.requires_grad_(False)
     some = loss_and_gradients(head.data_loss, head, x, targets)
     torch.testing.assert_close(some, full[:3])  # the loss, x, the bias
+
+
+@pytest.mark.parametrize("target", [-1, V])
+def test_a_target_that_is_no_token_is_refused(target):
+    head, (x, targets) = tiny_head(), batch(3, 5)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        head.loss(x, targets.clone().fill_(target))
+
+
+def test_in_float16_slopes_that_add_up_over_many_positions_stay_finite():
+    head, targets = tiny_head(), torch.zeros(1 << 16, dtype=torch.long)
+    x = torch.randn(1 << 16, C, generator=torch.Generator().manual_seed(0)) + 3
+    with torch.autocast("cpu", torch.float16):
+        head.loss(x, targets).backward()
+    assert torch.isfinite(head.weights.weight.grad).all()
