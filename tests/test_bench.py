@@ -24,8 +24,9 @@ def records_of(script: str, tmp_path, *flags: str) -> list[dict]:
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in results.read_text().splitlines()]
     for record in records:
-        assert record.keys() >= KEYS
-        assert all(math.isfinite(record[name]) and record[name] > 0 for name in ("time_ratio", "memory_ratio"))
+        in_tuned_heads = record["bench"] == "heads" and record["allocator"] == "tuned"  # where a peak says little
+        assert record.keys() >= (KEYS - {"memory_ratio"} if in_tuned_heads else KEYS)
+        assert all(math.isfinite(record[name]) and record[name] > 0 for name in record if name.endswith("ratio"))
         assert f"  {record['case']} " in done.stdout
     return records
 
