@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError
+from engine.generation import KVCache, OneToken, draw
 from heads import Head, HeadConfig, Prediction
 from weights import BayesLayer, BayesLinear
 
@@ -55,42 +56,6 @@ class GPTConfig:
                 f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; "
                 f"n_head could be {' or '.join(map(str, sorted(best)))}"
             )
-
-
-class KVCache:
-    """Keys and values of all layers, allocated once for `size` tokens: (2, L, B, H, size, C / H)."""
-
-    def __init__(self, config: GPTConfig, size: int):
-        self.n_layer, self.size, self.kv = config.n_layer, size, None
-        self.length = 0  # tokens held so far
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Write k, v (B, H, t, C / H) behind what the layer holds; returns all its keys and values, no mask."""
-        if self.kv is None:  # only now batch size and dtype (autocast) are known
-            B, H, _, n_embd = k.shape
-            self.kv = k.new_zeros(2, self.n_layer, B, H, self.size, n_embd)  # a mask would not hide a NaN
-        end = self.length + k.size(2)
-        self.kv[0, layer, :, :, self.length : end] = k
-        self.kv[1, layer, :, :, self.length : end] = v
-        return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end], None
-
-
-class OneToken:
-    """A KVCache for one new token at a position that is a tensor (1,).
-
-    All of the cache is shown, with a mask over what is not held: no shape changes from token to token, and one graph,
-    compiled once and recorded as a CUDA graph, serves the whole text.
-    """
-
-    def __init__(self, kv: torch.Tensor, position: torch.Tensor):
-        self.kv, self.position = kv, position
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Write k, v (B, H, 1, C / H); returns all keys and values of the layer and the mask (1, size)."""
-        keys, values = self.kv[0, layer], self.kv[1, layer]
-        keys.index_copy_(2, self.position, k)
-        values.index_copy_(2, self.position, v)
-        return keys, values, torch.arange(keys.size(2), device=keys.device).unsqueeze(0) <= self.position
 
 
 class CausalSelfAttention(nn.Module):
@@ -170,8 +135,10 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """idx (B, T) token ids -> final hidden states (B, T, C). With a cache, idx goes behind what the cache holds."""
+        """idx (B, T) token ids -> final hidden states (B, T, C). With a cache, one token goes behind what it holds."""
         start = cache.length if cache else 0
+        if start and idx.size(1) > 1:
+            raise ValueError("several tokens can only start a cache; behind others they go one by one")
         if start + idx.size(1) > self.config.block_size:
             raise ValueError(f"{start + idx.size(1)} tokens do not fit into block_size = {self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + idx.size(1)]
@@ -274,7 +241,7 @@ class GPT(nn.Module):
         B, n_prompt = idx.shape
         block_size, n_tokens = self.config.block_size, n_prompt + max_new_tokens
         size = block_size if self.compiled_step else min(block_size, n_tokens)  # each size is a graph of its own
-        cache = KVCache(self.config, size) if use_cache else None
+        cache = KVCache(self.config.n_layer, size) if use_cache else None
         new, text = idx, torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
         for end in range(n_prompt, n_tokens):
             if cache is None or cache.length in (0, block_size):
@@ -298,26 +265,3 @@ class GPT(nn.Module):
         """Of one training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B), N without the positions."""
         n_params = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * n_params + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
-
-
-def draw(log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    """log_probs (B, V) -> a token for each row, (B, 1), from the distribution tempered, then cut by top_k and top_p.
-
-    The inverse of the cumulated probabilities at a uniform number: a twentieth of torch.multinomial's time on a CPU.
-    """
-    if temperature < 1e-30:  # 0, or what would divide to nan
-        return log_probs.argmax(-1, keepdim=True)
-    ids = None
-    if 0 < top_k < log_probs.size(-1):
-        log_probs, ids = log_probs.topk(top_k)
-    elif top_p < 1:
-        log_probs, ids = log_probs.sort(descending=True)
-    probs = ((log_probs - log_probs.amax(-1, keepdim=True)) / temperature).softmax(-1)  # the likeliest stays finite
-    # in float32 a vocabulary's sum is off by more than its rare tokens' shares (MPS knows nothing wider)
-    below = probs.cumsum(-1, dtype=torch.float32 if probs.device.type == "mps" else torch.float64)
-    total = below[:, -1:]
-    if top_p < 1:  # the token that crosses top_p stays, so one always does
-        total = below.gather(-1, (below < top_p).sum(-1, keepdim=True).clamp(max=below.size(-1) - 1))
-    u = torch.rand(len(below), 1, dtype=below.dtype, device=below.device) * total  # below total: the last one counts
-    drawn = torch.searchsorted(below, u, right=True)  # the first sum above u: never a token of probability 0
-    return drawn if ids is None else ids.gather(-1, drawn)

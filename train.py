@@ -130,8 +130,8 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     model, how = processes.wrap(bare, config.compile)
     batches = training_batches(config, data["train"], state)
     val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
-    share = processes.share(n_micro)
-    ahead = batches.prefetched((s * n_micro + m for s in range(first, config.max_iters) for m in share), device)
+    mine = range(first * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size)
+    ahead = batches.prefetched(mine, device)
     log = open_log(config, processes, bare, f"{dtype}, {how}", first, state.get("seconds", 0.0))
 
     for step in range(first, config.max_iters + 1):
@@ -154,7 +154,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
 
         lr = set_learning_rate(optimizer, step, config)
         loss = torch.zeros((), device=device)
-        for micro in share:
+        for micro in processes.share(n_micro):
             distributed.seed_micro_batch(config.seed, step * n_micro + micro)
             with processes.accumulate(model, last=micro + processes.world_size >= n_micro):
                 with cast:

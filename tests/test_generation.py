@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from model import KVCache, draw
+from engine.generation import KVCache, draw
 from tests.helpers import HEADS, ROOT, tiny_gpt
 
 V = 67
@@ -21,7 +21,7 @@ every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 def test_cached_hidden_states_predict_what_whole_contexts_do(weights, likelihood, dtype):
     model = tiny_gpt(weights, likelihood, std=0.3, bias=True)
     idx = torch.randint(V, (3, 16), generator=torch.Generator().manual_seed(1))
-    cache = KVCache(model.config, 16)
+    cache = KVCache(model.config.n_layer, 16)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model.hidden(idx[:, :5], cache)
         for end in range(6, 17):
@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(options):
 @torch.no_grad()
 def test_the_step_of_fixed_shapes_is_the_cached_one(bayes_mlp):
     model = tiny_gpt("bayes", std=0.3, bias=True, bayes_mlp=bayes_mlp)
-    idx, cache, fixed = torch.randint(V, (3, 16)), KVCache(model.config, 16), KVCache(model.config, 16)
+    idx, cache, fixed = torch.randint(V, (3, 16)), KVCache(model.config.n_layer, 16), KVCache(model.config.n_layer, 16)
     for filled in (cache, fixed):
         model.hidden(idx[:, :4], filled)
     for i in range(4, 16):

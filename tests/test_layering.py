@@ -26,6 +26,7 @@ LEVELS = {
     "engine.corpus": 0,
     "likelihoods": -1,
     "weights": -2,
+    "engine.generation": 0,
     "engine.linear_loss": -3,
     "engine.errors": -3,
 }
