@@ -115,6 +115,10 @@ class TokenFile:
         return len(self.ids)
 
     @property
+    def sha256(self):
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()
+
+    @property
     def vocab_size(self) -> int:
         """The vocabulary that the folder's meta file states; without one it is nanoGPT's: GPT-2's BPE."""
         return GPT2Tokenizer.vocab_size if self.meta is None else self.meta["vocab_size"]
