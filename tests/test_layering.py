@@ -28,6 +28,7 @@ LEVELS = {
     "weights": -2,
     "engine.generation": 0,
     "engine.linear_loss": -3,
+    "engine.scan": -1,
     "engine.errors": -3,
 }
 SCRIPT = 5  # every other file at the top, and those of the folders below
