@@ -36,7 +36,7 @@ def whole_split(
     starts = np.arange(n) * full // max(1, n) * block_size
     pieces = [(starts[i : i + batch_size], block_size) for i in range(0, n, batch_size)]
     for piece, length in pieces + ([(np.array([full * block_size]), rest)] if rest and not 0 < limit <= full else []):
-        x, y = gather(file.ids, piece, length)
+        x, y = gather(file, piece, length)
         yield (x, y) if labels is None else (x, y, *labels.targets(y, piece))
 
 
@@ -51,7 +51,7 @@ def mean_loss(
     model.eval()
     totals, n = [0.0, 0.0, 0.0], len(batches)
     for i in range(processes.rank, math.ceil(n / processes.world_size) * processes.world_size, processes.world_size):
-        x, y = (t.to(processes.device) for t in gather(file.ids, batches[i % n], model.config.block_size))
+        x, y = (t.to(processes.device) for t in gather(file, batches[i % n], model.config.block_size))
         seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
         with cast:
             nll, loss = model.scores(x, y)

@@ -6,11 +6,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import engine.scan
 from engine.distributed import Processes, autocast, check_accumulation
 from engine.errors import UserError
 from engine.tokenizer import ByteTokenizer
@@ -19,9 +21,10 @@ from tests.helpers import ROOT, TINY, flags, run, words, write_nanogpt, write_wo
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
+def prepared(tmp_path_factory) -> Iterator[Path]:
     """A folder with data sets, a run, and config files."""
-    root = tmp_path_factory.mktemp("prepared")
+    root, patch = tmp_path_factory.mktemp("prepared"), pytest.MonkeyPatch()
+    patch.setattr(engine.scan, "SETTLED", 0)  # a scan of data that was just made is remembered too
     write_words(root / "words")
     run(root / "words", root / "run", max_iters=2)
     write_nanogpt(root / "ids", {"train": [70] * 100, "val": [0] * 100})
@@ -37,7 +40,8 @@ def prepared(tmp_path_factory) -> Path:
     (root / "empty" / "note.txt").write_text("no run here")
     (root / "damaged").mkdir()
     (root / "damaged" / "ckpt_00000001.pt").write_bytes(b"rubbish")
-    return root
+    yield root
+    patch.undo()
 
 
 TRAIN = flags(**TINY | {"dataset": "words", "out_dir": "new", "max_iters": 2})

@@ -395,4 +395,6 @@ def test_what_was_changed_behind_the_labels_back_is_refused(data, teacher, label
     ids = np.fromfile(folder / "train.bin", "<u2")
     ids[::-1].tofile(folder / "train.bin")  # as many tokens as meta.json says, but others
     with pytest.raises(UserError, match="other data"):
+        LabelFile(TokenFile(folder, "train"), "copy")
+    with pytest.raises(UserError, match=r"train\.bin is damaged or another file"):  # which comes before the labels
         run(folder, tmp_path / "other", labels="copy", likelihood="sigmoid", max_iters=2)

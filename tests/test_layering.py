@@ -32,6 +32,7 @@ LEVELS = {
     "engine.sharding": -1,
     "engine.watch": -1,
     "engine.files": -2,
+    "engine.scan": -1,
     "engine.errors": -3,
 }
 SCRIPT = 5  # every other file at the top, and those of the folders below
