@@ -82,7 +82,7 @@ class Watch:
             faulthandler.dump_traceback(file)
             file.seek(0)
             stacks = "".join(f"[rank {self.rank}] {line}" for line in file)
-        what = f"no sign of life for {silence:.0f} s (hang_timeout = {self.timeout:g}): a peer is gone or stuck"
+        what = f"no sign of life for {silence:.0f} s (hang_timeout = {self.timeout:g}): a peer or a disk is stuck"
         self._end(1, f"[rank {self.rank}] {what}; the stacks of this process:\n{stacks}")
 
     def _end(self, code: int, message: str) -> None:

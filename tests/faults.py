@@ -1,0 +1,285 @@
+"""Faults on purpose: runs that are killed, told to end, or find their checkpoints damaged, and what becomes of them.
+
+    python -m tests.faults --kills=100 --corruptions=40 --signals=50      # make reliability: some 25 minutes
+    python -m tests.faults --soak=3600                                    # make soak: an hour and the undisturbed run
+
+Each writes what it counted into training_logs/reliability.json. The tests run short forms of all.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint
+from engine.config import load_config
+from engine.errors import UserError, run
+from engine.logger import environment, read_records
+from tests.helpers import ROOT, TINY, flags, same_weights, write_words
+
+# a step takes some 10 ms, a third of a run is evaluation, a checkpoint is always being written
+OPTIONS = TINY | {"gradient_accumulation_steps": 2, "batch_size": 4, "dropout": 0.1, "weights": "bayes"}
+OPTIONS |= {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 10, "eval_iters": 20, "save_interval": 1}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=5"]
+LAST_WORDS = 60.0  # seconds until a run that does not end counts as hung
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    kills: int = 0  # kill -9 at so many random instants
+    corruptions: int = 0  # damage the newest checkpoint so many times
+    signals: int = 0  # SIGTERM or SIGINT at so many random instants
+    soak: int = 0  # seconds of kills and signals on two processes
+    seed: int = 0  # of the instants
+
+
+class Run:
+    """train.py as a process of its own, or two of them under torchrun, which goes on with what is in its folder."""
+
+    def __init__(self, data: Path, out_dir: Path, processes: int = 1, log: Path | None = None, **options):
+        launch = [sys.executable, *(TORCHRUN if processes > 1 else [])]
+        argv = flags(**OPTIONS | {"dataset": data, "out_dir": out_dir, "init_from": "auto"} | options)
+        self.log = log or out_dir.with_suffix(".log")
+        self.at = self.log.stat().st_size if self.log.exists() else 0
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(
+                [*launch, str(ROOT / "train.py"), *argv],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        """What this process has printed."""
+        with open(self.log) as log:
+            log.seek(self.at)
+            return log.read()
+
+    def wait_for(self, text: str) -> bool:
+        """Until it has printed the text (a pattern), or has ended without."""
+        end = time.monotonic() + LAST_WORDS
+        while time.monotonic() < end:
+            if re.search(text, self.output):
+                return True
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.02)
+        raise AssertionError(f"{LAST_WORDS} s without {text!r}:\n{self.output[-2000:]}")
+
+    def workers(self) -> list[int]:
+        """The processes that train, in the order of their ranks; itself where there is no torchrun."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[1]) == self.process.pid:
+                    found.append(int(stat.parent.name))
+        return sorted(found) or [self.process.pid]
+
+    def kill(self) -> None:
+        """kill -9 of all its processes."""
+        for pid in {*self.workers(), self.process.pid}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(LAST_WORDS)
+
+    def ended(self) -> tuple[int, float]:
+        """Exit code, and the seconds until it came."""
+        started = time.monotonic()
+        try:
+            return self.process.wait(LAST_WORDS), time.monotonic() - started
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"it did not end in {LAST_WORDS} s:\n{self.output[-2000:]}") from None
+
+
+def steps_saved(out_dir: Path) -> list[int]:
+    return sorted(int(path.stem[5:]) for path in out_dir.glob("ckpt_*.pt"))
+
+
+def begins_at(started: Run) -> int:
+    """The step that a run goes on from; 0 where it begins."""
+    assert started.wait_for("parameters"), started.output
+    found = re.search(r"going on at step (\d+)", started.output)
+    return int(found.group(1)) if found else 0
+
+
+def finished(data: Path, out_dir: Path, reference, processes: int = 1) -> bool:
+    """Let a run go on to its end: whether it has the weights of the undisturbed one, and left no rubbish."""
+    code, _ = Run(data, out_dir, processes, save_interval=50).ended()
+    return code == 0 and same_weights(checkpoint.load_model(out_dir), reference) and not list(out_dir.glob("*.tmp"))
+
+
+def undisturbed(data: Path, folder: Path, processes: int = 1, **options):
+    """The model of a run that nothing happens to."""
+    code, _ = Run(data, folder, processes, save_interval=1000, eval_interval=1000, **options).ended()
+    assert code == 0, (folder.with_suffix(".log")).read_text()[-2000:]
+    return checkpoint.load_model(folder)
+
+
+def kills(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
+    """kill -9 at random instants of a run that saves at each step: how often the next start goes on from the newest
+    checkpoint that was whole, and whether the runs end as undisturbed ones."""
+    reference, out_dir = undisturbed(data, folder / "reference"), folder / "killed_0"
+    resumed, ended, same = 0, 0, 0
+    started = Run(data, out_dir)
+    for i in range(n):
+        if rng.random() < 0.9 and started.wait_for("step +[0-9]+/"):  # the others while it starts
+            time.sleep(rng.uniform(0, 1.5))
+        else:
+            time.sleep(rng.uniform(0, 2.5))
+        if started.process.poll() is not None:
+            assert started.process.returncode == 0, started.output
+            ended += 1
+            same += same_weights(checkpoint.load_model(out_dir), reference)
+            out_dir = folder / f"killed_{i}"
+            started = Run(data, out_dir)
+            started.wait_for("step +[0-9]+/")
+        started.kill()
+        newest = max(steps_saved(out_dir), default=0)
+        started = Run(data, out_dir)
+        resumed += begins_at(started) == newest
+    started.ended()
+    same += same_weights(checkpoint.load_model(out_dir), reference)
+    return {"kills": n, "resumed": resumed, "runs_finished": ended + 1, "with_the_undisturbed_weights": same}
+
+
+def corruptions(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
+    """Cut the newest checkpoint short, or flip one byte of it: how often the one before is used, with a warning, and
+    the damaged one refused by name."""
+    undisturbed(data, folder / "reference", max_iters=30)
+    Run(data, folder / "run", max_iters=20, save_interval=10).ended()
+    before, newest = (folder / "run" / checkpoint.name_of(step) for step in (10, 20))
+    good, passed_over, refused = newest.read_bytes(), 0, 0
+    whole = checkpoint.read(before)
+    for i in range(n):
+        at = rng.randrange(len(good))
+        newest.write_bytes(
+            good[:at] if i % 2 else good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :]
+        )
+        said = folder / "said"
+        with open(said, "w") as file, contextlib.redirect_stderr(file):
+            state = checkpoint.read_newest(newest.parent)
+        one_line = (
+            said.read_text().count("\n") == 1 and f"warning: {newest} is not a good checkpoint" in said.read_text()
+        )
+        passed_over += one_line and state["step"] == whole["step"]
+        try:
+            checkpoint.read(newest)
+        except UserError:
+            refused += 1
+    code, _ = Run(data, folder / "run", max_iters=30, lr_decay_iters=400).ended()
+    same = code == 0 and same_weights(*(checkpoint.load_model(folder / name) for name in ("run", "reference")))
+    return {"corruptions": n, "passed_over": passed_over, "refused_by_name": refused, "same_end": same}
+
+
+def signals(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
+    """SIGTERM or SIGINT at random instants, to one process, to torchrun, or to one of its two processes: how often the
+    checkpoint is of the last step, and how long the end takes."""
+    ok, times, same = 0, [], []
+    references = {k: undisturbed(data, folder / f"reference_{k}", k) for k in {1, 2 if n > 1 else 1}}
+    for i in range(n):
+        processes = 1 + i % 2
+        out_dir = folder / f"signalled_{processes}"
+        if steps_saved(out_dir)[-1:] == [OPTIONS["max_iters"]]:
+            same.append(same_weights(checkpoint.load_model(out_dir), references[processes]))
+            shutil.rmtree(out_dir)
+        started = Run(data, out_dir, processes, save_interval=1000)
+        assert started.wait_for("step +[0-9]+/"), started.output
+        time.sleep(rng.uniform(0, 2.0))
+        signum = rng.choice((signal.SIGTERM, signal.SIGINT))
+        to_worker = processes > 1 and rng.random() < 0.5
+        with contextlib.suppress(ProcessLookupError):  # it may have come to its end
+            os.kill(rng.choice(started.workers()) if to_worker else started.process.pid, signum)
+        code, seconds = started.ended() if not to_worker else (0, 0.0)
+        if to_worker:  # torchrun starts both again, which go on
+            assert started.wait_for("interrupted at step|step 400/400 . val"), started.output
+            started.process.send_signal(signal.SIGTERM)
+            code, seconds = started.ended()
+        steps = [record["step"] for record in read_records(out_dir / "metrics.jsonl") if "loss" in record]
+        last, newest = max(steps, default=0), max(steps_saved(out_dir), default=0)
+        good = last - newest in (0, 1) or newest > last
+        ok += good and (code != 0 or newest == OPTIONS["max_iters"])
+        times.append(seconds)
+        if not good:
+            print(
+                f"signal {i}: {processes=} {signum=} {to_worker=} {code=} {last=} {newest=}\n{started.output[-1500:]}"
+            )
+    for processes, reference in references.items():
+        out_dir = folder / f"signalled_{processes}"
+        if out_dir.exists():
+            same.append(finished(data, out_dir, reference, processes))
+    return {
+        "signals": n,
+        "checkpoint_at_most_one_step_old": ok,
+        "seconds_to_end": {"median": round(sorted(times)[n // 2], 2), "longest": round(max(times), 2)},
+        "runs_finished": len(same),
+        "with_the_undisturbed_weights": sum(same),
+    }
+
+
+def soak(seconds: int, data: Path, folder: Path, rng: random.Random) -> dict:
+    """Two processes under torchrun for so long, with kills and signals to one or all; then the undisturbed run of as
+    many steps, to compare the weights."""
+    events = {"kill one": 0, "kill all": 0, "SIGTERM": 0, "SIGINT": 0}
+    end, out_dir, options = time.monotonic() + seconds, folder / "soak", {"max_iters": 10**6, "save_interval": 5}
+    started = Run(data, out_dir, 2, **options)
+    while time.monotonic() < end:
+        if not started.wait_for("step +[0-9]+/"):  # more restarts than torchrun was told to make
+            started = Run(data, out_dir, 2, **options)
+            continue
+        time.sleep(rng.uniform(0, 10))
+        event = rng.choice(list(events))
+        events[event] += 1
+        if event == "kill one":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(started.workers()), signal.SIGKILL)
+            started.at = started.log.stat().st_size  # what torchrun starts anew speaks from here on
+            continue
+        if event == "kill all":
+            started.kill()
+        else:
+            started.process.send_signal(getattr(signal, event))
+            started.ended()
+        started = Run(data, out_dir, 2, **options)
+    started.process.send_signal(signal.SIGTERM)
+    started.ended()
+    steps = steps_saved(out_dir)[-1]
+    reference = undisturbed(data, folder / "reference", 2, max_iters=steps)
+    same = same_weights(checkpoint.load_model(out_dir), reference)
+    return {"seconds": seconds, "events": events, "steps": steps, "same_weights_as_undisturbed": same}
+
+
+def main() -> None:
+    config, _ = load_config(FaultConfig, sys.argv[1:])
+    path = ROOT / "training_logs" / "reliability.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for campaign in (kills, corruptions, signals, soak):
+        if n := getattr(config, campaign.__name__):
+            with tempfile.TemporaryDirectory() as folder:
+                data, started = write_words(Path(folder) / "words"), time.time()
+                counted = campaign(n, data, Path(folder), random.Random(config.seed))
+            counted |= {"minutes": round((time.time() - started) / 60, 1), "date": str(datetime.date.today())}
+            found[campaign.__name__] = counted | {name: environment()[name] for name in ("commit", "torch", "cores")}
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(campaign.__name__, json.dumps(counted))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(main)

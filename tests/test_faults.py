@@ -1,0 +1,212 @@
+"""Short forms of tests/faults.py (kills, damage, signals, a soak), and the faults that need two processes."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine import checkpoint
+from tests import faults
+from tests.faults import OPTIONS, Run, begins_at, steps_saved, undisturbed
+from tests.helpers import ROOT, flags, records, run, same_weights, write_words
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_words(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    """The model of two processes that nothing happens to."""
+    return undisturbed(data, tmp_path_factory.mktemp("reference") / "two", 2)
+
+
+def torchrun(*argv, agents: int = 1) -> list[subprocess.CompletedProcess]:
+    """Two processes under torchrun, or under two of them as on two machines, to their end."""
+    nodes = ["--standalone", "--nproc_per_node=2"]
+    if agents > 1:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
+        nodes += ["--rdzv_id=7", "--local_addr=127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, *map(str, argv)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    started = [subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) for _ in range(agents)]
+    outputs = []
+    try:
+        for process in started:
+            outputs.append(process.communicate(timeout=300)[0])
+    finally:
+        for process in started:
+            process.kill()
+    return [subprocess.CompletedProcess(command, p.returncode, out) for p, out in zip(started, outputs, strict=True)]
+
+
+def test_a_run_killed_at_any_instant_goes_on_from_its_newest_checkpoint_to_the_undisturbed_end(data, tmp_path):
+    counted = faults.kills(4, data, tmp_path, random.Random(1))
+    assert counted["resumed"] == 4 and counted["with_the_undisturbed_weights"] == counted["runs_finished"] >= 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_refused_by_name(data, tmp_path):
+    counted = faults.corruptions(12, data, tmp_path, random.Random(1))
+    assert counted == {"corruptions": 12, "passed_over": 12, "refused_by_name": 12, "same_end": True}
+
+
+def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_the_run_goes_on_to_the_same_end(data, tmp_path):
+    counted = faults.signals(4, data, tmp_path, random.Random(1))
+    assert counted["checkpoint_at_most_one_step_old"] == 4
+    assert counted["with_the_undisturbed_weights"] == counted["runs_finished"] >= 2
+
+
+def test_a_soak_of_kills_and_signals_ends_with_the_undisturbed_weights(data, tmp_path):
+    assert faults.soak(20, data, tmp_path, random.Random(1))["same_weights_as_undisturbed"]
+
+
+def test_torchrun_starts_anew_after_one_process_is_killed_and_ends_as_if_nothing_had_been(data, tmp_path, reference):
+    started = Run(data, tmp_path / "run", 2, save_interval=20, init_from="scratch")
+    assert started.wait_for("step 1[0-9][0-9]/")
+    os.kill(started.workers()[1], signal.SIGKILL)
+    code, _ = started.ended()
+    assert code == 0 and "going on at step" in started.output
+    assert same_weights(checkpoint.load_model(tmp_path / "run"), reference)
+
+
+SLOW = """
+import sys, time
+import engine.checkpoint as checkpoint, train
+write = checkpoint.Saver._write_and_read_back
+def slowly(self, temporary, name, state):
+    if state["step"] > 20:
+        print("writing", flush=True)
+        time.sleep(1000)
+    return write(self, temporary, name, state)
+checkpoint.Saver._write_and_read_back = slowly
+train.main()
+"""
+
+
+def slow_writer(data, out_dir) -> subprocess.Popen:
+    """A run that writes its checkpoint of step 20, and hangs in any later one."""
+    options = OPTIONS | {"dataset": data, "out_dir": out_dir, "save_interval": 20, "max_iters": 1000}
+    command = [sys.executable, "-c", SLOW, *flags(**options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_checkpoint_before(data, tmp_path):
+    process = slow_writer(data, tmp_path)
+    try:
+        for line in process.stdout:
+            if re.search("step +25/", line):
+                break
+        process.send_signal(signal.SIGTERM)
+        for line in process.stdout:
+            if "a second signal ends at once" in line:
+                break
+        time.sleep(1.5)  # within a second it counts as an echo of the first
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 128 + signal.SIGINT
+        assert "SIGINT again: ended at once" in process.stdout.read()
+    finally:
+        process.kill()
+    assert steps_saved(tmp_path) == [20] and checkpoint.read_newest(tmp_path)["step"] == 20
+    assert begins_at(Run(data, tmp_path, max_iters=21, lr_decay_iters=400, save_interval=20)) == 20
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(data, tmp_path):
+    process = slow_writer(data, tmp_path)
+    try:
+        lines = iter(process.stdout)
+        assert any(line.startswith("writing") for line in lines)
+        assert any(re.search("step +50/", line) for line in lines)  # ten steps behind the one that is being written
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(data, tmp_path, reference, processes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    undisturbed(data, tmp_path / "one", max_iters=1)
+    size = int(2.5 * (tmp_path / "one" / "ckpt_00000001.pt").stat().st_size)  # two are kept, the third does not fit
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("to mount a small file system needs root")
+    try:
+        started = Run(data, disk / "run", processes, log=tmp_path / "log", save_interval=5, max_iters=30)
+        code, _ = started.ended()
+        newest = checkpoint.read_newest(disk / "run")["step"]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert code == (2 if processes == 1 else 1)  # torchrun's own
+    assert started.output.count("error: cannot write") == 1 and "Traceback (most" not in started.output.split("====")[0]
+    assert "MiB free); the earlier checkpoints are untouched: make room" in started.output and newest >= 5
+
+
+def test_every_head_repeats_itself_in_halves_on_two_processes_sharded_or_not(data, tmp_path):
+    (ended,) = torchrun(ROOT / "tests" / "workers.py", "heads", data, tmp_path)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+
+
+def test_a_bad_gradient_on_one_process_is_left_out_by_all_and_a_run_of_them_ends(data, tmp_path):
+    (ended,) = torchrun(ROOT / "tests" / "workers.py", "nan", data, tmp_path)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+
+
+def test_a_hang_ends_with_the_stacks_of_all_processes(data, tmp_path):
+    (ended,) = torchrun(ROOT / "tests" / "workers.py", "hang", data, tmp_path)
+    assert ended.returncode != 0
+    for rank, where in ((0, "in agree|in backward|all_reduce"), (1, "in sleepy")):
+        assert f"[rank {rank}] no sign of life for" in ended.stdout
+        assert re.search(rf"\[rank {rank}\] .*({where})", ended.stdout), ended.stdout[-5000:]
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_processes_may_come_and_go_two_one_two(data, tmp_path, sharding):
+    options = {"eval_interval": 10, "save_interval": 10, "gradient_accumulation_steps": 4, "lr_decay_iters": 30}
+    run(data, tmp_path / "one", **OPTIONS | options | {"max_iters": 30})
+    for end, processes in ((10, 2), (20, 1), (30, 2)):
+        code, _ = Run(data, tmp_path / "elastic", processes, **options, max_iters=end, sharding=sharding).ended()
+        assert code == 0, (tmp_path / "elastic.log").read_text()[-3000:]
+    for key in ("loss", "val_nll"):
+        whole, parts = ([r[key] for r in records(tmp_path / name, key)] for name in ("one", "elastic"))
+        assert parts == pytest.approx(whole, abs=1e-5) and len(whole) >= 4
+
+
+def test_two_torchruns_that_meet_train_as_one_process_does(data, tmp_path):
+    options = OPTIONS | {"gradient_accumulation_steps": 4, "max_iters": 10, "dataset": data}
+    run(data, tmp_path / "one", **options)
+    both = torchrun(ROOT / "train.py", *flags(**options | {"out_dir": tmp_path / "two"}), agents=2)
+    assert [ended.returncode for ended in both] == [0, 0], both[0].stdout[-3000:]
+    whole, parts = ([r["loss"] for r in records(tmp_path / name, "loss")] for name in ("one", "two"))
+    assert parts == pytest.approx(whole, abs=1e-5) and len(whole) == 10
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(data, tmp_path):
+    first = Run(data, tmp_path / "run", max_iters=10**6)
+    try:
+        assert first.wait_for("step +[0-9]+/")
+        second = Run(data, tmp_path / "run", log=tmp_path / "second.log")
+        assert second.ended()[0] == 2
+        assert re.fullmatch(r"error: another process is training in .*--out_dir\n", second.output)
+    finally:
+        first.kill()
+
+
+def test_the_counts_in_the_training_logs_are_of_whole_campaigns_without_a_failure():
+    found = json.loads((ROOT / "training_logs" / "reliability.json").read_text())
+    assert found["kills"]["resumed"] == found["kills"]["kills"] >= 100
+    assert found["corruptions"]["passed_over"] == found["corruptions"]["corruptions"] >= 40
+    assert found["signals"]["checkpoint_at_most_one_step_old"] == found["signals"]["signals"] >= 50
+    assert found["soak"]["same_weights_as_undisturbed"] and found["soak"]["seconds"] >= 3600
