@@ -19,7 +19,7 @@ import torch
 
 from engine import checkpoint, distributed
 from engine.config import build, flatten, load_config
-from engine.errors import UserError, run
+from engine.errors import MANY, UserError, check_memory, check_ranges, run
 from engine.evaluation import eval_batches, mean_loss
 from engine.labels import MODES, LabelFile
 from engine.logger import Logger, environment, forget_after
@@ -28,6 +28,12 @@ from engine.pretrained import load_state
 from engine.tokenizer import read_meta
 from engine.tokens import Batches, TokenFile, dataset_folder
 from model import GPT, GPTConfig
+
+RANGES = {name: (1, MANY) for name in ("eval_interval", "log_interval", "eval_iters", "batch_size")}
+RANGES |= {name: (0, MANY) for name in ("save_interval", "max_iters", "warmup_iters", "lr_decay_iters")}
+RANGES |= {name: (0.0, 1e3) for name in ("learning_rate", "min_lr", "weight_decay")}
+RANGES |= {"gradient_accumulation_steps": (1, 10**9), "grad_clip": (0.0, 1e9), "label_weight": (0.0, 1.0)}
+RANGES |= {"seed": (0, (1 << 63) - 1)}
 
 
 @dataclass(frozen=True)
@@ -71,30 +77,13 @@ class TrainConfig:
     compile: bool = torch.cuda.is_available()  # torch.compile: starts a minute later; on a CPU it pays at 50,000 ids
 
     def __post_init__(self):
-        for name in ("eval_interval", "log_interval", "eval_iters", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in (
-            "save_interval",
-            "max_iters",
-            "warmup_iters",
-            "lr_decay_iters",
-            "learning_rate",
-            "min_lr",
-            "grad_clip",
-            "weight_decay",
-            "seed",
-        ):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} = {getattr(self, name)} must not be negative")
-        if self.seed >= 1 << 63:
-            raise UserError(f"seed = {self.seed} must lie between 0 and 2^63 - 1")
+        check_ranges(self, RANGES)
+        n_bytes = 2 * self.batch_size * self.model.block_size * self.model.n_embd  # of one hidden state of many
+        check_memory(n_bytes, f"a micro-batch of batch_size = {self.batch_size}", "lower it, and accumulate more")
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
         if self.label_mode not in MODES:
             raise UserError(f"label_mode = {self.label_mode!r} is not one of: {', '.join(MODES)}")
-        if not 0 <= self.label_weight <= 1:
-            raise UserError(f"label_weight = {self.label_weight} must lie in [0, 1]")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must lie in [0, 1)")
 
@@ -180,8 +169,9 @@ def start_model(config: TrainConfig, data: TokenFile, given: Set[str]) -> tuple[
         init_from = "resume" if checkpoint.exists(out_dir) else "scratch"
     if init_from == "resume":
         state = checkpoint.read_newest(out_dir)
-        if "model_config" not in state:
-            raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from its weights: --init_from={out_dir}")
+        if checkpoint.PARTS.keys() - state.keys():
+            what = "a nanoGPT checkpoint" if "model_args" in state else "a model without the state of its training"
+            raise UserError(f"{out_dir} holds {what}; start from its weights: --init_from={out_dir}")
         shape = checkpoint.resumed_config(build(GPTConfig, state["model_config"]), config.model, given)
         checkpoint.check_continuity(flatten(TrainConfig()) | state["config"], flatten(config))
         checkpoint.check_tokenizer(out_dir, dataset_folder(config.dataset))
