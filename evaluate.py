@@ -137,7 +137,9 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
     frequencies = TokenFile(dataset, "train").frequencies(model.config.vocab_size)
     result |= of_text(targets, frequencies, load_tokenizer(folder), result["nll"])
     if config.std_tolerance and model.bayes_layers():
-        nll = partial(scores, TokenFile(dataset, "val"), SCALE_BLOCKS, config.n_samples, f"{source}: width")
+        val = TokenFile(dataset, "val")
+        val.check(model.config.vocab_size)
+        nll = partial(scores, val, SCALE_BLOCKS, config.n_samples, f"{source}: width")
         factor = widest_posterior(model, lambda: nll()["nll"], config.std_tolerance)
         about = {"std_factor": factor, "std_tolerance": config.std_tolerance, "n_samples": config.n_samples}
         result["scaled"] = scaled = about | scores(file, config.limit, config.n_samples, f"{source}: scaled")

@@ -174,6 +174,12 @@ class GPT(nn.Module):
         hidden_kl = sum((layer.kl() for layer in self.bayes_layers() if layer is not self.lm_head.weights), 0.0)
         return loss + self.lm_head.kl_loss(hidden_kl)
 
+    def scores(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """idx, targets (B, T) -> nats per token under the mean weights, and the loss; scalars."""
+        hidden = self.hidden(idx)
+        loss = self.lm_head.data_loss(hidden, targets) + self.kl_loss()
+        return self.lm_head.nll(hidden, targets), loss
+
     def kl(self) -> torch.Tensor | float:
         """KL(posterior || prior) of all Bayesian weights, in nats; 0.0 where there are none."""
         return sum((layer.kl() for layer in self.bayes_layers()), 0.0)

@@ -71,7 +71,7 @@ class Teacher:
         paths_of(file, options.name)  # a bad name is said now
         check_tokenizer(options.teacher, dataset_folder(options.dataset))
         self.model = load_model(options.teacher, self.device)
-        self.file, self.ids, self.T = file, file.ids, self.model.config.block_size
+        self.file, self.T = file, self.model.config.block_size
         self.n_ids = min(file.vocab_size, self.model.config.vocab_size)  # a padded vocabulary has more than the text
         file.check(self.n_ids)
         if self.n_ids > 1 << 16:
@@ -106,7 +106,7 @@ class Teacher:
         owned = (positions < self.n_positions) & ((positions - begins >= self.T - self.stride) | (begins == 0))
         chance = np.stack([np.random.default_rng((seed, w)).random((self.T, 1 + k), np.float32) for w in windows])
         chosen = owned & (chance[:, :, 0] < self.options.share)
-        tokens = self.ids[np.minimum(positions, len(self.ids) - 1)]  # what lies behind the end labels nothing
+        tokens = self.file.ids[np.minimum(positions, len(self.file) - 1)]  # what lies behind the end labels nothing
         with self.cast:
             hidden = self.model.hidden(self.to_device(tokens.astype(np.int64)))[self.to_device(chosen)]
             ids, weights, mass = self.pick(hidden, self.to_device(chance[chosen][:, 1:]))
@@ -139,18 +139,18 @@ class Teacher:
         for position, candidates in zip(positions.tolist(), ids, strict=True):
             begin, stop = self.sentence(position + 1)
             for candidate in candidates:
-                sentences.append(self.ids[begin:stop].astype(np.int64))
+                sentences.append(self.file.ids[begin:stop].astype(np.int64))
                 sentences[-1][position + 1 - begin] = candidate
         keep = (self.perplexities(sentences) <= self.options.max_perplexity).reshape(ids.shape)
-        weights = weights * (keep | (ids == self.ids[positions + 1][:, None]))
+        weights = weights * (keep | (ids == self.file.ids[positions + 1][:, None]))
         return weights / np.maximum(weights.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
 
     def sentence(self, target: int) -> tuple[int, int]:
         """begin, stop of the sentence around a token, with one token before it where there is one: its context."""
         longest = min(SENTENCE, self.T)
-        before = self.ends[self.ids[max(0, target - longest // 2) : target]]
+        before = self.ends[self.file.ids[max(0, target - longest // 2) : target]]
         begin = target - (before[::-1].argmax() if before.any() else len(before))
-        begin, behind = max(0, begin - 1), self.ends[self.ids[target : target + longest]]
+        begin, behind = max(0, begin - 1), self.ends[self.file.ids[target : target + longest]]
         stop = target + (behind.argmax() + 1 if behind.any() else len(behind))
         return begin, min(stop, begin + longest + 1)
 

@@ -1,19 +1,26 @@
-"""Checkpoints: <out_dir>/ckpt_<step>.pt, written beside and renamed; loaded without running any code that they hold."""
+"""Checkpoints: <out_dir>/ckpt_<step>.pt, whole or not there, with their sha256 in SHA256SUMS (`sha256sum -c` reads it).
 
+They hold tensors and plain values, and are loaded without running any code that a file may hold.
+"""
+
+import hashlib
 import os
 import pickle
 import shutil
 import sys
 import warnings
 import zipfile
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from engine.config import build, flatten
-from engine.errors import UserError
+from engine.config import build
+from engine.errors import Interrupted, UserError, warn
+from engine.files import flush, replace
 from engine.pretrained import HUB, from_nanogpt, from_transformers, load_state
+from engine.sharding import is_sharded, load_optimizer, whole, whole_model
 from engine.tokenizer import read_meta
 from model import GPT, GPTConfig
 
@@ -21,26 +28,91 @@ KEEP = 2  # newest checkpoints kept beside the best one
 PARTS = {"model": dict, "model_config": dict, "config": dict, "optimizer": dict, "scaler": dict}  # what save() is given
 PARTS |= {"step": int, "best_step": int, "best_val_nll": float, "seconds": float}
 KINDS = PARTS | {"model_args": dict}  # nanoGPT's
+SUMS = "SHA256SUMS"
 
 
-def save(out_dir: Path, state: dict) -> Path:
-    """Write state (it has "step" and "best_step") as a new checkpoint, then let go of the old ones."""
-    path = out_dir / f"ckpt_{state['step']:08d}.pt"
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); the earlier checkpoints are untouched") from None
-    os.replace(temporary, path)
-    best = out_dir / f"ckpt_{state['best_step']:08d}.pt"
-    for old in _checkpoints(out_dir)[:-KEEP]:
-        if old != best:
-            old.unlink()
-    return path
+class Saver:
+    """What of a run survives, written in the background, one checkpoint at a time; the old ones go.
+
+    Only what this run has written and read back, or was loaded from, counts among the KEEP; all others go once there
+    are as many: a damaged file does not take a good one's place. As a context it ends with all on the disk, and when
+    the run is interrupted it saves first.
+    """
+
+    def __init__(self, processes, out_dir: Path, progress, model, optimizer, scaler, about: dict):
+        self.processes, self.out_dir, self.progress, self.about = processes, out_dir, progress, about
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.saved, self.good = progress.step, [name_of(progress.step)] if progress.step else []
+        self.thread, self.pending = ThreadPoolExecutor(1), Future()
+        self.pending.set_result(None)
+
+    def restore(self, state: dict) -> None:
+        """Load optimiser and loss scale of a checkpoint, if there is one; the model has its weights already."""
+        self.processes.check_same(self.progress.step, "the step to go on from")
+        if state:
+            load_optimizer(self.optimizer, state["optimizer"])
+        if state.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+    def save(self) -> None:
+        """Take a copy of all and start to write it; nothing to do where this step is saved already."""
+        if self.progress.step == self.saved:
+            return
+        self.pending.result()  # the write before has to be done, and raises here what went wrong
+        if self.processes.is_main or is_sharded(self.model):
+            parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            state = {"model": whole_model(self.model)} | whole(parts)
+        if self.processes.is_main:
+            self.pending = self.thread.submit(self._write, state | self.about | vars(self.progress))
+        self.saved = self.progress.step
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        interrupted = isinstance(error, Interrupted)
+        try:
+            if interrupted and not self.about["config"]["eval_only"]:
+                self.save()
+            if interrupted or kind is None:
+                self.pending.result()
+                self.processes.wait_for_all()  # torchrun ends all as soon as one is gone
+            if interrupted and self.processes.is_main:
+                saved = f"{self.out_dir / name_of(self.saved)} holds it; " if self.saved else "nothing to save; "
+                print(f"interrupted at step {self.saved}: {saved}go on with --init_from=auto", file=sys.stderr)
+        finally:
+            self.thread.shutdown()
+
+    def _write(self, state: dict) -> None:
+        path = self.out_dir / name_of(state["step"])
+        try:
+            replace(path, lambda temporary: self._write_and_read_back(temporary, path.name, state))
+            self.good = [name for name in self.good if name != path.name] + [path.name]
+            if len(self.good) >= KEEP:
+                kept = {*self.good[-KEEP:], name_of(state["best_step"])}
+                for old in _checkpoints(self.out_dir):
+                    if old.name not in kept:
+                        old.unlink()
+            sums = _read_sums(self.out_dir)
+            _write_sums(self.out_dir, {name: sums[name][:1] for name in sums if (self.out_dir / name).exists()})
+        except (OSError, RuntimeError, ValueError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:150]
+            raise UserError(
+                f"cannot write {path} ({reason}; {shutil.disk_usage(self.out_dir).free >> 20:,} MiB free); the earlier "
+                "checkpoints are untouched: make room and go on with --init_from=resume"
+            ) from None
+
+    def _write_and_read_back(self, temporary: Path, name: str, state: dict) -> None:
+        torch.save(state, str(temporary))  # from a path torch writes without the GIL
+        flush(temporary)
+        sha256 = _hash(temporary, from_disk=True)
+        _check_sums_of_zip(temporary)
+        sums = _read_sums(self.out_dir)  # a file of this name that is there keeps its line until it is replaced
+        _write_sums(self.out_dir, sums | {name: [sha256, *sums.get(name, [])]})
+
+
+def name_of(step: int) -> str:
+    return f"ckpt_{step:08d}.pt"
 
 
 def exists(out_dir: Path) -> bool:
@@ -51,10 +123,11 @@ def exists(out_dir: Path) -> bool:
 def read(path: Path) -> dict:
     """A checkpoint file's contents: tensors and plain values only, anything else in it is refused."""
     try:
-        if zipfile.is_zipfile(path):  # torch.load itself does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"the checksum of {damaged} is wrong")
+        if known := _read_sums(path.parent).get(path.name):
+            if _hash(path) not in known:
+                raise ValueError(f"its sha256 is not the one in {SUMS}")
+        else:  # torch.load itself does not look at the checksums
+            _check_sums_of_zip(path)
         with warnings.catch_warnings(action="ignore"):  # of old formats, which are read or refused all the same
             state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and "model" in state:
@@ -81,7 +154,7 @@ def read_newest(out_dir: Path) -> dict:
         except UserError as error:
             if path == paths[0]:
                 raise UserError(f"{error}; there is no other one in {out_dir}, give another --out_dir") from None
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
+            warn(f"{error}; trying the one before")
     raise UserError(f"there is no checkpoint in {out_dir}; train first, or give another --out_dir")
 
 
@@ -113,42 +186,6 @@ def load_model(source: str | Path, device: torch.device | str = "cpu", config: G
     return model.to(device).eval()
 
 
-def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: set[str]) -> GPTConfig:
-    """wanted (dropout, head ...) on a backbone of the given shape; explicit options that contradict it are refused."""
-    fixed = ("n_layer", "n_head", "n_embd", "bias", "qkv_bias", "vocab_size")
-    for name in fixed:
-        if name in given and getattr(wanted, name) != getattr(shape, name):
-            raise UserError(
-                f"{name} = {getattr(wanted, name)}, but the weights to start from have {getattr(shape, name)}"
-            )
-    if wanted.block_size > shape.block_size and "block_size" in given:
-        raise UserError(f"block_size = {wanted.block_size}, but the weights to start from end at {shape.block_size}")
-    block_size = min(wanted.block_size, shape.block_size)
-    return replace(wanted, block_size=block_size, **{name: getattr(shape, name) for name in fixed})
-
-
-def resumed_config(saved: GPTConfig, wanted: GPTConfig, given: set[str]) -> GPTConfig:
-    """The saved model's config; only dropout and gradient_checkpointing may change in the middle of a run."""
-    free = ("dropout", "gradient_checkpointing")
-    before, after = flatten(saved), flatten(wanted)
-    for name in sorted(given & before.keys() - set(free)):
-        if before[name] != after[name] and not (name == "vocab_size" and after[name] == 0):
-            raise UserError(
-                f"{name} = {after[name]!r}, but the run to resume has {before[name]!r}; use another --out_dir"
-            )
-    return replace(saved, **{name: after[name] for name in free if name in given})
-
-
-def check_continuity(saved: dict, wanted: dict) -> None:
-    """Refuse to resume a run with other data or another size of step: its micro-batches would not go on."""
-    same = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "labels", "label_mode", "label_weight")
-    for name in same:
-        if saved[name] != wanted[name]:
-            raise UserError(
-                f"the run to resume has {name} = {saved[name]!r}, this one {wanted[name]!r}; add --{name}={saved[name]}"
-            )
-
-
 def check_tokenizer(source: str | Path, dataset: Path) -> None:
     """Refuse data whose tokenizer is another than that of the run in the folder of source, where both are known."""
     folder = Path(source).parent if Path(source).is_file() else Path(source)
@@ -168,9 +205,43 @@ def copy_tokenizer(data_folder: Path, out_dir: Path) -> None:
     """Carry the tokenizer along with the run, so that the run folder is enough to sample from."""
     for name in ("meta.json", "meta.pkl", "tokenizer.json"):
         if (data_folder / name).is_file():
-            shutil.copyfile(data_folder / name, out_dir / name)
+            replace(out_dir / name, partial(shutil.copyfile, data_folder / name))
 
 
 def _checkpoints(out_dir: Path) -> list[Path]:
     """Oldest first; a lone ckpt.pt is nanoGPT's."""
     return sorted(Path(out_dir).glob("ckpt_*.pt")) or sorted(Path(out_dir).glob("ckpt.pt"))
+
+
+def _hash(path: Path, from_disk: bool = False) -> str:
+    """The file's sha256; from_disk: of what the disk gives back, not of what the system remembers of it."""
+    with open(path, "rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        sha256 = hashlib.sha256()
+        while piece := file.read(1 << 22):
+            sha256.update(piece)
+    return sha256.hexdigest()
+
+
+def _check_sums_of_zip(path: Path) -> None:
+    """Compare a zip archive with the checksums that were taken before it was written."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def _read_sums(folder: Path) -> dict[str, list[str]]:
+    """File name -> the hashes that it may have: two while a file is being replaced."""
+    sums = {}
+    if (folder / SUMS).is_file():
+        for line in (folder / SUMS).read_text(errors="replace").splitlines():
+            sha256, _, name = line.partition("  ")
+            sums.setdefault(name, []).append(sha256)
+    return sums
+
+
+def _write_sums(folder: Path, sums: dict[str, list[str]]) -> None:
+    lines = [f"{sha256}  {name}\n" for name in sorted(sums) for sha256 in sums[name]]
+    replace(folder / SUMS, lambda temporary: temporary.write_text("".join(lines)))

@@ -6,13 +6,18 @@ import math
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import UserError
+from engine.errors import Interrupted, UserError
+from engine.sharding import shard
+from engine.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Processes:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_main(self) -> bool:
@@ -31,10 +37,14 @@ class Processes:
         """Which of n pieces of work this process does."""
         return range(self.rank, n, self.world_size)
 
-    def wrap(self, model: torch.nn.Module, compile: bool) -> tuple[torch.nn.Module, str]:
+    def wrap(self, model: torch.nn.Module, compile: bool, sharding: str = "none") -> tuple[torch.nn.Module, str]:
         """The model, compiled if wanted and possible, its gradients averaged over all processes in backward; and how it
-        runs, in words."""
-        model, how = _compiled(model, self.device) if compile else (model, "eager")
+        runs, in words. Shards are made in place: parameters and state_dict keep their names, and become DTensors."""
+        if self.world_size > 1 and sharding == "fsdp":
+            how = _compiled(model.transformer.h, self.device) if compile else "eager"
+            shard(model, self.device.type, self.world_size)
+            return model, f"{how}, parameters sharded"
+        how = _compiled([model], self.device) if compile else "eager"
         if self.world_size == 1:
             return model, how
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -46,25 +56,55 @@ class Processes:
 
     def accumulate(self, model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Around one micro-batch: gradients travel between processes with the last one only."""
-        return contextlib.nullcontext() if last or self.world_size == 1 else model.no_sync()
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """values, in place, summed over all processes."""
+        if isinstance(model, DistributedDataParallel):
+            return contextlib.nullcontext() if last else model.no_sync()
         if self.world_size > 1:
-            dist.all_reduce(values)
+            model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def alive(self) -> None:
+        """The loop's sign of life; a process on its own ends here when a signal asked for it."""
+        self.watch.beat()
+        if self.world_size == 1 and self.watch.signum:
+            raise Interrupted(self.watch.signum)
+
+    def agree(self, values: torch.Tensor) -> list[float]:
+        """values (n,) summed over all processes; where one of them was asked to end, all raise Interrupted here."""
+        self.alive()
+        if self.world_size == 1:
+            return values.tolist()
+        values = torch.cat([values, values.new_tensor([float(self.watch.signum)])])
+        dist.all_reduce(values)
+        *values, signals = values.tolist()
+        if signals:
+            raise Interrupted(self.watch.signum or signal.SIGTERM)
         return values
+
+    def check_same(self, value: int, what: str) -> None:
+        """Refuse to go on where the processes have different values, as a folder that not all see alike makes them."""
+        seen = [None] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(seen, value)
+            if len(set(seen)) > 1:
+                raise UserError(f"the processes disagree on {what}: {seen}; do all machines see the same out_dir?")
+
+    def wait_for_all(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
 
 
 @contextlib.contextmanager
-def start(device: str, backend: str):
-    """Join the processes that torchrun started, or be the only one; yields Processes and takes leave at the end."""
+def start(device: str, backend: str, hang_timeout: float = 0.0):
+    """Join the processes that torchrun started, or be the only one; yields Processes and takes leave at the end.
+
+    hang_timeout: seconds without progress, in a collective or in the loop, after which a process ends; 0: never."""
     keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in float32, as nanoGPT does
     if backend not in ("auto", "nccl", "gloo"):
         raise UserError(f"backend = {backend!r} is not one of: auto, nccl, gloo")
     world_size, rank = _place()
     if world_size == 1:
-        yield Processes(pick_device(device))
+        yield Processes(pick_device(device), watch=Watch(0, hang_timeout))
         return
     local = pick_device(device)
     if local.type == "cuda":
@@ -79,12 +119,14 @@ def start(device: str, backend: str):
         raise UserError(f"backend = 'nccl' needs CUDA, but the device is {local.type}; use --backend=gloo or auto")
     if backend == "auto":
         backend = "nccl" if local.type == "cuda" else "gloo"
+    # the watch, which shows where each process is, comes first; this is for what happens before the loop
+    timeout = timedelta(seconds=hang_timeout + 60) if hang_timeout else None
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     except RuntimeError as error:  # a host that is not there, a port that is taken
         raise UserError(f"cannot join the other processes ({str(error)[:200]}); start with torchrun") from None
     try:
-        yield Processes(local, rank, world_size)
+        yield Processes(local, rank, world_size, Watch(rank, hang_timeout))
     finally:
         dist.destroy_process_group()
 
@@ -194,8 +236,11 @@ def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
-def _compiled(model: torch.nn.Module, device: torch.device) -> tuple[torch.nn.Module, str]:
+def _compiled(modules: Iterable[torch.nn.Module], device: torch.device) -> str:
+    """Compile each in place; says how they run."""
     compiler = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")  # as inductor looks
     if device.type == "cpu" and not shutil.which(compiler):
-        return model, f"eager (torch.compile wants the C++ compiler {compiler} and does not find it)"
-    return torch.compile(model), "compiled"
+        return f"eager (torch.compile wants the C++ compiler {compiler} and does not find it)"
+    for module in modules:
+        module.compile()
+    return "compiled"

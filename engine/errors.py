@@ -11,22 +11,31 @@ class UserError(Exception):
     """A mistake that the user can mend; its message is one line that says how."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the training to end, and all processes have agreed to."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"interrupted by signal {signum}")
+        self.signum = signum
+
+
 def run(main: Callable[[], object]) -> None:
-    """Run a script's main(): a UserError, OSError or lack of memory ends in one line and exit code 2, Ctrl-C in 130."""
+    """Run a script's main(): a UserError, OSError or lack of memory ends in one line and exit code 2, a signal in 128 +
+    its number."""
     try:
         main()
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error)
-        if not isinstance(error, UserError | OSError):  # an OSError is a file or folder that cannot be read or written
-            if not _is_memory(error):
-                raise
-            message = f"out of memory; lower --batch_size, --block_size or the size of the model ({message[:120]})"
-        rank = f"[rank {os.environ.get('RANK')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"{rank}error: {' '.join(message.splitlines())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
+        sys.exit(_say(f"error: {error}", 2))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(128 + interrupt.signum if isinstance(interrupt, Interrupted) else _say("interrupted", 130))
+    except (MemoryError, RuntimeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][-120:]
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            way_out = "lower --batch_size, --block_size or the size of the model"
+            sys.exit(_say(f"error: out of memory ({said}); {way_out}", 2))
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(words in str(error) for words in LOST):
+            raise
+        sys.exit(_say(f"error: lost another process ({said}); its own message says why", 1))
 
 
 def check_ranges(options: object, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -47,7 +56,25 @@ def check_memory(n_bytes: int, what: str, way_out: str) -> None:
             raise UserError(f"{what} takes {n_bytes // 10**9:,} GB, this machine has {memory // 10**9:,}; {way_out}")
 
 
-def _is_memory(error: Exception) -> bool:
-    """Whether memory ran out; torch has an exception for that on CUDA alone, elsewhere it is in the words."""
-    said = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+def warn(message: str) -> None:
+    """Say it once, however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
+
+
+# what CUDA and a CPU's allocator say; torch has an exception of its own for CUDA alone
+NO_MEMORY = ("out of memory", "can't allocate memory")
+# what gloo, NCCL and the store say when the process at the other end is gone
+LOST = (
+    "onnection closed by peer",
+    "onnection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
+
+
+def _say(message: str, code: int) -> int:
+    rank = f"[rank {os.environ.get('RANK')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(rank + " ".join(message.splitlines()), file=sys.stderr)
+    return code

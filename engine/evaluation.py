@@ -36,7 +36,7 @@ def whole_split(
     starts = np.arange(n) * full // max(1, n) * block_size
     pieces = [(starts[i : i + batch_size], block_size) for i in range(0, n, batch_size)]
     for piece, length in pieces + ([(np.array([full * block_size]), rest)] if rest and not 0 < limit <= full else []):
-        x, y = gather(file.ids, piece, length)
+        x, y = gather(file, piece, length)
         yield (x, y) if labels is None else (x, y, *labels.targets(y, piece))
 
 
@@ -49,17 +49,18 @@ def mean_loss(
 
     The work is shared by all processes; the same numbers on each."""
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64)
-    for i in processes.share(len(batches)):
-        x, y = (t.to(processes.device) for t in gather(file.ids, batches[i], model.config.block_size))
+    totals, n = [0.0, 0.0, 0.0], len(batches)
+    for i in range(processes.rank, math.ceil(n / processes.world_size) * processes.world_size, processes.world_size):
+        x, y = (t.to(processes.device) for t in gather(file, batches[i % n], model.config.block_size))
         seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
         with cast:
-            hidden = model.hidden(x)
-            nll, loss = model.lm_head.nll(hidden, y), model.lm_head.data_loss(hidden, y)
-        totals += y.numel() * torch.tensor([nll.item(), loss.item(), 1.0], dtype=torch.float64)
+            nll, loss = model.scores(x, y)
+        counted = y.numel() * (i < n)  # as many rounds for all, or those with shards would wait for ever
+        values = torch.tensor([nll.item(), loss.item(), 1.0], dtype=_widest(processes.device), device=processes.device)
+        totals = [total + value for total, value in zip(totals, processes.agree(values * counted), strict=True)]
     model.train()
-    nll, loss, n = processes.sum(totals.to(processes.device, _widest(processes.device))).tolist()
-    return {"val_nll": nll / n, "val_loss": loss / n + float(model.kl_loss())}
+    nll, loss, n = totals
+    return {"val_nll": nll / n, "val_loss": loss / n}
 
 
 @torch.no_grad()

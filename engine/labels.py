@@ -8,6 +8,7 @@ without labels. Whatever is not yet written is a hole in the file, which reads a
 
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
-from engine.tokens import DATA_ROOT, SCAN, TokenFile
+from engine.scan import Reader
+from engine.tokens import DATA_ROOT, TokenFile
 
 MODES = ("soft", "set")
 
@@ -29,13 +31,10 @@ def paths_of(file: TokenFile, name: str) -> tuple[Path, Path]:
 
 
 def identity(file: TokenFile) -> dict:
-    """What labels belong to: these tokens (a second per GB) under this tokenizer."""
-    tokens = hashlib.sha256()
-    for i in range(0, len(file), SCAN):
-        tokens.update(file.ids[i : i + SCAN])
+    """What labels belong to: these tokens under this tokenizer."""
     described = (file.meta or {"tokenizer": {"kind": "gpt2"}})["tokenizer"]
     tokenizer = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    return {"tokens": len(file), "tokens_sha256": tokens.hexdigest(), "tokenizer_sha256": tokenizer.hexdigest()}
+    return {"tokens": len(file), "tokens_sha256": file.sha256, "tokenizer_sha256": tokenizer.hexdigest()}
 
 
 def pack(ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -72,10 +71,15 @@ class LabelFile:
         if self.about["done"] < self.about["windows"]:
             done = self.about["done"] / self.about["windows"]
             raise UserError(f"{self.path} is {done:.0%} done; to finish it run again what began it: {make} ...")
-        shape = (len(file), 2, self.about["k"])
-        if not self.path.is_file() or self.path.stat().st_size != 2 * np.prod(shape):
+        self.row = (2, self.about["k"])
+        if not self.path.is_file() or self.path.stat().st_size != 2 * len(file) * math.prod(self.row):
             raise UserError(f"{self.path} is not of the size that its .json says; {way_out}")
-        self.rows = np.memmap(self.path, "<u2", mode="r", shape=shape)
+        self.reader = Reader(self.path)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """All rows (n, 2, K), mapped anew."""
+        return self.reader.mapped("<u2").reshape(-1, *self.row)
 
     def check(self, vocab_size: int) -> None:
         """Refuse a model without an id that may be among the labels."""
@@ -87,7 +91,9 @@ class LabelFile:
         """y (B, T), the tokens behind positions starts (B,) + 0 .. T - 1 -> ids (B, T, K + 1) int64, the true one
         first, and label weights (B, T, K + 1) float32: soft ones sum to 1, those of a set are 1 once for each member.
         """
-        ids, weights = unpack(self.rows[starts[:, None] + np.arange(y.size(1))])
+        size = 2 * math.prod(self.row)
+        rows = np.frombuffer(self.reader.pieces(starts * size, y.size(1) * size), "<u2")
+        ids, weights = unpack(rows.reshape(*y.shape, *self.row))
         if ids.max() >= self.about["vocab_size"] or not ((weights >= 0) & (weights <= 1)).all():
             raise UserError(f"{self.path} is damaged; delete it and its .json, and make the labels again")
         y, total = y.unsqueeze(-1), weights.sum(-1, keepdim=True)

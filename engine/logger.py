@@ -15,10 +15,13 @@ import torch
 from tqdm import tqdm
 
 from engine.distributed import Processes, peak_flops
+from engine.errors import UserError
+from engine.files import replace
 
 
 class Logger:
-    """Writes records of the main process (on the others it only keeps time)."""
+    """Writes records of the main process (on the others it only keeps time). It keeps progress.seconds, and reads how
+    far the run is from progress.step and progress.tokens."""
 
     def __init__(
         self,
@@ -26,22 +29,19 @@ class Logger:
         processes: Processes,
         tokens_per_step: int,
         flops_per_token: float,
-        first: int,
+        progress,
         max_iters: int,
-        seconds: float,
     ):
         self.is_main, self.tokens_per_step, self.max_iters = processes.is_main, tokens_per_step, max_iters
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(processes.device) * processes.world_size
-        self.seconds, self.clock = (
-            seconds,
-            time.perf_counter(),
-        )  # of training so far, without evaluations and checkpoints
-        self.first, self.first_seconds = self.last_step, self.last_seconds = first, seconds
+        self.progress, self.clock = progress, time.perf_counter()
+        self.first, self.first_seconds = self.last_step, self.last_seconds = progress.step, progress.seconds
         self.wandb = None
         if self.is_main:
-            self.file = open(out_dir / "metrics.jsonl", "a")  # noqa: SIM115  closed in close()
+            self.path = out_dir / "metrics.jsonl"
+            self.file = open(self.path, "a")  # noqa: SIM115  closed in close()
             show = sys.stderr.isatty()
-            self.bar = tqdm(total=max_iters, initial=first, unit="step", disable=not show, dynamic_ncols=True)
+            self.bar = tqdm(total=max_iters, initial=progress.step, unit="step", disable=not show, dynamic_ncols=True)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -50,23 +50,30 @@ class Logger:
         yield
         self.clock = time.perf_counter()
 
-    def training(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
-        """A training record: `step` steps are done; loss is of the last one, speed of all since the record before."""
+    def training(self, loss: float, lr: float, grad_norm: float) -> None:
+        """A training record: loss is of the last step, speed of all since the record before."""
         self._tick()
-        steps, seconds = step - self.last_step, self.seconds - self.last_seconds
-        self.last_step, self.last_seconds = step, self.seconds
+        step, total = self.progress.step, self.progress.seconds
+        steps, seconds = step - self.last_step, total - self.last_seconds
+        self.last_step, self.last_seconds = step, total
         speed = steps * self.tokens_per_step / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
-        left = (self.max_iters - step) * (self.seconds - self.first_seconds) / (step - self.first)
-        record = {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-        record |= {"tokens_per_second": speed, "seconds": self.seconds} | ({"mfu": mfu} if math.isfinite(mfu) else {})
+        left = (self.max_iters - step) * (total - self.first_seconds) / (step - self.first)
+        record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+        record |= {"mfu": mfu} if math.isfinite(mfu) else {}
+        record |= {"skipped": self.progress.skipped} if self.progress.skipped else {}
         line = f"loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.2f} | {speed:,.0f} tokens/s | "
         self._write(record, line + (f"mfu {mfu:.1%} | " if "mfu" in record else "") + f"{clock_time(left)} left")
 
-    def evaluation(self, step: int, scores: dict[str, float]) -> None:
-        """An evaluation record after `step` steps."""
-        record = {"step": step, "tokens": step * self.tokens_per_step, **scores, "seconds": self.seconds}
-        self._write(record, " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()))
+    def skipped(self, loss: float, grad_norm: float) -> None:
+        """A record of a step that was left out."""
+        values = {"skipped_loss": str(loss), "skipped_grad_norm": str(grad_norm)}  # JSON has no nan
+        text = f"left out: loss {loss}, grad norm {grad_norm} ({self.progress.skipped} so far)"
+        self._write(values | {"skipped": self.progress.skipped}, text)
+
+    def evaluation(self, scores: dict[str, float]) -> None:
+        """An evaluation record."""
+        self._write(scores, " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()))
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -82,7 +89,11 @@ class Logger:
 
             has_key = os.environ.get("WANDB_API_KEY") or (wandb.api and wandb.api.api_key)
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-            self.wandb = wandb.init(project=project, name=name, config=config, dir=out_dir, mode=mode)
+            known = self.progress.wandb_id or None  # a resumed run goes on in the same charts
+            self.wandb = wandb.init(
+                project=project, name=name, config=config, dir=out_dir, mode=mode, id=known, resume="allow"
+            )
+            self.progress.wandb_id = self.wandb.id
         except Exception as error:  # a third party's service: any failure of it must not cost a training run
             self.say(f"warning: wandb does not start ({type(error).__name__}: {error}); going on without it")
 
@@ -98,13 +109,22 @@ class Logger:
 
     def _tick(self) -> None:
         now = time.perf_counter()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
+        self.progress.seconds, self.clock = self.progress.seconds + now - self.clock, now
 
-    def _write(self, record: dict, line: str) -> None:
+    def _write(self, values: dict, line: str) -> None:
         if not self.is_main:
             return
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        record = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            **values,
+            "seconds": self.progress.seconds,
+        }
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}); make room and resume the run") from None
         self.bar.update(record["step"] - self.bar.n)
         self.say(f"step {record['step']:>{len(str(self.max_iters))}}/{self.max_iters} | {line}")
         if self.wandb is not None:
@@ -145,7 +165,5 @@ def read_records(path: Path) -> list[dict]:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the records that a resumed run will write again: later ones, and the evaluation of this very step."""
-    kept = [r for r in read_records(path) if r["step"] < step or (r["step"] == step and "loss" in r)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(temporary, path)
+    kept = [r for r in read_records(path) if r["step"] < step or (r["step"] == step and "val_nll" not in r)]
+    replace(path, lambda temporary: temporary.write_text("".join(json.dumps(record) + "\n" for record in kept)))

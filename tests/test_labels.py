@@ -366,12 +366,13 @@ def test_labels_of_weight_0_train_as_none_do(data, top, tmp_path):
 
 def test_a_run_cannot_go_on_with_other_labels_but_one_older_than_labels_goes_on(data, top, tmp_path):
     run(data, tmp_path / "run", max_iters=2)
-    with pytest.raises(UserError, match="the run to resume has labels = '', this one 'top'; add --labels="):
+    with pytest.raises(UserError, match="labels = 'top', but the run to resume has ''"):
         run(data, tmp_path / "run", labels="top", init_from="resume")
     state = read_newest(tmp_path / "run")
     for name in ("labels", "label_mode", "label_weight"):
         del state["config"][name]
     torch.save(state, tmp_path / "run" / "ckpt_00000002.pt")
+    (tmp_path / "run" / "SHA256SUMS").unlink()
     run(data, tmp_path / "run", max_iters=4, init_from="resume")
 
 
@@ -394,4 +395,6 @@ def test_what_was_changed_behind_the_labels_back_is_refused(data, teacher, label
     ids = np.fromfile(folder / "train.bin", "<u2")
     ids[::-1].tofile(folder / "train.bin")  # as many tokens as meta.json says, but others
     with pytest.raises(UserError, match="other data"):
+        LabelFile(TokenFile(folder, "train"), "copy")
+    with pytest.raises(UserError, match=r"train\.bin is damaged or another file"):  # which comes before the labels
         run(folder, tmp_path / "other", labels="copy", likelihood="sigmoid", max_iters=2)

@@ -11,6 +11,7 @@ from tests.helpers import ROOT
 
 LEVELS = {
     "train": 4,
+    "engine.start": 3.5,
     "engine.checkpoint": 3,
     "engine.pretrained": 2,
     "model": 1,
@@ -28,6 +29,10 @@ LEVELS = {
     "weights": -2,
     "engine.generation": 0,
     "engine.linear_loss": -3,
+    "engine.sharding": -1,
+    "engine.watch": -1,
+    "engine.files": -2,
+    "engine.scan": -1,
     "engine.errors": -3,
 }
 SCRIPT = 5  # every other file at the top, and those of the folders below

@@ -12,10 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from engine.checkpoint import load_model, on_backbone, read, read_weights
+from engine.checkpoint import load_model, read, read_weights
 from engine.errors import UserError
 from engine.optim import adamw, learning_rate_at
 from engine.pretrained import HUB, load_state
+from engine.start import on_backbone
 from engine.tokenizer import read_meta
 from heads import HeadConfig
 from model import GPT, GPTConfig

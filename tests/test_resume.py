@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from engine import checkpoint
+import train
+from engine import checkpoint, distributed
+from engine.config import load_config
 from engine.errors import UserError
 from engine.optim import set_learning_rate
 from tests.helpers import HEADS, ROOT, TINY, difference, flags, records, run, same_weights, write_words
@@ -114,14 +116,30 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize("change", [{"n_layer": 2}, {"block_size": 8}, {"likelihood": "sigmoid"}, {"tie_head": False}])
 def test_resuming_another_model_is_refused(data, whole, change):
     ((name, value),) = change.items()
-    with pytest.raises(UserError, match=f"{name} = {value!r}, but the run to resume has .*--out_dir"):
+    with pytest.raises(UserError, match=f"{name} = {value!r}, but the run to resume has .*--allow_change={name}"):
         run(data, whole[1], **LONG | change, init_from="resume")
 
 
-def test_resuming_may_change_dropout_and_the_length_of_the_run(data, tmp_path):
+def test_a_change_of_meaning_is_refused_unless_said_and_the_length_of_the_run_is_free(data, tmp_path):
     run(data, tmp_path, **LONG | {"max_iters": 5})
-    model = run(data, tmp_path, **LONG | {"max_iters": 8, "dropout": 0.3}, init_from="resume")
+    longer = LONG | {"max_iters": 8, "dropout": 0.3, "learning_rate": 2e-3, "init_from": "resume"}
+    with pytest.raises(UserError, match=r"dropout = 0\.3, but the run to resume has 0\.1.*--allow_change=dropout"):
+        run(data, tmp_path, **longer)
+    with pytest.raises(UserError, match=r"learning_rate = .*--allow_change=dropout,learning_rate"):
+        run(data, tmp_path, **longer, allow_change="dropout")
+    with pytest.raises(UserError, match=r"unknown option 'droput'; did you mean 'dropout'"):
+        run(data, tmp_path, **longer, allow_change="droput")
+    model = run(data, tmp_path, **longer, allow_change="dropout,learning_rate")
     assert model.config.dropout == 0.3 and records(tmp_path, "step")[-1]["step"] == 8
+
+
+def test_what_is_not_said_stays_as_it_was(data, whole, tmp_path):
+    run(data, tmp_path, **LONG | {"max_iters": 30})
+    argv = flags(out_dir=tmp_path, init_from="resume", device="cpu", max_iters=60)
+    config, given = load_config(train.TrainConfig, argv)
+    with distributed.start(config.device, config.backend) as processes:
+        resumed = train.train(config, processes, given)
+    assert same_weights(resumed, whole[0]) and without_times(tmp_path) == without_times(whole[1])
 
 
 def test_resuming_a_finished_run_trains_no_further(data, whole):
@@ -180,7 +198,7 @@ def test_a_run_of_two_processes_goes_on_with_one(data, two_processes, tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 8), ("gradient_accumulation_steps", 1), ("seed", 7)])
 def test_resuming_with_another_order_of_samples_is_refused(data, whole, name, value):
     before = (whole[1] / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"the run to resume has {name} = .* add --{name}="):
+    with pytest.raises(UserError, match=f"{name} = .*, but the run to resume has .*--allow_change={name}"):
         run(data, whole[1], **LONG | {"init_from": "resume", name: value})
     assert (whole[1] / "metrics.jsonl").read_bytes() == before
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import engine.scan
 import engine.tokens
 from engine.errors import UserError
 from engine.evaluation import unigram_nll
@@ -84,7 +85,7 @@ def test_y_is_x_one_token_later(numbered):
 
 
 def test_gather_reads_the_last_block_to_the_end(numbered):
-    x, y = gather(numbered.ids, np.array([0, 989]), 10)
+    x, y = gather(numbered, np.array([0, 989]), 10)
     assert (x[1, 0], y[1, -1]) == (989, 999)
 
 
@@ -179,7 +180,7 @@ def test_a_broken_meta_json_is_refused_by_name(tmp_path):
 
 
 def test_an_id_outside_the_vocabulary_is_refused_wherever_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.tokens, "SCAN", 10)
+    monkeypatch.setattr(engine.scan, "CHUNK", 10)
     file = TokenFile(write_nanogpt(tmp_path / "d", {"train": [0] * 95 + [67] + [0] * 4}), "train")
     file.check(vocab_size=68)
     with pytest.raises(UserError, match=r"train\.bin holds token id 67, outside the vocabulary of 67"):
@@ -193,7 +194,7 @@ def test_a_split_shorter_than_a_block_and_its_target_is_refused_with_both_sizes(
 
 
 def test_counts_are_bincounts_and_frequencies_sum_to_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.tokens, "SCAN", 100)
+    monkeypatch.setattr(engine.scan, "CHUNK", 100)
     ids = np.random.default_rng(0).integers(0, 60, 999)
     file = TokenFile(write_nanogpt(tmp_path / "d", {"train": ids}), "train")
     counts = np.bincount(ids, minlength=67)

@@ -1,0 +1,51 @@
+"""Files that are whole or not there, and folders with one writer."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from engine.errors import UserError
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Have write(temporary) make the file beside, flush it to the disk, and give it its name: whoever is killed at any
+    instant leaves the old file or the new one. A failure leaves the old one and nothing else."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def alone(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock on the file, which is made if need be; where another process holds it, raise UserError(busy).
+
+    The system lets go of it with the process, however that ends."""
+    import fcntl  # Windows has none, and trains without
+
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        yield

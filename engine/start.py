@@ -1,0 +1,126 @@
+"""How a run begins: afresh, from weights, or where a checkpoint left it; what may be another then, and what not."""
+
+import difflib
+import os
+from collections.abc import Set
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint
+from engine.config import build, flatten
+from engine.errors import UserError, warn
+from engine.pretrained import load_state
+from engine.tokens import TokenFile, dataset_folder
+from model import GPT, GPTConfig
+
+# what belongs to this start of a run, not to the run
+HERE = {"out_dir", "init_from", "allow_change", "eval_only", "backend", "device", "hang_timeout"}
+# what may change in the middle, and stays as it was where it is not given: how long, how, with which reports it runs
+FREE = {"max_iters", "eval_interval", "eval_iters", "log_interval", "save_interval", "always_save_checkpoint"}
+FREE |= {"wandb_log", "wandb_project", "wandb_run_name", "gradient_checkpointing", "dtype", "compile", "sharding"}
+FREE |= {"dataset"}  # what counts is what is in it, see check_data
+FROM_DATA = ("vocab_size", "n_data")  # 0 there asks for the data's own
+
+
+def start(config, given: Set[str]):
+    """(config, data, model, state): the config as it holds for this run, the token files of both splits, checked; the
+    model, on the CPU; and the checkpoint that the run goes on from, {} where it begins. given: the options named on
+    purpose."""
+    out_dir, init_from = Path(config.out_dir), config.init_from
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    if (init_from == "auto" or restarted) and init_from != "resume":
+        init_from = "resume" if checkpoint.exists(out_dir) else "scratch" if init_from == "auto" else init_from
+    state = checkpoint.read_newest(out_dir) if init_from == "resume" else {}
+    if state:
+        config = resumed(config, state, given)
+    elif checkpoint.exists(out_dir):
+        raise UserError(f"{out_dir} already holds a run; go on with --init_from=resume, or give another --out_dir")
+    data = {split: TokenFile(config.dataset, split) for split in ("train", "val")}
+    if state:
+        model = GPT(config.model)
+        load_state(model, state["model"])
+    else:
+        model = begin(config, init_from, data["train"], given)
+    config = replace(config, model=model.config)
+    for file in data.values():
+        file.check(config.model.vocab_size, config.model.block_size)
+    if state:
+        check_data(data, state, config.allow_change)
+    return config, data, model, state
+
+
+def begin(config, init_from: str, data: TokenFile, given: Set[str]) -> GPT:
+    """A model at its start: from scratch, or from the weights of a run or of GPT-2 with a head of these options."""
+    torch.manual_seed(config.seed)
+    head = replace(config.model.head, n_data=config.model.head.n_data or len(data))
+    if init_from == "scratch":
+        model = GPT(replace(config.model, vocab_size=config.model.vocab_size or data.vocab_size, head=head))
+        data.check(model.config.vocab_size)
+        model.lm_head.start_from(data.frequencies(model.config.vocab_size))
+        return model
+    checkpoint.check_tokenizer(init_from, dataset_folder(config.dataset))
+    shape, weights = checkpoint.read_weights(init_from)
+    model = GPT(on_backbone(shape, replace(config.model, head=head), given))
+    data.check(model.config.vocab_size)
+    new = load_state(model, weights)  # what this head has beyond the old one
+    if "lm_head.bias" in new and head.logit_bias == "unigram":
+        raise UserError(
+            "the weights to start from have no bias, and know frequencies already: give --logit_bias=uniform"
+        )
+    if any(name.endswith(".log_std") for name in new):
+        model.start_posteriors(data.frequencies(model.config.vocab_size), only=new)
+    return model
+
+
+def resumed(config, state: dict, given: Set[str]):
+    """The config to go on with: the run's own, but for what is said now and may change."""
+    out_dir = config.out_dir
+    if checkpoint.PARTS.keys() - state.keys():
+        what = "a nanoGPT checkpoint" if "model_args" in state else "a model without the state of its training"
+        raise UserError(f"{out_dir} holds {what}; start from its weights: --init_from={out_dir}")
+    now, before = flatten(config), flatten(type(config)()) | state["config"]  # of an older version: its defaults
+    allowed = {name for name in config.allow_change.replace(" ", "").split(",") if name}
+    for name in allowed - now.keys():
+        close = difflib.get_close_matches(name, now, 1)
+        raise UserError(f"allow_change: unknown option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    said = {name for name in given - HERE & before.keys() if not (name in FROM_DATA and now[name] == 0)}
+    now |= {name: before[name] for name in now.keys() & before.keys() - HERE - said}
+    ends = [values["lr_decay_iters"] or values["max_iters"] for values in (before, now)]
+    changed = {name for name in said - FREE - allowed if now[name] != before[name]}
+    for name in sorted(changed - ({"lr_decay_iters"} if ends[0] == ends[1] else set())):
+        raise UserError(
+            f"{name} = {now[name]!r}, but the run to resume has {before[name]!r}; leave it so, use another --out_dir, "
+            f"or change it on purpose with --allow_change={','.join(sorted(allowed | {name}))}"
+        )
+    if now["decay_lr"] and ends[0] != ends[1]:
+        warn(f"the learning rate decays to step {ends[1]} now, not {ends[0]} (--lr_decay_iters={ends[0]} keeps it)")
+    if state["step"] > now["max_iters"]:
+        raise UserError(f"{out_dir} is at step {state['step']} already, beyond max_iters = {now['max_iters']}")
+    checkpoint.check_tokenizer(out_dir, dataset_folder(now["dataset"]))
+    return build(type(config), now)
+
+
+def check_data(data: dict[str, TokenFile], state: dict, allow_change: str) -> None:
+    """Refuse to resume on other tokens than the run was trained and evaluated on."""
+    for split, sha256 in state.get("data", {}).items():
+        if data[split].sha256 != sha256 and "dataset" not in allow_change.split(","):
+            raise UserError(
+                f"{data[split].path} holds other tokens than the run to resume began with; bring those back, use "
+                "another --out_dir, or change them on purpose with --allow_change=dataset"
+            )
+
+
+def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: set[str]) -> GPTConfig:
+    """wanted (dropout, head ...) on a backbone of the given shape; explicit options that contradict it are refused."""
+    fixed = ("n_layer", "n_head", "n_embd", "bias", "qkv_bias", "vocab_size")
+    for name in fixed:
+        if name in given and getattr(wanted, name) != getattr(shape, name):
+            raise UserError(
+                f"{name} = {getattr(wanted, name)}, but the weights to start from have {getattr(shape, name)}"
+            )
+    if wanted.block_size > shape.block_size and "block_size" in given:
+        raise UserError(f"block_size = {wanted.block_size}, but the weights to start from end at {shape.block_size}")
+    block_size = min(wanted.block_size, shape.block_size)
+    return replace(wanted, block_size=block_size, **{name: getattr(shape, name) for name in fixed})

@@ -1,0 +1,90 @@
+"""Signals and silence: a thread that sees them while the main thread is deep in a step.
+
+SIGTERM and SIGINT ask the loop to save and end; it looks when its state is whole (Watch.signum). A second signal ends
+at once, and so does the first before the loop has begun: there is nothing to save then. A loop that gives no sign of
+life for `timeout` seconds (a dead peer, a stuck disk) has the stacks of all its threads printed and ends.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 1.0  # seconds in which one signal may arrive twice: from a scheduler, and from torchrun that was told as well
+
+
+class Watch:
+    """signum: the signal that asks the loop to end, 0 while there is none. beat() is the loop's sign of life."""
+
+    def __init__(self, rank: int = 0, timeout: float = 0.0):
+        self.rank, self.timeout, self.signum, self.since, self.last_beat = rank, timeout, 0, 0.0, 0.0
+
+    def beat(self) -> None:
+        self.last_beat = time.monotonic()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the loop. Outside the main thread Python has no signals, and nothing is watched."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        self.signum, self.last_beat = 0, 0.0
+        # the interpreter writes each signal's number into the pipe even while the main thread is in C++
+        fd_before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+        before = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+        thread = threading.Thread(target=self._look, args=(ear,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(fd_before)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            os.close(mouth)
+            thread.join()
+            os.close(ear)
+
+    def _look(self, ear: int) -> None:
+        while True:
+            if select.select([ear], [], [], 1.0)[0]:
+                signals = os.read(ear, 64)
+                if not signals:
+                    return
+                for signum in signals:
+                    if signum in SIGNALS:
+                        self._hear(signum)
+            silence = time.monotonic() - self.last_beat
+            if self.last_beat and 0 < self.timeout < silence:
+                self._give_up(silence)
+
+    def _hear(self, signum: int) -> None:
+        now, name = time.monotonic(), signal.Signals(signum).name
+        if not self.last_beat:
+            self._end(128 + signum, f"{name} before the first step: there is nothing to save")
+        if not self.signum:
+            self.signum, self.since = signum, now
+            if self.rank == 0:
+                print(f"{name}: saving a checkpoint; a second signal ends at once", file=sys.stderr, flush=True)
+        elif now - self.since > ECHO:
+            self._end(128 + signum, f"{name} again: ended at once, the last checkpoint is untouched")
+
+    def _give_up(self, silence: float) -> None:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            stacks = "".join(f"[rank {self.rank}] {line}" for line in file)
+        what = f"no sign of life for {silence:.0f} s (hang_timeout = {self.timeout:g}): a peer is gone or stuck"
+        self._end(1, f"[rank {self.rank}] {what}; the stacks of this process:\n{stacks}")
+
+    def _end(self, code: int, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(code)
