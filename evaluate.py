@@ -23,10 +23,11 @@ from tqdm import tqdm
 from engine.checkpoint import check_tokenizer, load_model, trained_on
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
-from engine.errors import UserError, run
+from engine.errors import MANY, UserError, check_ranges, run
 from engine.evaluation import evaluate, unigram_nll, whole_split, widest_posterior
 from engine.labels import LabelFile
 from engine.logger import read_records
+from engine.pretrained import HUB
 from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.tokens import TokenFile, dataset_folder
 
@@ -70,9 +71,10 @@ class EvaluateConfig:
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("limit", 0), ("n_samples", -1), ("std_tolerance", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
+        check_ranges(self, {"batch_size": (1, MANY), "limit": (0, MANY), "n_samples": (-1, 10**6)})
+        check_ranges(self, {"std_tolerance": (0.0, 1e6)})
+        if self.plot and Path(self.plot).is_dir():
+            raise UserError(f"plot = {self.plot!r} is a folder; name a file")
         if self.std_tolerance and self.n_samples == 0:
             raise UserError("std_tolerance needs predictions that see the width: give --n_samples=16, say, or -1")
 
@@ -82,6 +84,9 @@ def main() -> None:
     sources = [source.rstrip("/") for source in config.out_dir.split(",") if source]
     if not sources:
         raise UserError("which runs? --out_dir=RUN or --out_dir=RUN,RUN")
+    for source in sources:  # before an hour goes into the ones that are there
+        if source not in HUB and not Path(source).exists():
+            raise UserError(f"{source} does not exist; give run folders, or one of: {', '.join(HUB)}")
     rows = {}
     for source in sources:
         rows[source] = evaluate_run(source, config)

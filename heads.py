@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from engine.errors import UserError
+from engine.errors import UserError, check_ranges
 from engine.linear_loss import linear_loss, plain_loss
 from likelihoods import Categorical, Nll, Sigmoid, SmoothCategorical, weighted_sum
 from weights import BayesLinear, PointLinear, bayes_linear
@@ -75,6 +75,7 @@ class HeadConfig:
             raise UserError(f"prior_std = {self.prior_std!r} must be a number above 0 (1e-6 .. 1e6), or 'empirical'")
         if not abs(self.prior_mean) <= 1e6:
             raise UserError(f"prior_mean = {self.prior_mean} must lie within -1e6 .. 1e6")
+        check_ranges(self, {"n_data": (0, 10**15)})
         if self.posterior == "torchbnn" and self.estimator == "local":
             raise UserError("posterior = 'torchbnn' draws whole matrices; estimator = 'local' needs --posterior=full")
 

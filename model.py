@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import UserError
+from engine.errors import UserError, check_memory, check_ranges
 from engine.generation import KVCache, OneToken, draw
 from heads import Head, HeadConfig, Prediction
 from weights import BayesLayer, BayesLinear
@@ -40,10 +40,12 @@ class GPTConfig:
     head: HeadConfig = HeadConfig()
 
     def __post_init__(self):
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.vocab_size < 0 or self.vocab_size == 1:
+        check_ranges(self, {"n_layer": (1, 10**4), "n_embd": (1, 10**6), "n_head": (1, 10**6)})
+        check_ranges(self, {"block_size": (1, 10**9), "vocab_size": (0, 1 << 32)})
+        n_parameters = 12 * self.n_layer * self.n_embd**2 + (self.vocab_size + self.block_size) * self.n_embd
+        what = f"a model of {n_parameters / 1e9:.1f} billion parameters"
+        check_memory(4 * n_parameters, what, "lower --n_layer, --n_embd or --block_size")
+        if self.vocab_size == 1:
             raise UserError(f"vocab_size = {self.vocab_size} must be at least 2, or 0 to take it from the data")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout = {self.dropout} must lie in [0, 1)")

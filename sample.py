@@ -19,7 +19,7 @@ import torch
 from engine.checkpoint import load_model, trained_on
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
-from engine.errors import UserError, run
+from engine.errors import MANY, UserError, check_ranges, run
 from engine.tokenizer import Tokenizer, load_tokenizer, read_meta
 from engine.tokens import dataset_folder
 
@@ -45,17 +45,8 @@ class SampleConfig:
     compile: bool = False  # one compiled graph per token (on CUDA a CUDA graph): for long texts on a GPU
 
     def __post_init__(self):
-        for name, least in (
-            ("num_samples", 1),
-            ("max_new_tokens", 1),
-            ("temperature", 0),
-            ("top_k", 0),
-            ("n_samples", -1),
-        ):
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
-        if not 0 <= self.seed < 1 << 63:
-            raise UserError(f"seed = {self.seed} must lie between 0 and 2^63 - 1")
+        check_ranges(self, {"num_samples": (1, 10**6), "max_new_tokens": (1, 10**6), "n_samples": (-1, 10**6)})
+        check_ranges(self, {"temperature": (0.0, 1e6), "top_k": (0, MANY), "seed": (0, (1 << 63) - 1)})
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} must lie in (0, 1]")
 

@@ -19,7 +19,7 @@ import torch
 
 from engine import checkpoint, distributed
 from engine.config import flatten, load_config
-from engine.errors import UserError, run
+from engine.errors import MANY, UserError, check_memory, check_ranges, run
 from engine.evaluation import eval_batches, mean_loss
 from engine.files import alone, write_json
 from engine.labels import MODES, LabelFile
@@ -31,6 +31,11 @@ from engine.tokenizer import read_meta
 from engine.tokens import Batches, TokenFile, dataset_folder
 from model import GPT, GPTConfig
 
+RANGES = {name: (1, MANY) for name in ("eval_interval", "log_interval", "eval_iters", "batch_size")}
+RANGES |= {name: (0, MANY) for name in ("save_interval", "max_iters", "warmup_iters", "lr_decay_iters")}
+RANGES |= {name: (0.0, 1e3) for name in ("learning_rate", "min_lr", "weight_decay")}
+RANGES |= {"gradient_accumulation_steps": (1, 10**9), "grad_clip": (0.0, 1e9), "label_weight": (0.0, 1.0)}
+RANGES |= {"seed": (0, (1 << 63) - 1), "hang_timeout": (0.0, 1e6)}
 MAX_SKIPPED = 25  # steps in a row; float16's loss scale comes from 65536 to 1 in 16
 
 
@@ -82,25 +87,9 @@ class TrainConfig:
     compile: bool = torch.cuda.is_available()  # torch.compile: starts a minute later; on a CPU it pays at 50,000 ids
 
     def __post_init__(self):
-        for name in ("eval_interval", "log_interval", "eval_iters", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in (
-            "save_interval",
-            "max_iters",
-            "warmup_iters",
-            "lr_decay_iters",
-            "learning_rate",
-            "min_lr",
-            "grad_clip",
-            "weight_decay",
-            "seed",
-            "hang_timeout",
-        ):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} = {getattr(self, name)} must not be negative")
-        if self.seed >= 1 << 63:
-            raise UserError(f"seed = {self.seed} must lie between 0 and 2^63 - 1")
+        check_ranges(self, RANGES)
+        n_bytes = 2 * self.batch_size * self.model.block_size * self.model.n_embd  # of one hidden state of many
+        check_memory(n_bytes, f"a micro-batch of batch_size = {self.batch_size}", "lower it, and accumulate more")
         if self.sharding not in ("none", "fsdp"):
             raise UserError(f"sharding = {self.sharding!r} is not one of: none, fsdp")
         if self.sharding == "fsdp" and self.dtype == "float16":
@@ -109,8 +98,6 @@ class TrainConfig:
             raise UserError("out_dir is empty; name a folder for the run")
         if self.label_mode not in MODES:
             raise UserError(f"label_mode = {self.label_mode!r} is not one of: {', '.join(MODES)}")
-        if not 0 <= self.label_weight <= 1:
-            raise UserError(f"label_weight = {self.label_weight} must lie in [0, 1]")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must lie in [0, 1)")
 

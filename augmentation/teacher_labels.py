@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.checkpoint import check_tokenizer, load_model
 from engine.config import flatten, load_config
 from engine.distributed import autocast, pick_device
-from engine.errors import UserError, run
+from engine.errors import MANY, UserError, check_ranges, run
 from engine.labels import LabelWriter, pack, paths_of
 from engine.tokenizer import Tokenizer, load_tokenizer
 from engine.tokens import TokenFile, dataset_folder
@@ -55,9 +55,8 @@ class Options:
             raise UserError(f"mode = {self.mode!r} is not one of: topk, sample")
         if not 0 < self.share <= 1:
             raise UserError(f"share = {self.share} must lie in (0, 1]")
-        for name, least in (("k", 1), ("batch_size", 1), ("max_tokens", 0), ("stride", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
+        check_ranges(self, {"k": (1, 1 << 16), "batch_size": (1, MANY), "max_tokens": (0, MANY), "stride": (0, MANY)})
+        check_ranges(self, {"seed": (0, (1 << 63) - 1)})
         if not (self.max_perplexity == 0 or 1 < self.max_perplexity < math.inf):
             raise UserError(f"max_perplexity = {self.max_perplexity} must be above 1, or 0 for no filter")
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import sys
+import warnings
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -21,10 +22,12 @@ from engine.files import flush, replace
 from engine.pretrained import HUB, from_nanogpt, from_transformers, load_state
 from engine.sharding import is_sharded, load_optimizer, whole, whole_model
 from engine.tokenizer import read_meta
-from heads import HeadConfig
 from model import GPT, GPTConfig
 
 KEEP = 2  # newest checkpoints kept beside the best one
+PARTS = {"model": dict, "model_config": dict, "config": dict, "optimizer": dict, "scaler": dict}  # what save() is given
+PARTS |= {"step": int, "best_step": int, "best_val_nll": float, "seconds": float}
+KINDS = PARTS | {"model_args": dict}  # nanoGPT's
 SUMS = "SHA256SUMS"
 
 
@@ -125,10 +128,16 @@ def read(path: Path) -> dict:
                 raise ValueError(f"its sha256 is not the one in {SUMS}")
         else:  # torch.load itself does not look at the checksums
             _check_sums_of_zip(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old formats, which are read or refused all the same
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and "model" in state:
-            return state
-        reason = "it holds no model"
+            odd = [name for name, kind in KINDS.items() if name in state and not isinstance(state[name], kind)]
+            odd = odd or [name for name, tensor in state["model"].items() if not isinstance(tensor, torch.Tensor)]
+            if not odd:
+                return state
+            reason = f"its {odd[0]} is of another kind"
+        else:
+            reason = "it holds no model"
     except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
         reason = str(error).split("\n")[0][:120] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
@@ -143,9 +152,10 @@ def read_newest(out_dir: Path) -> dict:
         try:
             return read(path)
         except UserError as error:
+            if path == paths[0]:
+                raise UserError(f"{error}; there is no other one in {out_dir}, give another --out_dir") from None
             warn(f"{error}; trying the one before")
-    found = "no good checkpoint" if paths else "no checkpoint"
-    raise UserError(f"there is {found} in {out_dir}; train first, or give another --out_dir")
+    raise UserError(f"there is no checkpoint in {out_dir}; train first, or give another --out_dir")
 
 
 def read_weights(source: str | Path) -> tuple[GPTConfig, dict]:
@@ -164,7 +174,7 @@ def read_weights(source: str | Path) -> tuple[GPTConfig, dict]:
     else:
         raise UserError(f"{source} does not exist; give a run folder, a checkpoint file, or one of: {', '.join(HUB)}")
     tied = torch.equal(state["transformer.wte.weight"], state["lm_head.weights.weight"])
-    return GPTConfig(**shape, head=HeadConfig(tie_head=tied)), state
+    return build(GPTConfig, shape | {"tie_head": tied}), state
 
 
 def load_model(source: str | Path, device: torch.device | str = "cpu", config: GPTConfig | None = None) -> GPT:

@@ -13,6 +13,7 @@ import inspect
 import re
 import runpy
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 from engine.errors import UserError
 
 T = TypeVar("T")
+WRONG = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError)  # what a conversion raises
 
 
 def load_config(cls: type[T], argv: Sequence[str], fixed: Mapping[str, Any] | None = None) -> tuple[T, set[str]]:
@@ -62,7 +64,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         if dataclasses.is_dataclass(inner):
             own[field.name] = build(inner, values)
         elif field.name in values:
-            own[field.name] = values[field.name]
+            own[field.name] = _checked({field.name: inner}, {}, field.name, values[field.name], where="options")
     return cls(**own)
 
 
@@ -130,13 +132,16 @@ def _run_config_file(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     What has an option's name stays whatever it is, so that a wrong type is refused and not passed over.
     """
     if not path.is_file():
+        if path.exists():
+            raise UserError(f"config file {path} is not a file")
         hint = difflib.get_close_matches(str(path), map(str, Path("config").glob("*.py")), 1)
         raise UserError(f"config file {path} does not exist" + (f"; did you mean {hint[0]}?" if hint else ""))
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # the file is the user's own program: any exception in it is theirs to mend
-        frames = inspect.getinnerframes(error.__traceback__)
-        line = getattr(error, "lineno", 0) or max((f.lineno for f in frames if f.filename == str(path)), default=0)
+    except (Exception, SystemExit) as error:  # the file is the user's own program: any exception is theirs to mend
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
+        line = getattr(error, "lineno", 0) or max(lines, default=0)
         raise UserError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from None
     plain = (bool, int, float, str, type(None), list, tuple, dict)
     return {n: v for n, v in names.items() if not n.startswith("_") and (n in options or isinstance(v, plain))}
@@ -147,7 +152,7 @@ def _checked(options: Mapping[str, Any], fixed: Mapping[str, Any], name: str, va
     in_file = f"{where}: " if where else ""
     shown = name if where else f"--{name}"
     if name in fixed:
-        if value in (fixed[name], str(fixed[name])):
+        if isinstance(value, type(fixed[name])) and value == fixed[name]:
             return fixed[name]
         raise UserError(
             f"{in_file}this script fixes {name} = {fixed[name]!r}; for another value use train.py --{name}={value}"
@@ -161,7 +166,7 @@ def _checked(options: Mapping[str, Any], fixed: Mapping[str, Any], name: str, va
     wanted = options[name]
     try:
         return _convert(value, wanted, is_text=not where)
-    except (ValueError, TypeError, SyntaxError, OverflowError):
+    except WRONG:
         names = getattr(wanted, "__name__", None) or str(wanted)
         got = "" if not where else f", a {type(value).__name__}"
         raise UserError(f"{in_file}{shown} wants {names}, got {value!r}{got}") from None
@@ -172,12 +177,13 @@ def _convert(value: Any, wanted: Any, is_text: bool) -> Any:
         for choice in typing.get_args(wanted):
             try:
                 return _convert(value, choice, is_text)
-            except (ValueError, TypeError, SyntaxError, OverflowError):
+            except WRONG:
                 continue
         raise TypeError
     if wanted is str:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or "\0" in value:
             raise TypeError
+        value.encode()  # what is not Unicode, as bytes of another encoding in a flag, can be neither printed nor a name
         return value
     if is_text:
         value = ast.literal_eval(value.capitalize() if value in ("true", "false") else value)

@@ -64,9 +64,11 @@ def make_tokenizer(kind: str, splits: Mapping[str, Sequence[str]], vocab_size: i
 def is_prepared(folder: Path, kind: str, vocab_size: int) -> bool:
     """Whether the folder holds a whole data set, by its own hashes, made with this tokenizer."""
     meta = read_meta(folder)
-    if meta is None or meta["tokenizer"]["kind"] != kind or (kind == "bpe" and meta["vocab_size"] != vocab_size):
+    if meta is None or meta["tokenizer"].get("kind") != kind or (kind == "bpe" and meta["vocab_size"] != vocab_size):
         return False
     if kind == "bpe" and not (folder / BPETokenizer.file).is_file():
         return False
-    files = {folder / f"{split}.bin": about["sha256"] for split, about in meta["splits"].items()}
-    return all(p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == sha256 for p, sha256 in files.items())
+    files = {folder / f"{split}.bin": about.get("sha256") for split, about in meta.get("splits", {}).items()}
+    return bool(files) and all(
+        p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == sha256 for p, sha256 in files.items()
+    )

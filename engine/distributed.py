@@ -102,13 +102,13 @@ def start(device: str, backend: str, hang_timeout: float = 0.0):
     torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in float32, as nanoGPT does
     if backend not in ("auto", "nccl", "gloo"):
         raise UserError(f"backend = {backend!r} is not one of: auto, nccl, gloo")
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world_size, rank = _place()
     if world_size == 1:
         yield Processes(pick_device(device), watch=Watch(0, hang_timeout))
         return
     local = pick_device(device)
     if local.type == "cuda":
-        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local = torch.device("cuda", _whole("LOCAL_RANK", range(world_size)))
         if local.index >= torch.cuda.device_count():
             raise UserError(
                 f"process {local.index} of this machine has no GPU: it has {torch.cuda.device_count()}; "
@@ -120,7 +120,11 @@ def start(device: str, backend: str, hang_timeout: float = 0.0):
     if backend == "auto":
         backend = "nccl" if local.type == "cuda" else "gloo"
     # the watch, which shows where each process is, comes first; this is for what happens before the loop
-    dist.init_process_group(backend, timeout=timedelta(seconds=hang_timeout + 60) if hang_timeout else None)
+    timeout = timedelta(seconds=hang_timeout + 60) if hang_timeout else None
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except RuntimeError as error:  # a host that is not there, a port that is taken
+        raise UserError(f"cannot join the other processes ({str(error)[:200]}); start with torchrun") from None
     try:
         yield Processes(local, rank, world_size, Watch(rank, hang_timeout))
     finally:
@@ -204,6 +208,28 @@ def keep_memory() -> None:
         libc, m_mmap_max, m_trim_threshold = ctypes.CDLL(None), -4, -1
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)
+
+
+def _place() -> tuple[int, int]:
+    """World size and rank, which torchrun puts into the environment; without it there is one process."""
+    world_size = _whole("WORLD_SIZE", range(1, 1 << 20), "1")
+    rank = _whole("RANK", range(world_size), "0" if world_size == 1 else "")
+    if world_size > 1:
+        _whole("MASTER_PORT", range(1, 1 << 16))
+        if not os.environ.get("MASTER_ADDR"):
+            raise UserError("WORLD_SIZE is set and MASTER_ADDR is not; start with torchrun, or unset WORLD_SIZE")
+    return world_size, rank
+
+
+def _whole(name: str, allowed: range, default: str = "") -> int:
+    """A number in the environment."""
+    text = os.environ.get(name, default)
+    if not (text.isdecimal() and int(text) in allowed):
+        raise UserError(
+            f"{name} = {text!r} in the environment must be {allowed[0]} to {allowed[-1]}; "
+            "start with torchrun, or unset WORLD_SIZE and RANK"
+        )
+    return int(text)
 
 
 def _has_mps() -> bool:

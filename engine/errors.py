@@ -2,7 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+MANY = 10**12  # steps, blocks, tokens ...: whoever asks for more has made a slip
 
 
 class UserError(Exception):
@@ -18,19 +20,40 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script's main(): a UserError or OSError ends in one line and exit code 2, a signal in 128 + its number."""
+    """Run a script's main(): a UserError, OSError or lack of memory ends in one line and exit code 2, a signal in 128 +
+    its number."""
     try:
         main()
     except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
         sys.exit(_say(f"error: {error}", 2))
     except KeyboardInterrupt as interrupt:
         sys.exit(128 + interrupt.signum if isinstance(interrupt, Interrupted) else _say("interrupted", 130))
-    except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(word in str(error) for word in LOST):
+    except (MemoryError, RuntimeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][-120:]
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            way_out = "lower --batch_size, --block_size or the size of the model"
+            sys.exit(_say(f"error: out of memory ({said}); {way_out}", 2))
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(words in str(error) for words in LOST):
             raise
-        sys.exit(
-            _say(f"error: lost another process ({str(error).splitlines()[0][-120:]}); its own message says why", 1)
-        )
+        sys.exit(_say(f"error: lost another process ({said}); its own message says why", 1))
+
+
+def check_ranges(options: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse options below the least or above the most that the ranges give them; nan is neither."""
+    for name, (least, most) in ranges.items():
+        value = getattr(options, name)
+        if not value >= least:
+            raise UserError(f"{name} = {value} must be at least {least}")
+        if value > most:
+            raise UserError(f"{name} = {value} must be at most {most:,}")
+
+
+def check_memory(n_bytes: int, what: str, way_out: str) -> None:
+    """Refuse what this machine cannot hold, before the attempt has filled its memory."""
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if n_bytes > memory:
+            raise UserError(f"{what} takes {n_bytes // 10**9:,} GB, this machine has {memory // 10**9:,}; {way_out}")
 
 
 def warn(message: str) -> None:
@@ -39,6 +62,8 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
+# what CUDA and a CPU's allocator say; torch has an exception of its own for CUDA alone
+NO_MEMORY = ("out of memory", "can't allocate memory")
 # what gloo, NCCL and the store say when the process at the other end is gone
 LOST = (
     "onnection closed by peer",
@@ -50,6 +75,6 @@ LOST = (
 
 
 def _say(message: str, code: int) -> int:
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(rank + message, file=sys.stderr)
+    rank = f"[rank {os.environ.get('RANK')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(rank + " ".join(message.splitlines()), file=sys.stderr)
     return code

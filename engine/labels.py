@@ -151,9 +151,10 @@ def read_about(path: Path) -> dict:
     """A label set's description."""
     try:
         about = json.loads(path.read_text())
-        if all(isinstance(about[name], int) for name in ("k", "vocab_size", "windows", "done")):
+        least = {"k": 1, "vocab_size": 1, "windows": 1, "done": 0}
+        if all(isinstance(about[name], int) and about[name] >= n for name, n in least.items()):
             return about
-    except (ValueError, KeyError, TypeError):  # the line below says it
+    except (ValueError, KeyError, TypeError, RecursionError):  # the line below says it
         pass
     raise UserError(f"{path} does not describe labels; delete it and {path.with_suffix('')}")
 

@@ -4,6 +4,7 @@ Both give (shape, state): the options of GPTConfig that the file decides, and a 
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ TRANSPOSED = (
     "mlp.c_fc.weight",
     "mlp.c_proj.weight",
 )  # transformers' Conv1D
+ENDS = ("transformer.wte.weight", "lm_head.weights.weight", "transformer.wpe.weight")  # no GPT is without them
 FIXED = {  # transformers' options that change the function; ours is GPT-2's own
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -37,8 +39,10 @@ def from_transformers(source: str | Path) -> tuple[dict, dict]:
             raise UserError(f"{path} is missing; a transformers GPT-2 folder holds config.json and model.safetensors")
     try:
         config = json.loads(Path(paths[0]).read_text())
-    except ValueError as error:
-        raise UserError(f"{paths[0]} is not JSON ({error}); fetch or export it again") from None
+        if not isinstance(config, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{paths[0]} is not JSON of a model ({error}); fetch or export it again") from None
     for name, value in ({"model_type": None} | config).items():
         if value != FIXED.get(name, value):
             raise UserError(f"{source} has {name} = {value!r}; only GPT-2 with {FIXED[name]!r} fits this model")
@@ -52,9 +56,9 @@ def from_transformers(source: str | Path) -> tuple[dict, dict]:
         if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # tied to wte; masks of old versions
         state["transformer." + name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-    state["lm_head.weights.weight"] = tensors.get("lm_head.weight", state["transformer.wte.weight"])
-    shape = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    return shape | {"block_size": config["n_positions"], "bias": True}, state
+    state["lm_head.weights.weight"] = tensors.get("lm_head.weight", state.get("transformer.wte.weight"))
+    shape = _pick(config, ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"), paths[0])
+    return shape | {"block_size": shape.pop("n_positions"), "bias": True}, _pick(state, (*ENDS, *state), paths[1])
 
 
 def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
@@ -65,7 +69,7 @@ def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             state["lm_head.weights.weight" if name == "lm_head.weight" else name] = tensor
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
-    return {name: checkpoint["model_args"][name] for name in names}, state
+    return _pick(checkpoint["model_args"], names, "the checkpoint"), _pick(state, (*ENDS, *state), "the checkpoint")
 
 
 def load_state(model: torch.nn.Module, state: dict) -> list[str]:
@@ -73,7 +77,7 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
 
     Returns the parameters that stay as initialised, which only the head's own may (a bias) and posteriors' widths.
     """
-    state = dict(state)
+    state = _pick(state, (*ENDS, *state), "the checkpoint")
     positions = "transformer.wpe.weight"
     state[positions] = state[positions][: model.config.block_size]
     ours = model.state_dict()
@@ -85,8 +89,7 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
         raise UserError(
             f"{n} has shape {tuple(state[n].shape)} in the checkpoint, {tuple(ours[n].shape)} in this model"
         )
-    ends = ("transformer.wte.weight", "lm_head.weights.weight")
-    if model.config.head.tie_head and not torch.equal(*(state[name] for name in ends)):
+    if model.config.head.tie_head and not torch.equal(*(state[name] for name in ENDS[:2])):
         raise UserError("the checkpoint's output weights are not its token embedding; add --tie_head=False")
     if "lm_head.bias" in state and "lm_head.bias" not in ours:
         raise UserError(
@@ -96,6 +99,14 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
     if odd := [n for n in [*missing, *unexpected] if not (n.startswith("lm_head.") or n.endswith(".log_std"))]:
         raise UserError(f"the checkpoint does not fit this model: {odd[0]} ({len(odd)} such parameters)")
     return missing
+
+
+def _pick(found: dict, names: Iterable[str], where: str | Path) -> dict:
+    """These fields of what was found."""
+    for name in names:
+        if name not in found:
+            raise UserError(f"{where} does not describe a GPT-2: it has no {name}")
+    return {name: found[name] for name in names}
 
 
 def _hub_files(name: str) -> list[str]:

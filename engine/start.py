@@ -77,8 +77,9 @@ def begin(config, init_from: str, data: TokenFile, given: Set[str]) -> GPT:
 def resumed(config, state: dict, given: Set[str]):
     """The config to go on with: the run's own, but for what is said now and may change."""
     out_dir = config.out_dir
-    if "model_config" not in state:
-        raise UserError(f"{out_dir} holds a nanoGPT checkpoint; start from its weights: --init_from={out_dir}")
+    if checkpoint.PARTS.keys() - state.keys():
+        what = "a nanoGPT checkpoint" if "model_args" in state else "a model without the state of its training"
+        raise UserError(f"{out_dir} holds {what}; start from its weights: --init_from={out_dir}")
     now, before = flatten(config), flatten(type(config)()) | state["config"]  # of an older version: its defaults
     allowed = {name for name in config.allow_change.replace(" ", "").split(",") if name}
     for name in allowed - now.keys():

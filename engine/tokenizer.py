@@ -87,7 +87,12 @@ class BPETokenizer:
         path = Path(folder) / cls.file
         if not path.is_file():
             raise UserError(f"{path} is missing; prepare the data set again")
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        try:
+            tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
+            tokenizer.token_bytes()
+        except Exception as error:  # the library raises bare Exceptions; another kind of BPE has other letters
+            raise UserError(f"{path} is no byte-level BPE ({str(error)[:80]}); prepare the data set again") from None
+        return tokenizer
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.bpe.encode(text).ids, dtype=np.uint32)
@@ -186,18 +191,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def read_meta(folder: str | Path) -> dict | None:
     """meta.json of a folder; a nanoGPT meta.pkl in the same shape; None where there is neither."""
     path = Path(folder) / "meta.json"
-    if path.is_file():
+    if path.exists():
         try:
-            meta = json.loads(path.read_text())
+            meta = json.loads(path.read_text(encoding="utf-8"))
             known = isinstance(meta["vocab_size"], int) and meta.get("dtype", "uint16") in ("uint16", "uint32")
-            if known and isinstance(meta.get("splits", {}), dict) and isinstance(meta["tokenizer"], dict):
+            known = known and all(isinstance(about.get("tokens", 0), int) for about in meta.get("splits", {}).values())
+            if meta["tokenizer"].get("kind") == "char":
+                "".join(meta["tokenizer"]["chars"]).encode()  # raises unless it is characters, which all have bytes
+                known = known and isinstance(meta["tokenizer"]["eot"], bool)
+            if known:
                 return meta
             reason = "other fields than it should have"
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} does not describe a data set ({reason}); prepare it again")
     path = Path(folder) / "meta.pkl"
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         with open(path, "rb") as file:
@@ -206,6 +215,7 @@ def read_meta(folder: str | Path) -> dict | None:
         if itos is None:  # enough to train on; there is no text to be had from such ids
             return {"tokenizer": {"kind": "none"}, "vocab_size": vocab_size}
         chars = [itos[i] for i in range(len(itos))]
+        "".join(chars).encode()  # raises unless it is characters
         return {"tokenizer": {"kind": "char", "chars": chars, "eot": False}, "vocab_size": vocab_size}
     except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
         raise UserError(f"{path} is not a nanoGPT character table: {type(error).__name__}: {error}") from None

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import runpy
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -100,6 +102,25 @@ def records(out_dir: Path, key: str) -> list[dict]:
     """The records of metrics.jsonl that have the key: "loss" for training, "val_nll" for evaluations."""
     lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if key in record]
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """All that lies in a folder, and when it was written."""
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def refused(script: str, argv: list[str], folder: Path, monkeypatch, capsys) -> str:
+    """Run a script in a folder; it must say one line on stderr and nothing else, write nothing, and exit with 2."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    before = contents(folder)
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    output = capsys.readouterr()
+    assert exit_.value.code == 2, output
+    assert "error: " in output.err and output.err.count("\n") == 1
+    assert output.out == "" and contents(folder) == before
+    return output.err
 
 
 def same_weights(a: GPT, b: GPT) -> bool:

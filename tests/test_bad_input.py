@@ -15,9 +15,26 @@ import torch
 import engine.scan
 from engine.distributed import Processes, autocast, check_accumulation
 from engine.errors import UserError
+from engine.errors import run as run_script
 from engine.tokenizer import ByteTokenizer
 from engine.tokens import write_dataset
-from tests.helpers import ROOT, TINY, flags, run, words, write_nanogpt, write_words
+from tests.helpers import ROOT, TINY, contents, flags, refused, run, words, write_nanogpt, write_words
+
+CONFIGS = {
+    "unknown.py": b"n_layers = 3\n",
+    "mistyped.py": b"n_layer = 'three'\n",
+    "broken.py": b"n_layer = 3\nn_head = (\n",
+    "binary.py": bytes(range(256)),
+    "latin.py": b"out_dir = 'caf\xe9'\n",
+    "exits.py": b"import sys\n\nsys.exit(0)\n",
+    "lines.py": b"raise ValueError('one\\ntwo\\nthree')\n",
+    "endless.py": b"def f():\n    f()\nf()\n",
+    "null.py": b"dataset = 'a\\0b'\n",
+    "array.py": b"import numpy\nweights = numpy.ones(3)\n",
+    "huge.py": b"learning_rate = 10**400\n",
+    "nan.py": b"weight_decay = float('nan')\n",
+    "list.py": b"n_layer = [1]\n",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +49,18 @@ def prepared(tmp_path_factory) -> Iterator[Path]:
     (root / "odd" / "val.bin").write_bytes(b"123")
     write_nanogpt(root / "train_only", {"train": [1] * 100})
     write_dataset(root / "byte_words", {"train": [words(9)], "val": [words(9)]}, ByteTokenizer())
-    (root / "unknown.py").write_text("n_layers = 3\n")
-    (root / "mistyped.py").write_text("n_layer = 'three'\n")
-    (root / "broken.py").write_text("n_layer = 3\nn_head = (\n")
     (root / "latin.txt").write_bytes(b"caf\xe9")
     (root / "empty").mkdir()
     (root / "empty" / "note.txt").write_text("no run here")
     (root / "damaged").mkdir()
     (root / "damaged" / "ckpt_00000001.pt").write_bytes(b"rubbish")
+    shutil.copytree(root / "damaged", root / "two_damaged")
+    (root / "two_damaged" / "ckpt_00000002.pt").mkdir()
+    (root / "folder.py").mkdir()
+    (root / "loop.py").symlink_to("loop.py")
+    (root / "text.txt").write_text(words(400))
+    for name, text in CONFIGS.items():
+        (root / name).write_bytes(text)
     yield root
     patch.undo()
 
@@ -48,6 +69,90 @@ TRAIN = flags(**TINY | {"dataset": "words", "out_dir": "new", "max_iters": 2})
 SAMPLE = ["--out_dir=run", "--device=cpu", "--max_new_tokens=2", "--start=the"]
 EVALUATE = ["--out_dir=run", "--device=cpu"]
 
+HUGE = "1" + 30 * "0"
+NUMBERS = [
+    ("learning_rate", "nan", "--learning_rate wants float, got 'nan'"),
+    ("learning_rate", "1e400", "learning_rate = inf must be at most 1,000"),
+    ("weight_decay", "1e300", "weight_decay = 1e+300 must be at most 1,000"),
+    ("min_lr", "-1", "min_lr = -1.0 must be at least 0"),
+    ("grad_clip", "1e400", "grad_clip = inf must be at most"),
+    ("max_iters", "1.5", "--max_iters wants int, got '1.5'"),
+    ("max_iters", HUGE, "must be at most 1,000,000,000,000"),
+    ("n_data", "-1", "n_data = -1 must be at least 0"),
+    ("gradient_accumulation_steps", HUGE, "must be at most"),
+    ("batch_size", "1000000000000", "a micro-batch of batch_size = 1000000000000 takes .* GB, this machine has"),
+    ("block_size", "1000000000000", "block_size = 1000000000000 must be at most"),
+    (
+        "n_embd",
+        "1000000",
+        "a model of .* billion parameters takes .* GB, this machine has .*; lower --n_layer, --n_embd",
+    ),
+    ("n_layer", "1000000000", "n_layer = 1000000000 must be at most 10,000"),
+    ("vocab_size", HUGE, "must be at most"),
+    ("seed", HUGE, "must be at most"),
+    ("n_layer", "-" * 3000 + "1", "--n_layer wants int"),
+    ("n_layer", "(" * 3000, "--n_layer wants int"),
+    ("n_layer", "", "--n_layer wants int, got ''"),
+    ("out_dir", "", "out_dir is empty"),
+    ("dataset", "", r"train\.bin is missing"),
+    ("dataset", "\udcff", "--dataset wants str"),
+    ("dataset", "\N{UNICORN FACE}", r"train\.bin is missing"),
+    ("dataset", "words/train.bin", r"train\.bin is missing"),
+    ("out_dir", "/proc/self/nowhere", "cannot make the folder /proc/self/nowhere: .*--out_dir"),
+    ("out_dir", "/dev/full", "cannot make the folder /dev/full: .*--out_dir"),
+    ("out_dir", "x" * 300, "File name too long"),
+    ("init_from", "", "there is no checkpoint in "),
+    ("device", "", "device = '' is not a device"),
+    ("backend", "mpi", "backend = 'mpi' is not one of: auto, nccl, gloo"),
+    ("compile", "maybe", "--compile wants bool, got 'maybe'"),
+    ("label_weight", "-1", "label_weight = -1.0 must be at least 0"),
+    ("", "3", "unknown option '--'"),
+]
+SAMPLE_NUMBERS = [
+    ("num_samples", "1000000000000", "num_samples = 1000000000000 must be at most"),
+    ("max_new_tokens", HUGE, "must be at most"),
+    ("temperature", "nan", "--temperature wants float, got 'nan'"),
+    ("temperature", "1e400", "temperature = inf must be at most"),
+    ("n_samples", "-2", "n_samples = -2 must be at least -1"),
+    ("start", "FILE:empty", "cannot read the prompt empty: "),
+    ("start", "\N{UNICORN FACE}", "is not in this data set's"),
+    ("init_from", "loop.py", "loop.py does not exist"),
+]
+CONFIG_MISTAKES = [
+    ("folder.py", "config file folder.py is not a file"),
+    ("loop.py", "config file loop.py does not exist"),
+    ("binary.py", "config file binary.py, line"),
+    ("latin.py", "config file latin.py, line 1: SyntaxError"),
+    ("exits.py", "config file exits.py, line 3: SystemExit"),
+    ("lines.py", "config file lines.py, line 1: ValueError: one two three"),
+    ("endless.py", "config file endless.py, line 3: RecursionError"),
+    ("null.py", "null.py: dataset wants str"),
+    ("huge.py", "huge.py: learning_rate wants float"),
+    ("nan.py", "weight_decay = nan must be at least 0"),
+    ("list.py", "list.py: n_layer wants int, got [1], a list"),
+]
+TEACHER_MISTAKES = [
+    ("share=nan", "--share wants float"),
+    ("k=0", "k = 0 must be at least 1"),
+    (f"k={HUGE}", "must be at most"),
+    ("stride=1000", "stride = 1000 is above 16"),
+    ("max_perplexity=1e400", "max_perplexity = inf must be above 1"),
+    ("seed=-1", "seed = -1 must be at least 0"),
+    ("name=a/b", "'a/b' cannot name labels"),
+    ("teacher=words", "there is no checkpoint in words"),
+]
+TEXT_MISTAKES = [
+    ("val_fraction=nan", "--val_fraction"),
+    ("test_fraction=1e400", "--val_fraction and --test_fraction"),
+    ("val_fraction=-1", "--val_fraction and --test_fraction"),
+    ("source=latin.txt", "latin.txt is not UTF-8"),
+    ("source=empty/none*", "does not exist"),
+    ("tokenizer=word", "unknown tokenizer 'word'"),
+    ("name=..", "must be a plain name"),
+    ("folder=text.txt", "File exists"),
+]
+TEACHER = ["--teacher=run", "--dataset=words", "--name=top", "--device=cpu"]
+TEXT = ["--source=text.txt", "--folder=new_data", "--tokenizer=char"]
 CASES = [
     # options
     ("train.py", [*TRAIN, "--n_layers=3"], "unknown option '--n_layers'; did you mean 'n_layer'?"),
@@ -68,9 +173,9 @@ CASES = [
     ),
     ("train.py", [*TRAIN, "--n_layer=0"], "n_layer = 0 must be at least 1"),
     ("train.py", [*TRAIN, "--batch_size=0"], "batch_size = 0 must be at least 1"),
-    ("train.py", [*TRAIN, "--max_iters=-1"], "max_iters = -1 must not be negative"),
-    ("train.py", [*TRAIN, "--weight_decay=-1"], "weight_decay = -1.0 must not be negative"),
-    ("train.py", [*TRAIN, "--seed=-1"], "seed = -1 must not be negative"),
+    ("train.py", [*TRAIN, "--max_iters=-1"], "max_iters = -1 must be at least 0"),
+    ("train.py", [*TRAIN, "--weight_decay=-1"], "weight_decay = -1.0 must be at least 0"),
+    ("train.py", [*TRAIN, "--seed=-1"], "seed = -1 must be at least 0"),
     ("train.py", [*TRAIN, "--beta2=1"], "must lie in [0, 1)"),
     ("train.py", [*TRAIN, "--dropout=1"], "dropout = 1.0 must lie in [0, 1)"),
     ("train.py", [*TRAIN, "--weights=bayesian"], "is not one of: point, bayes"),
@@ -80,17 +185,29 @@ CASES = [
     ("train.py", [*TRAIN, "--kl_weight=-1"], "kl_weight = -1.0 must not be negative"),
     ("train.py", [*TRAIN, "--logit_bias=zero"], "is not one of: auto, unigram, uniform, none"),
     ("train.py", [*TRAIN, "--dtype=int8"], "dtype = 'int8' is not one of: auto, float32, bfloat16, float16"),
-    ("train.py", [*TRAIN, "--gradient_accumulation_steps=0"], "the nearest valid values are 1"),
+    ("train.py", [*TRAIN, "--gradient_accumulation_steps=0"], "must be at least 1"),
     ("sample.py", [*SAMPLE, "--top_p=0"], "top_p = 0.0 must lie in (0, 1]"),
     ("sample.py", [*SAMPLE, "--num_samples=0"], "num_samples = 0 must be at least 1"),
     ("sample.py", [*SAMPLE, "--dtype=half"], "is not one of"),
     ("evaluate.py", [*EVALUATE, "--batch_size=0"], "batch_size = 0 must be at least 1"),
+    *(("train.py", [*TRAIN, f"--{name}={value}"], message) for name, value, message in NUMBERS),
+    *(("sample.py", [*SAMPLE, f"--{name}={value}"], message) for name, value, message in SAMPLE_NUMBERS),
+    ("evaluate.py", [*EVALUATE, "--n_samples=1000000000000"], "n_samples = 1000000000000 must be at most 1,000,000"),
+    ("evaluate.py", [*EVALUATE, "--std_tolerance=1e400"], "std_tolerance = inf must be at most"),
     # devices
     ("train.py", [*TRAIN, "--device=cuda:99"], "device = 'cuda:99' is not there: this machine has .*--device=auto"),
     ("train.py", [*TRAIN, "--device=tpu"], "device = 'tpu' is not a device; use auto, cpu, cuda"),
     ("train.py", [*TRAIN, "--device=meta"], "device = 'meta' is not supported; use auto, cpu, cuda"),
     ("sample.py", [*SAMPLE, "--device=cuda:99"], "--device=auto"),
     ("evaluate.py", [*EVALUATE, "--device=cuda:99"], "--device=auto"),
+    # config files
+    *(("train.py", [*TRAIN, name], message) for name, message in CONFIG_MISTAKES),
+    ("train_bayes.py", [*TRAIN, "array.py"], "array.py: this script fixes weights = 'bayes'"),
+    # other scripts
+    *(("augmentation/teacher_labels.py", [*TEACHER, f"--{flag}"], message) for flag, message in TEACHER_MISTAKES),
+    *(("data/text/prepare.py", [*TEXT, f"--{flag}"], message) for flag, message in TEXT_MISTAKES),
+    ("evaluate.py", [*EVALUATE, "--plot=empty"], "plot = 'empty' is a folder; name a file"),
+    ("evaluate.py", ["--device=cpu", "--out_dir=run,nowhere"], "nowhere does not exist; give run folders"),
     # data
     ("train.py", [*TRAIN, "--dataset=nowhere"], r"train\.bin is missing; run one of: .*python data/text/prepare\.py"),
     ("train.py", [*TRAIN, "--dataset=train_only"], r"val\.bin is missing; this data set has train"),
@@ -137,24 +254,13 @@ CASES = [
 ]
 
 
-def contents(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
-
-
 @pytest.mark.parametrize(
     ("script", "argv", "message"), CASES, ids=[f"{c[0]}-{c[1][-1]}-{i}" for i, c in enumerate(CASES)]
 )
 def test_a_mistake_is_one_line_with_a_way_out(prepared, monkeypatch, capsys, script, argv, message):
-    monkeypatch.chdir(prepared)
-    monkeypatch.setattr(sys, "argv", [script, *argv])
-    before = contents(prepared)
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    output = capsys.readouterr()
-    assert exit_.value.code == 2
-    assert output.err.startswith("error: ") and output.err.count("\n") == 1
-    assert message in output.err or re.search(message, output.err)
-    assert output.out == "" and contents(prepared) == before
+    error = refused(script, argv, prepared, monkeypatch, capsys)
+    assert error.startswith("error: ")
+    assert message in error or re.search(message, error)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
@@ -166,12 +272,13 @@ def test_without_a_gpu_the_device_cuda_is_refused(prepared, monkeypatch, capsys)
 
 def test_a_run_of_nothing_but_damaged_checkpoints_names_each_and_then_what_to_do(prepared, monkeypatch, capsys):
     monkeypatch.chdir(prepared)
-    monkeypatch.setattr(sys, "argv", ["sample.py", *SAMPLE, "--out_dir=damaged"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", *SAMPLE, "--out_dir=two_damaged"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
     warning, error = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 2 and "ckpt_00000001.pt is not a good checkpoint" in warning
-    assert error.startswith("error: there is no good checkpoint in damaged")
+    assert exit_.value.code == 2 and "ckpt_00000002.pt is not a good checkpoint" in warning
+    assert error.startswith("error: two_damaged/ckpt_00000001.pt is not a good checkpoint")
+    assert error.endswith("there is no other one in two_damaged, give another --out_dir")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +327,65 @@ def test_under_torchrun_an_error_names_its_rank(prepared, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     assert capsys.readouterr().err.startswith("[rank 1] error: unknown option")
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE = 'abc' in the environment must be 1 to"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment must be 1 to"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE = '' in the environment must be 1 to"),
+        ({"WORLD_SIZE": "2"}, "RANK = '' in the environment must be 0 to 1; start with torchrun, or unset WORLD_SIZE"),
+        ({"RANK": "1"}, "RANK = '1' in the environment must be 0 to 0"),
+        (TORCHRUN | {"RANK": "2"}, "RANK = '2' in the environment must be 0 to 1"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK = '-1' in the environment must be 0 to 1"),
+        (TORCHRUN | {"MASTER_PORT": "port"}, "MASTER_PORT = 'port' in the environment must be 1 to 65535"),
+        (TORCHRUN | {"MASTER_ADDR": ""}, "WORLD_SIZE is set and MASTER_ADDR is not; start with torchrun"),
+        (TORCHRUN | {"BACKEND": "nccl"}, "backend = 'nccl' needs CUDA, but the device is cpu; use --backend=gloo"),
+    ],
+)
+def test_processes_that_torchrun_did_not_start_are_told_what_is_missing(
+    prepared, monkeypatch, capsys, environment, message
+):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    backend = environment.get("BACKEND", "gloo")
+    assert message in refused("train.py", [*TRAIN, f"--backend={backend}"], prepared, monkeypatch, capsys)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read and write everything")
+def test_files_and_folders_without_permission_are_named(prepared, tmp_path, monkeypatch, capsys):
+    data = shutil.copytree(prepared / "words", tmp_path / "words")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    argv = [*TRAIN, "--out_dir=closed/run"]
+    assert "cannot make the folder closed/run" in refused("train.py", argv, tmp_path, monkeypatch, capsys)
+    (data / "train.bin").chmod(0)
+    assert "words/train.bin" in refused("train.py", TRAIN, tmp_path, monkeypatch, capsys)
+
+
+def test_when_memory_runs_out_the_line_says_what_to_lower(capsys):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as exit_:
+            run_script(main)
+        line = capsys.readouterr().err
+        assert exit_.value.code == 2 and line.startswith("error: out of memory (") and "lower --batch_size" in line
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(main)
 
 
 def test_a_nanogpt_checkpoint_cannot_be_resumed_but_started_from(prepared, tmp_path):

@@ -91,7 +91,7 @@ def main() -> None:
     ):
         raise UserError(f"--name={options.name} must be a plain name and none of the data sets that have a prepare.py")
     fractions = {"val": options.val_fraction, "test": options.test_fraction}
-    if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
+    if not (all(fraction >= 0 for fraction in fractions.values()) and sum(fractions.values()) < 1):
         raise UserError("--val_fraction and --test_fraction must be 0 or more and leave something for train")
     fractions = {split: fraction for split, fraction in fractions.items() if fraction}
     separator = options.separator.replace("\\n", "\n").replace("\\t", "\t")

@@ -49,8 +49,11 @@ def lines_from_folder(source: Path, name: str) -> Iterator[str]:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError(f"{source} has neither {paths[0].name} nor {paths[1].name}")
-    with open(path, encoding="utf-8", newline="\n") as file:
-        yield from file
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it, e.g. with iconv -t UTF-8") from None
 
 
 def lines_from_hub(version: int, split: str) -> Iterator[str]:
