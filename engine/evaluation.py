@@ -82,7 +82,7 @@ def evaluate(
     for x, *of_tokens in batches:
         with cast or contextlib.nullcontext():
             of_tokens = [t.to(device) for t in of_tokens]
-            for hiddens, targets, *labels in _rows(model.hiddens(x.to(device), n_samples), *of_tokens):
+            for hiddens, targets, *labels in in_pieces(model.hiddens(x.to(device), n_samples), *of_tokens):
                 values, confidence, correct = _per_token(model, hiddens, targets, labels, n_samples)
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
@@ -167,11 +167,12 @@ def scale_posterior(model: torch.nn.Module, factor: float) -> None:
         layer.log_std += math.log(factor)
 
 
-def _rows(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor):
-    """(B, T, C) each and (B, T, ...) each -> pieces of (<= n, C) and (<= n, ...): all logits together never exist."""
-    n = ROWS.get(hiddens[0].device.type, 1024)
-    pieces = zip(*(hidden.flatten(0, 1).split(n) for hidden in hiddens), strict=True)
-    return zip(pieces, *(t.flatten(0, 1).split(n) for t in of_tokens), strict=True)
+def in_pieces(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor, n: int = 0):
+    """(B, T, C) or (N, C) each, (B, T, ...) or (N, ...) each -> pieces (<= n, C) and (<= n, ...): all logits together
+    never exist. n: 0 is what suits the device."""
+    n, last = n or ROWS.get(hiddens[0].device.type, 1024), hiddens[0].dim() - 2
+    pieces = zip(*(hidden.flatten(0, last).split(n) for hidden in hiddens), strict=True)
+    return zip(pieces, *(t.flatten(0, last).split(n) for t in of_tokens), strict=True)
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -13,6 +13,7 @@ LEVELS = {
     "train": 4,
     "engine.checkpoint": 3,
     "engine.pretrained": 2,
+    "engine.endings": 2,
     "model": 1,
     "engine.evaluation": 1,
     "heads": 0,
