@@ -146,6 +146,18 @@ def unigram_nll(counts: torch.Tensor, frequencies: torch.Tensor) -> float:
     return -(counts @ frequencies.log()).item() / counts.sum().item()
 
 
+def abstaining(correct: torch.Tensor, doubt: torch.Tensor) -> dict[str, float]:
+    """Is it wrong where it is in doubt? Of answers, correct (n,) and doubt (n,): the accuracy of the half with less
+    doubt and of the rest, and the area under the error rate of those given against their share, least doubt first
+    (abstaining at random: the error rate of all)."""
+    correct = correct[doubt.argsort(stable=True)].double()
+    half = (len(correct) + 1) // 2
+    error_rate = 1 - correct.cumsum(0) / torch.arange(1, len(correct) + 1)
+    rest = correct[half:] if len(correct) > 1 else correct
+    means = {"accuracy_certain_half": correct[:half], "accuracy_rest": rest, "risk_coverage_area": error_rate}
+    return {name: values.mean().item() for name, values in means.items()}
+
+
 def widest_posterior(model: torch.nn.Module, nll: Callable[[], float], tolerance: float) -> float:
     """Scale the posterior's standard deviations by the largest factor with which nll() stays within the tolerance
     (nats per token) of what it is now; returns the factor, to 5 %."""
