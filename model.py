@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError, check_memory, check_ranges
 from engine.generation import KVCache, OneToken, draw
+from engine.errors import UserError
+from engine.generation import Branches, KVCache, OneToken, draw
 from heads import Head, HeadConfig, Prediction
 from weights import BayesLayer, BayesLinear
 
@@ -67,13 +69,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | OneToken | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache | OneToken | Branches | None = None) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
         k, v, mask = (k, v, None) if cache is None else cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         # one new token sees everything before it; several at once start an empty cache, where plain causality is right
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
 
@@ -97,7 +99,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | OneToken | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache | OneToken | Branches | None = None) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -154,6 +156,13 @@ class GPT(nn.Module):
             cache.length += idx.size(1)
         return self.transformer.ln_f(x)
 
+    def hidden_of_branches(self, idx: torch.Tensor, branches: Branches) -> torch.Tensor:
+        """idx (B, T), each row a context and texts behind it -> (B, T, C), as each text has them alone."""
+        x = self.transformer.wte(idx) + self.transformer.wpe(branches.positions)
+        for block in self.transformer.h:
+            x = block(x, branches)
+        return self.transformer.ln_f(x)
+
     def step(self, token: torch.Tensor, kv: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """hidden of one token (B, 1) behind `position` others, with the shapes of OneToken; for torch.compile."""
         x, cache = self.transformer.wte(token) + self.transformer.wpe(position), OneToken(kv, position)
@@ -196,12 +205,13 @@ class GPT(nn.Module):
         """idx (B, T) -> log p(next token) at every position, (B, T, V), normalised over V."""
         return self.lm_head.log_probs(self.hiddens(idx, n_samples), n_samples)
 
-    def hiddens(self, idx: torch.Tensor, n_samples: int = 0) -> list[torch.Tensor]:
+    def hiddens(self, idx: torch.Tensor, n_samples: int = 0, branches: Branches | None = None) -> list[torch.Tensor]:
         """The hidden states (B, T, C) that n_samples draws of all weights need: one, or one per draw with bayes_mlp."""
+        read = partial(self.hidden_of_branches, branches=branches) if branches else self.hidden
         if n_samples < 1 or not self.config.bayes_mlp:
-            return [self.hidden(idx)]
+            return [read(idx)]
         with self.sampling():
-            return [self.hidden(idx) for _ in range(n_samples)]
+            return [read(idx) for _ in range(n_samples)]
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ def evaluate(
     for x, *of_tokens in batches:
         with cast or contextlib.nullcontext():
             of_tokens = [t.to(device) for t in of_tokens]
-            for hiddens, targets, *labels in _rows(model.hiddens(x.to(device), n_samples), *of_tokens):
+            for hiddens, targets, *labels in in_pieces(model.hiddens(x.to(device), n_samples), *of_tokens):
                 values, confidence, correct = _per_token(model, hiddens, targets, labels, n_samples)
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
@@ -147,6 +147,18 @@ def unigram_nll(counts: torch.Tensor, frequencies: torch.Tensor) -> float:
     return -(counts @ frequencies.log()).item() / counts.sum().item()
 
 
+def abstaining(correct: torch.Tensor, doubt: torch.Tensor) -> dict[str, float]:
+    """Is it wrong where it is in doubt? Of answers, correct (n,) and doubt (n,): the accuracy of the half with less
+    doubt and of the rest, and the area under the error rate of those given against their share, least doubt first
+    (abstaining at random: the error rate of all)."""
+    correct = correct[doubt.argsort(stable=True)].double()
+    half = (len(correct) + 1) // 2
+    error_rate = 1 - correct.cumsum(0) / torch.arange(1, len(correct) + 1)
+    rest = correct[half:] if len(correct) > 1 else correct
+    means = {"accuracy_certain_half": correct[:half], "accuracy_rest": rest, "risk_coverage_area": error_rate}
+    return {name: values.mean().item() for name, values in means.items()}
+
+
 def widest_posterior(model: torch.nn.Module, nll: Callable[[], float], tolerance: float) -> float:
     """Scale the posterior's standard deviations by the largest factor with which nll() stays within the tolerance
     (nats per token) of what it is now; returns the factor, to 5 %."""
@@ -168,11 +180,12 @@ def scale_posterior(model: torch.nn.Module, factor: float) -> None:
         layer.log_std += math.log(factor)
 
 
-def _rows(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor):
-    """(B, T, C) each and (B, T, ...) each -> pieces of (<= n, C) and (<= n, ...): all logits together never exist."""
-    n = ROWS.get(hiddens[0].device.type, 1024)
-    pieces = zip(*(hidden.flatten(0, 1).split(n) for hidden in hiddens), strict=True)
-    return zip(pieces, *(t.flatten(0, 1).split(n) for t in of_tokens), strict=True)
+def in_pieces(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor, n: int = 0):
+    """(B, T, C) or (N, C) each, (B, T, ...) or (N, ...) each -> pieces (<= n, C) and (<= n, ...): all logits together
+    never exist. n: 0 is what suits the device."""
+    n, last = n or ROWS.get(hiddens[0].device.type, 1024), hiddens[0].dim() - 2
+    pieces = zip(*(hidden.flatten(0, last).split(n) for hidden in hiddens), strict=True)
+    return zip(pieces, *(t.flatten(0, last).split(n) for t in of_tokens), strict=True)
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What generating a text needs beside the model: a cache of keys and values, and the draw of a token."""
+"""What generating and comparing texts needs beside the model: what its attention sees, and the draw of a token."""
 
 import torch
 
@@ -37,6 +37,22 @@ class OneToken:
         keys.index_copy_(2, self.position, k)
         values.index_copy_(2, self.position, v)
         return keys, values, torch.arange(keys.size(2), device=keys.device).unsqueeze(0) <= self.position
+
+
+class Branches:
+    """In place of a KVCache: each row holds a context and several texts behind it that do not see each other.
+
+    The context is read once, and padding is that of whole rows alone. branch (B, T): 0 for the context, 1, 2 ... for
+    the texts, -1 for padding at the end; positions (B, T): of each token in its own text, context included.
+    """
+
+    def __init__(self, branch: torch.Tensor, positions: torch.Tensor):
+        own = branch.unsqueeze(1) == branch.unsqueeze(2)
+        self.positions, self.mask = positions, ((branch.unsqueeze(1) == 0) | own).tril().unsqueeze(1)
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """k, v (B, H, T, C / H) as they are, and who sees whom: (B, 1, T, T)."""
+        return k, v, self.mask
 
 
 def draw(log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:

@@ -14,6 +14,7 @@ LEVELS = {
     "engine.start": 3.5,
     "engine.checkpoint": 3,
     "engine.pretrained": 2,
+    "engine.endings": 2,
     "model": 1,
     "engine.evaluation": 1,
     "heads": 0,

@@ -1,0 +1,57 @@
+"""What a context that is read once saves: HellaSwag items by engine/endings.py, and as four separate rows.
+
+    python bench/hellaswag.py --source=hellaswag_val.jsonl             # GPT-2 124M, random weights, under two minutes
+
+Completion style, fp32. four_rows: what users write, log_probs of an item's four padded rows, at all positions.
+separate: our own code given each ending with a context of its own, so that only the sharing differs.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from bench import measure
+from engine.distributed import keep_memory, pick_device
+from engine.endings import encode, score_endings
+from engine.tokenizer import ByteTokenizer, GPT2Tokenizer
+from model import GPT, GPTConfig
+
+
+def main() -> None:
+    args = measure.arguments(__doc__, 3, source="", items=16, n_layer=12, n_head=12, n_embd=768)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32} if args.quick else vars(args)
+    shape = {name: int(shape[name]) for name in ("n_layer", "n_head", "n_embd")}
+    tokenizer = ByteTokenizer() if args.quick else GPT2Tokenizer()
+    keep_memory()
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, bias=True, **shape)).to(pick_device("auto")).eval()
+    lines = Path(args.source).read_text().splitlines()  # short items first: take them from everywhere
+    items = [json.loads(line) for line in lines[:: max(1, len(lines) // int(args.items))]][: int(args.items)]
+    texts = [encode(tokenizer, item["ctx"], [" " + ending for ending in item["endings"]]) for item in items]
+    apart = [(context, [ending]) for context, endings in texts for ending in endings]
+    cases = {
+        "shared": lambda: score_endings(model, texts),
+        "separate": lambda: score_endings(model, apart, batch_size=64),
+        "four_rows": lambda: [four_rows(model, *text) for text in texts],
+    }
+    seconds = measure.in_turns(cases, args.rounds)
+    for baseline in ("separate", "four_rows"):
+        measure.table(f"{len(items)} items", seconds, baseline)
+        ratio = measure.ratio(seconds["shared"], seconds[baseline])
+        measure.record("hellaswag", "shared", baseline, ratio, shapes=shape | {"items": len(items)})
+
+
+@torch.no_grad()
+def four_rows(model: GPT, context: list[int], endings: list[list[int]]) -> list[float]:
+    """The sum of log p of each ending."""
+    rows = [torch.tensor(context + ids) for ids in endings]
+    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.transformer.wte.weight.device)
+    of_next = model.log_probs(idx[:, :-1]).gather(-1, idx[:, 1:, None]).squeeze(-1)
+    return [x[len(context) - 1 : len(row) - 1].sum().item() for x, row in zip(of_next, rows, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
