@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError, check_memory, check_ranges
-from engine.generation import KVCache, OneToken, draw
-from engine.errors import UserError
 from engine.generation import Branches, KVCache, OneToken, draw
 from heads import Head, HeadConfig, Prediction
 from weights import BayesLayer, BayesLinear

@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import signal
+import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -122,7 +124,8 @@ def start(device: str, backend: str, hang_timeout: float = 0.0):
     # the watch, which shows where each process is, comes first; this is for what happens before the loop
     timeout = timedelta(seconds=hang_timeout + 60) if hang_timeout else None
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store = _fresh_store(rank, world_size)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     except RuntimeError as error:  # a host that is not there, a port that is taken
         raise UserError(f"cannot join the other processes ({str(error)[:200]}); start with torchrun") from None
     try:
@@ -230,6 +233,27 @@ def _whole(name: str, allowed: range, default: str = "") -> int:
             "start with torchrun, or unset WORLD_SIZE and RANK"
         )
     return int(text)
+
+
+def _fresh_store(rank: int, world_size: int) -> dist.Store:
+    """The store in which the processes find each other, with a name space of its own for each start.
+
+    torchrun keeps one store over restarts, where a process may read the address of one that was killed (PyTorch issue
+    135712; its restart count differs between machines). So rank 0 waits until all have answered its own name."""
+    store, *_ = next(dist.rendezvous("env://", rank, world_size))
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"here_{rank}", name)
+        while name not in (group := store.get("group").decode().split()):
+            time.sleep(0.05)
+        store.set(" ".join((group[0], name)), "")
+        return dist.PrefixStore(group[0], store)
+    while True:
+        others = [store.get(f"here_{other}").decode() for other in range(1, world_size)]
+        store.set("group", " ".join((name, *others)))
+        time.sleep(0.05)
+        if store.check([f"{name} {other}" for other in others]):
+            return dist.PrefixStore(name, store)
 
 
 def _has_mps() -> bool:

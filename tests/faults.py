@@ -243,7 +243,7 @@ def soak(seconds: int, data: Path, folder: Path, rng: random.Random) -> dict:
         if not started.wait_for("step +[0-9]+/"):  # more restarts than torchrun was told to make
             started = Run(data, out_dir, 2, **options)
             continue
-        time.sleep(rng.uniform(0, 10))
+        time.sleep(rng.uniform(0, 4))
         event = rng.choice(list(events))
         events[event] += 1
         if event == "kill one":
