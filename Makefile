@@ -3,6 +3,8 @@
 #            90 minutes on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
 # make test  ruff and the tests
 # make bench time and memory of heads, steps and the start-up, in ratios; appends to bench/results.jsonl (bench/README.md)
+# make reliability   kills, damage and signals at random instants, counted in training_logs/reliability.json, about 15 minutes
+# make soak  an hour of kills and signals on two processes, then the undisturbed run to compare with
 # All make .venv by themselves from python3 >= 3.10, pip and PyPI.
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ RUNS   := $(OUT)/softmax,$(OUT)/smooth,$(OUT)/bayes,$(OUT)/sigmoid,$(OUT)/bayes_
 SIZE   ?= wikitext2_cpu
 ROWS   := smooth_05_ smooth_ bayes_ sigmoid_ sigmoid_regularised_ sigmoid_weighted_ bayes_sigmoid_weighted_
 STUDY  := out/$(SIZE:_cpu=)
-.PHONY: run rows test bench clean
+.PHONY: run rows test bench reliability soak clean
 
 # a stage says what it does, does it, and says how long it took
 stage = @printf '\n== %s\n' "$(1)"; s=$$(date +%s); $(2) && printf '   (%d s)\n' $$(($$(date +%s) - s))
@@ -47,6 +49,12 @@ bench: .venv/.installed-dev
 	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
 	$(PY) bench/generate.py $(FLAGS)
 	$(PY) bench/startup.py $(FLAGS)
+
+reliability: .venv/.installed-dev
+	$(PY) -m tests.faults --kills=100 --corruptions=40 --signals=50
+
+soak: .venv/.installed-dev
+	$(PY) -m tests.faults --soak=3600
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.11 ..."; exit 1; }

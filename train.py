@@ -8,27 +8,21 @@ Data, dropout and noise of micro-batch i depend on (seed, i) alone: evaluating o
 training, and a resumed run or one on more processes repeats the run of a single process.
 """
 
-import contextlib
 import math
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from engine import checkpoint, distributed
-from engine.config import flatten, load_config
+from engine.config import load_config
 from engine.errors import MANY, UserError, check_memory, check_ranges, run
 from engine.evaluation import eval_batches, mean_loss
-from engine.files import alone, write_json
-from engine.labels import MODES, LabelFile
-from engine.logger import Logger, environment, forget_after
+from engine.labels import MODES
 from engine.optim import adamw, set_learning_rate
 from engine.sharding import clip_gradients
-from engine.start import start
-from engine.tokenizer import read_meta
-from engine.tokens import Batches, TokenFile, dataset_folder
+from engine.start import describe, open_run, start, training_batches
 from model import GPT, GPTConfig
 
 RANGES = {name: (1, MANY) for name in ("eval_interval", "log_interval", "eval_iters", "batch_size")}
@@ -115,6 +109,22 @@ class Progress:
     skipped_in_a_row: int = 0
     wandb_id: str = ""
 
+    def improves(self, val_nll: float) -> bool:
+        """Whether that is the lowest so far; if so, remember it."""
+        if better := val_nll < self.best_val_nll:
+            self.best_val_nll, self.best_step = val_nll, self.step
+        return better
+
+    def count_skipped(self, finite: bool) -> None:
+        """Count the steps without an update; where they do not end, neither will they tomorrow."""
+        self.skipped, self.skipped_in_a_row = self.skipped + (not finite), 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise UserError(
+                f"{MAX_SKIPPED} steps in a row were left out up to step {self.step}: loss or gradient not finite; go "
+                "on from the last checkpoint with a lower rate, --init_from=resume --learning_rate=... "
+                "--allow_change=learning_rate, or start anew with a lower one or another --dtype"
+            )
+
 
 def main(**fixed: str) -> None:
     """Run train() with the options of the command line; fixed: what a variant's script decides."""
@@ -139,14 +149,12 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     batches = training_batches(config, data["train"], state)
     val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-    saver = checkpoint.Saver(
-        processes, Path(config.out_dir), progress, bare, optimizer, scaler, describe(config, data, batches)
-    )
+    saver = checkpoint.Saver(processes, progress, bare, optimizer, scaler, describe(config, data, batches))
     saver.restore(state)
     mine = range(progress.step * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size)
     ahead = batches.prefetched(mine, device)
 
-    with open_log(config, processes, bare, f"{dtype}, {how}", progress) as log, processes.watch.watching(), saver:
+    with open_run(config, processes, bare, f"{dtype}, {how}", progress) as log, processes.watch.watching(), saver:
         for step in range(progress.step, config.max_iters + 1):
             bare.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
             last, improved = step == config.max_iters or config.eval_only, False
@@ -155,8 +163,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
                     scores = mean_loss(bare, val_batches, data["val"], processes, cast)
                 refuse_non_finite(scores, step)
                 log.evaluation(scores)
-                if improved := scores["val_nll"] < progress.best_val_nll:
-                    progress.best_val_nll, progress.best_step = scores["val_nll"], step
+                improved = progress.improves(scores["val_nll"])
             due = (last or step % (config.save_interval or config.eval_interval) == 0) and config.always_save_checkpoint
             if (due or improved) and not config.eval_only:
                 with log.paused():
@@ -183,31 +190,12 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             progress.step, progress.tokens = step + 1, progress.tokens + log.tokens_per_step
-            if not finite or progress.skipped_in_a_row:
-                count_skipped(progress, finite, loss, grad_norm, log)
+            if not finite:
+                log.skipped(loss, grad_norm)
+            progress.count_skipped(finite)
             if finite and (step + 1) % config.log_interval == 0:
                 log.training(loss, lr, grad_norm)
     return bare
-
-
-def training_batches(config: TrainConfig, file: TokenFile, state: dict) -> Batches:
-    """The micro-batches of the training split, with teacher labels where the options name some.
-
-    state: the checkpoint that the run goes on from; its labels must be the same ones."""
-    labels = None
-    if config.label_mode == "set" and not config.labels:
-        raise UserError("label_mode = 'set' needs --labels=NAME")
-    if config.labels:
-        if config.label_mode == "set" and config.model.head.likelihood != "sigmoid":
-            raise UserError("label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1")
-        labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
-        labels.check(config.model.vocab_size)
-        if state and state.get("labels") != labels.about and "labels" not in config.allow_change.split(","):
-            raise UserError(
-                f"{labels.path} was made anew since the run to resume began; use another --out_dir, or go on with it "
-                "on purpose with --allow_change=labels"
-            )
-    return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
 
 
 def refuse_non_finite(scores: dict[str, float], step: int) -> None:
@@ -216,69 +204,6 @@ def refuse_non_finite(scores: dict[str, float], step: int) -> None:
         if not math.isfinite(value):
             what = f"{name.replace('_', ' ')} is {value} at step {step}"
             raise UserError(f"{what}; try a lower --learning_rate or --grad_clip")
-
-
-def count_skipped(progress: Progress, finite: bool, loss: float, grad_norm: float, log: Logger) -> None:
-    """Count the steps without an update; where they do not end, neither will they tomorrow."""
-    progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
-    if finite:
-        return
-    progress.skipped += 1
-    log.skipped(loss, grad_norm)
-    if progress.skipped_in_a_row == MAX_SKIPPED:
-        raise UserError(
-            f"loss {loss}, gradient norm {grad_norm} at step {progress.step}: {MAX_SKIPPED} steps in a row were left "
-            "out; go on from the last checkpoint with a lower rate, --init_from=resume --learning_rate=... "
-            "--allow_change=learning_rate, or start anew with a lower one or another --dtype"
-        )
-
-
-def describe(config: TrainConfig, data: dict[str, TokenFile], batches: Batches) -> dict:
-    """What a checkpoint says of its run: options, seeds among them, and the data by their hashes."""
-    labels = {"labels": batches.labels.about} if batches.labels else {}
-    hashes = {split: file.sha256 for split, file in data.items()}
-    return {"config": flatten(config), "model_config": flatten(config.model), "data": hashes} | labels
-
-
-@contextlib.contextmanager
-def open_log(
-    config: TrainConfig, processes: distributed.Processes, model: GPT, how: str, progress: Progress
-) -> Iterator[Logger]:
-    """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder."""
-    out_dir, first = Path(config.out_dir), progress.step
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
-    with contextlib.ExitStack() as stack:
-        if processes.is_main:
-            try:
-                out_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir") from None
-            busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
-            stack.enter_context(alone(out_dir / ".lock", busy))
-            for left_by_a_killed_run in out_dir.glob("*.tmp"):
-                left_by_a_killed_run.unlink()
-            if not (first and config.eval_only):  # to evaluate a run adds a record and leaves all others as they are
-                checkpoint.copy_tokenizer(dataset_folder(config.dataset), out_dir)
-                about = environment() | {"device": str(processes.device), "world_size": processes.world_size}
-                write_json(out_dir / "config.json", flatten(config) | {"environment": about})
-                forget_after(out_dir / "metrics.jsonl", first)
-        log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters)
-        stack.callback(log.close)
-        n_head = sum(p.numel() for p in model.lm_head.parameters())
-        n_all = sum(p.numel() for p in model.parameters())
-        head = config.model.head
-        log.say(
-            f"{out_dir}: {head.weights} x {head.likelihood} head, {n_all / 1e6:.2f} M parameters "
-            f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if head.tie_head else ''}), "
-            f"{tokens_per_step:,} tokens per step, {how}, on {processes.world_size} x {processes.device.type}"
-            + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
-            + (f", going on at step {first}" if first else "")
-        )
-        if read_meta(dataset_folder(config.dataset)) is None:
-            log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
-        if config.wandb_log:
-            log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)
-        yield log
 
 
 if __name__ == "__main__":

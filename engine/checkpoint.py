@@ -39,9 +39,11 @@ class Saver:
     the run is interrupted it saves first.
     """
 
-    def __init__(self, processes, out_dir: Path, progress, model, optimizer, scaler, about: dict):
-        self.processes, self.out_dir, self.progress, self.about = processes, out_dir, progress, about
+    def __init__(self, processes, progress, model, optimizer, scaler, about: dict):
+        self.processes, self.progress, self.about = processes, progress, about
+        self.out_dir = Path(about["config"]["out_dir"])
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.sharded = is_sharded(model)  # now: behind a forward pass they may lie there whole
         self.saved, self.good = progress.step, [name_of(progress.step)] if progress.step else []
         self.thread, self.pending = ThreadPoolExecutor(1), Future()
         self.pending.set_result(None)
@@ -49,17 +51,20 @@ class Saver:
     def restore(self, state: dict) -> None:
         """Load optimiser and loss scale of a checkpoint, if there is one; the model has its weights already."""
         self.processes.check_same(self.progress.step, "the step to go on from")
-        if state:
-            load_optimizer(self.optimizer, state["optimizer"])
-        if state.get("scaler") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        try:
+            if state:
+                load_optimizer(self.optimizer, state["optimizer"])
+            if state.get("scaler") and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"the checkpoint in {self.out_dir} has no optimiser of this model: {error}") from None
 
     def save(self) -> None:
         """Take a copy of all and start to write it; nothing to do where this step is saved already."""
         if self.progress.step == self.saved:
             return
         self.pending.result()  # the write before has to be done, and raises here what went wrong
-        if self.processes.is_main or is_sharded(self.model):
+        if self.processes.is_main or self.sharded:
             parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
             state = {"model": whole_model(self.model)} | whole(parts)
         if self.processes.is_main:
@@ -128,7 +133,8 @@ def read(path: Path) -> dict:
                 raise ValueError(f"its sha256 is not the one in {SUMS}")
         else:  # torch.load itself does not look at the checksums
             _check_sums_of_zip(path)
-        with warnings.catch_warnings(action="ignore"):  # of old formats, which are read or refused all the same
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats, which are read or refused all the same
             state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and "model" in state:
             odd = [name for name, kind in KINDS.items() if name in state and not isinstance(state[name], kind)]

@@ -96,11 +96,13 @@ class Logger:
             self.progress.wandb_id = self.wandb.id
         except Exception as error:  # a third party's service: any failure of it must not cost a training run
             self.say(f"warning: wandb does not start ({type(error).__name__}: {error}); going on without it")
+        self.clock = time.perf_counter()  # a service that does not answer takes a minute, which is no training
 
     def close(self) -> None:
         if self.is_main:
             self.bar.close()
-            self.file.close()
+            with contextlib.suppress(OSError):  # what did not fit has been said, see _write
+                self.file.close()
             if self.wandb is not None:
                 try:
                     self.wandb.finish()
@@ -159,8 +161,13 @@ def environment() -> dict[str, str]:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a killed run left unfinished is passed over."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    """The records of a metrics.jsonl; a line that a killed run left unfinished, or a damaged one, is passed over."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if isinstance(record := json.loads(line), dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -19,6 +19,7 @@ def shard(model: torch.nn.Module, device_type: str, world_size: int) -> None:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether its parameters lie in pieces at this moment."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 

@@ -1,8 +1,9 @@
 """How a run begins: afresh, from weights, or where a checkpoint left it; what may be another then, and what not."""
 
+import contextlib
 import difflib
 import os
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import torch
 
 from engine import checkpoint
 from engine.config import build, flatten
+from engine.distributed import Processes
 from engine.errors import UserError, warn
+from engine.files import alone, write_json
+from engine.labels import LabelFile
+from engine.logger import Logger, environment, forget_after
 from engine.pretrained import load_state
-from engine.tokens import TokenFile, dataset_folder
+from engine.tokenizer import read_meta
+from engine.tokens import Batches, TokenFile, dataset_folder
 from model import GPT, GPTConfig
 
 # what belongs to this start of a run, not to the run
@@ -112,6 +118,26 @@ def check_data(data: dict[str, TokenFile], state: dict, allow_change: str) -> No
             )
 
 
+def training_batches(config, file: TokenFile, state: dict) -> Batches:
+    """The micro-batches of the training split, with teacher labels where the options name some.
+
+    state: the checkpoint that the run goes on from; its labels must be the same ones."""
+    labels = None
+    if config.label_mode == "set" and not config.labels:
+        raise UserError("label_mode = 'set' needs --labels=NAME")
+    if config.labels:
+        if config.label_mode == "set" and config.model.head.likelihood != "sigmoid":
+            raise UserError("label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1")
+        labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
+        labels.check(config.model.vocab_size)
+        if state and state.get("labels") != labels.about and "labels" not in config.allow_change.split(","):
+            raise UserError(
+                f"{labels.path} was made anew since the run to resume began; use another --out_dir, or go on with it "
+                "on purpose with --allow_change=labels"
+            )
+    return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
+
+
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: set[str]) -> GPTConfig:
     """wanted (dropout, head ...) on a backbone of the given shape; explicit options that contradict it are refused."""
     fixed = ("n_layer", "n_head", "n_embd", "bias", "qkv_bias", "vocab_size")
@@ -124,3 +150,49 @@ def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: set[str]) -> GPTConf
         raise UserError(f"block_size = {wanted.block_size}, but the weights to start from end at {shape.block_size}")
     block_size = min(wanted.block_size, shape.block_size)
     return replace(wanted, block_size=block_size, **{name: getattr(shape, name) for name in fixed})
+
+
+def describe(config, data: dict[str, TokenFile], batches: Batches) -> dict:
+    """What a checkpoint says of its run: options, seeds among them, and the data by their hashes."""
+    labels = {"labels": batches.labels.about} if batches.labels else {}
+    hashes = {split: file.sha256 for split, file in data.items()}
+    return {"config": flatten(config), "model_config": flatten(config.model), "data": hashes} | labels
+
+
+@contextlib.contextmanager
+def open_run(config, processes: Processes, model: GPT, how: str, progress) -> Iterator[Logger]:
+    """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder."""
+    out_dir, first = Path(config.out_dir), progress.step
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+    with contextlib.ExitStack() as stack:
+        if processes.is_main:
+            try:
+                out_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir") from None
+            busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
+            stack.enter_context(alone(out_dir / ".lock", busy))
+            for left_by_a_killed_run in out_dir.glob("*.tmp"):
+                left_by_a_killed_run.unlink()
+            if not (first and config.eval_only):  # to evaluate a run adds a record and leaves all others as they are
+                checkpoint.copy_tokenizer(dataset_folder(config.dataset), out_dir)
+                about = environment() | {"device": str(processes.device), "world_size": processes.world_size}
+                write_json(out_dir / "config.json", flatten(config) | {"environment": about})
+                forget_after(out_dir / "metrics.jsonl", first)
+        log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters)
+        stack.callback(log.close)
+        n_head = sum(p.numel() for p in model.lm_head.parameters())
+        n_all = sum(p.numel() for p in model.parameters())
+        head = config.model.head
+        log.say(
+            f"{out_dir}: {head.weights} x {head.likelihood} head, {n_all / 1e6:.2f} M parameters "
+            f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if head.tie_head else ''}), "
+            f"{tokens_per_step:,} tokens per step, {how}, on {processes.world_size} x {processes.device.type}"
+            + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
+            + (f", going on at step {first}" if first else "")
+        )
+        if read_meta(dataset_folder(config.dataset)) is None:
+            log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
+        if config.wandb_log:
+            log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)
+        yield log

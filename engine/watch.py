@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO = 1.0  # seconds in which one signal may arrive twice: from a scheduler, and from torchrun that was told as well
+LAST_WORDS = 5.0  # seconds from the stacks to the end, which ends the peers too: they have stacks to show as well
 
 
 class Watch:
@@ -83,7 +84,9 @@ class Watch:
             file.seek(0)
             stacks = "".join(f"[rank {self.rank}] {line}" for line in file)
         what = f"no sign of life for {silence:.0f} s (hang_timeout = {self.timeout:g}): a peer or a disk is stuck"
-        self._end(1, f"[rank {self.rank}] {what}; the stacks of this process:\n{stacks}")
+        print(f"[rank {self.rank}] {what}; the stacks of this process:\n{stacks}", file=sys.stderr, flush=True)
+        time.sleep(LAST_WORDS)
+        os._exit(1)
 
     def _end(self, code: int, message: str) -> None:
         print(message, file=sys.stderr, flush=True)

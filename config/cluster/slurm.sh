@@ -1,0 +1,27 @@
+#!/bin/bash
+# Trains on the machines of a SLURM job, and comes back until the run is finished:
+#
+#     sbatch --nodes=4 config/cluster/slurm.sh train_bayes.py config/train_gpt2.py --out_dir=out/gpt2
+#
+# Submit from the repository with the environment active that has torchrun. out_dir must be on a disk that all machines
+# see. Before the time limit, and when the job is preempted, the run saves its last step and ends, and the job goes back
+# into the queue. Edit the lines below to fit your cluster; a sbatch flag overrides them.
+#SBATCH --job-name=gpt
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max_restarts=3 \
+    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head:${RDZV_PORT:-29500}" "$@" --init_from=auto &
+job=$!
+
+# three minutes before the time limit: srun passes SIGTERM on, the run saves and ends, and the queue has the job again
+trap 'kill -TERM $job; wait $job; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+wait $job
