@@ -1,6 +1,7 @@
 """Faults on purpose: runs that are killed, told to end, or find their checkpoints damaged, and what becomes of them.
 
     python -m tests.faults --kills=100 --corruptions=40 --signals=50      # make reliability: some 25 minutes
+    python -m tests.faults --stalls=5                                     # what a checkpoint of 124M costs the loop
     python -m tests.faults --soak=3600                                    # make soak: an hour and the undisturbed run
 
 Each writes what it counted into training_logs/reliability.json. The tests run short forms of all.
@@ -23,10 +24,14 @@ from pathlib import Path
 
 import torch
 
+import train
 from engine import checkpoint
 from engine.config import load_config
+from engine.distributed import Processes
 from engine.errors import UserError, run
 from engine.logger import environment, read_records
+from engine.optim import adamw
+from model import GPT, GPTConfig
 from tests.helpers import ROOT, TINY, flags, same_weights, write_words
 
 # a step takes some 10 ms, a third of a run is evaluation, a checkpoint is always being written
@@ -41,6 +46,7 @@ class FaultConfig:
     kills: int = 0  # kill -9 at so many random instants
     corruptions: int = 0  # damage the newest checkpoint so many times
     signals: int = 0  # SIGTERM or SIGINT at so many random instants
+    stalls: int = 0  # save a 124M model so many times, and time it
     soak: int = 0  # seconds of kills and signals on two processes
     seed: int = 0  # of the instants
 
@@ -233,6 +239,44 @@ def signals(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
     }
 
 
+def stalls(n: int, data: Path, folder: Path, rng: random.Random, shape: GPTConfig | None = None) -> dict:
+    """Seconds that saving a 124M model and its optimiser keeps the loop, seconds until it is on the disk, and how much
+    longer matrix products take meanwhile."""
+    model = GPT(shape or GPTConfig(vocab_size=50257))
+    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    progress, about = train.Progress(), {"config": {"out_dir": str(folder), "eval_only": False}}
+    scaler, one = torch.amp.GradScaler("cpu", enabled=False), Processes(torch.device("cpu"))
+    a, held, written, slower = torch.randn(2000, 2000), [], [], []
+
+    def steps_per_second(until) -> float:
+        steps, started = 0, time.perf_counter()
+        while not until(time.perf_counter() - started):
+            torch.mm(a, a)
+            steps += 1
+        return steps / (time.perf_counter() - started)
+
+    with checkpoint.Saver(one, progress, model, optimizer, scaler, about) as saver:
+        for _ in range(n):
+            progress.step += 1
+            started = time.perf_counter()
+            saver.save()
+            held.append(time.perf_counter() - started)
+            busy = steps_per_second(lambda _: saver.pending.done())
+            written.append(time.perf_counter() - started)
+            slower.append(steps_per_second(lambda seconds: seconds > 5) / busy)
+    size = (folder / checkpoint.name_of(n)).stat().st_size
+    median = {name: round(sorted(v)[n // 2], 3) for name, v in (("held", held), ("until_written", written))}
+    return {
+        "saves": n,
+        "bytes": size,
+        "median_seconds": median,
+        "steps_slower_meanwhile": round(sorted(slower)[n // 2], 2),
+    }
+
+
 def soak(seconds: int, data: Path, folder: Path, rng: random.Random) -> dict:
     """Two processes under torchrun for so long, with kills and signals to one or all; then the undisturbed run of as
     many steps, to compare the weights."""
@@ -269,7 +313,7 @@ def main() -> None:
     config, _ = load_config(FaultConfig, sys.argv[1:])
     path = ROOT / "training_logs" / "reliability.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    for campaign in (kills, corruptions, signals, soak):
+    for campaign in (kills, corruptions, signals, stalls, soak):
         if n := getattr(config, campaign.__name__):
             with tempfile.TemporaryDirectory() as folder:
                 data, started = write_words(Path(folder) / "words"), time.time()
