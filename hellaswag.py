@@ -20,16 +20,13 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import load_model, trained_on
+from engine.checkpoint import load_model, tokenizer_of
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
 from engine.endings import encode, score_endings
 from engine.errors import UserError, run
 from engine.evaluation import abstaining
 from engine.pretrained import HUB
-from engine.tokenizer import Tokenizer, load_tokenizer, read_meta
-from engine.tokens import dataset_folder
-from model import GPT
 
 FIELDS = {"completion": ("ctx",), "harness": ("activity_label", "ctx_a", "ctx_b")}  # of an item, beside its endings
 
@@ -82,7 +79,7 @@ def main() -> None:
     cast, _ = autocast(device, config.dtype)
     if model.config.bayes_mlp and config.n_samples < 0:
         raise UserError(f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say")
-    tokenizer = tokenizer_of(source, model)
+    tokenizer = tokenizer_of(source, model.config.vocab_size)
     texts = [encode(tokenizer, item.context, item.endings) for item in items]
     log_probs, epistemic = score_endings(model, texts, config.batch_size, cast, config.n_samples, desc=source)
     if not log_probs.isfinite().all():
@@ -151,17 +148,6 @@ def prepare(record: dict, style: str) -> Item:
 def clean(text: str) -> str:
     """lm-evaluation-harness' preprocessing: WikiHow's marks in brackets go."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def tokenizer_of(source: str, model: GPT) -> Tokenizer:
-    """The tokenizer that a run was trained with; GPT-2's where nothing names another."""
-    folder = Path(source)
-    if read_meta(folder) is None and (dataset := trained_on(folder)):  # nanoGPT keeps its tokenizer with the data
-        folder = dataset_folder(dataset)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, {source} has {model.config.vocab_size}")
-    return tokenizer
 
 
 def judge(

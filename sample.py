@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import load_model, trained_on
+from engine.checkpoint import load_model, tokenizer_of
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
 from engine.errors import MANY, UserError, check_ranges, run
-from engine.tokenizer import Tokenizer, load_tokenizer, read_meta
-from engine.tokens import dataset_folder
+from engine.tokenizer import Tokenizer
 
 # the effective number of tokens that the model wavers between (exp of the entropy), and the colour up to there
 SHADES = ((2, 40), (5, 148), (20, 220), (100, 208), (math.inf, 196))
@@ -56,16 +55,8 @@ def main() -> None:
     device = pick_device(config.device)
     cast, _ = autocast(device, config.dtype)
     source = config.out_dir if config.init_from == "resume" else config.init_from
-    folder = Path(source).parent if Path(source).is_file() else source
     model = load_model(source, device)
-    if read_meta(folder) is None and (dataset := trained_on(folder)):  # nanoGPT keeps its tokenizer with the data
-        folder = dataset_folder(dataset)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: "
-            f"{source} needs the meta.json of its data set"
-        )
+    tokenizer = tokenizer_of(source, model.config.vocab_size)
     if config.compile:
         model.compile_step()
     prompt = encode_prompt(config.start, tokenizer)

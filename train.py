@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
-from engine import checkpoint, distributed
+from engine import distributed
 from engine.config import load_config
 from engine.errors import MANY, UserError, check_memory, check_ranges, run
 from engine.evaluation import eval_batches, mean_loss
 from engine.labels import MODES
 from engine.optim import adamw, set_learning_rate
+from engine.saver import Saver
 from engine.sharding import clip_gradients
 from engine.start import describe, open_run, start, training_batches
 from model import GPT, GPTConfig
@@ -149,7 +150,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     batches = training_batches(config, data["train"], state)
     val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-    saver = checkpoint.Saver(processes, progress, bare, optimizer, scaler, describe(config, data, batches))
+    saver = Saver(processes, progress, bare, optimizer, scaler, describe(config, data, batches))
     saver.restore(state)
     mine = range(progress.step * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size)
     ahead = batches.prefetched(mine, device)

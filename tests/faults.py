@@ -31,6 +31,7 @@ from engine.distributed import Processes
 from engine.errors import UserError, run
 from engine.logger import environment, read_records
 from engine.optim import adamw
+from engine.saver import Saver
 from model import GPT, GPTConfig
 from tests.helpers import ROOT, TINY, flags, same_weights, write_words
 
@@ -258,7 +259,7 @@ def stalls(n: int, data: Path, folder: Path, rng: random.Random, shape: GPTConfi
             steps += 1
         return steps / (time.perf_counter() - started)
 
-    with checkpoint.Saver(one, progress, model, optimizer, scaler, about) as saver:
+    with Saver(one, progress, model, optimizer, scaler, about) as saver:
         for _ in range(n):
             progress.step += 1
             started = time.perf_counter()

@@ -88,14 +88,14 @@ def test_torchrun_starts_anew_after_one_process_is_killed_and_ends_as_if_nothing
 
 SLOW = """
 import sys, time
-import engine.checkpoint as checkpoint, train
-write = checkpoint.Saver._write_and_read_back
+import engine.saver as saver, train
+write = saver.Saver._write_and_read_back
 def slowly(self, temporary, name, state):
     if state["step"] > 20:
         print("writing", flush=True)
         time.sleep(1000)
     return write(self, temporary, name, state)
-checkpoint.Saver._write_and_read_back = slowly
+saver.Saver._write_and_read_back = slowly
 train.main()
 """
 
