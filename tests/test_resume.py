@@ -1,6 +1,8 @@
 """A resumed run repeats the uninterrupted one bit for bit, and two processes repeat one."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +14,9 @@ from engine import checkpoint, distributed
 from engine.config import load_config
 from engine.errors import UserError
 from engine.optim import set_learning_rate
-from tests.helpers import HEADS, ROOT, TINY, difference, flags, records, run, same_weights, write_words
+from engine.tokenizer import CharTokenizer
+from engine.tokens import write_dataset
+from tests.helpers import HEADS, ROOT, TINY, difference, flags, records, run, same_weights, words, write_words
 
 LONG = {"max_iters": 60, "lr_decay_iters": 60, "dropout": 0.1, "gradient_accumulation_steps": 2, "eval_interval": 15}
 LONG |= {"batch_size": 4, "warmup_iters": 40}
@@ -201,6 +205,34 @@ def test_resuming_with_another_order_of_samples_is_refused(data, whole, name, va
     with pytest.raises(UserError, match=f"{name} = .*, but the run to resume has .*--allow_change={name}"):
         run(data, whole[1], **LONG | {"init_from": "resume", name: value})
     assert (whole[1] / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_holds_all_that_a_run_is(data, whole):
+    state = checkpoint.read_newest(whole[1])
+    assert state.keys() >= {"model", "optimizer", "scaler", "step", "tokens", "best_val_nll", "best_step", "wandb_id"}
+    assert (state["step"], state["tokens"]) == (60, 60 * 2 * 4 * TINY["block_size"])
+    assert state["config"]["seed"] == 1337 and state["best_val_nll"] == min(
+        r["val_nll"] for r in records(whole[1], "val_nll")
+    )
+    meta = json.loads((data / "meta.json").read_text())["splits"]
+    assert state["data"] == {split: meta[split]["sha256"] for split in ("train", "val")}
+
+
+def test_resuming_on_other_data_is_refused_unless_said(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    run(tmp_path / "data", tmp_path / "run", **LONG | {"max_iters": 5})
+    moved = (tmp_path / "data").rename(tmp_path / "moved")
+    longer = LONG | {"max_iters": 8, "init_from": "resume"}
+    run(moved, tmp_path / "run", **longer)  # the same data elsewhere are the same data
+    chars = CharTokenizer.train([words(4000)])
+    write_dataset(moved, {"train": [words(4000, seed=7)], "val": [words(500, seed=1)]}, chars)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match=r"train\.bin holds other tokens than the run to resume.*--allow_change=dataset"
+    ):
+        run(moved, tmp_path / "run", **longer | {"max_iters": 9})
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    run(moved, tmp_path / "run", **longer | {"max_iters": 9}, allow_change="dataset")
 
 
 def test_resuming_to_fewer_steps_than_are_done_is_refused_and_erases_nothing(data, whole):

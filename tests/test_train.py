@@ -249,6 +249,15 @@ def test_wandb_without_an_account_logs_offline(data, plain, tmp_path, no_wandb_a
     assert "warning" not in capfd.readouterr().out
 
 
+def test_a_resumed_run_goes_on_in_the_same_wandb_charts(data, tmp_path, monkeypatch):
+    wandb, ids = FailingWandb(""), []
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(wandb, "init", lambda **options: ids.append(options["id"]) or wandb)
+    run(data, tmp_path, wandb_log=True, max_iters=10, lr_decay_iters=30)
+    run(data, tmp_path, wandb_log=True, init_from="resume", lr_decay_iters=30)
+    assert ids == [None, "abc"] and checkpoint.read_newest(tmp_path)["wandb_id"] == "abc"
+
+
 class FailingWandb(types.ModuleType):
     """A wandb whose function `broken` raises."""
 
@@ -257,7 +266,7 @@ class FailingWandb(types.ModuleType):
 
     def __init__(self, broken: str):
         super().__init__("wandb")
-        self.broken, self.api, self.calls = broken, None, []
+        self.broken, self.api, self.calls, self.id = broken, None, [], "abc"
 
     def init(self, **_):
         return self._call("init")
