@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from tests.helpers import ROOT, TINY, flags, same_weights, write_words
 OPTIONS = TINY | {"gradient_accumulation_steps": 2, "batch_size": 4, "dropout": 0.1, "weights": "bayes"}
 OPTIONS |= {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 10, "eval_iters": 20, "save_interval": 1}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=5"]
-LAST_WORDS = 60.0  # seconds until a run that does not end counts as hung
+LAST_WORDS = 100.0  # seconds until a run that does not end counts as hung
 
 
 @dataclass(frozen=True)
@@ -278,11 +279,19 @@ def stalls(n: int, data: Path, folder: Path, rng: random.Random, shape: GPTConfi
     }
 
 
-def soak(seconds: int, data: Path, folder: Path, rng: random.Random) -> dict:
-    """Two processes under torchrun for so long, with kills and signals to one or all; then the undisturbed run of as
-    many steps, to compare the weights."""
+def soak(seconds: int, data: Path, folder: Path, rng: random.Random, apart: int = 2000) -> dict:
+    """Two processes under torchrun for so long, with kills and signals to one or all; beside them two that nothing
+    happens to, whose weights are kept every `apart` steps to compare with."""
     events = {"kill one": 0, "kill all": 0, "SIGTERM": 0, "SIGINT": 0}
     end, out_dir, options = time.monotonic() + seconds, folder / "soak", {"max_iters": 10**6, "save_interval": 5}
+    calm = {"max_iters": 10**6, "save_interval": apart, "eval_interval": 10**6}
+    kept, reference = folder / "kept", Run(data, folder / "reference", 2, **calm)
+    for pid in (reference.process.pid, *reference.workers()):
+        os.setpriority(os.PRIO_PROCESS, pid, 10)  # what it starts inherits that
+    kept.mkdir()
+    enough = threading.Event()
+    keeper = threading.Thread(target=keep_all, args=(folder / "reference", kept, enough), daemon=True)
+    keeper.start()
     started = Run(data, out_dir, 2, **options)
     while time.monotonic() < end:
         if not started.wait_for("step +[0-9]+/"):  # more restarts than torchrun was told to make
@@ -304,10 +313,24 @@ def soak(seconds: int, data: Path, folder: Path, rng: random.Random) -> dict:
         started = Run(data, out_dir, 2, **options)
     started.process.send_signal(signal.SIGTERM)
     started.ended()
-    steps = steps_saved(out_dir)[-1]
-    reference = undisturbed(data, folder / "reference", 2, max_iters=steps)
-    same = same_weights(checkpoint.load_model(out_dir), reference)
+    steps = -(-max(steps_saved(out_dir)) // apart) * apart
+    code, _ = Run(data, out_dir, 2, **options | {"max_iters": steps, "save_interval": apart}).ended()
+    while not (kept / checkpoint.name_of(steps)).exists() and reference.process.poll() is None:
+        time.sleep(0.2)
+    enough.set()
+    reference.kill()
+    same = code == 0 and same_weights(*(checkpoint.load_model(f / checkpoint.name_of(steps)) for f in (out_dir, kept)))
     return {"seconds": seconds, "events": events, "steps": steps, "same_weights_as_undisturbed": same}
+
+
+def keep_all(folder: Path, kept: Path, enough: threading.Event) -> None:
+    """Copy each checkpoint that appears in the folder, before the run lets go of it."""
+    while not enough.wait(0.2):
+        for path in folder.glob("ckpt_*.pt"):
+            if not (kept / path.name).exists():
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(path, kept / "copy")
+                    (kept / "copy").rename(kept / path.name)
 
 
 def main() -> None:

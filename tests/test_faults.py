@@ -74,7 +74,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_the_run_goes_on_to_th
 
 
 def test_a_soak_of_kills_and_signals_ends_with_the_undisturbed_weights(data, tmp_path):
-    assert faults.soak(20, data, tmp_path, random.Random(1))["same_weights_as_undisturbed"]
+    assert faults.soak(12, data, tmp_path, random.Random(1), apart=200)["same_weights_as_undisturbed"]
 
 
 def test_torchrun_starts_anew_after_one_process_is_killed_and_ends_as_if_nothing_had_been(data, tmp_path, reference):
