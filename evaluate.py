@@ -8,7 +8,6 @@ With --std_tolerance=0.01 --n_samples=16 a Bayesian run has a second row: its po
 that on the validation split.
 """
 
-import json
 import math
 import os
 import sys
@@ -25,6 +24,7 @@ from engine.config import load_config
 from engine.distributed import autocast, pick_device
 from engine.errors import MANY, UserError, check_ranges, run
 from engine.evaluation import evaluate, unigram_nll, whole_split, widest_posterior
+from engine.files import write_json
 from engine.labels import LabelFile
 from engine.logger import read_records
 from engine.pretrained import HUB
@@ -91,7 +91,7 @@ def main() -> None:
     for source in sources:
         rows[source] = evaluate_run(source, config)
         if (folder := Path(source)).is_dir():
-            (folder / f"eval_{config.split}.json").write_text(json.dumps(rows[source], indent=1))
+            write_json(folder / f"eval_{config.split}.json", rows[source])
     scaled = {
         f"{s} (std x {row['scaled']['std_factor']:.2f})": row["scaled"] for s, row in rows.items() if "scaled" in row
     }

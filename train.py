@@ -107,8 +107,8 @@ class Progress:
     best_val_nll: float = math.inf
     best_step: int = 0
     skipped: int = 0  # steps that left the weights alone, because loss or gradient was not finite
-    skipped_in_a_row: int = 0
     wandb_id: str = ""
+    in_a_row = 0  # no field: who resumes may have changed what was bad
 
     def improves(self, val_nll: float) -> bool:
         """Whether that is the lowest so far; if so, remember it."""
@@ -116,10 +116,10 @@ class Progress:
             self.best_val_nll, self.best_step = val_nll, self.step
         return better
 
-    def count_skipped(self, finite: bool) -> None:
-        """Count the steps without an update; where they do not end, neither will they tomorrow."""
-        self.skipped, self.skipped_in_a_row = self.skipped + (not finite), 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == MAX_SKIPPED:
+    def watch_skipped(self, finite: bool) -> None:
+        """Count the steps without an update in a row; where they do not end, neither will they tomorrow."""
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if self.in_a_row == MAX_SKIPPED:
             raise UserError(
                 f"{MAX_SKIPPED} steps in a row were left out up to step {self.step}: loss or gradient not finite; go "
                 "on from the last checkpoint with a lower rate, --init_from=resume --learning_rate=... "
@@ -140,11 +140,11 @@ def main(**fixed: str) -> None:
 
 def train(config: TrainConfig, processes: distributed.Processes, given: Set[str] = frozenset()) -> GPT:
     """Train until max_iters and return the model; given: the options that were set on purpose."""
-    config, data, bare, state = start(config, given)
+    config, data, bare, state = start(config, given, processes)
     device, n_micro = processes.device, config.gradient_accumulation_steps
     distributed.check_accumulation(n_micro, processes.world_size)
     cast, dtype = distributed.autocast(device, config.dtype)
-    model, how = processes.wrap(bare.to(device), config.compile, config.sharding)
+    model, how = processes.wrap(bare, config.compile, config.sharding)
     optimizer = adamw(bare, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     batches = training_batches(config, data["train"], state)
@@ -193,7 +193,8 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
             progress.step, progress.tokens = step + 1, progress.tokens + log.tokens_per_step
             if not finite:
                 log.skipped(loss, grad_norm)
-            progress.count_skipped(finite)
+            progress.watch_skipped(finite)
+            saver.stepped()
             if finite and (step + 1) % config.log_interval == 0:
                 log.training(loss, lr, grad_norm)
     return bare

@@ -24,7 +24,8 @@ from model import GPT, GPTConfig
 
 PARTS = {"model": dict, "model_config": dict, "config": dict, "optimizer": dict, "scaler": dict}  # what save() is given
 PARTS |= {"step": int, "best_step": int, "best_val_nll": float, "seconds": float}
-KINDS = PARTS | {"model_args": dict}  # nanoGPT's
+KINDS = PARTS | {"tokens": int, "skipped": int, "wandb_id": str, "data": dict}
+KINDS |= {"model_args": dict}  # nanoGPT's
 SUMS = "SHA256SUMS"
 
 
@@ -142,7 +143,8 @@ def copy_tokenizer(data_folder: Path, out_dir: Path) -> None:
 
 def all_in(out_dir: Path) -> list[Path]:
     """Oldest first; a lone ckpt.pt is nanoGPT's."""
-    return sorted(Path(out_dir).glob("ckpt_*.pt")) or sorted(Path(out_dir).glob("ckpt.pt"))
+    ours = [path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
+    return sorted(ours, key=lambda path: int(path.stem[5:])) or sorted(Path(out_dir).glob("ckpt.pt"))
 
 
 def sha256_of(path: Path, from_disk: bool = False) -> str:

@@ -40,12 +40,13 @@ class Processes:
         return range(self.rank, n, self.world_size)
 
     def wrap(self, model: torch.nn.Module, compile: bool, sharding: str = "none") -> tuple[torch.nn.Module, str]:
-        """The model, compiled if wanted and possible, its gradients averaged over all processes in backward; and how it
-        runs, in words. Shards are made in place: parameters and state_dict keep their names, and become DTensors."""
+        """The model on this device, compiled if wanted and possible, its gradients averaged over all processes in
+        backward; and how it runs, in words. Shards are made in place: parameters keep their names, as DTensors."""
         if self.world_size > 1 and sharding == "fsdp":
             how = _compiled(model.transformer.h, self.device) if compile else "eager"
-            shard(model, self.device.type, self.world_size)
-            return model, f"{how}, parameters sharded"
+            shard(model, self.device.type, self.world_size)  # which moves it to the device block by block
+            return model.to(self.device), f"{how}, parameters sharded"
+        model = model.to(self.device)
         how = _compiled([model], self.device) if compile else "eager"
         if self.world_size == 1:
             return model, how
@@ -81,6 +82,13 @@ class Processes:
         if signals:
             raise Interrupted(self.watch.signum or signal.SIGTERM)
         return values
+
+    def first_says(self, value: object) -> object:
+        """What the first process has, on all."""
+        said = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
 
     def check_same(self, value: int, what: str) -> None:
         """Refuse to go on where the processes have different values, as a folder that not all see alike makes them."""
@@ -122,16 +130,14 @@ def start(device: str, backend: str, hang_timeout: float = 0.0):
     if backend == "auto":
         backend = "nccl" if local.type == "cuda" else "gloo"
     # the watch, which shows where each process is, comes first; this is for what happens before the loop
-    timeout = timedelta(seconds=hang_timeout + 60) if hang_timeout else None
+    timeout = timedelta(seconds=hang_timeout + 60) if hang_timeout else timedelta(days=365)
     try:
-        store = _fresh_store(rank, world_size)
+        store = _fresh_store(rank, world_size, timeout)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     except RuntimeError as error:  # a host that is not there, a port that is taken
         raise UserError(f"cannot join the other processes ({str(error)[:200]}); start with torchrun") from None
-    try:
-        yield Processes(local, rank, world_size, Watch(rank, hang_timeout))
-    finally:
-        dist.destroy_process_group()
+    yield Processes(local, rank, world_size, Watch(rank, hang_timeout))
+    dist.destroy_process_group()  # not behind an error: it would wait for peers that wait for this process
 
 
 def pick_device(device: str) -> torch.device:
@@ -235,25 +241,28 @@ def _whole(name: str, allowed: range, default: str = "") -> int:
     return int(text)
 
 
-def _fresh_store(rank: int, world_size: int) -> dist.Store:
+def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """The store in which the processes find each other, with a name space of its own for each start.
 
     torchrun keeps one store over restarts, where a process may read the address of one that was killed (PyTorch issue
     135712; its restart count differs between machines). So rank 0 waits until all have answered its own name."""
-    store, *_ = next(dist.rendezvous("env://", rank, world_size))
-    name = uuid.uuid4().hex
+    store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    name, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank:
         store.set(f"here_{rank}", name)
         while name not in (group := store.get("group").decode().split()):
             time.sleep(0.05)
+            if time.monotonic() > end:
+                raise RuntimeError(f"rank 0 did not answer in {timeout}")
         store.set(" ".join((group[0], name)), "")
         return dist.PrefixStore(group[0], store)
-    while True:
+    while time.monotonic() < end:
         others = [store.get(f"here_{other}").decode() for other in range(1, world_size)]
         store.set("group", " ".join((name, *others)))
         time.sleep(0.05)
         if store.check([f"{name} {other}" for other in others]):
             return dist.PrefixStore(name, store)
+    raise RuntimeError(f"not all processes answered in {timeout}")
 
 
 def _has_mps() -> bool:

@@ -24,10 +24,11 @@ def run(main: Callable[[], object]) -> None:
     its number."""
     try:
         main()
+        _leave(0)
     except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
         sys.exit(_say(f"error: {error}", 2))
     except KeyboardInterrupt as interrupt:
-        sys.exit(128 + interrupt.signum if isinstance(interrupt, Interrupted) else _say("interrupted", 130))
+        _leave(128 + interrupt.signum if isinstance(interrupt, Interrupted) else _say("interrupted", 130))
     except (MemoryError, RuntimeError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][-120:]
         if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
@@ -72,6 +73,17 @@ LOST = (
     "ncclRemoteError",
     "NCCL communicator was aborted",
 )
+
+
+def _leave(code: int) -> None:
+    """End, if there is more to say than the script's last line. One process of several does so at once: while the
+    interpreter takes itself apart, threads of gloo may still run, and abort it (seen once in some hundred runs)."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _say(message: str, code: int) -> int:

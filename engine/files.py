@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import UserError, warn
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -41,11 +41,13 @@ def alone(path: Path, busy: str) -> Iterator[None]:
     """Hold a lock on the file, which is made if need be; where another process holds it, raise UserError(busy).
 
     The system lets go of it with the process, however that ends."""
-    import fcntl  # Windows has none, and trains without
-
     with open(path, "a") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
+        except (ImportError, OSError) as error:  # Windows; cluster file systems that are mounted without locks
+            warn(f"cannot lock {path} ({error}); nothing stops a second process from using this folder")
         yield

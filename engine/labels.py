@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
+from engine.files import write_json
 from engine.scan import Reader
 from engine.tokens import DATA_ROOT, TokenFile
 
@@ -139,12 +140,7 @@ class LabelWriter:
     def save(self, **progress) -> None:
         """Say in the description how far the rows have come."""
         self.progress = self.about | progress
-        temporary = self.about_path.with_suffix(".tmp")
-        with open(temporary, "w") as file:
-            json.dump(self.progress, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.about_path)
+        write_json(self.about_path, self.progress)
 
 
 def read_about(path: Path) -> dict:

@@ -66,7 +66,8 @@ class Logger:
         self._write(record, line + (f"mfu {mfu:.1%} | " if "mfu" in record else "") + f"{clock_time(left)} left")
 
     def skipped(self, loss: float, grad_norm: float) -> None:
-        """A record of a step that was left out."""
+        """Count a step that was left out, and write it down."""
+        self.progress.skipped += 1
         values = {"skipped_loss": str(loss), "skipped_grad_norm": str(grad_norm)}  # JSON has no nan
         text = f"left out: loss {loss}, grad norm {grad_norm} ({self.progress.skipped} so far)"
         self._write(values | {"skipped": self.progress.skipped}, text)
@@ -164,7 +165,7 @@ def read_records(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a line that a killed run left unfinished, or a damaged one, is passed over."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             if isinstance(record := json.loads(line), dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -50,10 +51,17 @@ class Saver:
         self.pending.result()  # the write before has to be done, and raises here what went wrong
         if self.processes.is_main or self.sharded:
             parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            state = {"model": whole_model(self.model)} | whole(parts)
+            keep = self.processes.is_main
+            state = {"model": whole_model(self.model, keep)} | whole(parts, keep)
         if self.processes.is_main:
-            self.pending = self.thread.submit(self._write, state | self.about | vars(self.progress))
+            self.pending = self.thread.submit(self._write, state | self.about | asdict(self.progress))
         self.saved = self.progress.step
+
+    def stepped(self) -> None:
+        """A step is done: there is something to save, and a write that failed is said now."""
+        self.processes.watch.worth_saving = True
+        if self.pending.done():
+            self.pending.result()
 
     def __enter__(self) -> "Saver":
         return self
@@ -92,9 +100,14 @@ class Saver:
             ) from None
 
     def _write_and_read_back(self, temporary: Path, name: str, state: dict) -> None:
+        beat = self.processes.watch.beat  # who waits for a large file on a slow disk does not hang
         torch.save(state, str(temporary))  # from a path torch writes without the GIL
+        beat()
         flush(temporary)
+        beat()
         sha256 = sha256_of(temporary, from_disk=True)
+        beat()
         check_zip(temporary)
+        beat()
         sums = read_sums(self.out_dir)  # a file of this name that is there keeps its line until it is replaced
         write_sums(self.out_dir, sums | {name: [sha256, *sums.get(name, [])]})

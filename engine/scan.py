@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from engine.errors import UserError
+from engine.files import replace
 
 CHUNK = 1 << 20  # ids in one go: few enough that counting them stays near the processor's cache
 MOST_IDS = 1 << 24  # no vocabulary is as large; a damaged id of 4 billion would take 32 GB to count
@@ -86,13 +87,9 @@ def remember(path: Path, scan: Scan) -> None:
     """Write a scan down, for a file that has passed all checks; several processes may do so at once."""
     if scan.time_ns - scan.key["ctime_ns"] < SETTLED or _recall(path, scan.key):
         return
-    temporary = _memory(path).with_suffix(f".{os.getpid()}.tmp")
+    memory = json.dumps({"scan": asdict(scan), "check": _check(asdict(scan))})
     with contextlib.suppress(OSError):  # no permission, no space: the next run reads the file again
-        try:
-            temporary.write_text(json.dumps({"scan": asdict(scan), "check": _check(asdict(scan))}))
-            os.replace(temporary, _memory(path))
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace(_memory(path), lambda temporary: temporary.write_text(memory))
 
 
 def looks_like(head: bytes, vocab_size: int) -> str:

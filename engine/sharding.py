@@ -23,28 +23,31 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def whole(value):
-    """A tree of dicts and lists, its tensors copied to the CPU, shards made whole (with all processes taking part)."""
+def whole(value, keep: bool = True):
+    """A tree of dicts and lists, its tensors copied to the CPU, shards made whole (with all processes taking part).
+
+    keep: whether this process wants the copies; where not, None stands in their place."""
     if isinstance(value, dict):
-        return {name: whole(inner) for name, inner in value.items()}
+        return {name: whole(inner, keep) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(inner) for inner in value)
+        return type(value)(whole(inner, keep) for inner in value)
     if not isinstance(value, torch.Tensor):
         return value
     value = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return value.detach().to("cpu", copy=True)
+    return value.detach().to("cpu", copy=True) if keep else None
 
 
-def whole_model(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def whole_model(model: torch.nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
     """The model's state_dict as whole() makes it; tied weights stay one tensor."""
     state, first = model.state_dict(), {}
     same = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
-    copies = whole({name: value for name, value in state.items() if same.get(name, name) == name})
+    copies = whole({name: value for name, value in state.items() if same.get(name, name) == name}, keep)
     return {name: copies[same.get(name, name)] for name in state}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimiser's whole state, in pieces where its parameters are sharded."""
+    """Load an optimiser's whole state, in pieces where its parameters are sharded; its options stay as they are."""
+    options = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, of_parameter in state["state"].items():
         p = parameters[i]
@@ -56,6 +59,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
                     value.to(p.device), p.device_mesh, p.placements, src_data_rank=None
                 )
     optimizer.load_state_dict(state)
+    for group, option in zip(optimizer.param_groups, options, strict=True):
+        group.update(option)
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import platform
 from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
@@ -27,17 +28,16 @@ HERE = {"out_dir", "init_from", "allow_change", "eval_only", "backend", "device"
 FREE = {"max_iters", "eval_interval", "eval_iters", "log_interval", "save_interval", "always_save_checkpoint"}
 FREE |= {"wandb_log", "wandb_project", "wandb_run_name", "gradient_checkpointing", "dtype", "compile", "sharding"}
 FREE |= {"dataset"}  # what counts is what is in it, see check_data
+LAUNCH = ".launch"  # a file in out_dir: which torchrun trains there
 FROM_DATA = ("vocab_size", "n_data")  # 0 there asks for the data's own
 
 
-def start(config, given: Set[str]):
+def start(config, given: Set[str], processes: Processes):
     """(config, data, model, state): the config as it holds for this run, the token files of both splits, checked; the
     model, on the CPU; and the checkpoint that the run goes on from, {} where it begins. given: the options named on
     purpose."""
-    out_dir, init_from = Path(config.out_dir), config.init_from
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    if (init_from == "auto" or restarted) and init_from != "resume":
-        init_from = "resume" if checkpoint.exists(out_dir) else "scratch" if init_from == "auto" else init_from
+    out_dir = Path(config.out_dir)
+    init_from = processes.first_says(how_to_begin(out_dir, config.init_from))
     state = checkpoint.read_newest(out_dir) if init_from == "resume" else {}
     if state:
         config = resumed(config, state, given)
@@ -53,8 +53,22 @@ def start(config, given: Set[str]):
     for file in data.values():
         file.check(config.model.vocab_size, config.model.block_size)
     if state:
-        check_data(data, state, config.allow_change)
+        check_data(data, state, allowed_changes(config))
     return config, data, model, state
+
+
+def how_to_begin(out_dir: Path, init_from: str) -> str:
+    """auto: resume, if there is a run. What this very torchrun has begun, and starts anew, is resumed too."""
+    ours, mark = _launch(), out_dir / LAUNCH
+    if init_from == "auto" or (ours and mark.is_file() and mark.read_text() == ours):
+        return "resume" if checkpoint.exists(out_dir) else "scratch" if init_from == "auto" else init_from
+    return init_from
+
+
+def _launch() -> str:
+    """Which torchrun has started this process; the same for all that it starts on this machine."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{platform.node()} {os.getppid()} {run_id}" if run_id else ""
 
 
 def begin(config, init_from: str, data: TokenFile, given: Set[str]) -> GPT:
@@ -87,7 +101,7 @@ def resumed(config, state: dict, given: Set[str]):
         what = "a nanoGPT checkpoint" if "model_args" in state else "a model without the state of its training"
         raise UserError(f"{out_dir} holds {what}; start from its weights: --init_from={out_dir}")
     now, before = flatten(config), flatten(type(config)()) | state["config"]  # of an older version: its defaults
-    allowed = {name for name in config.allow_change.replace(" ", "").split(",") if name}
+    allowed = allowed_changes(config)
     for name in allowed - now.keys():
         close = difflib.get_close_matches(name, now, 1)
         raise UserError(f"allow_change: unknown option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
@@ -108,10 +122,14 @@ def resumed(config, state: dict, given: Set[str]):
     return build(type(config), now)
 
 
-def check_data(data: dict[str, TokenFile], state: dict, allow_change: str) -> None:
+def allowed_changes(config) -> set[str]:
+    return {name for name in config.allow_change.replace(" ", "").split(",") if name}
+
+
+def check_data(data: dict[str, TokenFile], state: dict, allowed: Set[str]) -> None:
     """Refuse to resume on other tokens than the run was trained and evaluated on."""
     for split, sha256 in state.get("data", {}).items():
-        if data[split].sha256 != sha256 and "dataset" not in allow_change.split(","):
+        if data[split].sha256 != sha256 and "dataset" not in allowed:
             raise UserError(
                 f"{data[split].path} holds other tokens than the run to resume began with; bring those back, use "
                 "another --out_dir, or change them on purpose with --allow_change=dataset"
@@ -130,7 +148,7 @@ def training_batches(config, file: TokenFile, state: dict) -> Batches:
             raise UserError("label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1")
         labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
         labels.check(config.model.vocab_size)
-        if state and state.get("labels") != labels.about and "labels" not in config.allow_change.split(","):
+        if state and state.get("labels") != labels.about and "labels" not in allowed_changes(config):
             raise UserError(
                 f"{labels.path} was made anew since the run to resume began; use another --out_dir, or go on with it "
                 "on purpose with --allow_change=labels"
@@ -138,7 +156,7 @@ def training_batches(config, file: TokenFile, state: dict) -> Batches:
     return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
 
 
-def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: set[str]) -> GPTConfig:
+def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:
     """wanted (dropout, head ...) on a backbone of the given shape; explicit options that contradict it are refused."""
     fixed = ("n_layer", "n_head", "n_embd", "bias", "qkv_bias", "vocab_size")
     for name in fixed:
@@ -172,7 +190,8 @@ def open_run(config, processes: Processes, model: GPT, how: str, progress) -> It
                 raise UserError(f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir") from None
             busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
             stack.enter_context(alone(out_dir / ".lock", busy))
-            for left_by_a_killed_run in out_dir.glob("*.tmp"):
+            (out_dir / LAUNCH).write_text(_launch())
+            for left_by_a_killed_run in out_dir.glob("*.*.[0-9]*.tmp"):
                 left_by_a_killed_run.unlink()
             if not (first and config.eval_only):  # to evaluate a run adds a record and leaves all others as they are
                 checkpoint.copy_tokenizer(dataset_folder(config.dataset), out_dir)

@@ -1,7 +1,7 @@
 """Signals and silence: a thread that sees them while the main thread is deep in a step.
 
 SIGTERM and SIGINT ask the loop to save and end; it looks when its state is whole (Watch.signum). A second signal ends
-at once, and so does the first before the loop has begun: there is nothing to save then. A loop that gives no sign of
+at once, and so does the first before a step is done: there is nothing to save then. A loop that gives no sign of
 life for `timeout` seconds (a dead peer, a stuck disk) has the stacks of all its threads printed and ends.
 """
 
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 ECHO = 1.0  # seconds in which one signal may arrive twice: from a scheduler, and from torchrun that was told as well
 LAST_WORDS = 5.0  # seconds from the stacks to the end, which ends the peers too: they have stacks to show as well
 
@@ -26,6 +26,7 @@ class Watch:
 
     def __init__(self, rank: int = 0, timeout: float = 0.0):
         self.rank, self.timeout, self.signum, self.since, self.last_beat = rank, timeout, 0, 0.0, 0.0
+        self.worth_saving = False  # a step is done that no checkpoint has
 
     def beat(self) -> None:
         self.last_beat = time.monotonic()
@@ -38,10 +39,11 @@ class Watch:
             return
         ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
-        self.signum, self.last_beat = 0, 0.0
+        self.signum, self.last_beat, self.worth_saving = 0, 0.0, False
         # the interpreter writes each signal's number into the pipe even while the main thread is in C++
         fd_before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-        before = {signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS}
+        wanted = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {signum: signal.signal(signum, self._in_main_thread) for signum in wanted}
         thread = threading.Thread(target=self._look, args=(ear,), daemon=True)
         thread.start()
         try:
@@ -54,7 +56,12 @@ class Watch:
             thread.join()
             os.close(ear)
 
+    def _in_main_thread(self, signum: int, _) -> None:
+        if signum == signal.SIGINT and not self.worth_saving:  # in a notebook the process has to live on
+            raise KeyboardInterrupt
+
     def _look(self, ear: int) -> None:
+        looked = time.monotonic()
         while True:
             if select.select([ear], [], [], 1.0)[0]:
                 signals = os.read(ear, 64)
@@ -63,15 +70,20 @@ class Watch:
                 for signum in signals:
                     if signum in SIGNALS:
                         self._hear(signum)
-            silence = time.monotonic() - self.last_beat
+            paused, looked = time.monotonic() - looked - 1.0, time.monotonic()
+            if paused > 1.0:  # the whole process was stopped, the loop with it
+                self.last_beat += paused
+            silence = looked - self.last_beat
             if self.last_beat and 0 < self.timeout < silence:
                 self._give_up(silence)
 
     def _hear(self, signum: int) -> None:
         now, name = time.monotonic(), signal.Signals(signum).name
-        if not self.last_beat:
-            self._end(128 + signum, f"{name} before the first step: there is nothing to save")
-        if not self.signum:
+        if not self.worth_saving:
+            if signum != signal.SIGINT or self.signum:
+                self._end(128 + signum, f"{name} before the first step is done: there is nothing to save")
+            self.signum, self.since = signum, now
+        elif not self.signum:
             self.signum, self.since = signum, now
             if self.rank == 0:
                 print(f"{name}: saving a checkpoint; a second signal ends at once", file=sys.stderr, flush=True)
@@ -85,8 +97,10 @@ class Watch:
             stacks = "".join(f"[rank {self.rank}] {line}" for line in file)
         what = f"no sign of life for {silence:.0f} s (hang_timeout = {self.timeout:g}): a peer or a disk is stuck"
         print(f"[rank {self.rank}] {what}; the stacks of this process:\n{stacks}", file=sys.stderr, flush=True)
+        beat = self.last_beat
         time.sleep(LAST_WORDS)
-        os._exit(1)
+        if self.last_beat == beat:
+            os._exit(1)
 
     def _end(self, code: int, message: str) -> None:
         print(message, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """Faults on purpose: runs that are killed, told to end, or find their checkpoints damaged, and what becomes of them.
 
-    python -m tests.faults --kills=100 --corruptions=40 --signals=50      # make reliability: some 25 minutes
+    python -m tests.faults --kills=100 --corruptions=40 --signals=50      # make reliability: some 15 minutes
     python -m tests.faults --stalls=5                                     # what a checkpoint of 124M costs the loop
     python -m tests.faults --soak=3600                                    # make soak: an hour and the undisturbed run
 

@@ -137,6 +137,23 @@ def test_a_change_of_meaning_is_refused_unless_said_and_the_length_of_the_run_is
     assert model.config.dropout == 0.3 and records(tmp_path, "step")[-1]["step"] == 8
 
 
+def test_a_change_that_is_said_takes_effect(data, whole, tmp_path):
+    run(data, tmp_path, **LONG | {"max_iters": 30})
+    changed = LONG | {"weight_decay": 50.0, "beta1": 0.0, "allow_change": "weight_decay, beta1"}
+    assert difference(run(data, tmp_path, **changed, init_from="resume"), whole[0]) > 0.01
+
+
+def test_files_of_the_user_that_look_like_checkpoints_are_left_alone(data, whole, tmp_path):
+    mine = [tmp_path / name for name in ("ckpt_best.pt", "ckpt_before_change.pt", "notes.tmp")]
+    for path in mine:
+        path.write_text("mine")
+    model = run(data, tmp_path, **LONG)
+    assert same_weights(model, whole[0]) and len(list(tmp_path.glob("ckpt_0*.pt"))) in (2, 3)
+    assert all(
+        (tmp_path / name).read_text() == "mine" for name in ("ckpt_best.pt", "ckpt_before_change.pt", "notes.tmp")
+    )
+
+
 def test_what_is_not_said_stays_as_it_was(data, whole, tmp_path):
     run(data, tmp_path, **LONG | {"max_iters": 30})
     argv = flags(out_dir=tmp_path, init_from="resume", device="cpu", max_iters=60)

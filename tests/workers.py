@@ -64,7 +64,8 @@ def nan(processes, data: str, folder: Path) -> None:
         trained(processes, data, folder / "all", max_iters=100, eval_interval=100)
     except UserError as error:
         assert f"{train.MAX_SKIPPED} steps in a row were left out" in str(error) and "--learning_rate" in str(error)
-        assert records(folder / "all", "skipped")[-1]["step"] == train.MAX_SKIPPED
+        if processes.is_main:  # who writes the records
+            assert records(folder / "all", "skipped")[-1]["step"] == train.MAX_SKIPPED
     else:
         raise AssertionError("a run without any update went on")
 

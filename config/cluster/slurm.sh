@@ -17,6 +17,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK    # srun does not inherit it
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170         # seconds that torchrun gives a run to save; 30 otherwise
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max_restarts=3 \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head:${RDZV_PORT:-29500}" "$@" --init_from=auto &
