@@ -42,7 +42,8 @@ class Watch:
         self.signum, self.last_beat, self.worth_saving = 0, 0.0, False
         # the interpreter writes each signal's number into the pipe even while the main thread is in C++
         fd_before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-        wanted = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        # a script's background jobs start with SIGINT ignored, and are meant all the same; nohup means what it says
+        wanted = [s for s in SIGNALS if s != getattr(signal, "SIGHUP", 0) or signal.getsignal(s) != signal.SIG_IGN]
         before = {signum: signal.signal(signum, self._in_main_thread) for signum in wanted}
         thread = threading.Thread(target=self._look, args=(ear,), daemon=True)
         thread.start()
