@@ -9,7 +9,6 @@ by the ending's tokens (completion) or UTF-8 bytes (harness). Are answers in dou
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from engine.distributed import autocast, pick_device
 from engine.endings import encode, score_endings
 from engine.errors import UserError, run
 from engine.evaluation import abstaining
+from engine.files import replace, write_json
 from engine.pretrained import HUB
 
 FIELDS = {"completion": ("ctx",), "harness": ("activity_label", "ctx_a", "ctx_b")}  # of an item, beside its endings
@@ -90,9 +90,8 @@ def main() -> None:
     result |= asdict(config) | {"model": source, "head": f"{head.weights} x {head.likelihood}"}
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-    for name, text in ((f"hellaswag_{config.style}.jsonl", lines), ("hellaswag.json", json.dumps(result, indent=1))):
-        (folder / "hellaswag.tmp").write_text(text)
-        os.replace(folder / "hellaswag.tmp", folder / name)
+    replace(folder / f"hellaswag_{config.style}.jsonl", lambda temporary: temporary.write_text(lines))
+    write_json(folder / "hellaswag.json", result)
     print(summary(result))
 
 

@@ -154,19 +154,16 @@ class GPT(nn.Module):
             cache.length += idx.size(1)
         return self.transformer.ln_f(x)
 
-    def hidden_of_branches(self, idx: torch.Tensor, branches: Branches) -> torch.Tensor:
-        """idx (B, T), each row a context and texts behind it -> (B, T, C), as each text has them alone."""
-        x = self.transformer.wte(idx) + self.transformer.wpe(branches.positions)
+    def hidden_at(self, idx: torch.Tensor, positions: torch.Tensor, cache: Branches | OneToken) -> torch.Tensor:
+        """idx (B, T) -> (B, T, C), each token at its position, seeing what the cache shows it."""
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         for block in self.transformer.h:
-            x = block(x, branches)
+            x = block(x, cache)
         return self.transformer.ln_f(x)
 
     def step(self, token: torch.Tensor, kv: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """hidden of one token (B, 1) behind `position` others, with the shapes of OneToken; for torch.compile."""
-        x, cache = self.transformer.wte(token) + self.transformer.wpe(position), OneToken(kv, position)
-        for block in self.transformer.h:
-            x = block(x, cache)
-        return self.transformer.ln_f(x)
+        return self.hidden_at(token, position, OneToken(kv, position))
 
     def compile_step(self) -> None:
         """Have the backbone read each cached token in one compiled graph, on CUDA launched as one CUDA graph."""
@@ -205,7 +202,7 @@ class GPT(nn.Module):
 
     def hiddens(self, idx: torch.Tensor, n_samples: int = 0, branches: Branches | None = None) -> list[torch.Tensor]:
         """The hidden states (B, T, C) that n_samples draws of all weights need: one, or one per draw with bayes_mlp."""
-        read = partial(self.hidden_of_branches, branches=branches) if branches else self.hidden
+        read = partial(self.hidden_at, positions=branches.positions, cache=branches) if branches else self.hidden
         if n_samples < 1 or not self.config.bayes_mlp:
             return [read(idx)]
         with self.sampling():

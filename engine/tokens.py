@@ -8,7 +8,6 @@ function of (seed, i) alone.
 
 import hashlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
+from engine.files import write_json
 from engine.scan import Reader, Scan, looks_like, remember
 from engine.tokenizer import GPT2Tokenizer, Tokenizer, read_meta
 
@@ -56,8 +56,7 @@ def write_dataset(folder: str | Path, splits: Mapping[str, Iterable[str]], token
         "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
         "splits": described,
     }
-    (folder / "meta.tmp").write_text(json.dumps(meta, indent=1))
-    os.replace(folder / "meta.tmp", folder / "meta.json")
+    write_json(folder / "meta.json", meta)
     tokenizer.save(folder)
     for split in described:
         os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
