@@ -20,7 +20,7 @@ import train
 from engine import distributed
 from engine.config import load_config
 from engine.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
-from engine.tokens import write_dataset
+from engine.writer import write_dataset
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
 from model import GPT, GPTConfig
 

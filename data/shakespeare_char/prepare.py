@@ -13,7 +13,7 @@ from engine.config import load_config
 from engine.corpus import tiny_shakespeare
 from engine.errors import run
 from engine.tokenizer import CharTokenizer
-from engine.tokens import write_dataset
+from engine.writer import write_dataset
 
 
 @dataclass(frozen=True)

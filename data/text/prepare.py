@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.config import load_config
 from engine.corpus import make_tokenizer, read_text
 from engine.errors import UserError, run
-from engine.tokens import DATA_ROOT, write_dataset
+from engine.tokens import DATA_ROOT
+from engine.writer import write_dataset
 
 ENOUGH_DOCUMENTS = 20
 

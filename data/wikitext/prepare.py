@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.config import load_config
 from engine.errors import UserError, run
 from engine.tokenizer import GPT2Tokenizer
-from engine.tokens import DATA_ROOT, write_dataset
+from engine.tokens import DATA_ROOT
+from engine.writer import write_dataset
 
 SPLITS = {"train": ("train", "train"), "val": ("valid", "validation"), "test": ("test", "test")}  # ours: file, hub
 TITLE = re.compile(r" = [^=].* = \n")
