@@ -1,0 +1,478 @@
+"""engine/sources.py and engine/formats.py: whatever the files are, all their text comes out, in bounded memory."""
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from engine import formats, sources
+from engine.errors import UserError
+from engine.sources import find, hub, hub_splits, in_pieces
+from engine.tokenizer import BPETokenizer, GPT2Tokenizer
+from tests.conftest import shared_data
+from tests.helpers import ROOT
+
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
+SPACES = [chr(c) for c in range(0x110000) if chr(c).isspace()]
+ODD = [
+    *SPACES,
+    *"\x00\u180e\u200b\u2060\ufeff\u00ad",
+    "'s",
+    " 's",
+    "é",
+    "e\u0301",
+    "東京",
+    "🏳️‍🌈",
+    "12",
+    "...",
+    "<|endoftext|>",
+]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces, chunks and rows so small that every border is met."""
+    for module, name, value in (
+        (sources, "PIECE", 5),
+        (sources, "LONGEST_PIECE", 40),
+        (sources, "ROWS", 3),
+        (formats, "ROWS", 3),
+        (formats, "CHUNK", 16),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def documents_of(parts: list[sources.Part]) -> list[str]:
+    """The pieces of all parts, joined to documents."""
+    documents = []
+    for part in parts:
+        read = 0
+        for piece in part.pieces():
+            assert piece.text and piece.read >= read
+            assert len(piece.text) <= sources.LONGEST_PIECE
+            read = piece.read
+            if piece.first:
+                documents.append("")
+            documents[-1] += piece.text
+        assert read <= part.size or not part.size
+    return documents
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def table(path: Path, columns: dict, **options) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table(columns), path, **options)
+    return str(path)
+
+
+def lines(texts: list, field: str = "text") -> str:
+    return "".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts)
+
+
+def refused(source: str, **options) -> str:
+    """The one line that says why the source cannot be read."""
+    with pytest.raises(UserError) as error:
+        documents_of(find(source, **options))
+    message = str(error.value)
+    assert message.isprintable() and len(message) < 600
+    return message
+
+
+def odd_text(seed: int, n: int = 300) -> str:
+    draw = random.Random(seed)
+    return "".join(draw.choice([draw.choice(ODD), " ", "\n", "word", "x"]) for _ in range(n))
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> list:
+    return [GPT2Tokenizer(), BPETokenizer.train([odd_text(seed) for seed in range(30)] + ["a word or two. " * 99], 600)]
+
+
+def assert_pieces_encode_as_the_whole(text: str, tokenizers: list) -> int:
+    pieces = [piece for piece, _ in in_pieces([text])]
+    assert "".join(pieces) == text
+    for tokenizer in tokenizers:
+        ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
+        assert np.array_equal(ids, tokenizer.encode(text))
+    return len(pieces)
+
+
+def test_the_tokens_of_the_pieces_are_the_tokens_of_the_text_whatever_the_spaces(small, monkeypatch, tokenizers):
+    monkeypatch.setattr(sources, "LONGEST_PIECE", 10**6)
+    for seed in range(200):
+        assert assert_pieces_encode_as_the_whole(odd_text(seed), tokenizers) > 5
+
+
+def test_the_tokens_of_the_pieces_are_the_tokens_of_real_text(monkeypatch, tokenizers):
+    monkeypatch.setattr(sources, "PIECE", 1000)
+    for name in ("tinyshakespeare/input.txt", "wikitext2/wiki.valid.raw", "sotu/sotu.txt"):
+        text = shared_data(name).read_bytes().decode()[:200_000]
+        assert assert_pieces_encode_as_the_whole(text, tokenizers) > 150
+
+
+def test_a_cut_behind_any_control_format_or_space_character_changes_no_token(monkeypatch, tokenizers):
+    monkeypatch.setattr(sources, "PIECE", 1)
+    odd = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) in ("Cc", "Cf", "Zs", "Zl", "Zp")]
+    for space in (" ", "\n", "  ", " \n"):
+        assert_pieces_encode_as_the_whole("".join(f"a{c}{space}{c}b{space}" for c in odd), tokenizers)
+
+
+def test_pieces_join_to_the_documents_and_those_of_whitespace_alone_are_passed_over(small):
+    texts = ["", "a", " \n\t", "b" * 100, " " * 100 + "c", "  ", "d e f g h i j\n"]
+    joined = []
+    for text, first in in_pieces(texts):
+        joined += [""] if first else []
+        joined[-1] += text
+    assert joined == [texts[1], *texts[3:5], texts[6]]
+
+
+def test_a_text_without_a_place_to_cut_is_cut_anyway(monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST_PIECE", 2 << 20)
+    text = "東" * (5 << 20)
+    pieces = [piece for piece, _ in in_pieces([text])]
+    assert [len(piece) >> 20 for piece in pieces] == [2, 2, 1] and "".join(pieces) == text
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_text_comes_back_whole_line_ends_nul_bytes_and_all(compression, small, tmp_path):
+    for seed in range(20):
+        text = odd_text(seed) + "\r\n\r\x00\nend\x85"
+        source = write(tmp_path / f"a.txt{compression}", COMPRESS[compression](text.encode()))
+        assert documents_of(find(source)) == [text]
+        data = text.encode()
+        write(tmp_path / f"a.txt{compression}", COMPRESS[compression](data[:77]) + COMPRESS[compression](data[77:]))
+        assert documents_of(find(source)) == [text]  # two streams in one file, as parallel compressors write
+
+
+@pytest.mark.parametrize("separator", ["|", "\n\n", "aa", "aab", "<|endoftext|>", "東\n京"])
+def test_separators_divide_as_str_split_does_wherever_the_chunks_end(separator, small, tmp_path):
+    for seed in range(60):
+        draw = random.Random(seed)
+        text = "".join(draw.choice([separator, *separator, "a", "x y", " "]) for _ in range(60))
+        documents = documents_of(find(write(tmp_path / "a.txt", text), separator=separator))
+        assert documents == [document for document in text.split(separator) if document.strip()]
+
+
+def test_a_byte_order_mark_is_dropped_at_the_begin_of_a_file_only(small, tmp_path):
+    write(tmp_path / "a.txt", "\ufeff\ufeffone \ufefftwo")
+    write(tmp_path / "b.jsonl", "\ufeff" + lines(["\ufeffthree"]))
+    write(tmp_path / "c.txt", "\ufeff")
+    assert documents_of(find(str(tmp_path))) == ["\ufeffone \ufefftwo", "\ufeffthree"]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_each_line_of_json_is_a_document(compression, small, tmp_path):
+    texts = [odd_text(seed) for seed in range(30)]
+    data = lines([*texts, None, "", " \n"]).replace("\n", "\r\n\n") + json.dumps({"text": "last 😀"})
+    source = write(tmp_path / f"a.jsonl{compression}", COMPRESS[compression](data.encode()))
+    assert documents_of(find(source)) == [*texts, "last 😀"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_each_row_of_a_table_is_a_document(kind, small, tmp_path):
+    texts = [odd_text(seed) for seed in range(30)]
+    column = pa.array([*texts, None, "", " ", texts[0]], pa.string()).cast(kind)
+    source = table(tmp_path / "a.parquet", {"id": range(34), "body": column}, row_group_size=7)
+    assert documents_of(find(source, field="body")) == [*texts, texts[0]]
+
+
+def test_files_folders_and_globs_are_read_in_order_each_once(tmp_path, monkeypatch):
+    for name in (
+        "b.txt",
+        "a.md",
+        "sub/c.text",
+        "sub/deep/d.TXT.gz",
+        "e.raw",
+        ".hidden.txt",
+        ".git/f.txt",
+        "g.py",
+        "h.json",
+    ):
+        text = Path(name).name.encode()
+        write(tmp_path / "in" / name, gzip.compress(text) if name.endswith("gz") else text)
+    os.symlink(tmp_path / "in" / "sub", tmp_path / "in" / "sub" / "deep" / "circle")
+    os.symlink(tmp_path / "in" / "b.txt", tmp_path / "in" / "link.txt")
+    monkeypatch.chdir(tmp_path)
+    assert documents_of(find("in")) == ["a.md", "b.txt", "e.raw", "c.text", "d.TXT.gz"]
+    assert documents_of(find("in/e.raw,in/*.txt,in/sub/,./in/e.raw")) == ["e.raw", "b.txt", "c.text", "d.TXT.gz"]
+    assert documents_of(find("in/**/*.t*xt")) == ["b.txt", "c.text"]
+    write(tmp_path / "with,comma.txt", "comma")
+    parts = find("with,comma.txt")
+    monkeypatch.chdir("/")
+    assert documents_of(parts) == ["comma"]
+
+
+def test_a_part_tells_its_size_and_identity_gives_the_same_pieces_again_and_can_be_sent_to_a_process(tmp_path):
+    source = write(tmp_path / "a.txt", "word " * 600_000)
+    part = find(source)[0]
+    again = pickle.loads(pickle.dumps(part))
+    assert list(again.pieces()) == list(part.pieces()) and len(list(part.pieces())) == 3
+    assert part.size == 3_000_000 and str(os.stat(source).st_mtime_ns) in part.identity and source in part.identity
+    first = find(source)[0].identity
+    os.utime(source, ns=(1, 1))
+    assert find(source)[0].identity != first == part.identity
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_what_is_not_utf8_is_refused_with_its_place_or_replaced(compression, ending, small, tmp_path):
+    good = "naïve 東京 " * 9 + "\n"
+    data = {"txt": good.encode() + b"caf\xe9 end", "jsonl": lines([good]).encode() + b'{"text": "caf\xe9 end"}'}[ending]
+    source = write(tmp_path / f"a.{ending}{compression}", COMPRESS[compression](data))
+    message = refused(source)
+    assert re.search(rf"is not UTF-8 at byte {data.index(0xE9)}\b", message) and "--errors=replace" in message
+    assert ("decompresses" in message) == bool(compression)
+    assert (
+        documents_of(find(source, errors="replace"))
+        == {
+            "txt": [f"{good}caf\ufffd end"],
+            "jsonl": [good, "caf\ufffd end"],
+        }[ending]
+    )
+
+
+def test_a_text_that_ends_within_a_character_is_not_utf8(small, tmp_path):
+    source = write(tmp_path / "a.txt", b"sixteen bytes it\xf0\x9f\x98")
+    assert "at byte 16;" in refused(source)
+    assert documents_of(find(source, errors="replace")) == ["sixteen bytes it\ufffd"]
+
+
+def test_half_a_surrogate_pair_is_not_utf8(tmp_path):
+    source = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}\n{"text": "x\\ud800y"}\n')
+    assert "line 2" in refused(source) and "--errors=replace" in refused(source)
+    assert documents_of(find(source, errors="replace")) == ["😀", "x\ufffdy"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"text": "x"', "line 2 is no JSON"),
+        ("[" * 100_000, "line 2 is no JSON"),
+        ('{"text": ' + "9" * 10_000 + "}", "line 2 is no JSON"),
+        ('["text"]', "line 2 is no JSON object but a list"),
+        ('{"body": "x", "n\\n": 1}', r"line 2 has no field 'text' but body, n\n; give --field=..."),
+        (json.dumps(dict.fromkeys(map(str, range(9999)))), "17, 18, 19, ...; give --field"),
+        ("{}", "has no field 'text' but none"),
+        ('{"text": 5}', "field 'text' is no string but a int"),
+    ],
+)
+def test_a_bad_line_of_json_is_refused_by_its_number(line, expected, tmp_path):
+    message = refused(write(tmp_path / "a.jsonl", lines(["good"]) + line + "\n"))
+    assert expected in message and "a.jsonl" in message
+
+
+def test_a_line_of_json_longer_than_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST_LINE", 1 << 20)
+    assert "line 2 has more than 1 MB" in refused(write(tmp_path / "a.jsonl", "\n" + lines(["x" * (1 << 20)])))
+
+
+def test_a_bad_table_is_refused(tmp_path):
+    columns = {"body": ["word " * 1000] * 99, "id": range(99)}
+    good = table(tmp_path / "a.parquet", columns, compression="none", write_page_checksum=True)
+    assert "has no column 'text' but body, id" in refused(good)
+    assert "column 'id' is no string but int64" in refused(good, field="id")
+    data = Path(good).read_bytes()
+    for i, bad in enumerate([data[:-20], data[:100], b"", b"PAR1" * 10, data[:50] + b"\xff" * 100 + data[150:]]):
+        assert "damaged" in refused(write(tmp_path / f"bad{i}.parquet", bad), field="body")
+    binary = pa.array([b"good", b"caf\xe9"])
+    source = table(tmp_path / "latin.parquet", {"text": pa.Array.from_buffers(pa.string(), 2, binary.buffers())})
+    assert "row 2 is not UTF-8" in refused(source)
+    assert documents_of(find(source, errors="replace")) == ["good", "caf\ufffd"]
+
+
+@pytest.mark.parametrize("compression", list(COMPRESS)[1:])
+def test_a_compressed_file_that_is_cut_short_damaged_or_something_else_is_refused(compression, tmp_path):
+    whole = COMPRESS[compression]("".join(odd_text(seed) for seed in range(30)).encode())
+    for bad in (
+        b"",
+        whole[:5],
+        whole[:-1],
+        whole[: len(whole) // 2],
+        b"plain text",
+        whole + whole[:30],
+        whole + b"junk",
+    ):
+        assert "a.txt" in (message := refused(write(tmp_path / f"a.txt{compression}", bad)))
+        assert "cut short or damaged" in message
+
+
+def test_a_stream_damaged_behind_whole_ones_is_not_taken_for_the_end(tmp_path):
+    for ending in (".bz2", ".xz"):
+        streams = [COMPRESS[ending](f"document {i}\n".encode()) for i in range(9)]
+        streams[4] = streams[4][:-20] + bytes(20)
+        assert "damaged" in refused(write(tmp_path / f"a.txt{ending}", b"".join(streams)))
+
+
+def test_empty_files_and_documents_of_whitespace_are_passed_over(tmp_path):
+    for name in ("a.txt", "b.jsonl", "c.md"):
+        write(tmp_path / name, " \n\n" if name == "c.md" else "")
+    table(tmp_path / "d.parquet", {"text": pa.array([], pa.string())})
+    assert documents_of(find(str(tmp_path))) == []
+
+
+def test_a_source_that_names_no_text_is_refused(tmp_path):
+    write(tmp_path / "empty" / ".hidden.txt", "x")
+    write(tmp_path / "a.json", "{}")
+    write(tmp_path / "a.parquet.gz", "x")
+    os.symlink(tmp_path / "gone", tmp_path / "link.txt")
+    os.mkfifo(tmp_path / "fifo.txt")
+    assert "does not exist" in refused(f"{tmp_path}/none.txt") and "does not exist" in refused(f"{tmp_path}/*.md")
+    assert "holds no file" in (message := refused(f"{tmp_path}/empty")) and ".parquet" in message
+    assert "known: .txt" in (message := refused(f"{tmp_path}/a.json")) and "jq" in message
+    assert "no known ending" in refused(f"{tmp_path}/a.parquet.gz") and "no known ending" in refused(f"{tmp_path}/a.*")
+    assert "No such file" in refused(str(tmp_path)) or "no regular file" in refused(str(tmp_path))
+    assert "no regular file" in refused(f"{tmp_path}/fifo.txt")
+    assert "which text" in refused("") and "which text" in refused(",")
+    assert "strict or replace" in refused(str(tmp_path), errors="ignore")
+    assert "separator" in refused(write(tmp_path / "a.jsonl", "{}"), separator="|")
+
+
+def test_a_file_that_changes_or_vanishes_is_refused(tmp_path):
+    source = write(tmp_path / "a.txt", "word " * 1_000_000)
+    part = find(source)[0]
+    pieces = part.pieces()
+    next(pieces)
+    with open(source, "a") as file:
+        file.write("more")
+    with pytest.raises(UserError, match="has changed"):
+        list(pieces)
+    with pytest.raises(UserError, match="has changed"):
+        next(part.pieces())
+    part = find(source)[0]
+    os.remove(source)
+    with pytest.raises(UserError, match="No such file"):
+        next(part.pieces())
+
+
+def test_no_file_name_breaks_a_message_into_lines(tmp_path):
+    name = os.fsdecode(b"a\n\x1b[31m\xff.jsonl")
+    source = write(tmp_path / name, "x")
+    assert r"a\n\x1b[31m\udcff.jsonl, line 1" in refused(source)
+    assert find(source)[0].name.isprintable()
+    write(tmp_path / name, lines([1], "te\nxt"))
+    assert r"field 'te\nxt'" in refused(source, field="te\nxt")
+
+
+MEASURE = """
+import resource, sys
+from engine.sources import find
+list(find(sys.argv[1])[0].pieces())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+n = sum(len(piece.text) for piece in find(sys.argv[2])[0].pieces())
+print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+@pytest.mark.parametrize("name", ["txt", "jsonl.gz", "parquet"])
+def test_memory_stays_flat_however_long_the_file(name, tmp_path):
+    """300 MB (of a table, which takes longer to write, 100) against 6 MB: one document, or documents of 1 MB."""
+    text = "Some words in a row, and a few more.\n" * 27_000
+    for label, n in (("short", 6), ("long", 100 if name == "parquet" else 300)):
+        with open(tmp_path / f"{label}.txt", "w") as plain:
+            plain.writelines(itertools.repeat(text, n if name == "txt" else 0))
+        if name == "jsonl.gz":  # streams of 1 MB, one behind the other
+            write(tmp_path / f"{label}.{name}", gzip.compress(lines([text]).encode(), 1) * n)
+        if name == "parquet":
+            table(tmp_path / f"{label}.{name}", {"text": [f"{i} {text}" for i in range(n)]}, compression="zstd")
+    files = [str(tmp_path / f"{label}.{name}") for label in ("short", "long")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *files], cwd=ROOT, capture_output=True, text=True, check=True)
+    n_characters, megabytes = map(int, done.stdout.split())
+    assert n_characters >= n * len(text) and megabytes < 60
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch) -> Path:
+    """A data set such as the hub has, in a folder."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for split, n in (("train", 3), ("validation", 1)):
+        for i in range(n):
+            texts = [f"{split} {i} {j}" for j in range(100)] + [None, " "]
+            table(tmp_path / "set" / "data" / f"{split}-0000{i}-of-0000{n}.parquet", {"text": texts, "id": range(102)})
+    return tmp_path / "set"
+
+
+def hub_refused(*names: str, **options) -> str:
+    with pytest.raises(UserError) as error:
+        documents_of(hub(*names, **options))
+    assert str(error.value).isprintable() and len(str(error.value)) < 600
+    return str(error.value)
+
+
+def test_a_hub_data_set_gives_a_part_per_file_in_order(hub_folder):
+    parts = hub(str(hub_folder))
+    assert [documents_of([part]) for part in parts] == [[f"train {i} {j}" for j in range(100)] for i in range(3)]
+    assert list(parts[1].pieces()) == list(parts[1].pieces()) == list(pickle.loads(pickle.dumps(parts[1])).pieces())
+    assert len({part.identity for part in parts}) == 3 and "train-00001-of-00003" in parts[1].identity
+    assert documents_of(hub(str(hub_folder), split="validation")) == [f"validation 0 {j}" for j in range(100)]
+    assert hub_splits(str(hub_folder)) == ["train", "validation"]
+
+
+def test_a_hub_data_set_of_json_lines_is_read_too(tmp_path, hub_folder):
+    for i in range(2):
+        write(
+            tmp_path / "json" / f"train-{i}.jsonl.gz",
+            gzip.compress(lines([f"{i} {j} naïve" for j in range(9)]).encode()),
+        )
+    assert documents_of(hub(str(tmp_path / "json"))) == [f"{i} {j} naïve" for i in range(2) for j in range(9)]
+
+
+def test_what_a_hub_data_set_lacks_is_said_in_one_line(tmp_path, hub_folder, capfd):
+    assert "no column 'body' but text, id" in hub_refused(str(hub_folder), field="body")
+    assert "no string but int" in hub_refused(str(hub_folder), field="id")
+    assert "Available splits: ['train', 'validation']" in hub_refused(str(hub_folder), split="test")
+    assert "default" in hub_refused(str(hub_folder), "other")
+    write(tmp_path / "script" / "script.py", "import datasets")
+    assert "scripts are no longer supported" in hub_refused(str(tmp_path / "script"))
+    (hub_folder / "data" / "train-00001-of-00003.parquet").write_bytes(b"PAR1 and no more")
+    assert "ArrowInvalid" in (message := hub_refused(str(hub_folder))) and "the network" not in message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_hub_the_way_on_is_said_at_once(monkeypatch, capfd):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for ask in (hub, hub_splits):
+        with pytest.raises(UserError, match="someone/something: ConnectionError: .*goes on where this one stopped"):
+            ask("someone/something")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_network_that_fails_in_the_middle_is_said_in_one_line(hub_folder, monkeypatch):
+    part = hub(str(hub_folder))[0]
+
+    def fail(*_, **__):
+        yield {"text": ["good"]}
+        raise ConnectionError("Server Disconnected")
+
+    monkeypatch.setattr("datasets.IterableDataset.iter", fail)
+    with pytest.raises(UserError, match="train 1/3: ConnectionError: Server Disconnected; .*goes on"):
+        list(part.pieces())
