@@ -157,13 +157,13 @@ def _field(line: str, where: str, how: How) -> str:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON ({reason(error)})") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where} is no JSON object but a {type(record).__name__}")
+        raise UserError(f"{where} is no JSON object but {type(record).__name__}")
     if how.field not in record:
         raise UserError(f"{where} has no field {how.field!r} but {listed(record) or 'none'}; give --field=...")
     text = record[how.field]
     if not isinstance(text, str | None):
-        raise UserError(f"{where}: its field {how.field!r} is no string but a {type(text).__name__}")
-    if text and "\\u" in line and LONE_SURROGATE.search(text):  # only an escape can make one
+        raise UserError(f"{where}: its field {how.field!r} is no string but {type(text).__name__}")
+    if ("\\ud" in line or "\\uD" in line) and LONE_SURROGATE.search(text or ""):  # only such an escape can make one
         if how.errors == "strict":
             raise UserError(f"{where} is not UTF-8: it has half a surrogate pair; --errors=replace goes on")
         text = LONE_SURROGATE.sub("\ufffd", text)

@@ -55,7 +55,8 @@ def _cut(texts: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
             if place := PLACE.search(held, search, begin + LONGEST_PIECE):
                 cut = place.end()
             elif len(held) - begin >= LONGEST_PIECE:
-                cut = begin + LONGEST_PIECE  # may cost a token or two more than the text in one piece would
+                # may cost a token or two more than the text in one piece; and so much whitespace is a document
+                cut = begin + LONGEST_PIECE
             else:
                 break
             yield held[begin:cut], first
@@ -130,7 +131,9 @@ def _pieces(path: str, identity: str, how: How) -> Iterator[Piece]:
 
 
 def hub(name: str, subset: str = "", split: str = "train", field: str = "text") -> list[Part]:
-    """The files of one split of a data set on the Hugging Face hub, streamed: nothing of it stays on the disk."""
+    """The files of one split of a data set on the Hugging Face hub, streamed: nothing of it stays on the disk.
+
+    In memory is what datasets holds at a time: of .parquet a row group, mostly some MB, and up to three times over."""
     with _asking(name):
         builder = _datasets().load_dataset_builder(name, subset or None)
         rows = builder.as_streaming_dataset(split=split)

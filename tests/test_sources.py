@@ -276,11 +276,11 @@ def test_half_a_surrogate_pair_is_not_utf8(tmp_path):
         ('{"text": "x"', "line 2 is no JSON"),
         ("[" * 100_000, "line 2 is no JSON"),
         ('{"text": ' + "9" * 10_000 + "}", "line 2 is no JSON"),
-        ('["text"]', "line 2 is no JSON object but a list"),
+        ('["text"]', "line 2 is no JSON object but list"),
         ('{"body": "x", "n\\n": 1}', r"line 2 has no field 'text' but body, n\n; give --field=..."),
         (json.dumps(dict.fromkeys(map(str, range(9999)))), "17, 18, 19, ...; give --field"),
         ("{}", "has no field 'text' but none"),
-        ('{"text": 5}', "field 'text' is no string but a int"),
+        ('{"text": 5}', "field 'text' is no string but int"),
     ],
 )
 def test_a_bad_line_of_json_is_refused_by_its_number(line, expected, tmp_path):
