@@ -190,6 +190,8 @@ def _parquet(stream: BinaryIO, how: How) -> Iterator[tuple[str, bool]]:
             for data in column.cast(pa.large_binary()).to_pylist():  # bytes, which nobody has checked yet
                 number += 1
                 yield (data or b"").decode("utf-8", how.errors), True
+        if number != file.metadata.num_rows:  # a damaged footer can have the reader stop early
+            raise UserError(f"{how.name} is damaged: it has {number:,} rows and says {file.metadata.num_rows:,}")
     except UnicodeDecodeError:
         raise UserError(f"{how.name}, row {number:,} is not UTF-8; --errors=replace goes on") from None
     except pa.ArrowException as error:

@@ -307,6 +307,17 @@ def test_a_bad_table_is_refused(tmp_path):
     assert documents_of(find(source, errors="replace")) == ["good", "caf\ufffd"]
 
 
+def test_no_damage_to_a_tables_footer_loses_rows_silently(tmp_path):
+    rows = Path(table(tmp_path / "rows.parquet", {"text": ["row"] * 9}, row_group_size=3)).read_bytes()
+    for place in range(len(rows) // 2, len(rows)):  # the footer
+        bad = rows[:place] + bytes([rows[place] ^ 4]) + rows[place + 1 :]
+        try:
+            n_rows = len(documents_of(find(write(tmp_path / "fewer.parquet", bad), errors="replace")))
+        except UserError:
+            continue
+        assert n_rows == 9
+
+
 @pytest.mark.parametrize("compression", list(COMPRESS)[1:])
 def test_a_compressed_file_that_is_cut_short_damaged_or_something_else_is_refused(compression, tmp_path):
     whole = COMPRESS[compression]("".join(odd_text(seed) for seed in range(30)).encode())
