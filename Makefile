@@ -3,7 +3,7 @@
 #            90 minutes on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
 # make test  ruff and the tests
 # make bench time and memory of heads, steps and the start-up, in ratios; appends to bench/results.jsonl (bench/README.md)
-# make reliability   kills, damage and signals at random instants, counted in training_logs/reliability.json, about 15 minutes
+# make reliability   kills, damage and signals at random instants, counted in training_logs/reliability.json, about 20 minutes
 # make soak  an hour of kills and signals on two processes, then the undisturbed run to compare with
 # All make .venv by themselves from python3 >= 3.10, pip and PyPI.
 
@@ -51,7 +51,7 @@ bench: .venv/.installed-dev
 	$(PY) bench/startup.py $(FLAGS)
 
 reliability: .venv/.installed-dev
-	$(PY) -m tests.faults --kills=100 --corruptions=40 --signals=50
+	$(PY) -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50
 
 soak: .venv/.installed-dev
 	$(PY) -m tests.faults --soak=3600

@@ -91,7 +91,8 @@ def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
 
 def _comments(cls: type) -> dict[str, str]:
     """Flat option name -> the comment on its line (and on comment lines right below it)."""
-    types_of, source, found = typing.get_type_hints(cls), inspect.getsource(cls), {}
+    types_of, found = typing.get_type_hints(cls), {}
+    source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])  # its own lines come first
     for field in dataclasses.fields(cls):
         inner = types_of[field.name]
         if dataclasses.is_dataclass(inner):

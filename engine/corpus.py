@@ -1,26 +1,172 @@
-"""What the prepare scripts share: reading text files, making the tokenizer, knowing that the work is done already."""
+"""What the prepare scripts share: their options, the tokenizer, and a preparation that can be killed and goes on."""
 
+import glob
 import hashlib
+import json
+import shutil
 import urllib.request
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engine.errors import UserError
-from engine.tokenizer import KINDS, BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, read_meta
+from engine.encoding import available_processors
+from engine.errors import UserError, check_ranges
+from engine.files import DATA_ROOT, alone, replace
+from engine.sources import Part, Piece, find, hub, in_pieces
+from engine.splits import Corpus, Position, walk
+from engine.tokenizer import (
+    KINDS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+    read_meta,
+)
+from engine.writer import files_of, install, keep_tokenizer, tokenise
 
+FORMAT = 1  # of what is written here; with another one all is prepared anew
+LEARN_FROM = 1 << 30  # characters of the train split that a BPE learns from, at most
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def read_text(path: str | Path) -> str:
-    """The file's text, line ends as they are; a file that is missing or not UTF-8 is a UserError."""
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv -t UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+@dataclass(frozen=True)
+class Options:
+    """What every prepare script can be told; those that differ override a default."""
+
+    source: str = ""  # local files or folders with the text, commas between; empty: fetch it
+    tokenizer: str = "gpt2"  # gpt2, bpe (learnt from the train split), char, byte, or the folder of a run or data set
+    vocab_size: int = 4096  # of a bpe, with its 256 bytes and end-of-text
+    val_fraction: float = 0.0  # share of the train split's documents to draw for val; 0: the official val split
+    shard_tokens: int = 100_000_000  # ids in a file; a split with more has several, train_000000.bin ...
+    num_proc: int = 0  # processes that tokenise; 0: as many as there are processors
+    errors: str = "strict"  # text that is not UTF-8: strict refuses it, replace reads U+FFFD there
+    folder: str = ""  # where the token files go; empty: data/<name>
+
+
+def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
+    """Write the data set of that name from a corpus, which is not asked for where all is there already.
+
+    What has been killed goes on, and what is there is ready, for as long as the options and local files are the same.
+    """
+    check_ranges(options, {"val_fraction": (0, 0.999), "shard_tokens": (1, 1 << 40), "num_proc": (0, 1024)})
+    if options.errors not in ("strict", "replace"):
+        raise UserError(f"errors = {options.errors!r} must be strict or replace")
+    folder = Path(options.folder or DATA_ROOT / name)
+    asked = {key: value for key, value in asdict(options).items() if key not in ("num_proc", "folder")}
+    asked |= {"format": FORMAT, "name": name, "files": _stamps(options.source) + _stamps(options.tokenizer)}
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    work, lock = folder / f".preparing-{key}", folder / ".preparing.lock"
+    if not work.exists() and is_ready(folder, key):
+        print(f"{folder} is ready; delete its meta.json to prepare it again")
+        return
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(lock, f"another process prepares {folder}; wait for it, or give another --folder"):
+        try:
+            work.mkdir(exist_ok=True)
+            if not (work / "meta.json").is_file():
+                _make(options, corpus(), work, key)
+            install(work, folder)
+            _say(folder)
+        except BaseException as error:
+            kept = (work / "journal.json").is_file()
+            if not kept:
+                shutil.rmtree(work)
+            if kept and isinstance(error, UserError | OSError):
+                raise UserError(f"{error}; the same command goes on behind the files that are whole") from error
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
+            if new and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _make(options: Options, corpus: Corpus, work: Path, key: str) -> None:
+    """All that is to be installed, in the folder of work."""
+    if not (work / "tokenizer").is_dir():
+        keep_tokenizer(make_tokenizer(options, corpus), work)
+    tokenizer = load_tokenizer(work / "tokenizer")
+    tokenise(corpus, tokenizer, work, options.shard_tokens, options.num_proc or available_processors(), key)
+
+
+def _say(folder: Path) -> None:
+    for split, about in read_meta(folder)["splits"].items():
+        files = files_of(split, about)
+        where = files[0][0] if len(files) == 1 else f"{split}: {len(files):,} files"
+        print(f"{where}: {about['documents']:,} documents, {about['bytes']:,} bytes, {about['tokens']:,} tokens")
+
+
+def is_ready(folder: Path, key: str) -> bool:
+    """Whether the folder holds a whole data set that was prepared under this key."""
+    meta = read_meta(folder) or {}
+    if meta.get("made_from") != key:
+        return False
+    itemsize = 2 if meta["dtype"] == "uint16" else 4
+    files = [file for split, about in meta["splits"].items() for file in files_of(split, about)]
+    return all((folder / n).is_file() and (folder / n).stat().st_size == tokens * itemsize for n, tokens in files)
+
+
+def _stamps(paths: str) -> list:
+    """Size and time of the local files that an option names, by which a change of them is seen."""
+    found = []
+    for path in map(Path, (found for pattern in paths.split(",") for found in sorted(glob.glob(pattern)))):
+        inside = (p for p in path.rglob("*") if p.suffix not in (".bin", ".json", ".lock", ".tmp"))
+        for p in sorted(inside) if path.is_dir() else [path]:
+            if p.is_file():
+                found.append((str(p), p.stat().st_size, p.stat().st_mtime_ns))
+    return found
+
+
+def part_of(name: str, documents: Callable[[], Iterable[str]], size: int = 0) -> Part:
+    """A part whose documents a script makes itself; size: their bytes, if known."""
+
+    def pieces() -> Iterator[Piece]:
+        read = 0
+        for text, first in in_pieces(documents()):
+            read += len(text.encode())
+            yield Piece(text, first, min(read, size))
+
+    return Part(name, size, name, pieces)
+
+
+def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
+    """The tokenizer that the options name. A BPE learns from train alone; characters must cover every split."""
+    kind = options.tokenizer
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char":
+        characters, documents = set(), Counter()
+        for split, text, first, _ in walk(corpus, Position()):
+            characters.update(text)
+            documents[split] += first
+        return CharTokenizer(sorted(characters), eot=max(documents.values(), default=0) > 1)
+    if kind == "bpe":
+        if not 257 <= options.vocab_size <= 1 << 20:
+            raise UserError(f"--vocab_size={options.vocab_size}: a BPE needs 257 (bytes, end-of-text) to {1 << 20}")
+        return BPETokenizer.train(_beginning_of_train(corpus, LEARN_FROM), options.vocab_size)
+    if Path(kind).is_dir() and read_meta(kind) is not None:
+        return load_tokenizer(kind)
+    raise UserError(f"unknown tokenizer {kind!r}; known: {', '.join(KINDS)}, and the folder of a run or a data set")
+
+
+def _beginning_of_train(corpus: Corpus, n: int) -> Iterator[str]:
+    for split, text, *_ in walk(corpus, Position()):
+        if split == "train" and n > 0:
+            yield text
+            n -= len(text)
+        elif n <= 0:
+            return
+
+
+def texts(options: Options, hub_name: str, subset: str = "") -> list[Part]:
+    """The local files that the options name, else a hub's data set."""
+    return find(options.source, errors=options.errors) if options.source else hub(hub_name, subset)
 
 
 def check_sha256(data: bytes, expected: str, what: str) -> bytes:
@@ -30,45 +176,18 @@ def check_sha256(data: bytes, expected: str, what: str) -> bytes:
     return data
 
 
-def tiny_shakespeare(source: str, folder: Path) -> tuple[str, str]:
-    """nanoGPT's train and val text, 90 % and 10 %, from a local copy (source) or fetched once into the folder."""
-    path = Path(source or folder / "input.txt")
-    if not source and not path.is_file():
+def tiny_shakespeare(options: Options, name: str) -> Corpus:
+    """It from a local copy or fetched once into the data set's folder; its end, val_fraction of it, is val."""
+    path = Path(options.source or Path(options.folder or DATA_ROOT / name) / "input.txt")
+    if not options.source and not path.is_file():
         try:
             with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
                 data = check_sha256(response.read(), SHAKESPEARE_SHA256, SHAKESPEARE)
         except OSError as error:
             raise UserError(f"cannot fetch {SHAKESPEARE} ({error}); give a local copy with --source=PATH") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    text = read_text(path)
-    check_sha256(text.encode(), SHAKESPEARE_SHA256, f"{path} (for a text of your own use data/text/prepare.py)")
-    cut = int(0.9 * len(text))
-    return text[:cut], text[cut:]
-
-
-def make_tokenizer(kind: str, splits: Mapping[str, Sequence[str]], vocab_size: int) -> Tokenizer:
-    """The tokenizer for these documents. A BPE learns from train alone; characters must cover every split."""
-    if kind not in KINDS:
-        raise UserError(f"unknown tokenizer {kind!r}; known: {', '.join(KINDS)}")
-    if kind == "bpe":
-        if not 257 <= vocab_size <= 1 << 20:
-            raise UserError(f"--vocab_size={vocab_size}: a BPE needs 257 (the bytes and end-of-text) to {1 << 20}")
-        return BPETokenizer.train(splits["train"], vocab_size)
-    if kind == "char":
-        needs_eot = any(len(documents) > 1 for documents in splits.values())
-        return CharTokenizer.train(chain(*splits.values()), eot=needs_eot)
-    return GPT2Tokenizer() if kind == "gpt2" else ByteTokenizer()
-
-
-def is_prepared(folder: Path, kind: str, vocab_size: int) -> bool:
-    """Whether the folder holds a whole data set, by its own hashes, made with this tokenizer."""
-    meta = read_meta(folder)
-    if meta is None or meta["tokenizer"].get("kind") != kind or (kind == "bpe" and meta["vocab_size"] != vocab_size):
-        return False
-    if kind == "bpe" and not (folder / BPETokenizer.file).is_file():
-        return False
-    files = {folder / f"{split}.bin": about.get("sha256") for split, about in meta.get("splits", {}).items()}
-    return bool(files) and all(
-        p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == sha256 for p, sha256 in files.items()
-    )
+        replace(path, lambda temporary: temporary.write_bytes(data))
+    own_text = f"{path} (for a text of your own use data/text/prepare.py)"
+    text = check_sha256(path.read_bytes(), SHAKESPEARE_SHA256, own_text).decode()
+    cut = int((1 - options.val_fraction) * len(text))
+    splits = {"train": text[:cut]} | ({"val": text[cut:]} if options.val_fraction else {})
+    return Corpus({split: [part_of(split, lambda t=t: [t], len(t))] for split, t in splits.items()})

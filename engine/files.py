@@ -8,6 +8,8 @@ from pathlib import Path
 
 from engine.errors import UserError, warn
 
+DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
+
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Have write(temporary) make the file beside, flush it to the disk, and give it its name: whoever is killed at any
@@ -50,4 +52,6 @@ def alone(path: Path, busy: str) -> Iterator[None]:
             raise UserError(busy) from None
         except (ImportError, OSError) as error:  # Windows; cluster file systems that are mounted without locks
             warn(f"cannot lock {path} ({error}); nothing stops a second process from using this folder")
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            raise UserError(busy)  # whoever held it has removed it meanwhile
         yield

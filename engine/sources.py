@@ -134,21 +134,32 @@ def hub(name: str, subset: str = "", split: str = "train", field: str = "text") 
     """The files of one split of a data set on the Hugging Face hub, streamed: nothing of it stays on the disk.
 
     In memory is what datasets holds at a time: of .parquet a row group, mostly some MB, and up to three times over."""
+    rows, files = _streamed(name, subset, split, field)
+    n_bytes, parts = getattr((rows.info.splits or {}).get(split), "num_bytes", 0) or 0, []
+    for i, file in enumerate(files):
+        title = " ".join([*filter(None, (name, subset, split)), f"{i + 1}/{len(files)}"])
+        pieces = functools.partial(_hub_pieces, rows, len(files), i, field, printable(title))
+        parts.append(Part(printable(title), n_bytes // len(files), f"{title} {file}", pieces))
+    return parts
+
+
+def hub_texts(name: str, subset: str = "", split: str = "train", field: str = "text") -> Iterator[str]:
+    """All texts of one split, the empty ones too: for a data set whose rows are lines."""
+    rows, files = _streamed(name, subset, split, field)
+    for i in range(len(files)):
+        yield from _hub_texts(rows, len(files), i, field, printable(f"{name} {subset} {split}"))
+
+
+def _streamed(name: str, subset: str, split: str, field: str) -> tuple:
+    """The rows of a split, and the addresses of its files, which hold the revision."""
     with _asking(name):
         builder = _datasets().load_dataset_builder(name, subset or None)
         rows = builder.as_streaming_dataset(split=split)
         columns, n = rows.column_names, rows.num_shards
     if columns is not None and field not in columns:
         raise UserError(f"{printable(name)} has no column {field!r} but {listed(columns)}; give --field=...")
-    n_bytes = getattr((rows.info.splits or {}).get(split), "num_bytes", 0) or 0
-    files = list((builder.config.data_files or {}).get(split, []))  # their addresses hold the revision
-    files = files if len(files) == n else [""] * n
-    parts = []
-    for i, file in enumerate(files):
-        title = " ".join([*filter(None, (name, subset, split)), f"{i + 1}/{n}"])
-        pieces = functools.partial(_hub_pieces, rows, n, i, field, printable(title))
-        parts.append(Part(printable(title), n_bytes // n, f"{title} {file}", pieces))
-    return parts
+    files = list((builder.config.data_files or {}).get(split, []))
+    return rows, files if len(files) == n else [""] * n
 
 
 def hub_splits(name: str, subset: str = "") -> list[str]:
@@ -183,19 +194,19 @@ def _asking(what: str) -> Iterator[None]:
 
 def _hub_pieces(rows, n: int, i: int, field: str, name: str) -> Iterator[Piece]:
     read = 0
+    for text, first in in_pieces(_hub_texts(rows, n, i, field, name)):
+        read += len(text.encode())
+        yield Piece(text, first, read)
+
+
+def _hub_texts(rows, n: int, i: int, field: str, name: str) -> Iterator[str]:
     with _asking(name):
         shard = rows.shard(num_shards=n, index=i)
         shard = shard.select_columns([field]) if rows.column_names is not None else shard
-        for text, first in _cut(_hub_texts(shard, field, name)):
-            read += len(text.encode())
-            yield Piece(text, first, read)
-
-
-def _hub_texts(shard, field: str, name: str) -> Iterator[tuple[str, bool]]:
-    for batch in shard.iter(batch_size=ROWS):
-        if field not in batch:
-            raise UserError(f"{name} has no column {field!r} but {listed(batch)}; give --field=...")
-        for text in batch[field]:
-            if not isinstance(text, str | None):
-                raise UserError(f"{name}: its column {field!r} is no string but {type(text).__name__}")
-            yield text or "", True
+        for batch in shard.iter(batch_size=ROWS):
+            if field not in batch:
+                raise UserError(f"{name} has no column {field!r} but {listed(batch)}; give --field=...")
+            for text in batch[field]:
+                if not isinstance(text, str | None):
+                    raise UserError(f"{name}: its column {field!r} is no string but {type(text).__name__}")
+                yield text or ""

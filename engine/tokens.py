@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
+from engine.files import DATA_ROOT
 from engine.scan import Reader, Scan, looks_like, remember
 from engine.tokenizer import GPT2Tokenizer, read_meta
 
-DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
 HEAD = 1 << 16  # bytes by which the dtype of a file is judged
 
 

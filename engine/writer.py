@@ -1,68 +1,171 @@
-"""Documents in, token files out: the one place that writes them. engine/tokens.py reads them and says what they are."""
+"""Documents in, token files out: the one place that writes them. engine/tokens.py reads them and says what they are.
+
+tokenise() goes through a corpus in order and fills files of shard_tokens ids in a folder of work. When one is full,
+journal.json says how far all splits and the source have come: who is killed at any instant goes on from there, and ends
+with the same files. install() moves them into the data set's folder.
+"""
 
 import hashlib
+import itertools
+import json
 import os
+import re
+import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+from tqdm import tqdm
 
+from engine.encoding import Encoded, dtype_of, encode_all
 from engine.errors import UserError
-from engine.files import write_json
-from engine.tokenizer import Tokenizer
+from engine.files import flush, write_json
+from engine.splits import SPLITS, Corpus, Position, walk
+from engine.tokenizer import Tokenizer, load_tokenizer
+
+OURS = re.compile(rf"\.?({'|'.join(SPLITS)})(_\d+)?(\.bin|\.scanned\.json)")  # what a preparation may replace
 
 
-def write_dataset(folder: str | Path, splits: Mapping[str, Iterable[str]], tokenizer: Tokenizer) -> dict:
-    """Write each split's documents to <folder>/<split>.bin and describe them in meta.json; returns that description.
+class SplitWriter:
+    """The files of one split: all but the last hold shard_tokens ids; an end-of-text stands between documents."""
 
-    All is written beside first, so that a failure leaves the folder as it was. Then meta.json comes before the token
-    files: whoever is killed in between leaves counts that do not match, which TokenFile refuses.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    try:
-        described = {
-            name: _write_split(folder / f"{name}.tmp", docs, tokenizer, dtype) for name, docs in splits.items()
-        }
-    except BaseException:
-        for split in splits:
-            (folder / f"{split}.tmp").unlink(missing_ok=True)
-        raise
-    meta = {
-        "tokenizer": tokenizer.describe(),
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
-        "splits": described,
-    }
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, state: Mapping):
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.itemsize, self.eot = dtype_of(tokenizer).itemsize, tokenizer.eot
+        self.shards, self.documents, self.n_bytes = list(state["shards"]), state["documents"], state["bytes"]
+        self.file, self.sha256, self.n = None, hashlib.sha256(), state["open"]
+        if self.n:  # the file in progress; what was written behind the journal's end is written again
+            if self.path.stat().st_size < self.n * self.itemsize:
+                raise UserError(f"{self.path} is damaged; delete {folder} and prepare again")
+            self.file = open(self.path, "r+b")  # noqa: SIM115 open until it is full
+            self.file.truncate(self.n * self.itemsize)
+            while piece := self.file.read(1 << 22):
+                self.sha256.update(piece)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / shard_name(self.split, len(self.shards))
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard["tokens"] for shard in self.shards) + self.n
+
+    def write(self, encoded: Encoded) -> bool:
+        """Append ids; whether that made a file full."""
+        if self.eot is None and self.documents + encoded.documents > 1:
+            raise UserError("several documents need a tokenizer with an end-of-text token")
+        data, before = memoryview(encoded.data), len(self.shards)
+        if encoded.documents and not self.documents and self.eot is not None:
+            data = data[self.itemsize :]  # nothing stands before the first of all
+        self.documents, self.n_bytes = self.documents + encoded.documents, self.n_bytes + encoded.n_bytes
+        while data:
+            self.file = self.file or open(self.path, "wb")  # noqa: SIM115 open until it is full
+            piece = data[: (self.shard_tokens - self.n) * self.itemsize]
+            self.file.write(piece)
+            self.sha256.update(piece)
+            data, self.n = data[len(piece) :], self.n + len(piece) // self.itemsize
+            if self.n == self.shard_tokens:
+                self.close_file()
+        return len(self.shards) > before
+
+    def close_file(self) -> None:
+        if self.file:
+            self.sync()
+            self.file.close()
+            self.shards.append({"file": self.path.name, "tokens": self.n, "sha256": self.sha256.hexdigest()})
+            self.file, self.sha256, self.n = None, hashlib.sha256(), 0
+
+    def sync(self) -> None:
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def state(self) -> dict:
+        return {"documents": self.documents, "bytes": self.n_bytes, "open": self.n, "shards": self.shards}
+
+    def described(self) -> dict:
+        """The finished split as meta.json has it."""
+        about = {"documents": self.documents, "tokens": self.tokens, "bytes": self.n_bytes}
+        hashes = [shard["sha256"] for shard in self.shards]
+        if len(hashes) == 1:
+            return about | {"sha256": hashes[0]}
+        return about | {"sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest(), "shards": self.shards}
+
+
+def shard_name(split: str, i: int) -> str:
+    return f"{split}_{i:06d}.bin"
+
+
+def tokenise(corpus: Corpus, tokenizer: Tokenizer, work: Path, shard_tokens: int, num_proc: int, key: str) -> None:
+    """Write a corpus' files into the folder of work, from where a killed call stopped, and last of all meta.json.
+
+    key: what the data set is made from, for prepare() to know it by."""
+    journal, new = work / "journal.json", {"shards": [], "documents": 0, "bytes": 0, "open": 0}
+    known = json.loads(journal.read_text()) if journal.is_file() else {"at": (), "splits": {}}
+    names = [name for name in SPLITS if name in {*corpus.splits, *corpus.fractions}]
+    writers = {name: SplitWriter(work, name, tokenizer, shard_tokens, known["splits"].get(name, new)) for name in names}
+    sizes = [0, *itertools.accumulate(part.size for _, part in corpus.parts)]
+    before, started = sum(writer.tokens for writer in writers.values()), time.perf_counter()
+    if before:
+        print(f"going on behind {before:,} tokens")
+    with tqdm(total=sizes[-1] or None, unit="B", unit_scale=True, disable=None) as bar:
+        for position, found in encode_all(walk(corpus, Position(*known["at"])), tokenizer, num_proc):
+            full = [name for name, encoded in found.items() if writers[name].write(encoded)]
+            rate = (sum(writer.tokens for writer in writers.values()) - before) / (time.perf_counter() - started)
+            bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s", refresh=False)
+            bar.update(sizes[position.part] + position.read - bar.n)
+            for name in full:
+                bar.write(f"{writers[name].shards[-1]['file']} is whole ({rate / 1e6:.2f} M tokens/s)")
+            if full:
+                for writer in writers.values():
+                    writer.sync()
+                states = {name: writer.state() for name, writer in writers.items()}
+                write_json(journal, {"at": position, "splits": states})
+    for writer in writers.values():
+        writer.close_file()
+        if not writer.shards:
+            raise UserError(f"there is no text for the {writer.split} split; give more text or another --val_fraction")
+    about = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "dtype": dtype_of(tokenizer).name}
+    splits = {name: writer.described() for name, writer in writers.items()}
+    write_json(work / "meta.json", about | {"splits": splits, "made_from": key})
+
+
+def keep_tokenizer(tokenizer: Tokenizer, work: Path) -> None:
+    """Save the tokenizer in the folder of work, whole or not at all: who goes on uses the same one."""
+    beside = work / "tokenizer.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    tokenizer.save(beside)
+    write_json(beside / "meta.json", {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size})
+    beside.rename(work / "tokenizer")
+
+
+def files_of(split: str, about: Mapping) -> list[tuple[str, int]]:
+    """The names of a split's files and how many tokens each has; about: the split's entry in meta.json."""
+    shards = about.get("shards", [{"file": f"{split}.bin", "tokens": about["tokens"]}])
+    return [(shard["file"], shard["tokens"]) for shard in shards]
+
+
+def install(work: Path, folder: Path) -> None:
+    """Move what is finished into the data set's folder, and take away what an earlier preparation left there.
+
+    meta.json comes first: who is killed in between leaves files that do not match it, which TokenFile refuses, and the
+    next call finds here all that is still to be moved."""
+    meta, names = json.loads((work / "meta.json").read_text()), set()
     write_json(folder / "meta.json", meta)
-    tokenizer.save(folder)
-    for split in described:
-        os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
-    for split in {"train", "val", "test"} - set(described):  # of an earlier preparation, with other ids
-        (folder / f"{split}.bin").unlink(missing_ok=True)
-    return meta
-
-
-def _write_split(path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype) -> dict:
-    started, n_tokens, n_bytes, n_documents, sha256 = time.perf_counter(), 0, 0, 0, hashlib.sha256()
-    with open(path, "wb") as file:
-        for document in documents:
-            if not document:
-                continue
-            ids = tokenizer.encode(document).astype(dtype)
-            if n_documents:  # end-of-text stands between documents, so one document alone has none
-                if tokenizer.eot is None:
-                    raise UserError("several documents need a tokenizer with an end-of-text token")
-                ids = np.concatenate([np.array([tokenizer.eot], dtype), ids])
-            file.write(data := ids.tobytes())
-            sha256.update(data)
-            n_documents, n_tokens, n_bytes = n_documents + 1, n_tokens + len(ids), n_bytes + len(document.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    if not n_tokens:
-        raise UserError(f"there is no text for the {path.stem} split; give more text or another --val_fraction")
-    seconds = time.perf_counter() - started
-    print(f"{path.stem}.bin: {n_documents:,} documents, {n_bytes:,} bytes, {n_tokens:,} tokens in {seconds:.1f} s")
-    return {"documents": n_documents, "tokens": n_tokens, "bytes": n_bytes, "sha256": sha256.hexdigest()}
+    load_tokenizer(work / "tokenizer").save(folder)
+    for split, about in meta["splits"].items():
+        for i, (name, tokens) in enumerate(files_of(split, about)):
+            names.add(name)
+            if (made := work / shard_name(split, i)).is_file():
+                os.replace(made, folder / name)
+            size = tokens * (2 if meta["dtype"] == "uint16" else 4)
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise UserError(f"{made} is gone; delete {work} and prepare again")
+    flush(folder)
+    for path in folder.iterdir():
+        ours = OURS.fullmatch(path.name)
+        if ours and f"{ours[1]}{ours[2] or ''}.bin" not in names:
+            path.unlink()
+    for left in folder.glob(".preparing-*"):
+        shutil.rmtree(left)

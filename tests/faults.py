@@ -1,6 +1,6 @@
 """Faults on purpose: runs that are killed, told to end, or find their checkpoints damaged, and what becomes of them.
 
-    python -m tests.faults --kills=100 --corruptions=40 --signals=50      # make reliability: some 15 minutes
+    python -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50    # make reliability, 20 minutes
     python -m tests.faults --stalls=5                                     # what a checkpoint of 124M costs the loop
     python -m tests.faults --soak=3600                                    # make soak: an hour and the undisturbed run
 
@@ -9,6 +9,7 @@ Each writes what it counted into training_logs/reliability.json. The tests run s
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train
@@ -34,12 +36,13 @@ from engine.logger import environment, read_records
 from engine.optim import adamw
 from engine.saver import Saver
 from model import GPT, GPTConfig
-from tests.helpers import ROOT, TINY, flags, same_weights, write_words
+from tests.helpers import ROOT, TINY, flags, same_weights, words, write_words
 
 # a step takes some 10 ms, a third of a run is evaluation, a checkpoint is always being written
 OPTIONS = TINY | {"gradient_accumulation_steps": 2, "batch_size": 4, "dropout": 0.1, "weights": "bayes"}
 OPTIONS |= {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 10, "eval_iters": 20, "save_interval": 1}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=5"]
+SHARD = 20_000  # tokens of a file that preparations() writes
 LAST_WORDS = 100.0  # seconds until a run that does not end counts as hung
 
 
@@ -48,6 +51,7 @@ class FaultConfig:
     kills: int = 0  # kill -9 at so many random instants
     corruptions: int = 0  # damage the newest checkpoint so many times
     signals: int = 0  # SIGTERM or SIGINT at so many random instants
+    preparations: int = 0  # kill -9 of a preparation of data at so many random instants
     stalls: int = 0  # save a 124M model so many times, and time it
     soak: int = 0  # seconds of kills and signals on two processes
     seed: int = 0  # of the instants
@@ -241,6 +245,66 @@ def signals(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
     }
 
 
+def documents(n: int = 400) -> list[str]:
+    """Texts of very different lengths, some longer than a file of SHARD tokens."""
+    lengths = np.random.default_rng(0).lognormal(4, 1.5, n) + 1
+    return [f"{i}: " + words(int(length), seed=i) for i, length in enumerate(lengths)]
+
+
+def preparing(source: Path, folder: Path, **options) -> list[str]:
+    """The command that prepares a text of documents() on two processes."""
+    options = {"source": source, "folder": folder, "num_proc": 2, "shard_tokens": SHARD} | options
+    return [sys.executable, str(ROOT / "data" / "text" / "prepare.py"), "--separator=\\n\\n", *flags(**options)]
+
+
+def token_files(folder: Path) -> dict[str, str]:
+    """Every token file and its hash."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.bin"))}
+
+
+def journals(folder: Path) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):  # it ends just now
+        return [path.read_text() for path in folder.glob(".preparing-*/journal.json")]
+    return []
+
+
+def preparations(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
+    """kill -9 at random instants of a preparation: how often what the journal names stays untouched by the next start,
+    and whether the token files are in the end those of an undisturbed one."""
+    source, out, pipe = folder / "tales.txt", folder / "killed", subprocess.PIPE
+    source.write_text("\n\n".join([*documents() * 100, words(100_000)]))
+    subprocess.run(preparing(source, folder / "calm", shard_tokens=100_000), check=True, capture_output=True)
+    killed, behind_a_file, untouched, ended, same, whole = 0, 0, 0, 0, 0, {}
+    while killed < n or not ended:
+        process = subprocess.Popen(preparing(source, out, shard_tokens=100_000), stdout=pipe, stderr=pipe, text=True)
+        if rng.random() < 0.8:  # the others while it starts
+            before = journals(out)
+            while process.poll() is None and before == journals(out):
+                time.sleep(0.01)
+        try:
+            _, said = process.communicate(timeout=rng.uniform(0, 1.0))
+            assert process.returncode == 0, said
+            ended += 1
+            same += token_files(out) == token_files(folder / "calm") and not list(out.glob(".*"))
+            shutil.rmtree(out)
+            whole = {}
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+            earlier, whole = whole, {}
+            for journal in journals(out):
+                shards = [shard for split in json.loads(journal)["splits"].values() for shard in split["shards"]]
+                paths = [path for shard in shards for path in out.glob(f".preparing-*/{shard['file']}")]
+                whole = {path: path.stat().st_mtime_ns for path in paths}
+            if earlier:
+                behind_a_file += 1
+                all_done = not list(out.glob(".preparing-*")) or list(out.glob(".preparing-*/meta.json"))
+                untouched += bool(all_done or earlier.items() <= whole.items())
+    found = {"kills": killed, "behind_a_whole_file": behind_a_file, "which_stayed_untouched": untouched}
+    return found | {"preparations_finished": ended, "with_the_undisturbed_files": same}
+
+
 def stalls(n: int, data: Path, folder: Path, rng: random.Random, shape: GPTConfig | None = None) -> dict:
     """Seconds that saving a 124M model and its optimiser keeps the loop, seconds until it is on the disk, and how much
     longer matrix products take meanwhile."""
@@ -337,7 +401,7 @@ def main() -> None:
     config, _ = load_config(FaultConfig, sys.argv[1:])
     path = ROOT / "training_logs" / "reliability.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    for campaign in (kills, corruptions, signals, stalls, soak):
+    for campaign in (kills, corruptions, signals, preparations, stalls, soak):
         if n := getattr(config, campaign.__name__):
             with tempfile.TemporaryDirectory() as folder:
                 data, started = write_words(Path(folder) / "words"), time.time()

@@ -7,7 +7,7 @@ import os
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,10 @@ import torch._inductor.config
 import train
 from engine import distributed
 from engine.config import load_config
+from engine.corpus import part_of
+from engine.splits import Corpus
 from engine.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
-from engine.writer import write_dataset
+from engine.writer import install, keep_tokenizer, tokenise
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
 from model import GPT, GPTConfig
 
@@ -63,6 +65,18 @@ def compiling() -> Iterator[None]:
 def words(n: int, seed: int = 0) -> str:
     """n random words: easy to learn letter by letter, with no end to it."""
     return " ".join(np.random.default_rng(seed).choice(WORDS, n).tolist())
+
+
+def write_dataset(
+    folder: Path, splits: Mapping[str, Iterable[str]], tokenizer: Tokenizer, shard_tokens: int = 1 << 40
+) -> dict:
+    """A data set of these documents, as the prepare scripts write it; returns its meta.json."""
+    (work := Path(folder) / ".preparing-0").mkdir(parents=True, exist_ok=True)
+    keep_tokenizer(tokenizer, work)
+    parts = {split: [part_of(split, lambda documents=documents: documents)] for split, documents in splits.items()}
+    tokenise(Corpus(parts), tokenizer, work, shard_tokens, num_proc=1, key="")
+    install(work, Path(folder))
+    return json.loads((Path(folder) / "meta.json").read_text())
 
 
 def write_words(folder: Path, tokenizer: Tokenizer | None = None) -> Path:

@@ -17,8 +17,7 @@ from engine.distributed import Processes, autocast, check_accumulation
 from engine.errors import UserError
 from engine.errors import run as run_script
 from engine.tokenizer import ByteTokenizer
-from engine.writer import write_dataset
-from tests.helpers import ROOT, TINY, contents, flags, refused, run, words, write_nanogpt, write_words
+from tests.helpers import ROOT, TINY, contents, flags, refused, run, words, write_dataset, write_nanogpt, write_words
 
 CONFIGS = {
     "unknown.py": b"n_layers = 3\n",

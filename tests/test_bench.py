@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Set
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.helpers import ROOT
 KEYS = {"bench", "case", "baseline", "time_ratio", "memory_ratio", "shapes", "allocator", "machine", "date"}
 
 
-def records_of(script: str, tmp_path, *flags: str) -> list[dict]:
+def records_of(script: str, tmp_path, *flags: str, keys: Set[str] = KEYS) -> list[dict]:
     results = tmp_path / "results.jsonl"
     environment = os.environ | {"BENCH_RESULTS": str(results), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "bench" / script), "--quick", *flags]
@@ -25,7 +26,7 @@ def records_of(script: str, tmp_path, *flags: str) -> list[dict]:
     records = [json.loads(line) for line in results.read_text().splitlines()]
     for record in records:
         in_tuned_heads = record["bench"] == "heads" and record["allocator"] == "tuned"  # where a peak says little
-        assert record.keys() >= (KEYS - {"memory_ratio"} if in_tuned_heads else KEYS)
+        assert record.keys() >= (keys - {"memory_ratio"} if in_tuned_heads else keys)
         assert all(math.isfinite(record[name]) and record[name] > 0 for name in record if name.endswith("ratio"))
         assert f"  {record['case']} " in done.stdout
     return records
@@ -54,6 +55,12 @@ def test_step_sweeps_over_shapes_with_ours_and_the_plain_gpt_in_processes_of_the
 def test_startup_compares_imports_and_finds_no_heavy_package_in_a_training_step(tmp_path):
     records = records_of("startup.py", tmp_path, "--cases=train_step,python")
     assert [record["case"] for record in records] == ["train_step", "python"]
+
+
+def test_tokenise_compares_ours_with_datasets_map_which_finds_as_many_tokens(tmp_path):
+    records = records_of("tokenise.py", tmp_path, keys=KEYS - {"memory_ratio", "allocator"})
+    assert records[-1]["case"] == "ours_1" and records[0]["baseline"].startswith("datasets_map")
+    assert {record["shapes"]["tokens"] for record in records} == {649}
 
 
 def test_gpu_runs_its_five_parts_at_tiny_shapes_and_without_them_asks_for_a_gpu(tmp_path):

@@ -1,5 +1,6 @@
 """data/*/prepare.py: from text to token files."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -172,7 +173,7 @@ def test_text_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys):
     assert re.search(r"latin\.txt is not UTF-8 at byte 3", refused("latin.txt"))
     assert "no text" in refused("empty.txt")
     assert "does not exist" in refused("missing.txt")
-    assert "holds no .txt" in refused("no_text")
+    assert "no file of a known format" in refused("no_text")
     assert "unknown tokenizer" in refused("good.txt", "--tokenizer=words")
     assert "vocab_size" in refused("good.txt", "--tokenizer=bpe", "--vocab_size=100")
     assert "leave something for train" in refused("good.txt", "--val_fraction=0.6", "--test_fraction=0.4")
@@ -219,12 +220,46 @@ def test_wikitext_2_has_the_published_counts_and_every_byte(tmp_path, monkeypatc
 
 
 def test_wikitext_from_the_hub_equals_wikitext_from_files(tmp_path, monkeypatch):
-    script = runpy.run_path(str(DATA / "wikitext" / "prepare.py"))
-    lines = list(script["lines_from_folder"](shared_data("wikitext2"), "valid"))
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"text": [line if line.strip() else "" for line in lines]})  # the hub's form
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    assert list(script["lines_from_hub"](2, "validation")) == lines
+    source, hub = shared_data("wikitext2"), tmp_path / "hub"
+    hub.mkdir()
+    for split, name in (("train", "valid"), ("validation", "valid"), ("test", "test")):  # a short train split will do
+        lines = (source / f"wiki.{name}.raw").read_bytes().decode().split("\n")[:-1]
+        rows = [line + "\n" if line.strip() else "" for line in lines]  # the hub's form
+        datasets.Dataset.from_dict({"text": rows}).to_parquet(hub / f"{split}-00000-of-00001.parquet")
+        (tmp_path / f"wiki.{name}.raw").write_bytes((source / f"wiki.{name}.raw").read_bytes())
+    (tmp_path / "wiki.train.raw").write_bytes((source / "wiki.valid.raw").read_bytes())
+    named, builder = [], datasets.load_dataset_builder
+
+    def instead(*name):
+        named.append(name)
+        return builder(str(hub))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", instead)
+    prepare(monkeypatch, "wikitext", f"--folder={tmp_path}/from_hub")
+    prepare(monkeypatch, "wikitext", f"--source={tmp_path}", f"--folder={tmp_path}/from_files")
+    for split in ("train", "val", "test"):
+        assert documents_of(tmp_path / "from_hub", split) == documents_of(tmp_path / "from_files", split)
+    assert set(named) == {("Salesforce/wikitext", "wikitext-103-raw-v1")}
+
+
+def test_openwebtext_and_fineweb_edu_name_their_hub_data_set_and_read_local_copies(tmp_path, monkeypatch, capsys):
+    import engine.corpus
+
+    asked = []
+    monkeypatch.setattr(engine.corpus, "hub", lambda *name: asked.append(name) or [])
+    for flags in (["openwebtext"], ["fineweb_edu"], ["fineweb_edu", "--size=100BT"]):
+        assert "no text" in refusal(monkeypatch, capsys, *flags, f"--folder={tmp_path}/none")
+    fineweb = "HuggingFaceFW/fineweb-edu"
+    assert asked == [("Skylion007/openwebtext", ""), (fineweb, "sample-10BT"), (fineweb, "sample-100BT")]
+    assert "10BT, 100BT" in refusal(monkeypatch, capsys, "fineweb_edu", "--size=10")
+    lines = "".join(json.dumps({"text": f"Page {i} of the web."}) + "\n" for i in range(4000))
+    (tmp_path / "part.jsonl").write_text(lines)
+    for name, share in (("openwebtext", 0.0005), ("fineweb_edu", 0.001)):
+        prepare(monkeypatch, name, f"--source={tmp_path}/part.jsonl", f"--folder={tmp_path}/{name}")
+        splits = TokenFile(tmp_path / name, "train").meta["splits"]
+        n_val = splits["val"]["documents"]
+        assert splits["train"]["documents"] == 4000 - n_val and 0 < n_val <= 4000 * share + 2
 
 
 def test_wikitext_refuses_a_folder_without_its_files(tmp_path, monkeypatch, capsys):

@@ -15,8 +15,7 @@ from engine.errors import UserError
 from engine.labels import identity
 from engine.tokenizer import ByteTokenizer, GPT2Tokenizer
 from engine.tokens import Batches, TokenFile
-from engine.writer import write_dataset
-from tests.helpers import ROOT, run, words, write_nanogpt, write_words
+from tests.helpers import ROOT, run, words, write_dataset, write_nanogpt, write_words
 
 V = GPT2Tokenizer.vocab_size
 TEXT = np.random.default_rng(0).zipf(1.2, 4000) % V  # ids as text has them: some often, most of them rarely

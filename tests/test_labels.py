@@ -19,8 +19,7 @@ from engine.errors import UserError
 from engine.labels import LabelFile, LabelWriter, unpack
 from engine.tokenizer import ByteTokenizer, CharTokenizer
 from engine.tokens import Batches, TokenFile
-from engine.writer import write_dataset
-from tests.helpers import ROOT, flags, records, run, same_weights, words, write_nanogpt
+from tests.helpers import ROOT, flags, records, run, same_weights, words, write_dataset, write_nanogpt
 
 K, T = 5, 16
 

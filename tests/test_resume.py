@@ -15,8 +15,19 @@ from engine.config import load_config
 from engine.errors import UserError
 from engine.optim import set_learning_rate
 from engine.tokenizer import CharTokenizer
-from engine.writer import write_dataset
-from tests.helpers import HEADS, ROOT, TINY, difference, flags, records, run, same_weights, words, write_words
+from tests.helpers import (
+    HEADS,
+    ROOT,
+    TINY,
+    difference,
+    flags,
+    records,
+    run,
+    same_weights,
+    words,
+    write_dataset,
+    write_words,
+)
 
 LONG = {"max_iters": 60, "lr_decay_iters": 60, "dropout": 0.1, "gradient_accumulation_steps": 2, "eval_interval": 15}
 LONG |= {"batch_size": 4, "warmup_iters": 40}

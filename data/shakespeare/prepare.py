@@ -9,23 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from engine import corpus
 from engine.config import load_config
-from engine.corpus import tiny_shakespeare
 from engine.errors import run
-from engine.tokenizer import GPT2Tokenizer
-from engine.writer import write_dataset
 
 
 @dataclass(frozen=True)
-class Options:
-    source: str = ""  # a local input.txt; empty: fetch it
-    folder: str = str(Path(__file__).resolve().parent)  # where train.bin, val.bin and meta.json go
+class Options(corpus.Options):
+    val_fraction: float = 0.1  # how much of the text, from its end, is val
 
 
 def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
-    train, val = tiny_shakespeare(options.source, Path(options.folder))
-    write_dataset(options.folder, {"train": [train], "val": [val]}, GPT2Tokenizer())
+    corpus.prepare(options, "shakespeare", lambda: corpus.tiny_shakespeare(options, "shakespeare"))
 
 
 if __name__ == "__main__":

@@ -9,24 +9,34 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from engine import corpus
 from engine.config import load_config
 from engine.errors import UserError, run
-from engine.tokenizer import GPT2Tokenizer
-from engine.tokens import DATA_ROOT
-from engine.writer import write_dataset
+from engine.sources import Part, find, hub_texts
+from engine.splits import Corpus, with_val
 
 SPLITS = {"train": ("train", "train"), "val": ("valid", "validation"), "test": ("test", "test")}  # ours: file, hub
 TITLE = re.compile(r" = [^=].* = \n")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(corpus.Options):
     version: int = 103  # 103, or 2: the same val and test articles, a train split 50 times smaller
     source: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw (or .tokens); empty: the hub
-    folder: str = ""  # where the token files go; empty: data/wikitext, for version 2 data/wikitext2
+
+
+def lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines, each with its newline, of a text in pieces."""
+    rest = ""
+    for text in texts:
+        *whole, rest = (rest + text).split("\n")
+        yield from (line + "\n" for line in whole)
+    if rest:
+        yield rest
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
@@ -45,44 +55,36 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(article)
 
 
-def lines_from_folder(source: Path, name: str) -> Iterator[str]:
+def local(source: Path, name: str, errors: str) -> Part:
     paths = [source / f"wiki.{name}.{suffix}" for suffix in ("raw", "tokens")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError(f"{source} has neither {paths[0].name} nor {paths[1].name}")
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it, e.g. with iconv -t UTF-8") from None
+    (part,) = find(str(path), errors=errors)
+    return corpus.part_of(part.name, lambda: articles(lines(piece.text for piece in part.pieces())), part.size)
 
 
-def lines_from_hub(version: int, split: str) -> Iterator[str]:
-    import datasets
+def from_hub(version: int, split: str) -> Part:
+    rows = partial(hub_texts, "Salesforce/wikitext", f"wikitext-{version}-raw-v1", split)
+    return corpus.part_of(
+        f"wikitext {split}", lambda: articles(line or " \n" for line in rows())
+    )  # "" there, " \n" here
 
-    try:
-        rows = datasets.load_dataset("Salesforce/wikitext", f"wikitext-{version}-raw-v1", split=split)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"the hub does not give Salesforce/wikitext ({type(error).__name__}); use --source=FOLDER"
-        ) from error
-    for batch in rows.iter(batch_size=10_000):
-        yield from (line or " \n" for line in batch["text"])  # the hub has "" where the files have " \n"
+
+def wikitext(options: Options) -> Corpus:
+    def part(file_name: str, split: str) -> Part:
+        if options.source:
+            return local(Path(options.source), file_name, options.errors)
+        return from_hub(options.version, split)
+
+    return with_val({split: [part(*names)] for split, names in SPLITS.items()}, options.val_fraction)
 
 
 def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
     if options.version not in (2, 103):
         raise UserError(f"--version={options.version}: there are WikiText 2 and 103")
-    folder = options.folder or DATA_ROOT / ("wikitext" if options.version == 103 else "wikitext2")
-    splits = {}
-    for split, (file_name, hub_name) in SPLITS.items():
-        if options.source:
-            lines = lines_from_folder(Path(options.source), file_name)
-        else:
-            lines = lines_from_hub(options.version, hub_name)
-        splits[split] = articles(lines)
-    write_dataset(folder, splits, GPT2Tokenizer())
+    corpus.prepare(options, "wikitext" if options.version == 103 else "wikitext2", partial(wikitext, options))
 
 
 if __name__ == "__main__":
