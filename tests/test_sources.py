@@ -169,6 +169,14 @@ def test_text_comes_back_whole_line_ends_nul_bytes_and_all(compression, small, t
         assert documents_of(find(source)) == [text]  # two streams in one file, as parallel compressors write
 
 
+def test_the_pieces_of_a_text_do_not_depend_on_the_chunks_it_is_read_in(small, monkeypatch, tmp_path):
+    for seed in range(60):
+        part = find(write(tmp_path / "a.txt", text := odd_text(seed)))[0]
+        for chunk in (2, 7, 1000):
+            monkeypatch.setattr(formats, "CHUNK", chunk)
+            assert [(piece.text, piece.first) for piece in part.pieces()] == list(in_pieces([text]))
+
+
 @pytest.mark.parametrize("separator", ["|", "\n\n", "aa", "aab", "<|endoftext|>", "東\n京"])
 def test_separators_divide_as_str_split_does_wherever_the_chunks_end(separator, small, tmp_path):
     for seed in range(60):
