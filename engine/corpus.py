@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 import shutil
 import urllib.request
 from collections import Counter
@@ -57,7 +58,9 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
         raise UserError(f"errors = {options.errors!r} must be strict or replace")
     folder = Path(options.folder or DATA_ROOT / name)
     asked = {key: value for key, value in asdict(options).items() if key not in ("num_proc", "folder")}
-    asked |= {"format": FORMAT, "name": name, "files": _stamps(options.source) + _stamps(options.tokenizer)}
+    asked |= {"format": FORMAT, "name": name, "files": _stamps(options.source)}
+    if options.tokenizer not in KINDS:
+        asked["tokenizer"] = tokenizer_in(options.tokenizer).describe()
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     work, lock = folder / f".preparing-{key}", folder / ".preparing.lock"
     if not work.exists() and is_ready(folder, key):
@@ -110,15 +113,13 @@ def is_ready(folder: Path, key: str) -> bool:
     return all((folder / n).is_file() and (folder / n).stat().st_size == tokens * itemsize for n, tokens in files)
 
 
-def _stamps(paths: str) -> list:
-    """Size and time of the local files that an option names, by which a change of them is seen."""
-    found = []
-    for path in map(Path, (found for pattern in paths.split(",") for found in sorted(glob.glob(pattern)))):
-        inside = (p for p in path.rglob("*") if p.suffix not in (".bin", ".json", ".lock", ".tmp"))
-        for p in sorted(inside) if path.is_dir() else [path]:
-            if p.is_file():
-                found.append((str(p), p.stat().st_size, p.stat().st_mtime_ns))
-    return found
+def _stamps(named: str) -> list:
+    """Size and time of the local files that --source names, by which a change of them is seen."""
+    items = [named] if os.path.exists(named) else named.split(",")
+    paths = [Path(path) for item in items for path in ([item] if os.path.exists(item) else sorted(glob.glob(item)))]
+    inside = (found for path in paths for found in (sorted(path.rglob("*")) if path.is_dir() else [path]))
+    files = [path for path in inside if path.is_file() and path.suffix not in (".bin", ".json", ".lock", ".tmp")]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def part_of(name: str, documents: Callable[[], Iterable[str]], size: int = 0) -> Part:
@@ -150,9 +151,14 @@ def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
         if not 257 <= options.vocab_size <= 1 << 20:
             raise UserError(f"--vocab_size={options.vocab_size}: a BPE needs 257 (bytes, end-of-text) to {1 << 20}")
         return BPETokenizer.train(_beginning_of_train(corpus, LEARN_FROM), options.vocab_size)
-    if Path(kind).is_dir() and read_meta(kind) is not None:
-        return load_tokenizer(kind)
-    raise UserError(f"unknown tokenizer {kind!r}; known: {', '.join(KINDS)}, and the folder of a run or a data set")
+    return tokenizer_in(kind)
+
+
+def tokenizer_in(folder: str) -> Tokenizer:
+    """That of a run or a data set."""
+    if Path(folder).is_dir() and read_meta(folder) is not None:
+        return load_tokenizer(folder)
+    raise UserError(f"unknown tokenizer {folder!r}; known: {', '.join(KINDS)}, and the folder of a run or a data set")
 
 
 def _beginning_of_train(corpus: Corpus, n: int) -> Iterator[str]:
