@@ -133,7 +133,7 @@ def test_soft_labels_are_one_hot_and_teacher_mixed(data, label, weight, mode):
         x, targets, weights = with_labels[i]
         plain_x, y = without[i]
         assert torch.equal(x, plain_x) and torch.equal(targets[..., 0], y)
-        starts = [without._block_start(*divmod(block, without.n_blocks)) for block in range(64 * i, 64 * (i + 1))]
+        starts = without.starts(i)
         positions = torch.tensor(np.array(starts))[:, None] + torch.arange(T)
         teacher = dense(ids[positions], stored[positions], 64)
         total = teacher.sum(-1, keepdim=True)
