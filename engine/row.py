@@ -22,16 +22,13 @@ HEAD = 1 << 16  # bytes by which a file is judged
 
 
 class Row:
-    """sample: the shards whose ids are counted: all; of a large row evenly spaced ones of WHOLE bytes in all. is_large:
-    whether it is one. counts: how often each id occurs in those of the sample that have been scanned."""
+    """counts: how often each id occurs in the shards scanned so far; not of a large row."""
 
     def __init__(self, shards: list[Shard]):
         self.shards, self.dtype = shards, shards[0].dtype
         self.ends = np.array([len(shard) for shard in shards]).cumsum()
-        sizes = [shard.size for shard in shards]
-        self.is_large = len(shards) > 1 and sum(sizes) > WHOLE  # one file is read from end to end by any epoch
-        n = max(1, WHOLE // max(sizes)) if self.is_large else len(shards)
-        self.sample = set((np.arange(min(n, len(shards))) * len(shards) // min(n, len(shards))).tolist())
+        # a single file has to be read from end to end before its first block in any case
+        self.is_large = len(shards) > 1 and sum(shard.size for shard in shards) > WHOLE
         self.counts = np.zeros(0, np.int64)
         self._open, self._lock = OrderedDict(), threading.RLock()
         if len(shards) == 1:
@@ -81,13 +78,14 @@ class Row:
             shard.scan = replace(scan, counts=[])
         return reader
 
-    def scan(self, k: int) -> Scan:
-        """What shard k holds; without the counts, which would be most of it, once it is checked."""
+    def scan(self, k: int, recall: bool = True) -> Scan:
+        """What shard k holds; without the counts, which would be most of it, once it is checked. recall: an earlier
+        run's scan will do."""
         shard = self.shards[k]
         with self._lock:
             if shard.scan is None:
-                shard.scan = self.reader(k).scan(self.dtype)
-                if k in self.sample:
+                shard.scan = self.reader(k).scan(self.dtype, recall)
+                if not self.is_large:
                     found = np.array(shard.scan.counts, np.int64)
                     n = max(len(self.counts), len(found))
                     self.counts = sum(np.pad(counts, (0, n - len(counts))) for counts in (self.counts, found))

@@ -35,6 +35,7 @@ LEVELS = {
     "engine.sharding": -1,
     "engine.watch": -1,
     "engine.files": -2.5,
+    "engine.contents": -1,
     "engine.order": -1,
     "engine.row": -1,
     "engine.shards": -1.5,
