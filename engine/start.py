@@ -196,8 +196,8 @@ def open_run(
             for left_by_a_killed_run in out_dir.glob("*.*.[0-9]*.tmp"):
                 left_by_a_killed_run.unlink()
             if not (first and config.eval_only):  # to evaluate a run adds a record and leaves all others as they are
-                checkpoint.copy_tokenizer(dataset_folder(config.dataset), out_dir)
-                if meta and read_meta(out_dir) is None:  # known by the headers alone
+                checkpoint.copy_tokenizer(folder := dataset_folder(config.dataset), out_dir)
+                if meta and read_meta(folder) is None:  # known by the files' headers alone
                     write_json(out_dir / "meta.json", meta)
                 about = environment() | {"device": str(processes.device), "world_size": processes.world_size}
                 write_json(out_dir / "config.json", flatten(config) | {"environment": about})

@@ -100,8 +100,8 @@ class TokenFile:
             self.row.check(k, self._n_ids, self._n_ids >= self.vocab_size == GPT2Tokenizer.vocab_size)
 
     def counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each id occurs, (vocab_size,) float64; of a large split in PIECES evenly spaced pieces alone: 134
-        million tokens give a frequency of 1e-5 to 3 %, from all over the text, and take seconds, not an hour."""
+        """How often each id occurs, (vocab_size,) float64; of a large split in PIECES evenly spaced pieces alone: so
+        many tokens, from all over the text, give a frequency of 1e-5 to 3 %, where all would take an hour."""
         self.check(vocab_size)
         counts = self.row.counts
         if self.row.is_large:
