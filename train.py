@@ -155,7 +155,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     mine = range(progress.step * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size)
     ahead = batches.prefetched(mine, device)
 
-    with open_run(config, processes, bare, f"{dtype}, {how}", progress) as log, processes.watch.watching(), saver:
+    with open_run(config, data, processes, bare, f"{dtype}, {how}", progress) as log, processes.watch.watching(), saver:
         for step in range(progress.step, config.max_iters + 1):
             bare.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
             last, improved = step == config.max_iters or config.eval_only, False

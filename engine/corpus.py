@@ -7,7 +7,7 @@ import os
 import shutil
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
         try:
             work.mkdir(exist_ok=True)
             if not (work / "meta.json").is_file():
-                _make(options, corpus(), work, key)
+                _make(options, corpus(), work, {"source": options.source or name, "made_from": key})
             install(work, folder)
             _say(folder)
         except BaseException as error:
@@ -88,12 +88,12 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
                 folder.rmdir()
 
 
-def _make(options: Options, corpus: Corpus, work: Path, key: str) -> None:
+def _make(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]) -> None:
     """All that is to be installed, in the folder of work."""
     if not (work / "tokenizer").is_dir():
         keep_tokenizer(make_tokenizer(options, corpus), work)
     tokenizer = load_tokenizer(work / "tokenizer")
-    tokenise(corpus, tokenizer, work, options.shard_tokens, options.num_proc or available_processors(), key)
+    tokenise(corpus, tokenizer, work, options.shard_tokens, options.num_proc or available_processors(), about)
 
 
 def _say(folder: Path) -> None:

@@ -29,10 +29,12 @@ SETTLED = 2 * 10**9  # ns; a file that changed later than this before its scan m
 
 class Reader:
     """A file that stays open, so that one put in its place does not matter, and is read rather than mapped: the pages
-    of a mapping count as the process's memory for as long as it lasts, and one behind a new end kills the process."""
+    of a mapping count as the process's memory for as long as it lasts, and one behind a new end kills the process.
 
-    def __init__(self, path: Path):
-        self.path, self.lock = path, threading.Lock()
+    header: so many bytes come before the first one that is asked for."""
+
+    def __init__(self, path: Path, header: int = 0):
+        self.path, self.header, self.lock = path, header, threading.Lock()
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115 open for as long as there is a reader
         weakref.finalize(self, self.file.close)
         self.size = os.fstat(self.file.fileno()).st_size
@@ -42,39 +44,45 @@ class Reader:
         found = []
         with self.lock:  # Windows has no os.pread
             for start in starts.tolist():
-                self.file.seek(start)
+                self.file.seek(self.header + start)
                 found.append(self.file.read(size))
         if len(data := b"".join(found)) != len(starts) * size:
-            raise self._changed()
+            raise self.changed()
         return data
 
     def mapped(self, dtype: str | np.dtype) -> np.ndarray:
-        """The whole file, read-only; the pages that are looked at count as memory until the array is let go."""
+        """All behind the header, read-only; the pages that are looked at count as memory until the array is let go."""
         try:
-            return np.frombuffer(mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ), dtype)
+            mapping = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
+            return np.frombuffer(mapping, dtype, offset=self.header)
         except ValueError:  # more than there is
-            raise self._changed() from None
+            raise self.changed() from None
 
-    def scan(self, dtype: np.dtype) -> "Scan":
-        """What the whole file holds, from the memory of an earlier scan where there is one."""
+    def scan(self, dtype: np.dtype, recall: bool = True) -> "Scan":
+        """What the whole file holds, from the memory of an earlier scan where there is one and recall allows it."""
         with self.lock, open(os.dup(self.file.fileno()), "rb") as file:
-            key = _key(file, dtype)
-            found = _recall(self.path, key)
+            key = _key(file, dtype, self.header)
+            found = _recall(self.path, key) if recall else None
             if not found:
                 file.seek(0)
                 found = _scan(file, dtype, key)
-            if key["size"] != self.size or _key(file, dtype) != key:
-                raise self._changed()
+            if key["size"] != self.size or _key(file, dtype, self.header) != key:
+                raise self.changed()
         return found
 
-    def _changed(self) -> UserError:
+    def key(self, dtype: np.dtype) -> dict:
+        """What tells whether the file is still the one that was scanned."""
+        return _key(self.file, dtype, self.header)
+
+    def changed(self) -> UserError:
         way_out = "when whatever writes it is done, start again or resume"
         return UserError(f"{self.path} changed while it was read; {way_out}")
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """key: the file's size, times and dtype; time_ns: of the scan's begin; counts: of the ids up to the highest one."""
+    """key: the file's size, times, dtype and header; time_ns: of the scan's begin; sha256: of all bytes; counts: of the
+    ids up to the highest one."""
 
     key: dict
     time_ns: int
@@ -108,6 +116,7 @@ def looks_like(head: bytes, vocab_size: int) -> str:
 def _scan(file: BinaryIO, dtype: np.dtype, key: dict) -> Scan:
     started, sha256, highest = time.time_ns(), hashlib.sha256(), 0
     counts, buffer = np.zeros(0, np.int64), np.empty(CHUNK, dtype)
+    sha256.update(file.read(key.get("header", 0)))
     with ThreadPoolExecutor(1) as counter:  # counting takes as long as hashing does
         while n := file.readinto(buffer) // dtype.itemsize:
             ids = buffer[:n]
@@ -120,10 +129,10 @@ def _scan(file: BinaryIO, dtype: np.dtype, key: dict) -> Scan:
     return Scan(key, started, sha256.hexdigest(), highest, counts.tolist())
 
 
-def _key(file: BinaryIO, dtype: np.dtype) -> dict:
+def _key(file: BinaryIO, dtype: np.dtype, header: int) -> dict:
     about = os.fstat(file.fileno())
     times = {"mtime_ns": about.st_mtime_ns, "ctime_ns": about.st_ctime_ns}
-    return {"size": about.st_size, "dtype": dtype.name} | times
+    return {"size": about.st_size, "dtype": dtype.name} | times | ({"header": header} if header else {})
 
 
 def _memory(path: Path) -> Path:

@@ -178,9 +178,11 @@ def describe(config, data: dict[str, TokenFile], batches: Batches) -> dict:
 
 
 @contextlib.contextmanager
-def open_run(config, processes: Processes, model: GPT, how: str, progress) -> Iterator[Logger]:
+def open_run(
+    config, data: dict[str, TokenFile], processes: Processes, model: GPT, how: str, progress
+) -> Iterator[Logger]:
     """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder."""
-    out_dir, first = Path(config.out_dir), progress.step
+    out_dir, first, meta = Path(config.out_dir), progress.step, data["train"].meta
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     with contextlib.ExitStack() as stack:
         if processes.is_main:
@@ -194,7 +196,9 @@ def open_run(config, processes: Processes, model: GPT, how: str, progress) -> It
             for left_by_a_killed_run in out_dir.glob("*.*.[0-9]*.tmp"):
                 left_by_a_killed_run.unlink()
             if not (first and config.eval_only):  # to evaluate a run adds a record and leaves all others as they are
-                checkpoint.copy_tokenizer(dataset_folder(config.dataset), out_dir)
+                checkpoint.copy_tokenizer(folder := dataset_folder(config.dataset), out_dir)
+                if meta and read_meta(folder) is None:  # known by the files' headers alone
+                    write_json(out_dir / "meta.json", meta)
                 about = environment() | {"device": str(processes.device), "world_size": processes.world_size}
                 write_json(out_dir / "config.json", flatten(config) | {"environment": about})
                 forget_after(out_dir / "metrics.jsonl", first)
@@ -210,7 +214,7 @@ def open_run(config, processes: Processes, model: GPT, how: str, progress) -> It
             + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
             + (f", going on at step {first}" if first else "")
         )
-        if read_meta(dataset_folder(config.dataset)) is None:
+        if meta is None:
             log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
         if config.wandb_log:
             log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from engine.encoding import Encoded, dtype_of, encode_all
 from engine.errors import UserError
 from engine.files import flush, write_json
+from engine.shards import joined
 from engine.splits import SPLITS, Corpus, Position, walk
 from engine.tokenizer import Tokenizer, load_tokenizer
 
@@ -86,20 +87,21 @@ class SplitWriter:
     def described(self) -> dict:
         """The finished split as meta.json has it."""
         about = {"documents": self.documents, "tokens": self.tokens, "bytes": self.n_bytes}
-        hashes = [shard["sha256"] for shard in self.shards]
-        if len(hashes) == 1:
-            return about | {"sha256": hashes[0]}
-        return about | {"sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest(), "shards": self.shards}
+        if len(self.shards) == 1:
+            return about | {"sha256": self.shards[0]["sha256"]}
+        return about | {"sha256": joined(shard["sha256"] for shard in self.shards), "shards": self.shards}
 
 
 def shard_name(split: str, i: int) -> str:
     return f"{split}_{i:06d}.bin"
 
 
-def tokenise(corpus: Corpus, tokenizer: Tokenizer, work: Path, shard_tokens: int, num_proc: int, key: str) -> None:
+def tokenise(
+    corpus: Corpus, tokenizer: Tokenizer, work: Path, shard_tokens: int, num_proc: int, about: Mapping[str, str]
+) -> None:
     """Write a corpus' files into the folder of work, from where a killed call stopped, and last of all meta.json.
 
-    key: what the data set is made from, for prepare() to know it by."""
+    about: what else that says, such as the source."""
     journal, new = work / "journal.json", {"shards": [], "documents": 0, "bytes": 0, "open": 0}
     known = json.loads(journal.read_text()) if journal.is_file() else {"at": (), "splits": {}}
     names = [name for name in SPLITS if name in {*corpus.splits, *corpus.fractions}]
@@ -125,9 +127,9 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, work: Path, shard_tokens: int
         writer.close_file()
         if not writer.shards:
             raise UserError(f"there is no text for the {writer.split} split; give more text or another --val_fraction")
-    about = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "dtype": dtype_of(tokenizer).name}
+    meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "dtype": dtype_of(tokenizer).name}
     splits = {name: writer.described() for name, writer in writers.items()}
-    write_json(work / "meta.json", about | {"splits": splits, "made_from": key})
+    write_json(work / "meta.json", meta | {"splits": splits} | about)
 
 
 def keep_tokenizer(tokenizer: Tokenizer, work: Path) -> None:

@@ -74,7 +74,7 @@ def write_dataset(
     (work := Path(folder) / ".preparing-0").mkdir(parents=True, exist_ok=True)
     keep_tokenizer(tokenizer, work)
     parts = {split: [part_of(split, lambda documents=documents: documents)] for split, documents in splits.items()}
-    tokenise(Corpus(parts), tokenizer, work, shard_tokens, num_proc=1, key="")
+    tokenise(Corpus(parts), tokenizer, work, shard_tokens, num_proc=1, about={})
     install(work, Path(folder))
     return json.loads((Path(folder) / "meta.json").read_text())
 

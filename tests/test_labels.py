@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from augmentation.teacher_labels import Options, Teacher, main
-from engine.checkpoint import load_model, read_newest
+from engine.checkpoint import load_model, read_newest, sha256_of
 from engine.errors import UserError
 from engine.labels import LabelFile, LabelWriter, unpack
 from engine.tokenizer import ByteTokenizer, CharTokenizer
@@ -132,7 +132,7 @@ def test_soft_labels_are_one_hot_and_teacher_mixed(data, label, weight, mode):
         x, targets, weights = with_labels[i]
         plain_x, y = without[i]
         assert torch.equal(x, plain_x) and torch.equal(targets[..., 0], y)
-        starts = [without._block_start(*divmod(block, without.n_blocks)) for block in range(64 * i, 64 * (i + 1))]
+        starts = without.starts(i)
         positions = torch.tensor(np.array(starts))[:, None] + torch.arange(T)
         teacher = dense(ids[positions], stored[positions], 64)
         total = teacher.sum(-1, keepdim=True)
@@ -142,6 +142,21 @@ def test_soft_labels_are_one_hot_and_teacher_mixed(data, label, weight, mode):
         assert (weights >= 0).all() and weights.dtype == torch.float32 and targets.dtype == torch.int64
         seen += int((total > 0).sum())
     assert 0 < seen < 3 * 64 * T
+
+
+@pytest.mark.parametrize("options", [{}, {"max_perplexity": 1.5, "share": 0.5}])
+def test_labels_over_shards_are_those_over_one_file(data, label, tmp_path, options):
+    meta, ids = json.loads((data / "meta.json").read_text()), TokenFile(data, "train").ids
+    folder = write_nanogpt(
+        tmp_path / "d", {f"train_{i}": part for i, part in enumerate(np.split(ids, [700, 701, 1500]))}
+    )
+    files = [{"file": path.name, "tokens": path.stat().st_size // 2} for path in sorted(folder.glob("*.bin"))]
+    shards = [about | {"sha256": sha256_of(folder / about["file"])} for about in files]
+    (folder / "meta.json").write_text(json.dumps(meta | {"splits": {"train": {"shards": shards}}}))
+    name = f"one_{len(options)}"
+    one = label(name, max_tokens=2000, **options)
+    many = label(name, max_tokens=2000, dataset=folder, **options)
+    assert np.array_equal(one.rows, many.rows) and np.asarray(one.rows)[:2000].any()
 
 
 @pytest.mark.parametrize("mode", ["topk", "sample"])

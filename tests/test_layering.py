@@ -38,8 +38,12 @@ LEVELS = {
     "engine.linear_loss": -3,
     "engine.sharding": -1,
     "engine.watch": -1,
-    "engine.files": -2,
-    "engine.scan": -1,
+    "engine.files": -2.5,
+    "engine.contents": -1,
+    "engine.order": -1,
+    "engine.row": -1,
+    "engine.shards": -1.5,
+    "engine.scan": -2,
     "engine.errors": -3,
 }
 SCRIPT = 5  # every other file at the top, and those of the folders below

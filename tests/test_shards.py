@@ -1,0 +1,452 @@
+"""engine/shards.py, row.py, order.py: splits in many files, llm.c's files, thousands of shards, and their order."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import engine.row
+import engine.scan
+import engine.tokens
+from engine.errors import UserError
+from engine.evaluation import evaluate, whole_split
+from engine.labels import LabelFile, LabelWriter, identity, pack
+from engine.order import Order
+from engine.tokens import Batches, TokenFile
+from tests.helpers import ROOT, TINY, records, refused, run, same_weights, tiny_gpt, words, write_nanogpt
+
+MAGIC = {"<u2": (20240520, 1), "<u4": (20240801, 7)}
+
+
+def headed(path: Path, ids, dtype: str = "<u2", **changes) -> Path:
+    """A file as llm.c's dev/data scripts write it; changes: magic, version or n other than they should be."""
+    magic, version = MAGIC[dtype]
+    header = np.zeros(256, "<i4")
+    header[:3] = changes.get("magic", magic), changes.get("version", version), changes.get("n", len(ids))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(ids).astype(dtype).tobytes())
+    return path
+
+
+def sharded(folder: Path, **splits: list[np.ndarray]) -> Path:
+    """Shards without a meta file, numbered from 0."""
+    names = {f"{split}_{i:06d}": ids for split, shards in splits.items() for i, ids in enumerate(shards)}
+    return write_nanogpt(folder, names)
+
+
+def described(folder: Path, vocab_size: int = 257, kind: str = "byte", **splits: list[np.ndarray]) -> Path:
+    """Shards as our writer leaves them, with a meta.json."""
+    sharded(folder, **splits)
+    about = {}
+    for split in splits:
+        paths = sorted(folder.glob(f"{split}_*.bin"))
+        sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        sizes = [path.stat().st_size // 2 for path in paths]
+        shards = [{"file": p.name, "tokens": n, "sha256": s} for p, n, s in zip(paths, sizes, sums, strict=True)]
+        about[split] = {"documents": 1, "tokens": sum(sizes), "bytes": sum(sizes), "shards": shards}
+        about[split]["sha256"] = hashlib.sha256("\n".join(sums).encode()).hexdigest()
+    meta = {"tokenizer": {"kind": kind}, "vocab_size": vocab_size, "dtype": "uint16", "splits": about}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def cut(ids: np.ndarray, *sizes: int) -> list[np.ndarray]:
+    return np.split(ids, np.cumsum(sizes))
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+TEXT = np.frombuffer(words(900).encode(), np.uint8).astype(int)
+SHARDS = cut(TEXT, 700, 90, 1, 1500, 16)  # among them one too short for a block of 16, and one of one token
+
+
+@pytest.mark.parametrize("dtype", MAGIC)
+@pytest.mark.parametrize("name", ["train.bin", "tiny_shakespeare_train.bin", "fineweb_train_000001.bin"])
+def test_a_headed_file_holds_the_tokens_of_a_raw_one(tmp_path, name, dtype):
+    headed(tmp_path / "headed" / name, TEXT, dtype)
+    files = TokenFile(tmp_path / "headed", "train"), TokenFile(write_nanogpt(tmp_path / "d", {"train": TEXT}), "train")
+    for file in files:
+        assert file.ids.tolist() == TEXT.tolist() and len(file) == len(TEXT)
+        assert file.counts(257).tolist() == np.bincount(TEXT, minlength=257).tolist()
+        assert file.rows(np.array([0, 5]), 9).tolist() == [TEXT[:9].tolist(), TEXT[5:14].tolist()]
+    assert files[0].sha256 == hashlib.sha256((tmp_path / "headed" / name).read_bytes()).hexdigest()
+    first, second = (Batches(file, 4, 16, seed=0)[3] for file in files)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_shards_are_one_row_in_the_order_of_their_numbers(tmp_path):
+    for number, ids in ((10, [5, 6]), (9, [3, 4]), (100, [7])):
+        headed(tmp_path / f"fineweb_train_{number}.bin", ids)
+    file = TokenFile(tmp_path, "train")
+    assert file.ids[:].tolist() == [3, 4, 5, 6, 7] and len(file) == 5
+    assert file.rows(np.array([0, 1]), 4).tolist() == [[3, 4, 5, 6], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("how", [sharded, described])
+def test_rows_and_ids_straddle_shards(tmp_path, how):
+    file = TokenFile(how(tmp_path / "d", train=SHARDS), "train")
+    for length in (1, 17, 93, 1000):
+        starts = np.random.default_rng(length).integers(0, len(TEXT) - length, 50)
+        assert (file.rows(starts, length) == TEXT[starts[:, None] + np.arange(length)]).all()
+    where = np.array([[2000, 5], [700, 699]])
+    assert (file.ids[where] == TEXT[where]).all() and (file.ids[690:800] == TEXT[690:800]).all()
+    assert (np.asarray(file.ids) == TEXT).all() and len(file.ids) == len(TEXT) and file.ids[7:7].tolist() == []
+    assert file.rows(np.array([len(TEXT) - 3]), 3)[0].tolist() == TEXT[-3:].tolist()
+    with pytest.raises(UserError, match="changed while it was read"):
+        file.rows(np.array([len(TEXT) - 3]), 4)
+
+
+@pytest.mark.parametrize("change", [-4, -2, -1, 1, 2])
+def test_a_headed_file_of_another_size_than_its_header_says_is_refused_by_name(tmp_path, change):
+    path = headed(tmp_path / "train_000001.bin", TEXT)
+    os.truncate(path, path.stat().st_size + change)
+    says = rf"train_000001\.bin is cut short or damaged: its header says {len(TEXT):,} tokens.*{path.stat().st_size:,}"
+    with pytest.raises(UserError, match=says):
+        TokenFile(tmp_path, "train")
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_header_without_tokens_is_refused_by_name(tmp_path, n):
+    headed(tmp_path / "train.bin", [], n=n)
+    with pytest.raises(UserError, match=r"train\.bin is cut short or damaged"):
+        TokenFile(tmp_path, "train")
+
+
+def test_what_begins_as_a_header_and_is_none_is_refused_never_read_as_ids(tmp_path):
+    for dtype in MAGIC:
+        for version in (0, 2, 3, -1):
+            headed(tmp_path / "train.bin", TEXT, dtype, version=version)
+            with pytest.raises(UserError, match=rf"train\.bin begins as a file of llm\.c's, of version {version}, not"):
+                TokenFile(tmp_path, "train")
+    (tmp_path / "train.bin").write_bytes(np.array([55432, 308] + [1, 0] * 9, "<u2").tobytes())  # the magic, two ids
+    with pytest.raises(UserError, match=r"train\.bin is cut short or damaged"):
+        TokenFile(tmp_path, "train")
+    meta = {"tokenizer": {"kind": "none"}, "vocab_size": 60000, "dtype": "uint16", "splits": {"train": {}}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    file = TokenFile(tmp_path, "train")  # who says what it is, is believed
+    file.check(60000)
+    assert file.ids[:3].tolist() == [55432, 308, 1]
+    with pytest.raises(UserError, match="holds token id 55432, outside the vocabulary"):
+        file.check(50257)
+
+
+def test_an_unknown_magic_number_makes_ids_and_these_are_checked(tmp_path):
+    headed(tmp_path / "train.bin", TEXT, magic=20240522)  # llm.c's multiple-choice questions
+    with pytest.raises(UserError, match="outside the vocabulary of 50257"):
+        TokenFile(tmp_path, "train").check(50257)
+
+
+def test_files_of_two_formats_are_refused_by_name(tmp_path):
+    write_nanogpt(tmp_path / "d", {"train_0": TEXT, "train_1": TEXT})
+    for dtype in MAGIC:
+        headed(tmp_path / "d" / "train_2.bin", TEXT, dtype)
+        with pytest.raises(UserError, match=r"train_0\.bin and train_2\.bin are of two formats"):
+            TokenFile(tmp_path / "d", "train")
+    headed(tmp_path / "e" / "train_0.bin", TEXT, "<u2")
+    headed(tmp_path / "e" / "train_1.bin", TEXT, "<u4")
+    with pytest.raises(UserError, match=r"train_0\.bin and train_1\.bin are of two formats"):
+        TokenFile(tmp_path / "e", "train")
+
+
+@pytest.mark.parametrize("other", ["train", "other_train_000001", "other_train", "train_000001"])
+def test_files_that_may_each_be_the_split_are_refused_by_name(tmp_path, other):
+    folder = write_nanogpt(tmp_path / "d", {"fineweb_train_000001": TEXT, "fineweb_val_000000": TEXT, other: TEXT})
+    with pytest.raises(UserError, match=rf"has {min('fineweb', other)}.*\.bin and .*\.bin: which is the train split"):
+        TokenFile(folder, "train")
+    assert len(TokenFile(folder, "val")) == len(TEXT)
+
+
+def test_llama_3s_ids_are_read_and_trained_on_and_nobody_decodes_them_as_gpt2s(tmp_path, capsys, monkeypatch):
+    for split in ("train", "val"):
+        headed(tmp_path / "d" / f"fineweb_{split}_000000.bin", TEXT * 500, "<u4")
+    file = TokenFile(tmp_path / "d", "train")
+    assert (
+        file.vocab_size == 128256
+        and identity(file)["tokenizer_sha256"]
+        != identity(TokenFile(write_nanogpt(tmp_path / "n", {"train": TEXT}), "train"))["tokenizer_sha256"]
+    )
+    model = run(tmp_path / "d", tmp_path / "out", max_iters=1, n_embd=4, batch_size=1, eval_iters=1)
+    assert model.config.vocab_size == 128256 and "GPT-2's BPE" not in capsys.readouterr().out
+    argv = [f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--start=a"]
+    assert "unknown tokenizer 'none'" in refused("sample.py", argv, tmp_path, monkeypatch, capsys)
+    run(tmp_path / "d", tmp_path / "out", max_iters=2, n_embd=4, batch_size=1, init_from="resume")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda shards: shards[0].update(file="../train_000000.bin"), "does not describe the files of 'train'"),
+        (lambda shards: shards[0].update(file="/etc/passwd"), "does not describe the files of 'train'"),
+        (lambda shards: shards[0].update(file=".."), "does not describe the files of 'train'"),
+        (lambda shards: shards[0].update(file="\ud800"), "does not describe the files of 'train'"),
+        (lambda shards: shards[0].update(file=5), "does not describe the files of 'train'"),
+        (lambda shards: shards[0].update(tokens="5"), "does not describe the files of 'train'"),
+        (lambda shards: shards[0].update(tokens=701), "does not describe the files of 'train'"),  # in all one more
+        (lambda shards: shards[0].update(sha256=shards[1]["sha256"]), "does not describe the files of 'train'"),
+        (lambda shards: shards[0].pop("sha256"), "does not describe the files of 'train'"),
+        (lambda shards: shards.append(shards[0]), "does not describe the files of 'train'"),
+        (lambda shards: shards.clear(), "does not describe the files of 'train'"),
+        (lambda shards: shards.__setitem__(0, "train_000000.bin"), "does not describe the files of 'train'"),
+        (lambda shards: (shards[0].update(tokens=699), shards[1].update(tokens=91)), "holds 700 tokens.*says 699"),
+    ],
+)
+def test_a_meta_json_with_wrong_shards_is_refused_in_a_line(tmp_path, change, says):
+    folder = described(tmp_path / "d", train=SHARDS)
+    meta = json.loads((folder / "meta.json").read_text())
+    change(meta["splits"]["train"]["shards"])
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=says):
+        TokenFile(folder, "train")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = described(tmp_path / "d", train=SHARDS)
+    (folder / "train_000003.bin").unlink()
+    with pytest.raises(UserError, match=r"train_000003\.bin is missing, which meta\.json names"):
+        TokenFile(folder, "train")
+    with pytest.raises(UserError, match=r"val\.bin is missing; this data set has train"):
+        TokenFile(folder, "val")
+
+
+def test_a_few_shards_are_checked_and_counted_as_a_whole_at_start(tmp_path):
+    folder = described(tmp_path / "d", train=SHARDS)
+    file = TokenFile(folder, "train")
+    assert file.counts(257).tolist() == np.bincount(TEXT, minlength=257).tolist()
+    assert file.sha256 == json.loads((folder / "meta.json").read_text())["splits"]["train"]["sha256"]
+    assert TokenFile(sharded(tmp_path / "e", train=SHARDS), "train").sha256 == file.sha256
+    flip(folder / "train_000003.bin", 9)
+    with pytest.raises(UserError, match=r"train_000003\.bin is damaged or another file"):
+        TokenFile(folder, "train").check(257)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Any split in several files is a large one."""
+    monkeypatch.setattr(engine.row, "WHOLE", 100)
+    monkeypatch.setattr(engine.scan, "SETTLED", 0)
+
+
+@pytest.mark.parametrize("what", ["damaged or another file", "holds token id 65000, outside the vocabulary"])
+def test_a_bad_shard_of_a_large_split_ends_training_by_name_when_it_is_first_read(tmp_path, large, monkeypatch, what):
+    monkeypatch.setattr(engine.tokens, "PIECES", 1)  # or the frequencies, at the start, would find the bad id
+    monkeypatch.setattr(engine.tokens, "PIECE", 9)
+    if "damaged" in what:
+        folder = described(tmp_path / "d", train=[TEXT, TEXT], val=[TEXT])
+        flip(folder / "train_000001.bin", 8)  # another letter
+    else:
+        folder = sharded(tmp_path / "d", train=[TEXT, np.append(TEXT, 65000)], val=[TEXT])
+    file = TokenFile(folder, "train")
+    file.check(257)
+    assert all(shard.scan is None for shard in file.row.shards)  # nothing was read yet
+    seed = next(seed for seed in range(99) if Order([len(TEXT)] * 2, 16, seed).start(0, 0) < len(TEXT))
+    with pytest.raises(UserError, match=rf"train_000001\.bin (is )?{what}"):
+        run(folder, tmp_path / "out", max_iters=200, vocab_size=257, seed=seed)
+    assert (folder / ".train_000000.scanned.json").exists() and not (folder / ".train_000001.scanned.json").exists()
+    assert len(records(tmp_path / "out", "loss")) == Order([len(TEXT)], 16, 0).n_blocks // TINY["batch_size"]
+
+
+def test_an_id_outside_the_vocabulary_is_found_wherever_a_large_split_is_read(tmp_path, large):
+    file = TokenFile(sharded(tmp_path / "d", train=[TEXT, np.append(TEXT, 300), TEXT]), "train")
+    file.check(257)
+    with pytest.raises(UserError, match=r"train_000001\.bin holds token id 300, outside the vocabulary of 257"):
+        list(whole_split(file, 16, 8))
+
+
+def test_frequencies_of_a_large_split_come_from_pieces_of_all_of_it(tmp_path, large, monkeypatch):
+    file = TokenFile(described(tmp_path / "d", train=SHARDS), "train")
+    monkeypatch.setattr(engine.tokens, "PIECES", 10)
+    n = len(TEXT) // 10 * 10
+    assert file.counts(257).tolist() == np.bincount(TEXT[:n], minlength=257).tolist()
+    monkeypatch.setattr(engine.tokens, "PIECE", 7)
+    pieces = TEXT[(np.arange(10) * (n // 10))[:, None] + np.arange(7)]
+    assert file.counts(257).tolist() == np.bincount(pieces.ravel(), minlength=257).tolist()
+
+
+def test_the_fingerprint_of_a_large_split_is_stated_or_seen_without_reading_it(tmp_path, large):
+    folder = described(tmp_path / "d", train=SHARDS)
+    assert (
+        TokenFile(folder, "train").sha256 == json.loads((folder / "meta.json").read_text())["splits"]["train"]["sha256"]
+    )
+    (folder / "meta.json").unlink()
+    prints = [TokenFile(folder, "train").sha256 for _ in range(2)]
+    flip(folder / "train_000003.bin", 2)
+    prints.append(TokenFile(folder, "train").sha256)
+    os.rename(folder / "train_000005.bin", folder / "train_000006.bin")
+    prints.append(TokenFile(folder, "train").sha256)
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_a_shard_that_changes_between_two_readings_is_refused_and_one_that_is_touched_is_not(
+    tmp_path, large, monkeypatch
+):
+    monkeypatch.setattr(engine.row, "OPEN", 1)
+    file = TokenFile(sharded(tmp_path / "d", train=[TEXT, TEXT, TEXT]), "train")
+    file.check_shards(range(3))
+    os.utime(file.path.with_name("train_000001.bin"), ns=(0, 0))
+    assert file.rows(np.array([len(TEXT)]), 5)[0].tolist() == TEXT[:5].tolist()
+    file.rows(np.array([0]), 5)
+    flip(file.path.with_name("train_000001.bin"), 900)
+    with pytest.raises(UserError, match=r"train_000001\.bin changed while it was read"):
+        file.rows(np.array([len(TEXT)]), 5)
+
+
+def slow_epoch(lengths: list[int], block_size: int, seed: int, epoch: int) -> list[int]:
+    """The starts of an epoch's blocks by the rule, written out."""
+    order, starts = np.random.default_rng((seed, epoch, len(lengths))).permutation(len(lengths)), []
+    for shard in order.tolist():
+        if lengths[shard] >= block_size + 1:
+            rng = np.random.default_rng((seed, epoch, shard))
+            n = max(1, (lengths[shard] - 1) // block_size - 1)
+            offset = rng.integers(min(lengths[shard] - 1 - n * block_size + 1, block_size))
+            starts += (sum(lengths[:shard]) + offset + block_size * rng.permutation(n)).tolist()
+    return starts
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 89, 500])
+def test_an_epoch_goes_shard_by_shard_and_visits_each_block_of_each_once(block_size):
+    lengths = [len(shard) for shard in SHARDS]
+    order, begins = Order(lengths, block_size, 3), np.cumsum([0, *lengths])
+    for epoch in range(4):
+        starts = [order.start(epoch, k) for k in range(order.n_blocks)]
+        assert starts == slow_epoch(lengths, block_size, 3, epoch)
+        shards = (np.searchsorted(begins, starts, side="right") - 1).tolist()
+        visits = [shard for i, shard in enumerate(shards) if i == 0 or shards[i - 1] != shard]
+        assert sorted(visits) == [k for k, n in enumerate(lengths) if n > block_size]
+        for shard in visits:
+            mine = sorted(start for start, of in zip(starts, shards, strict=True) if of == shard)
+            assert mine == list(range(mine[0], mine[0] + len(mine) * block_size, block_size))
+            assert mine[-1] + block_size < begins[shard + 1] and (len(mine) + 2) * block_size > lengths[shard] - 1
+    other = [Order(lengths, block_size, seed).start(epoch, 0) for seed in range(5) for epoch in range(5)]
+    assert len(set(other)) > 5
+
+
+@pytest.mark.parametrize("seed", [0, 1337, (1 << 63) - 1])
+def test_the_order_over_one_file_is_what_it_was_before_there_were_shards(tmp_path, seed):
+    batches = Batches(TokenFile(write_nanogpt(tmp_path / "d", {"train": np.arange(1000)}), "train"), 1, 16, seed)
+    n_blocks = (1000 - 1) // 16 - 1
+    for epoch in (0, 1, 5):
+        rng = np.random.default_rng((seed, epoch))
+        offset = rng.integers(min(1000 - n_blocks * 16, 16))
+        expected = (offset + 16 * rng.permutation(n_blocks)).tolist()
+        assert [batches[epoch * n_blocks + k][0][0, 0].item() for k in range(n_blocks)] == expected
+
+
+def test_any_batch_of_shards_is_the_same_whatever_was_read_before_and_two_processes_share_an_epoch(tmp_path):
+    file = TokenFile(described(tmp_path / "d", train=SHARDS), "train")
+    forward = [Batches(file, 1, 16, 5)[i][0].tolist() for i in range(60)]
+    batches = Batches(file, 1, 16, 5)
+    assert [batches[i][0].tolist() for i in reversed(range(60))] == forward[::-1]
+    n = batches.n_blocks // 2 * 2
+    halves = [{int(Batches(file, 1, 16, 5).starts(i)[0]) for i in range(rank, n, 2)} for rank in (0, 1)]
+    whole = [Order([len(shard) for shard in SHARDS], 16, 5).start(0, k) for k in range(n)]
+    assert not halves[0] & halves[1] and halves[0] | halves[1] == set(whole) and len(whole) == len(set(whole))
+
+
+def test_a_split_whose_shards_are_all_shorter_than_a_block_is_refused(tmp_path):
+    file = TokenFile(described(tmp_path / "d", train=cut(TEXT[:50], 10, 20)), "train")
+    file.check(257, 19)
+    with pytest.raises(UserError, match=r"train\.bin has 20 tokens in its longest shard, too few for one block of 20"):
+        file.check(257, 20)
+
+
+def test_evaluation_over_shards_is_evaluation_over_one_file(tmp_path):
+    model = tiny_gpt(std=0.3)
+    ids = TEXT % 67
+    files = [TokenFile(write_nanogpt(tmp_path / "one", {"val": ids}), "val")]
+    files += [TokenFile(sharded(tmp_path / "many", val=cut(ids, 700, 90, 1, 1500, 16)), "val")]
+    one, many = (evaluate(model, whole_split(file, 16, 8), torch.device("cpu")) for file in files)
+    assert one["n_tokens"] == many["n_tokens"] == len(ids) - 1
+    assert all(abs(one[name] - many[name]) < 1e-9 for name in one)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_training_on_shards_resumes_bit_for_bit_and_learns(tmp_path, is_large, monkeypatch):
+    monkeypatch.setattr(engine.row, "WHOLE", 100 if is_large else 1 << 32)
+    monkeypatch.setattr(engine.row, "OPEN", 2)
+    data = described(tmp_path / "d", train=SHARDS, val=[TEXT[:300], TEXT[300:500]])
+    whole = run(data, tmp_path / "whole")
+    run(data, tmp_path / "parts", max_iters=15, lr_decay_iters=30)
+    assert same_weights(whole, run(data, tmp_path / "parts", init_from="resume", max_iters=30))
+    scores = [record["val_nll"] for record in records(tmp_path / "whole", "val_nll")]
+    assert scores[-1] < scores[0] - 0.5
+    flip(data / "val_000001.bin", 9)
+    meta = json.loads((data / "meta.json").read_text())
+    meta["splits"]["val"] = json.loads(
+        (described(tmp_path / "e", val=[TEXT[:300], TEXT[301:500]]) / "meta.json").read_text()
+    )["splits"]["val"]
+    (tmp_path / "e" / "val_000001.bin").replace(data / "val_000001.bin")
+    (data / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"val\.bin holds other tokens than the run to resume began with"):
+        run(data, tmp_path / "parts", init_from="resume", max_iters=40)
+
+
+def test_teacher_labels_speak_of_positions_over_all_shards(tmp_path):
+    data = described(tmp_path / "d", train=SHARDS)
+    file = TokenFile(data, "train")
+    about = {"k": 1, "vocab_size": 257, "windows": 1}
+    writer = LabelWriter(file, "next", about)
+    writer.write(0, pack((TEXT[:, None] + 1) % 257, np.ones((len(TEXT), 1))))
+    writer.save(done=1)
+    batches = Batches(file, 8, 16, 0, LabelFile(file, "next", weight=0.25))
+    for i in range(20):
+        x, targets, weights = batches[i]
+        position = batches.starts(i)[:, None] + np.arange(16)
+        assert (x.numpy() == TEXT[position]).all() and (targets[..., 0].numpy() == TEXT[position + 1]).all()
+        assert (targets[..., 1].numpy() == (TEXT[position] + 1) % 257).all()
+        assert torch.allclose(weights, torch.tensor([0.75, 0.25]))
+
+
+LOOK = """
+import json, os, resource, sys, time
+import numpy as np
+from engine.tokens import Batches, TokenFile
+
+def resident() -> float:
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+imported, began = resident(), time.perf_counter()
+file = TokenFile(sys.argv[1], "train")
+file.check(50257, 1024)
+fingerprint = file.sha256
+batches = Batches(file, 4, 1024, seed=0)
+batches[0]
+seconds, before = time.perf_counter() - began, resident()
+for i in np.random.default_rng(0).integers(0, 3 * batches.n_blocks // 4, 600).tolist():
+    batches[i]
+about = {"tokens": len(file), "growth": resident() - before, "start": before - imported, "seconds": seconds}
+print(json.dumps(about | {"files": len(os.listdir("/proc/self/fd"))}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("form", ["raw", "headed", "described"])
+def test_ten_thousand_shards_of_100_million_tokens_open_and_read_in_flat_memory(tmp_path, form):
+    n, n_shards = 100_000_000, 10_000
+    header = np.zeros(256, "<i4")
+    header[:3] = *MAGIC["<u2"], n
+    for i in range(n_shards):  # sparse: holes take no more of the disk than a name
+        with open(tmp_path / f"train_{i:06d}.bin", "wb") as file:
+            file.write(header.tobytes() if form == "headed" else b"")
+            file.truncate(2 * n + header.nbytes * (form == "headed"))
+    if form == "described":
+        sums = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(n_shards)]
+        shards = [{"file": f"train_{i:06d}.bin", "tokens": n, "sha256": sums[i]} for i in range(n_shards)]
+        meta = {"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}
+        (tmp_path / "meta.json").write_text(json.dumps(meta | {"splits": {"train": {"shards": shards}}}))
+    command = [sys.executable, "-c", LOOK, str(tmp_path)]
+    about = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    print(form, about)
+    assert about["tokens"] == n * n_shards
+    assert about["growth"] < 16 and about["start"] < 64  # MB
+    assert about["files"] < 64
