@@ -276,4 +276,4 @@ def test_the_counts_in_the_training_logs_are_of_whole_campaigns_without_a_failur
     assert found["kills"]["resumed"] == found["kills"]["kills"] >= 100
     assert found["corruptions"]["passed_over"] == found["corruptions"]["corruptions"] >= 40
     assert found["signals"]["checkpoint_at_most_one_step_old"] == found["signals"]["signals"] >= 50
-    assert found["soak"]["same_weights_as_undisturbed"] and found["soak"]["seconds"] >= 2700
+    assert found["soak"]["same_weights_as_undisturbed"] and found["soak"]["seconds"] >= 3600
