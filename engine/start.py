@@ -212,6 +212,8 @@ def open_run(config, processes: Processes, model: GPT, how: str, progress) -> It
         )
         if read_meta(dataset_folder(config.dataset)) is None:
             log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
+        if not checkpoint.has_tokenizer(out_dir):
+            log.say(f"tiktoken has not fetched GPT-2's BPE, so {out_dir} goes without; sample.py will fetch it")
         if config.wandb_log:
             log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)
         yield log

@@ -30,6 +30,7 @@ LEVELS = {
     "engine.corpus": 0,
     "likelihoods": -1,
     "weights": -2,
+    "engine.gpt2_bpe": -1,
     "engine.generation": 0,
     "engine.linear_loss": -3,
     "engine.sharding": -1,
