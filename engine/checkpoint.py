@@ -107,9 +107,14 @@ def load_model(source: str | Path, device: torch.device | str = "cpu", config: G
     return model.to(device).eval()
 
 
+def folder_of(source: str | Path) -> Path:
+    """The folder of a run, also where one of its checkpoint files is named."""
+    return Path(source).parent if Path(source).is_file() else Path(source)
+
+
 def check_tokenizer(source: str | Path, dataset: Path) -> None:
     """Refuse data whose tokenizer is another than that of the run in the folder of source, where both are known."""
-    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    folder = folder_of(source)
     metas = [GPT2S if str(source) in HUB else read_meta(folder), read_meta(dataset)]
     if None not in metas and metas[0]["tokenizer"] != metas[1]["tokenizer"]:
         kinds = [meta["tokenizer"].get("kind") for meta in metas]
@@ -117,15 +122,16 @@ def check_tokenizer(source: str | Path, dataset: Path) -> None:
 
 
 def trained_on(source: str | Path) -> str | None:
-    """The data set of a run (of ours or nanoGPT's); None where the source does not say."""
-    state = read_newest(Path(source)) if Path(source).is_dir() and exists(Path(source)) else {}
+    """The data set of a run or checkpoint file (of ours or nanoGPT's); None where the source does not say."""
+    path = Path(source)
+    state = read(path) if path.is_file() else read_newest(path) if path.is_dir() and exists(path) else {}
     return state.get("config", {}).get("dataset")
 
 
 def tokenizer_of(source: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer that a run, a checkpoint file or GPT-2's weights belong to; GPT-2's where nothing names another."""
-    folder = Path(source).parent if Path(source).is_file() else Path(source)
-    if not has_tokenizer(folder) and (dataset := trained_on(folder)):  # nanoGPT keeps its tokenizer with the data
+    folder = folder_of(source)
+    if not has_tokenizer(folder) and (dataset := trained_on(source)):  # nanoGPT keeps its tokenizer with the data
         folder = dataset_folder(dataset)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > vocab_size:

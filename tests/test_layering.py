@@ -12,6 +12,7 @@ from tests.helpers import ROOT
 LEVELS = {
     "train": 4,
     "engine.start": 3.5,
+    "engine.finetune": 3.25,
     "engine.saver": 3.5,
     "engine.checkpoint": 3,
     "engine.pretrained": 2,
