@@ -152,9 +152,14 @@ def copy_tokenizer(data_folder: Path, out_dir: Path) -> None:
     for name in ("meta.json", "meta.pkl", BPETokenizer.file, GPT2Tokenizer.file):
         if (data_folder / name).is_file():
             replace(out_dir / name, partial(shutil.copyfile, data_folder / name))
-    kind, path = (read_meta(data_folder) or GPT2S)["tokenizer"].get("kind"), out_dir / GPT2Tokenizer.file
-    if kind == GPT2Tokenizer.kind and not path.exists() and (tokens := cached_tokens()):
-        write_tokens(path, tokens)  # nanoGPT's folders have none
+    if lacks_bpe(out_dir) and (tokens := cached_tokens()):  # nanoGPT's folders have none
+        write_tokens(out_dir / GPT2Tokenizer.file, tokens)
+
+
+def lacks_bpe(folder: Path) -> bool:
+    """Whether the folder's tokens are GPT-2's, and their BPE is not in it."""
+    kind = (read_meta(folder) or GPT2S)["tokenizer"].get("kind")
+    return kind == GPT2Tokenizer.kind and not (folder / GPT2Tokenizer.file).exists()
 
 
 def all_in(out_dir: Path) -> list[Path]:

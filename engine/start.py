@@ -177,19 +177,10 @@ def open_run(config, processes: Processes, model: GPT, how: str, progress) -> It
                 forget_after(out_dir / "metrics.jsonl", first)
         log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters)
         stack.callback(log.close)
-        n_head = sum(p.numel() for p in model.lm_head.parameters())
-        n_all = sum(p.numel() for p in model.parameters())
-        head = config.model.head
-        log.say(
-            f"{out_dir}: {head.weights} x {head.likelihood} head, {n_all / 1e6:.2f} M parameters "
-            f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if head.tie_head else ''}), "
-            f"{tokens_per_step:,} tokens per step, {how}, on {processes.world_size} x {processes.device.type}"
-            + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
-            + (f", going on at step {first}" if first else began_with(config.init_from))
-        )
+        log.say(first_line(config, processes, model, how, first))
         if read_meta(dataset_folder(config.dataset)) is None:
             log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
-        if not checkpoint.has_tokenizer(out_dir):
+        if processes.is_main and checkpoint.lacks_bpe(out_dir):
             log.say(f"tiktoken has not fetched GPT-2's BPE, so {out_dir} goes without; sample.py will fetch it")
         if config.wandb_log:
             log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)
@@ -198,9 +189,19 @@ def open_run(config, processes: Processes, model: GPT, how: str, progress) -> It
             log.say(ending(config, progress))
 
 
-def began_with(init_from: str) -> str:
-    """Whose weights a run began with, as a part of its first line."""
-    return "" if init_from in ("scratch", "resume", "auto") else f", on the weights of {init_from}"
+def first_line(config, processes: Processes, model: GPT, how: str, first: int) -> str:
+    """What the run is: head, size, tokens per step, where and how, on what it builds."""
+    n_head = sum(p.numel() for p in model.lm_head.parameters())
+    n_all = sum(p.numel() for p in model.parameters())
+    head, n_tokens = config.model.head, config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+    begun = "" if config.init_from in ("scratch", "resume", "auto") else f", on the weights of {config.init_from}"
+    return (
+        f"{config.out_dir}: {head.weights} x {head.likelihood} head, {n_all / 1e6:.2f} M parameters "
+        f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if head.tie_head else ''}), "
+        f"{n_tokens:,} tokens per step, {how}, on {processes.world_size} x {processes.device.type}"
+        + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
+        + (f", going on at step {first}" if first else begun)
+    )
 
 
 def ending(config, progress) -> str:
