@@ -11,7 +11,7 @@ batch_size = 4
 gradient_accumulation_steps = 2
 dropout = 0.1
 
-# a tenth of what the weights were trained with: OpenAI's took 6e-4; a run of quickstart.py (4e-3) wants 4e-4
+# a tenth of what the weights were trained with: OpenAI's took 6e-4; of a run of quickstart.py (4e-3) try 4e-4
 learning_rate = 5e-5
 warmup_iters = 20
 decay_lr = False
