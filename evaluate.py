@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint import check_tokenizer, load_model, trained_on
+from engine.checkpoint import check_tokenizer, folder_of, has_tokenizer, load_model, trained_on
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
 from engine.errors import MANY, UserError, check_ranges, run
@@ -54,7 +54,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    out_dir: str = "out"  # one run or several, separated by commas; gpt2* with --dataset
+    out_dir: str = "out"  # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset
     split: str = "test"  # test | val | train
     dataset: str = ""  # another data set than the run's own (same tokenizer)
     batch_size: int = 16  # blocks at a time: speed and memory (and which noise n_samples draws)
@@ -90,8 +90,13 @@ def main() -> None:
     rows = {}
     for source in sources:
         rows[source] = evaluate_run(source, config)
-        if (folder := Path(source)).is_dir():
-            write_json(folder / f"eval_{config.split}.json", rows[source])
+        if (folder := folder_of(source)).is_dir():
+            name = (
+                f"eval_{config.split}.json"
+                if Path(source).is_dir()
+                else f"eval_{config.split}_{Path(source).stem}.json"
+            )
+            write_json(folder / name, rows[source])
     scaled = {
         f"{s} (std x {row['scaled']['std_factor']:.2f})": row["scaled"] for s, row in rows.items() if "scaled" in row
     }
@@ -133,7 +138,7 @@ def evaluate_run(source: str, config: EvaluateConfig) -> dict:
     about |= {"labels": config.labels, "k": labels.about["k"] + 1} if labels else {}
     result = about | scores(file, config.limit, config.n_samples, source, labels)
     targets = (y for _, y in whole_split(file, *shape, config.limit))
-    folder = source if (Path(source) / "meta.json").is_file() else dataset_folder(dataset)
+    folder = folder_of(source) if has_tokenizer(folder_of(source)) else dataset_folder(dataset)
     frequencies = TokenFile(dataset, "train").frequencies(model.config.vocab_size)
     result |= of_text(targets, frequencies, load_tokenizer(folder), result["nll"])
     if config.std_tolerance and model.bayes_layers():

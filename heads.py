@@ -12,7 +12,7 @@ A further head is one class in weights.py or likelihoods.py, its options and one
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import torch.nn as nn
 
 from engine.errors import UserError, check_ranges
 from engine.linear_loss import linear_loss, plain_loss
-from likelihoods import Categorical, Nll, Sigmoid, SmoothCategorical, weighted_sum
+from likelihoods import Categorical, Nll, Sigmoid, SmoothCategorical, linear_fit, weighted_sum
 from weights import BayesLinear, PointLinear, bayes_linear
 
 
@@ -118,6 +118,27 @@ class Head(nn.Module):
         if self.wants_unigram:
             with torch.no_grad():
                 self.bias.copy_(self.likelihood.base_rate_logits(frequencies))
+
+    @torch.no_grad()
+    def take_over(self, old: HeadConfig, hidden: Callable[[], torch.Tensor]) -> torch.Tensor | float:
+        """Have weights and bias that come from a head with the options `old` predict here what they did there.
+
+        A sigmoid's logits are log-probabilities, softmax's are so but for their log-normaliser. That is close to linear
+        in x: fitted to hidden(), (n, C) states of the training text, it is taken off weights and bias. Returns what the
+        weights (C,) of every token have lost, or 0.
+        """
+        theirs, ours = LIKELIHOODS[old.likelihood](old, len(self.weights.weight)).level, self.likelihood.level
+        if ours is None or theirs == ours:
+            return 0.0
+        if self.bias is None:
+            raise UserError("a sigmoid head on these weights needs a bias; leave logit_bias = 'none' out")
+        slope = 0.0
+        if theirs is None:
+            x = hidden()
+            slope, theirs = linear_fit(x, torch.cat([self.logits(part).logsumexp(-1) for part in x.split(64)]))
+        self.weights.weight -= slope
+        self.bias -= theirs - ours
+        return slope
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> (..., V), under the mean of the weights."""

@@ -30,6 +30,7 @@ class Categorical:
 
     default_bias = "none"
     on_labels, on_all = 1.0, 0.0
+    level = None  # by how much a logit stands above log p: any amount, if it is the same for all logits of a position
 
     def __init__(self, config: "HeadConfig", vocab_size: int):
         pass
@@ -107,6 +108,7 @@ class Sigmoid:
     def __init__(self, config: "HeadConfig", vocab_size: int):
         self.pos_weight = self.on_labels = config.pos_weight
         self.sum_penalty = config.sum_penalty
+        self.level = math.log(config.pos_weight)  # as in Categorical, where p is small
 
     def normaliser(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> (...). Under a Bayesian head's bound, logits raised by half their variance, the sum that
@@ -203,3 +205,14 @@ def expected_log_sigmoid(mean: Tensor, std: Tensor) -> Tensor:
     """ln E[sigmoid(z)] for z ~ N(mean, std^2), by Gauss-Hermite quadrature with three nodes."""
     nodes = ((0.0, 2 / 3), (math.sqrt(3), 1 / 6), (-math.sqrt(3), 1 / 6))
     return reduce(torch.logaddexp, (F.logsigmoid(mean + node * std) + math.log(share) for node, share in nodes))
+
+
+def linear_fit(x: torch.Tensor, y: torch.Tensor, ridge: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (n, C), y (n,) -> slope (C,) and constant: least squares, with a penalty of `ridge` on the slope of x at unit
+    variance, so that a few positions are enough."""
+    x, y = x.double(), y.double()
+    centred = x - x.mean(0)
+    squares = centred.T @ centred
+    squares.diagonal().mul_(1 + ridge).add_(1e-9)
+    slope = torch.linalg.solve(squares, centred.T @ (y - y.mean()))
+    return slope.float(), (y.mean() - x.mean(0) @ slope).float()

@@ -29,7 +29,7 @@ SHADES = ((2, 40), (5, 148), (20, 220), (100, 208), (math.inf, 196))
 @dataclass(frozen=True)
 class SampleConfig:
     init_from: str = "resume"  # resume: the newest checkpoint in out_dir | gpt2* | a run folder or checkpoint file
-    out_dir: str = "out"  # with init_from=resume: the run
+    out_dir: str = "out"  # with init_from=resume: the run, or one of its checkpoint files
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
     num_samples: int = 10  # continuations
     max_new_tokens: int = 500  # length of each

@@ -27,7 +27,7 @@ from engine.start import describe, open_run, start, training_batches
 from model import GPT, GPTConfig
 
 RANGES = {name: (1, MANY) for name in ("eval_interval", "log_interval", "eval_iters", "batch_size")}
-RANGES |= {name: (0, MANY) for name in ("save_interval", "max_iters", "warmup_iters", "lr_decay_iters")}
+RANGES |= {name: (0, MANY) for name in ("save_interval", "max_iters", "warmup_iters", "lr_decay_iters", "patience")}
 RANGES |= {name: (0.0, 1e3) for name in ("learning_rate", "min_lr", "weight_decay")}
 RANGES |= {"gradient_accumulation_steps": (1, 10**9), "grad_clip": (0.0, 1e9), "label_weight": (0.0, 1.0)}
 RANGES |= {"seed": (0, (1 << 63) - 1), "hang_timeout": (0.0, 1e6)}
@@ -43,6 +43,7 @@ class TrainConfig:
     log_interval: int = 1  # steps between training records
     eval_iters: int = 200  # batches of the validation split in an evaluation, the same ones each time
     eval_only: bool = False  # evaluate once and end
+    patience: int = 0  # end after so many eval_intervals without a lower validation nll (early stop); 0: at max_iters
     always_save_checkpoint: bool = True  # False: save only when the validation nll is the lowest yet
     save_interval: int = 0  # steps between checkpoints; 0: as eval_interval
     init_from: str = (
@@ -110,10 +111,11 @@ class Progress:
     wandb_id: str = ""
     in_a_row = 0  # no field: who resumes may have changed what was bad
 
-    def improves(self, val_nll: float) -> bool:
-        """Whether that is the lowest so far; if so, remember it."""
-        if better := val_nll < self.best_val_nll:
-            self.best_val_nll, self.best_step = val_nll, self.step
+    def improves(self, scores: dict[str, float]) -> bool:
+        """Whether val_nll is the lowest so far; if so, remember it. What is not finite ends the run."""
+        refuse_non_finite(scores, self.step)
+        if better := scores["val_nll"] < self.best_val_nll:
+            self.best_val_nll, self.best_step = scores["val_nll"], self.step
         return better
 
     def watch_skipped(self, finite: bool) -> None:
@@ -162,9 +164,9 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
             if last or step % config.eval_interval == 0:
                 with log.paused():
                     scores = mean_loss(bare, val_batches, data["val"], processes, cast)
-                refuse_non_finite(scores, step)
+                improved = progress.improves(scores)
                 log.evaluation(scores)
-                improved = progress.improves(scores["val_nll"])
+                last = last or 0 < config.patience * config.eval_interval <= step - progress.best_step
             due = (last or step % (config.save_interval or config.eval_interval) == 0) and config.always_save_checkpoint
             if (due or improved) and not config.eval_only:
                 with log.paused():

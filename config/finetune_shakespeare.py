@@ -1,5 +1,9 @@
-# OpenAI's GPT-2 XL on Shakespeare, nanoGPT's recipe: 20 steps of 32,768 tokens, minutes on one GPU. Needs the weights
-# from the Hugging Face Hub and data/shakespeare; with less memory start from gpt2 or gpt2-medium. Any head goes on top.
+# OpenAI's GPT-2 XL on Shakespeare, nanoGPT's recipe: 20 steps of 32,768 tokens. Not run by us: it wants a GPU of 40 GB
+# (from gpt2 or gpt2-medium a small one will do) and the weights from the Hugging Face Hub, or a folder that
+# transformers saved: --init_from=FOLDER. The run's folder keeps the best checkpoint alone. Any head goes on top.
+#     python data/shakespeare/prepare.py
+#     python train.py config/finetune_shakespeare.py
+#     python sample.py --out_dir=out-shakespeare
 out_dir = "out-shakespeare"
 init_from = "gpt2-xl"
 dataset = "shakespeare"

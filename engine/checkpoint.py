@@ -17,8 +17,9 @@ import torch
 from engine.config import build
 from engine.errors import UserError, warn
 from engine.files import replace
+from engine.gpt2_bpe import GPT2Tokenizer, cached_tokens, write_tokens
 from engine.pretrained import HUB, from_nanogpt, from_transformers, load_state
-from engine.tokenizer import Tokenizer, load_tokenizer, read_meta
+from engine.tokenizer import BPETokenizer, Tokenizer, load_tokenizer, read_meta
 from engine.tokens import dataset_folder
 from model import GPT, GPTConfig
 
@@ -27,6 +28,7 @@ PARTS |= {"step": int, "best_step": int, "best_val_nll": float, "seconds": float
 KINDS = PARTS | {"tokens": int, "skipped": int, "wandb_id": str, "data": dict}
 KINDS |= {"model_args": dict}  # nanoGPT's
 SUMS = "SHA256SUMS"
+GPT2S = {"tokenizer": {"kind": GPT2Tokenizer.kind}}  # what is said of GPT-2's tokens, or to be said of them
 
 
 def name_of(step: int) -> str:
@@ -105,25 +107,31 @@ def load_model(source: str | Path, device: torch.device | str = "cpu", config: G
     return model.to(device).eval()
 
 
+def folder_of(source: str | Path) -> Path:
+    """The folder of a run, also where one of its checkpoint files is named."""
+    return Path(source).parent if Path(source).is_file() else Path(source)
+
+
 def check_tokenizer(source: str | Path, dataset: Path) -> None:
     """Refuse data whose tokenizer is another than that of the run in the folder of source, where both are known."""
-    folder = Path(source).parent if Path(source).is_file() else Path(source)
-    metas = [{"tokenizer": {"kind": "gpt2"}} if str(source) in HUB else read_meta(folder), read_meta(dataset)]
+    folder = folder_of(source)
+    metas = [GPT2S if str(source) in HUB else read_meta(folder), read_meta(dataset)]
     if None not in metas and metas[0]["tokenizer"] != metas[1]["tokenizer"]:
         kinds = [meta["tokenizer"].get("kind") for meta in metas]
         raise UserError(f"{source} was trained with another tokenizer ({kinds[0]}) than {dataset} has ({kinds[1]})")
 
 
 def trained_on(source: str | Path) -> str | None:
-    """The data set of a run (of ours or nanoGPT's); None where the source does not say."""
-    state = read_newest(Path(source)) if Path(source).is_dir() and exists(Path(source)) else {}
+    """The data set of a run or checkpoint file (of ours or nanoGPT's); None where the source does not say."""
+    path = Path(source)
+    state = read(path) if path.is_file() else read_newest(path) if path.is_dir() and exists(path) else {}
     return state.get("config", {}).get("dataset")
 
 
 def tokenizer_of(source: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer that a run, a checkpoint file or GPT-2's weights belong to; GPT-2's where nothing names another."""
-    folder = Path(source).parent if Path(source).is_file() else Path(source)
-    if read_meta(folder) is None and (dataset := trained_on(folder)):  # nanoGPT keeps its tokenizer with the data
+    folder = folder_of(source)
+    if not has_tokenizer(folder) and (dataset := trained_on(source)):  # nanoGPT keeps its tokenizer with the data
         folder = dataset_folder(dataset)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > vocab_size:
@@ -134,11 +142,24 @@ def tokenizer_of(source: str | Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder itself says what its tokens mean."""
+    return (folder / GPT2Tokenizer.file).exists() or read_meta(folder) is not None
+
+
 def copy_tokenizer(data_folder: Path, out_dir: Path) -> None:
     """Carry the tokenizer along with the run, so that the run folder is enough to sample from."""
-    for name in ("meta.json", "meta.pkl", "tokenizer.json"):
+    for name in ("meta.json", "meta.pkl", BPETokenizer.file, GPT2Tokenizer.file):
         if (data_folder / name).is_file():
             replace(out_dir / name, partial(shutil.copyfile, data_folder / name))
+    if lacks_bpe(out_dir) and (tokens := cached_tokens()):  # nanoGPT's folders have none
+        write_tokens(out_dir / GPT2Tokenizer.file, tokens)
+
+
+def lacks_bpe(folder: Path) -> bool:
+    """Whether the folder's tokens are GPT-2's, and their BPE is not in it."""
+    kind = (read_meta(folder) or GPT2S)["tokenizer"].get("kind")
+    return kind == GPT2Tokenizer.kind and not (folder / GPT2Tokenizer.file).exists()
 
 
 def all_in(out_dir: Path) -> list[Path]:

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.errors import UserError
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 1 << 20  # characters, or one piece more, that a process gets in one go
 
@@ -52,10 +53,13 @@ def encode(tokenizer: Tokenizer, batch: list[tuple[str, str, bool]]) -> dict[str
 
 
 def encode_all(
-    walked: Iterable[tuple[str, str, bool, Any]], tokenizer: Tokenizer, num_proc: int
+    walked: Iterable[tuple[str, str, bool, Any]], tokenizer: Tokenizer, kept: Path, num_proc: int
 ) -> Iterator[tuple[Any, dict[str, Encoded]]]:
     """Pieces (split, text, begins a document, position behind it) -> batch by batch, in order: the position behind the
-    batch, and its ids by split. From the second batch on num_proc processes share the work."""
+    batch, and its ids by split. Where there is more than one batch num_proc processes share the work.
+
+    kept: the folder from which they load the tokenizer. It is not handed to them: a process that is ended while it is
+    sent more than a pipe holds leaves Python waiting for ever."""
     batches = _batches(walked)
     head = list(itertools.islice(batches, 2))
     if num_proc == 1 or len(head) < 2:
@@ -63,7 +67,7 @@ def encode_all(
             yield position, encode(tokenizer, batch)
         return
     spawn = multiprocessing.get_context("spawn")  # the same on all systems, and safe beside threads
-    pool, waiting = ProcessPoolExecutor(num_proc, spawn, _begin, (tokenizer,)), deque()
+    pool, waiting = ProcessPoolExecutor(num_proc, spawn, _begin, (kept,)), deque()
     try:
         for position, batch in itertools.chain(head, batches):
             waiting.append((position, pool.submit(_encode, batch)))
@@ -91,13 +95,13 @@ def _batches(walked: Iterable[tuple[str, str, bool, Any]]) -> Iterator[tuple[Any
         yield position, batch
 
 
-def _begin(tokenizer: Tokenizer) -> None:
+def _begin(kept: Path) -> None:
     """A process begins: it will end with the one that began it, however that ends, and leaves Ctrl-C to it."""
     global _tokenizer
-    _tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    _tokenizer = load_tokenizer(kept)
 
 
 def _encode(batch: list[tuple[str, str, bool]]) -> dict[str, Encoded]:

@@ -88,12 +88,14 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
         n = wrong[0]
         raise UserError(
             f"{n} has shape {tuple(state[n].shape)} in the checkpoint, {tuple(ours[n].shape)} in this model"
+            + ("; add --posterior=full" if n.endswith(".log_std") else "")
         )
     if model.config.head.tie_head and not torch.equal(*(state[name] for name in ENDS[:2])):
         raise UserError("the checkpoint's output weights are not its token embedding; add --tie_head=False")
     if "lm_head.bias" in state and "lm_head.bias" not in ours:
         raise UserError(
-            "the checkpoint's head has a bias per token; add --logit_bias=unigram, or the bias would be lost"
+            "the checkpoint's head has a bias per token, which logit_bias = 'none' would lose; leave that out, or add "
+            "--logit_bias=unigram, which keeps it"
         )
     missing, unexpected = model.load_state_dict(state, strict=False)
     if odd := [n for n in [*missing, *unexpected] if not (n.startswith("lm_head.") or n.endswith(".log_std"))]:

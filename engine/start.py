@@ -15,18 +15,20 @@ from engine.config import build, flatten
 from engine.distributed import Processes
 from engine.errors import UserError, warn
 from engine.files import alone, write_json
+from engine.finetune import on_weights
 from engine.labels import LabelFile
 from engine.logger import Logger, environment, forget_after
 from engine.pretrained import load_state
 from engine.tokenizer import read_meta
 from engine.tokens import Batches, TokenFile, dataset_folder
-from model import GPT, GPTConfig
+from model import GPT
 
 # what belongs to this start of a run, not to the run
 HERE = {"out_dir", "init_from", "allow_change", "eval_only", "backend", "device", "hang_timeout"}
 # what may change in the middle, and stays as it was where it is not given: how long, how, with which reports it runs
 FREE = {"max_iters", "eval_interval", "eval_iters", "log_interval", "save_interval", "always_save_checkpoint"}
 FREE |= {"wandb_log", "wandb_project", "wandb_run_name", "gradient_checkpointing", "dtype", "compile", "sharding"}
+FREE |= {"patience"}
 FREE |= {"dataset"}  # what counts is what is in it, see check_data
 LAUNCH = ".launch"  # a file in out_dir: which torchrun trains there
 FROM_DATA = ("vocab_size", "n_data")  # 0 there asks for the data's own
@@ -80,18 +82,7 @@ def begin(config, init_from: str, data: TokenFile, given: Set[str]) -> GPT:
         data.check(model.config.vocab_size)
         model.lm_head.start_from(data.frequencies(model.config.vocab_size))
         return model
-    checkpoint.check_tokenizer(init_from, dataset_folder(config.dataset))
-    shape, weights = checkpoint.read_weights(init_from)
-    model = GPT(on_backbone(shape, replace(config.model, head=head), given))
-    data.check(model.config.vocab_size)
-    new = load_state(model, weights)  # what this head has beyond the old one
-    if "lm_head.bias" in new and head.logit_bias == "unigram":
-        raise UserError(
-            "the weights to start from have no bias, and know frequencies already: give --logit_bias=uniform"
-        )
-    if any(name.endswith(".log_std") for name in new):
-        model.start_posteriors(data.frequencies(model.config.vocab_size), only=new)
-    return model
+    return on_weights(config, init_from, head, data, given)
 
 
 def resumed(config, state: dict, given: Set[str]):
@@ -156,20 +147,6 @@ def training_batches(config, file: TokenFile, state: dict) -> Batches:
     return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
 
 
-def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:
-    """wanted (dropout, head ...) on a backbone of the given shape; explicit options that contradict it are refused."""
-    fixed = ("n_layer", "n_head", "n_embd", "bias", "qkv_bias", "vocab_size")
-    for name in fixed:
-        if name in given and getattr(wanted, name) != getattr(shape, name):
-            raise UserError(
-                f"{name} = {getattr(wanted, name)}, but the weights to start from have {getattr(shape, name)}"
-            )
-    if wanted.block_size > shape.block_size and "block_size" in given:
-        raise UserError(f"block_size = {wanted.block_size}, but the weights to start from end at {shape.block_size}")
-    block_size = min(wanted.block_size, shape.block_size)
-    return replace(wanted, block_size=block_size, **{name: getattr(shape, name) for name in fixed})
-
-
 def describe(config, data: dict[str, TokenFile], batches: Batches) -> dict:
     """What a checkpoint says of its run: options, seeds among them, and the data by their hashes."""
     labels = {"labels": batches.labels.about} if batches.labels else {}
@@ -204,18 +181,39 @@ def open_run(
                 forget_after(out_dir / "metrics.jsonl", first)
         log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters)
         stack.callback(log.close)
-        n_head = sum(p.numel() for p in model.lm_head.parameters())
-        n_all = sum(p.numel() for p in model.parameters())
-        head = config.model.head
-        log.say(
-            f"{out_dir}: {head.weights} x {head.likelihood} head, {n_all / 1e6:.2f} M parameters "
-            f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if head.tie_head else ''}), "
-            f"{tokens_per_step:,} tokens per step, {how}, on {processes.world_size} x {processes.device.type}"
-            + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
-            + (f", going on at step {first}" if first else "")
-        )
+        log.say(first_line(config, processes, model, how, first))
         if meta is None:
             log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
+        if processes.is_main and checkpoint.lacks_bpe(out_dir):
+            log.say(f"tiktoken has not fetched GPT-2's BPE, so {out_dir} goes without; sample.py will fetch it")
         if config.wandb_log:
             log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)
         yield log
+        if not config.eval_only:
+            log.say(ending(config, progress))
+
+
+def first_line(config, processes: Processes, model: GPT, how: str, first: int) -> str:
+    """What the run is: head, size, tokens per step, where and how, on what it builds."""
+    n_head = sum(p.numel() for p in model.lm_head.parameters())
+    n_all = sum(p.numel() for p in model.parameters())
+    head, n_tokens = config.model.head, config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+    begun = "" if config.init_from in ("scratch", "resume", "auto") else f", on the weights of {config.init_from}"
+    return (
+        f"{config.out_dir}: {head.weights} x {head.likelihood} head, {n_all / 1e6:.2f} M parameters "
+        f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if head.tie_head else ''}), "
+        f"{n_tokens:,} tokens per step, {how}, on {processes.world_size} x {processes.device.type}"
+        + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
+        + (f", going on at step {first}" if first else begun)
+    )
+
+
+def ending(config, progress) -> str:
+    """Why a run ended where it did, and how to sample from its best checkpoint."""
+    why = f"no lower val nll in {config.patience} evaluations: stopped; " if progress.step < config.max_iters else ""
+    best = f"{why}best val nll {progress.best_val_nll:.4f} at step {progress.best_step}"
+    path = Path(config.out_dir) / checkpoint.name_of(progress.best_step)
+    if not path.is_file():  # the weights that it began with are kept where they came from
+        return best
+    newest = checkpoint.all_in(path.parent)[-1] == path
+    return f"{best}: python sample.py --out_dir={path.parent if newest else path}"

@@ -1,6 +1,6 @@
 """Text <-> token ids. A folder's meta.json names its tokenizer; load_tokenizer(folder) gives it back.
 
-Four kinds: GPT-2's BPE (tiktoken), a BPE trained on the corpus (tokenizers), characters, bytes. All share one small
+Four kinds: GPT-2's BPE (gpt2_bpe.py), a BPE trained on the corpus (tokenizers), characters, bytes. All share one small
 face: vocab_size, eot (the end-of-text id, or None), encode, decode, token_bytes, and save / describe for the folder.
 End-of-text is never produced by encode: the string "<|endoftext|>" inside a text is text.
 """
@@ -14,42 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
+from engine.gpt2_bpe import GPT2Tokenizer, to_bytes
 
 KINDS = ("gpt2", "bpe", "char", "byte")
-
-
-class GPT2Tokenizer:
-    """GPT-2's 50,257-token BPE, from tiktoken (set TIKTOKEN_CACHE_DIR to use it offline)."""
-
-    kind, vocab_size, eot = "gpt2", 50257, 50256
-
-    def __init__(self):
-        import tiktoken
-
-        try:
-            self.bpe = tiktoken.get_encoding("gpt2")
-        except OSError as error:  # requests' errors are OSErrors
-            raise UserError(
-                f"tiktoken cannot fetch GPT-2's BPE ({type(error).__name__}); "
-                "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
-            ) from error
-
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids, (n,) uint32."""
-        return self.bpe.encode_to_numpy(text, disallowed_special=())
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.bpe.decode([int(i) for i in ids])
-
-    def token_bytes(self) -> list[bytes]:
-        """The bytes of each id, V of them; end-of-text has none."""
-        return [self.bpe.decode_single_token_bytes(i) for i in range(self.eot)] + [b""]
-
-    def describe(self) -> dict:
-        return {"kind": self.kind}
-
-    def save(self, folder: Path) -> None:
-        """Nothing to keep beside meta.json: GPT-2's BPE comes from tiktoken."""
 
 
 class BPETokenizer:
@@ -62,6 +29,9 @@ class BPETokenizer:
         self.bpe.encode_special_tokens = True  # an end-of-text string inside the text stays text
         self.vocab_size = bpe.get_vocab_size()
         self.eot = bpe.token_to_id("<|endoftext|>")
+
+    def __reduce__(self):
+        return BPETokenizer, (self.bpe,)  # the library's own pickle forgets encode_special_tokens
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -101,9 +71,8 @@ class BPETokenizer:
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self) -> list[bytes]:
-        unicode_to_byte = {char: byte for byte, char in enumerate(_byte_alphabet())}
         pieces = [self.bpe.id_to_token(i) for i in range(self.vocab_size)]
-        return [b"" if i == self.eot else bytes(unicode_to_byte[c] for c in p) for i, p in enumerate(pieces)]
+        return [b"" if i == self.eot else to_bytes(piece) for i, piece in enumerate(pieces)]
 
     def describe(self) -> dict:
         return {"kind": self.kind, "sha256": hashlib.sha256(self.bpe.to_str().encode()).hexdigest()}
@@ -176,7 +145,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     meta = read_meta(folder)
     if meta is None:
-        return GPT2Tokenizer()
+        return GPT2Tokenizer.load(folder)
     description = meta.get("tokenizer", {})
     kind = description.get("kind")
     if kind == "char":
@@ -184,7 +153,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if kind == "bpe":
         return BPETokenizer.load(folder)
     if kind in ("gpt2", "byte"):
-        return GPT2Tokenizer() if kind == "gpt2" else ByteTokenizer()
+        return GPT2Tokenizer.load(folder) if kind == "gpt2" else ByteTokenizer()
     raise UserError(f"{folder} names an unknown tokenizer {kind!r}; known: {', '.join(KINDS)}")
 
 
@@ -226,10 +195,3 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it wants to run {module}.{name}, refused")
-
-
-def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-in for each byte 0..255 (its bytes_to_unicode)."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    stand_ins = iter(range(256, 512))
-    return [chr(byte) if byte in plain else chr(next(stand_ins)) for byte in range(256)]

@@ -110,8 +110,9 @@ def tokenise(
     before, started = sum(writer.tokens for writer in writers.values()), time.perf_counter()
     if before:
         print(f"going on behind {before:,} tokens")
+    walked = walk(corpus, Position(*known["at"]))
     with tqdm(total=sizes[-1] or None, unit="B", unit_scale=True, disable=None) as bar:
-        for position, found in encode_all(walk(corpus, Position(*known["at"])), tokenizer, num_proc):
+        for position, found in encode_all(walked, tokenizer, work / "tokenizer", num_proc):
             full = [name for name, encoded in found.items() if writers[name].write(encoded)]
             rate = (sum(writer.tokens for writer in writers.values()) - before) / (time.perf_counter() - started)
             bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s", refresh=False)

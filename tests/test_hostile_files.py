@@ -122,6 +122,7 @@ def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, name, form, payloa
         ("openai/model.safetensors", [*TRAIN, "--init_from=openai"]),
         ("openai/pytorch_model.bin", [*TRAIN, "--init_from=openai"]),
         ("run/tokenizer.json", SAMPLE),
+        ("run/gpt2.json", SAMPLE),
     ],
 )
 def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command, payload):
@@ -133,8 +134,8 @@ def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command, pay
             (path.parent / "model.safetensors").write_bytes(b"")
     if path.name == "meta.pkl":
         path.with_suffix(".json").unlink()
-    if path.name == "tokenizer.json":
-        (folder / "run" / "meta.json").write_text(json.dumps({"vocab_size": 27, "tokenizer": {"kind": "bpe"}}))
+    if kind := {"tokenizer.json": "bpe", "gpt2.json": "gpt2"}.get(path.name):
+        (folder / "run" / "meta.json").write_text(json.dumps({"vocab_size": 27, "tokenizer": {"kind": kind}}))
     trap = PAYLOADS[payload]()
     if path.suffix == ".bin":
         np.save(folder / "array.npy", np.array([trap], dtype=object), allow_pickle=True)

@@ -12,6 +12,7 @@ from tests.helpers import ROOT
 LEVELS = {
     "train": 4,
     "engine.start": 3.5,
+    "engine.finetune": 3.25,
     "engine.saver": 3.5,
     "engine.checkpoint": 3,
     "engine.pretrained": 2,
@@ -34,6 +35,7 @@ LEVELS = {
     "engine.formats": -2,
     "likelihoods": -1,
     "weights": -2,
+    "engine.gpt2_bpe": -2,
     "engine.generation": 0,
     "engine.linear_loss": -3,
     "engine.sharding": -1,

@@ -14,9 +14,9 @@ import torch
 
 from engine.checkpoint import load_model, read, read_weights
 from engine.errors import UserError
+from engine.finetune import on_backbone
 from engine.optim import adamw, learning_rate_at
 from engine.pretrained import HUB, load_state
-from engine.start import on_backbone
 from engine.tokenizer import read_meta
 from heads import HeadConfig
 from model import GPT, GPTConfig

@@ -227,7 +227,7 @@ def test_a_run_is_not_overwritten_by_another(data, plain):
 
 
 def test_fine_tuning_takes_another_head_on_the_weights_of_a_run(data, plain, tmp_path):
-    model = run(data, tmp_path, init_from=plain[1], weights="bayes", likelihood="sigmoid", max_iters=0)
+    model = run(data, tmp_path, init_from=plain[1], weights="bayes", likelihood="smooth", max_iters=0)
     tuned, started = model.state_dict(), plain[0].state_dict()
     assert all(torch.equal(tuned[name], started[name]) for name in started)
     assert model.config.head.weights == "bayes"

@@ -1,0 +1,26 @@
+# Your own text on trained weights, with any head: of one of our runs, of nanoGPT's, or OpenAI's GPT-2.
+#     python data/text/prepare.py --source=mine.txt --name=mine --tokenizer=gpt2
+#     python train_bayes.py config/finetune.py --init_from=gpt2 --dataset=mine --out_dir=out/mine
+# (for a run of ours: --tokenizer=RUN and --init_from=RUN). Step 0 has the validation nll of the original, or for a
+# sigmoid head on softmax weights nearly so. The run ends when three evaluations bring no lower one, and its folder
+# keeps the best checkpoint alone.
+out_dir = "out/finetune"
+init_from = "gpt2"
+dataset = "mytext"
+batch_size = 4
+gradient_accumulation_steps = 2
+dropout = 0.1
+
+# a tenth of what the weights were trained with: OpenAI's took 6e-4; of a run of quickstart.py (4e-3) try 4e-4
+learning_rate = 5e-5
+warmup_iters = 20
+decay_lr = False
+max_iters = 2000
+weight_decay = 0.01
+kl_weight = 0.1  # a tempered posterior, for own text is short
+
+log_interval = 10
+eval_interval = 20
+eval_iters = 25
+patience = 3
+always_save_checkpoint = False

@@ -1,0 +1,209 @@
+"""Tokenizers: the same ids from a folder as before it was written, and a run folder that needs nothing else."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from engine.errors import UserError
+from engine.gpt2_bpe import cached_tokens
+from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from tests.conftest import shared_data
+from tests.helpers import ROOT, TINY, flags, run, words, write_dataset, write_nanogpt, write_words
+from tests.test_offline import run_closed
+
+TEXT = words(300)
+STRANGE = [
+    "I'll say it's 'tis DON'T we've  two   spaces\t\ttabs\n\n\nlines \r\n end ",
+    "naïve café Ångström Ελληνικά Русский язык 日本語の文章 中文字符 한국어 العربية עברית हिन्दी ไทย ಕನ್ನಡ",
+    "👩‍👩‍👧‍👦🏳️‍🌈🤦🏽‍♂️ e\u0301 \u200b\u00a0\u3000\u2028 \x00\x01\x7f \ufeff \U0010ffff",
+    "1234567890 ٣٤٥ ½ x² 3.14e-10 != <= >>= __init__ #!/bin/sh <|endoftext|> <|endoftext",
+    " " * 300 + "a" * 300 + "\n" * 50,
+]
+
+
+def make(kind: str):
+    """A tokenizer of each kind; GPT-2's if tiktoken has it here."""
+    if kind == "gpt2":
+        try:
+            return GPT2Tokenizer()
+        except UserError as error:
+            pytest.skip(str(error))
+    return {"bpe": BPETokenizer.train([TEXT], 300), "char": CharTokenizer.train([TEXT], eot=True)}.get(
+        kind, ByteTokenizer()
+    )
+
+
+every_kind = pytest.mark.parametrize("kind", ["gpt2", "bpe", "char", "byte"])
+
+
+@pytest.fixture
+def without_tiktoken(tmp_path, monkeypatch):
+    """tiktoken knows nothing and may not ask."""
+    import tiktoken.load
+    import tiktoken.registry
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "no_cache"))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda path: pytest.fail(f"tiktoken fetches {path}"))
+
+
+@pytest.fixture
+def gpt2(tmp_path_factory):
+    """GPT-2's BPE, and a folder that keeps it."""
+    tokenizer, folder = make("gpt2"), tmp_path_factory.mktemp("gpt2")
+    tokenizer.save(folder)
+    return tokenizer, folder
+
+
+def test_gpt2s_bpe_from_a_folder_gives_tiktokens_ids(gpt2, without_tiktoken):
+    theirs, folder = gpt2
+    ours = GPT2Tokenizer.load(folder)
+    everything = "".join(chr(i) for i in range(0, 0x11000, 7) if not 0xD800 <= i < 0xE000)
+    for text in (*STRANGE, TEXT, everything):
+        assert np.array_equal(ours.encode(text), theirs.encode(text)) and ours.decode(ours.encode(text)) == text
+    assert ours.token_bytes() == theirs.token_bytes() and (ours.vocab_size, ours.eot) == (50257, 50256)
+    assert ours.describe() == {"kind": "gpt2"}  # as older folders say it
+
+
+def test_gpt2s_bpe_from_a_folder_gives_tiktokens_ids_on_real_text(gpt2):
+    text = shared_data("wikitext2/wiki.valid.raw").read_text(encoding="utf-8")
+    assert np.array_equal(GPT2Tokenizer.load(gpt2[1]).encode(text), gpt2[0].encode(text))
+
+
+def merged_from(tokens: list[str]) -> list[tuple[str, int]]:
+    """Each token behind the bytes, and the length of its second half: what merging by the ranks before it leaves."""
+    rank, merged = {token: i for i, token in enumerate(tokens)}, []
+    for token in tokens[256:]:
+        parts = list(token)
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], len(rank)))
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        merged.append((token, len(parts[1])))
+    return merged
+
+
+def test_gpt2s_bpe_from_a_folder_gives_the_ids_of_transformers(gpt2):
+    transformers = pytest.importorskip("transformers")
+    tokens = json.loads((gpt2[1] / "gpt2.json").read_text(encoding="utf-8"))
+    vocab = {token: i for i, token in enumerate([*tokens, "<|endoftext|>"])}
+    merges = [(token[: len(token) - i], token[len(token) - i :]) for token, i in merged_from(tokens)]
+    theirs = transformers.GPT2TokenizerFast(vocab=vocab, merges=merges)
+    ours = GPT2Tokenizer.load(gpt2[1])
+    for text in (TEXT, *STRANGE[:3]):
+        assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+
+
+def test_what_tiktoken_has_fetched_before_is_found_without_it(gpt2, tmp_path, monkeypatch):
+    tokens = json.loads((gpt2[1] / "gpt2.json").read_text(encoding="utf-8"))
+    assert cached_tokens() in (tokens, [])  # nothing where tiktoken keeps no cache
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert cached_tokens() == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "letter", "number", "object", "nested", "empty", "bytes"])
+def test_a_damaged_gpt2_json_ends_in_one_line(gpt2, tmp_path, damage):
+    good = (gpt2[1] / "gpt2.json").read_bytes()
+    damaged = {
+        "cut": good[:1000],
+        "letter": good.replace(b"the", b"teh", 1),
+        "number": b"[1, 2]",
+        "object": b"{}",
+        "nested": b"[" * 100_000,
+        "empty": b"",
+        "bytes": b"\xff\xfe" + good,
+    }
+    (tmp_path / "gpt2.json").write_bytes(damaged[damage])
+    with pytest.raises(UserError, match=r"gpt2\.json is not GPT-2's BPE .*; delete it") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@every_kind
+def test_a_pickled_tokenizer_gives_the_same_ids(kind):
+    tokenizer = make(kind)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    for text in (TEXT, *([] if kind == "char" else STRANGE)):
+        assert np.array_equal(again.encode(text), tokenizer.encode(text)) and again.decode(again.encode(text)) == text
+    assert (again.vocab_size, again.eot, again.describe()) == (
+        tokenizer.vocab_size,
+        tokenizer.eot,
+        tokenizer.describe(),
+    )
+
+
+def test_gpt2s_bpe_from_a_folder_is_pickled_with_its_tokens(gpt2, without_tiktoken):
+    tokenizer = GPT2Tokenizer.load(gpt2[1])
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert np.array_equal(again.encode(STRANGE[1]), tokenizer.encode(STRANGE[1]))
+
+
+def test_a_bpe_trained_twice_is_the_same_to_the_byte(tmp_path):
+    code = (
+        "import sys; from engine.tokenizer import BPETokenizer; from pathlib import Path; "
+        "BPETokenizer.train(open('text').read().split('\\n\\n'), 700).save(Path('.'))"
+    )
+    text = "\n\n".join(words(3000, seed) for seed in range(3)) + "".join(STRANGE)
+    saved = []
+    for seed, threads in (("1", "1"), ("2", "4")):  # of Python's hashes; of the trainer
+        folder = tmp_path / seed
+        folder.mkdir()
+        (folder / "text").write_text(text, encoding="utf-8")
+        environment = {
+            "PYTHONHASHSEED": seed,
+            "RAYON_NUM_THREADS": threads,
+            "PYTHONPATH": str(ROOT),
+            "PATH": "/usr/bin",
+        }
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env=environment)
+        saved.append((folder / "tokenizer.json").read_bytes())
+    assert saved[0] == saved[1] and len(saved[0]) > 1000
+
+
+def write_data(folder, kind: str) -> None:
+    """A data set by this tokenizer; with GPT-2's also as nanoGPT leaves it, and as we did before we kept the BPE."""
+    tokenizer = make("gpt2" if kind in ("nanogpt", "old") else kind)
+    if kind == "nanogpt":
+        ids = tokenizer.encode(TEXT)
+        write_nanogpt(folder, {"train": ids, "val": ids})
+        return
+    write_dataset(folder, {"train": [TEXT], "val": [TEXT[:1000]]}, tokenizer)
+    if kind == "old":
+        (folder / "gpt2.json").unlink()
+
+
+def test_a_moved_run_folder_alone_is_enough_to_sample(tmp_path, monkeypatch):
+    """The data set is gone, tiktoken's cache is empty, the network is closed."""
+    kinds = ["bpe", "char", "byte"] + (["gpt2", "nanogpt", "old"] if cached_tokens() else [])
+    for kind in kinds:
+        write_data(tmp_path / "data" / kind, kind)
+        run(tmp_path / "data" / kind, tmp_path / "runs" / kind, max_iters=1, n_embd=8)
+    shutil.rmtree(tmp_path / "data")
+    (empty := tmp_path / "empty").mkdir()
+    shutil.move(tmp_path / "runs", empty)
+    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.setenv(name, str(empty / "cache"))
+    options = flags(device="cpu", start="the sea", num_samples=1, max_new_tokens=3)
+    printed = run_closed(empty, *(["sample.py", f"--out_dir=runs/{kind}", *options] for kind in kinds))
+    assert printed.count("the sea") == len(kinds)
+    assert not (empty / "network.txt").exists() and not (empty / "cache").exists()
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta.json": json.dumps({"vocab_size": 50257, "tokenizer": {"kind": "gpt2"}})}])
+def test_training_on_gpt2s_tokens_asks_tiktoken_for_nothing(tmp_path, without_tiktoken, capsys, meta):
+    ids = np.random.default_rng(0).integers(0, 50257, 2000)
+    write_nanogpt(tmp_path / "data", {"train": ids, "val": ids})
+    for name, text in meta.items():
+        (tmp_path / "data" / name).write_text(text)
+    run(tmp_path / "data", tmp_path / "run", **TINY | {"max_iters": 1, "n_embd": 8})
+    assert not (tmp_path / "run" / "gpt2.json").exists()
+    assert "sample.py will fetch it" in capsys.readouterr().out
+
+
+def test_the_run_of_another_tokenizer_carries_no_gpt2_json(tmp_path):
+    run(write_words(tmp_path / "data"), tmp_path / "run", max_iters=0)
+    assert not (tmp_path / "run" / "gpt2.json").exists()
