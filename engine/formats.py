@@ -163,7 +163,8 @@ def _field(line: str, where: str, how: How) -> str:
     text = record[how.field]
     if not isinstance(text, str | None):
         raise UserError(f"{where}: its field {how.field!r} is no string but {type(text).__name__}")
-    if ("\\ud" in line or "\\uD" in line) and LONE_SURROGATE.search(text or ""):  # only such an escape can make one
+    escapes = text and not text.isascii() and ("\\ud" in line or "\\uD" in line)  # nothing else can make one
+    if escapes and LONE_SURROGATE.search(text):
         if how.errors == "strict":
             raise UserError(f"{where} is not UTF-8: it has half a surrogate pair; --errors=replace goes on")
         text = LONE_SURROGATE.sub("\ufffd", text)

@@ -16,7 +16,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.errors import UserError
-from engine.formats import FORMATS, KNOWN, ROWS, TEXT, How, endings, identity_of, listed, opened, printable, reason
+from engine.formats import (
+    CHUNK,
+    FORMATS,
+    KNOWN,
+    ROWS,
+    TEXT,
+    How,
+    endings,
+    identity_of,
+    listed,
+    opened,
+    printable,
+    reason,
+)
 
 PIECE, LONGEST_PIECE = 1 << 20, 1 << 24  # characters: cut at the first place after so many; after so many anywhere
 # Where GPT-2's pattern cuts whatever stands around it. Python's \s is all that Rust's and Oniguruma's is, and a little
@@ -126,8 +139,12 @@ def _part(path: str, how: How) -> Part:
 
 def _pieces(path: str, identity: str, how: How) -> Iterator[Piece]:
     with opened(path, identity, how) as (stream, raw):
+        read = since = 0
         for text, first in _cut(FORMATS[how.ending](stream, how)):
-            yield Piece(text, first, raw.tell())
+            since += len(text)
+            if since > CHUNK:  # to ask costs as much as to read a short document
+                read, since = raw.tell(), 0
+            yield Piece(text, first, read)
 
 
 def hub(name: str, subset: str = "", split: str = "train", field: str = "text") -> list[Part]:
