@@ -214,6 +214,6 @@ def ending(config, progress) -> str:
     best = f"{why}best val nll {progress.best_val_nll:.4f} at step {progress.best_step}"
     path = Path(config.out_dir) / checkpoint.name_of(progress.best_step)
     if not path.is_file():  # the weights that it began with are kept where they came from
-        return best
+        return best + (": training made it worse, try a lower --learning_rate" if progress.step else "")
     newest = checkpoint.all_in(path.parent)[-1] == path
     return f"{best}: python sample.py --out_dir={path.parent if newest else path}"
