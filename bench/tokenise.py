@@ -7,6 +7,7 @@ processors and with one; datasets_map: datasets.map over the documents with all,
 how nanoGPT's prepare.py does it. repeat: the same text so many times, for a corpus that outweighs the starts.
 """
 
+import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -18,10 +19,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench import measure
-from engine.corpus import Options, prepare
 from engine.encoding import available_processors
 from engine.sources import find
-from engine.splits import Corpus
 from engine.tokenizer import GPT2Tokenizer
 from engine.tokens import TokenFile
 
@@ -53,9 +52,10 @@ def main() -> None:
 
 
 def ours(documents: Path, folder: str, num_proc: int) -> int:
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        options = Options(source=str(documents), folder=out, num_proc=num_proc)
-        prepare(options, "bench", lambda: Corpus({"train": find(options.source)}))
+    with tempfile.TemporaryDirectory(dir=folder) as out:  # a process of its own: those it starts import its main module
+        options = {"source": documents, "folder": out, "num_proc": num_proc, "val_fraction": 0, "test_fraction": 0}
+        command = [sys.executable, ROOT / "data" / "text" / "prepare.py", *(f"--{n}={v}" for n, v in options.items())]
+        subprocess.run(command, check=True, capture_output=True)
         return len(TokenFile(out, "train"))
 
 
