@@ -148,7 +148,8 @@ def _pieces(path: str, identity: str, how: How) -> Iterator[Piece]:
 
 
 def hub(name: str, subset: str = "", split: str = "train", field: str = "text") -> list[Part]:
-    """The files of one split of a data set on the Hugging Face hub, streamed: nothing of it stays on the disk.
+    """The files of one split of a data set on the Hugging Face hub, streamed: nothing of it stays on the disk. The name
+    may say a revision: NAME@refs/convert/parquet.
 
     In memory is what datasets holds at a time: of .parquet a row group, mostly some MB, and up to three times over."""
     rows, files = _streamed(name, subset, split, field)
@@ -170,7 +171,7 @@ def hub_texts(name: str, subset: str = "", split: str = "train", field: str = "t
 def _streamed(name: str, subset: str, split: str, field: str) -> tuple:
     """The rows of a split, and the addresses of its files, which hold the revision."""
     with _asking(name):
-        builder = _datasets().load_dataset_builder(name, subset or None)
+        builder = _datasets().load_dataset_builder(**_named(name, subset))
         rows = builder.as_streaming_dataset(split=split)
         columns, n = rows.column_names, rows.num_shards
     if columns is not None and field not in columns:
@@ -182,7 +183,14 @@ def _streamed(name: str, subset: str, split: str, field: str) -> tuple:
 def hub_splits(name: str, subset: str = "") -> list[str]:
     """The names of the splits that a data set on the hub has."""
     with _asking(name):
-        return list(_datasets().get_dataset_split_names(name, subset or None))
+        return list(_datasets().get_dataset_split_names(**_named(name, subset)))
+
+
+def _named(name: str, subset: str) -> dict:
+    """What datasets' functions want to know of NAME or NAME@REVISION, or a local folder."""
+    path, revision = (name, "") if os.path.exists(name) else name.partition("@")[::2]
+    key = {"name": subset} if subset else {}
+    return {"path": path} | key | ({"revision": revision} if revision else {})
 
 
 def _datasets():
@@ -204,8 +212,11 @@ def _asking(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of datasets, huggingface_hub, httpx, aiohttp, fsspec and pyarrow: no base in common
-        answered = isinstance(error, ValueError | _datasets().exceptions.DatasetsError) or "scripts" in str(error)
-        way_out = "" if answered else "; if it was the network, the same command goes on where this one stopped"
+        way_out = "; if it was the network, the same command goes on where this one stopped"
+        if isinstance(error, ValueError | _datasets().exceptions.DatasetsError):
+            way_out = ""
+        elif "scripts are no longer" in str(error):
+            way_out = f"; the hub may have it as parquet too: {printable(what)}@refs/convert/parquet"
         raise UserError(f"{printable(what)}: {type(error).__name__}: {reason(error)}{way_out}") from None
 
 

@@ -231,8 +231,8 @@ def test_wikitext_from_the_hub_equals_wikitext_from_files(tmp_path, monkeypatch)
     (tmp_path / "wiki.train.raw").write_bytes((source / "wiki.valid.raw").read_bytes())
     named, builder = [], datasets.load_dataset_builder
 
-    def instead(*name):
-        named.append(name)
+    def instead(path, name):
+        named.append((path, name))
         return builder(str(hub))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", instead)
@@ -251,7 +251,7 @@ def test_openwebtext_and_fineweb_edu_name_their_hub_data_set_and_read_local_copi
     for flags in (["openwebtext"], ["fineweb_edu"], ["fineweb_edu", "--size=100BT"]):
         assert "no text" in refusal(monkeypatch, capsys, *flags, f"--folder={tmp_path}/none")
     fineweb = "HuggingFaceFW/fineweb-edu"
-    assert asked == [("Skylion007/openwebtext", ""), (fineweb, "sample-10BT"), (fineweb, "sample-100BT")]
+    assert asked == [("Skylion007/openwebtext@refs/pr/22", ""), (fineweb, "sample-10BT"), (fineweb, "sample-100BT")]
     assert "10BT, 100BT" in refusal(monkeypatch, capsys, "fineweb_edu", "--size=10")
     lines = "".join(json.dumps({"text": f"Page {i} of the web."}) + "\n" for i in range(4000))
     (tmp_path / "part.jsonl").write_text(lines)

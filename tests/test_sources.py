@@ -469,7 +469,8 @@ def test_what_a_hub_data_set_lacks_is_said_in_one_line(tmp_path, hub_folder, cap
     assert "Available splits: ['train', 'validation']" in hub_refused(str(hub_folder), split="test")
     assert "default" in hub_refused(str(hub_folder), "other")
     write(tmp_path / "script" / "script.py", "import datasets")
-    assert "scripts are no longer supported" in hub_refused(str(tmp_path / "script"))
+    said = hub_refused(str(tmp_path / "script"))
+    assert "scripts are no longer supported" in said and f"{tmp_path / 'script'}@refs/convert/parquet" in said
     (hub_folder / "data" / "train-00001-of-00003.parquet").write_bytes(b"PAR1 and no more")
     assert "ArrowInvalid" in (message := hub_refused(str(hub_folder))) and "the network" not in message
     assert capfd.readouterr() == ("", "")
@@ -495,3 +496,15 @@ def test_a_network_that_fails_in_the_middle_is_said_in_one_line(hub_folder, monk
     monkeypatch.setattr("datasets.IterableDataset.iter", fail)
     with pytest.raises(UserError, match="train 1/3: ConnectionError: Server Disconnected; .*goes on"):
         list(part.pieces())
+
+
+def test_the_name_of_a_hubs_data_set_may_say_its_revision(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda **named: asked.append(named) or ["train"])
+    (tmp_path / "a@b").mkdir()
+    for name, subset in (("me/tales@refs/pr/2", "old"), ("me/tales", ""), (str(tmp_path / "a@b"), "")):
+        hub_splits(name, subset)
+    assert asked[0] == {"path": "me/tales", "name": "old", "revision": "refs/pr/2"}
+    assert asked[1:] == [{"path": "me/tales"}, {"path": str(tmp_path / "a@b")}]
