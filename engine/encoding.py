@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +70,7 @@ def encode_all(
     pool, waiting = ProcessPoolExecutor(num_proc, spawn, _begin, (kept,)), deque()
     try:
         for position, batch in itertools.chain(head, batches):
-            waiting.append((position, pool.submit(_encode, batch)))
+            waiting.append((position, _submitted(pool, batch)))
             if len(waiting) > 2 * num_proc:
                 yield waiting[0][0], waiting.popleft()[1].result()
         while waiting:
@@ -81,6 +81,13 @@ def encode_all(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, batch: list[tuple[str, str, bool]]) -> Future:
+    try:
+        return pool.submit(_encode, batch)
+    except OSError as error:  # of a process that is to be started, also because another has just ended
+        raise BrokenProcessPool(str(error)) from None
 
 
 def _batches(walked: Iterable[tuple[str, str, bool, Any]]) -> Iterator[tuple[Any, list[tuple[str, str, bool]]]]:

@@ -244,7 +244,6 @@ CASES = [
     ("sample.py", [*SAMPLE, "--init_from=damaged/ckpt_00000001.pt"], "is not a good checkpoint"),
     ("evaluate.py", [*EVALUATE, "--out_dir=empty"], "there is no checkpoint in empty"),
     ("evaluate.py", [*EVALUATE, "--out_dir=,"], "which runs"),
-    ("evaluate.py", [*EVALUATE, "--out_dir=run/ckpt_00000002.pt"], "add --dataset=NAME"),
     # prompts
     ("sample.py", [*SAMPLE, "--start=FILE:missing.txt"], "cannot read the prompt missing.txt: "),
     ("sample.py", [*SAMPLE, "--start=FILE:latin.txt"], "cannot read the prompt latin.txt: "),

@@ -209,7 +209,7 @@ def test_without_patience_a_run_goes_on_to_the_end_and_names_its_best(data, tmp_
     scripted(monkeypatch, *range(9, 30))
     run(data, tmp_path, max_iters=6, eval_interval=1)
     assert records(tmp_path, "val_nll")[-1]["step"] == 6
-    assert capsys.readouterr().out.splitlines()[-1] == "best val nll 9.0000 at step 0"
+    assert capsys.readouterr().out.splitlines()[-1].startswith("best val nll 9.0000 at step 0: training")
 
 
 def test_patience_survives_a_kill_and_a_stopped_run_stays_stopped(data, tmp_path):
