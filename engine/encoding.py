@@ -1,14 +1,15 @@
 """Text to token ids in several processes: batches of pieces in, their ids out in the same order, memory bounded."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,38 +57,86 @@ def encode_all(
     walked: Iterable[tuple[str, str, bool, Any]], tokenizer: Tokenizer, kept: Path, num_proc: int
 ) -> Iterator[tuple[Any, dict[str, Encoded]]]:
     """Pieces (split, text, begins a document, position behind it) -> batch by batch, in order: the position behind the
-    batch, and its ids by split. Where there is more than one batch num_proc processes share the work.
-
-    kept: the folder from which they load the tokenizer. It is not handed to them: a process that is ended while it is
-    sent more than a pipe holds leaves Python waiting for ever."""
+    batch, and its ids by split. Where there is more than one batch num_proc processes take turns, each with two batches
+    at a time. kept: the folder from which they load the tokenizer."""
     batches = _batches(walked)
     head = list(itertools.islice(batches, 2))
     if num_proc == 1 or len(head) < 2:
         for position, batch in itertools.chain(head, batches):
             yield position, encode(tokenizer, batch)
         return
-    spawn = multiprocessing.get_context("spawn")  # the same on all systems, and safe beside threads
-    pool, waiting = ProcessPoolExecutor(num_proc, spawn, _begin, (kept,)), deque()
-    try:
-        for position, batch in itertools.chain(head, batches):
-            waiting.append((position, _submitted(pool, batch)))
-            if len(waiting) > 2 * num_proc:
-                yield waiting[0][0], waiting.popleft()[1].result()
+    with contextlib.ExitStack() as stack:
+        workers, waiting = [], deque()
+        for i, (position, batch) in enumerate(itertools.chain(head, batches)):
+            if len(waiting) == 2 * num_proc:
+                yield waiting[0][0], waiting.popleft()[1].receive()
+            if i < num_proc:
+                workers.append(stack.enter_context(Worker(kept)))
+            workers[i % num_proc].send(batch)
+            waiting.append((position, workers[i % num_proc]))
         while waiting:
-            yield waiting[0][0], waiting.popleft()[1].result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that tokenises was ended from outside; if memory ran out, lower --num_proc"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+            yield waiting[0][0], waiting.popleft()[1].receive()
 
 
-def _submitted(pool: ProcessPoolExecutor, batch: list[tuple[str, str, bool]]) -> Future:
-    try:
-        return pool.submit(_encode, batch)
-    except OSError as error:  # of a process that is to be started, also because another has just ended
-        raise BrokenProcessPool(str(error)) from None
+class Worker:
+    """A process that encodes: batches go in, what encode() makes of them comes out in the same order. Not one of
+    concurrent.futures: where one of those is ended from outside, the others may wait for ever."""
+
+    def __init__(self, kept: Path):
+        spawn = multiprocessing.get_context("spawn")  # the same on all systems, and safe beside threads
+        self.pipe, its_end = spawn.Pipe()
+        self.process = spawn.Process(target=_work, args=(its_end, kept), daemon=True)
+        self.process.start()
+        its_end.close()  # so that a pipe breaks with the process at either end of it
+
+    def send(self, batch: list[tuple[str, str, bool]]) -> None:
+        with self.alive():
+            self.pipe.send(batch)
+
+    def receive(self) -> dict[str, Encoded]:
+        with self.alive():
+            found = self.pipe.recv()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            what = "a process that tokenises was ended from outside"
+            raise UserError(f"{what}; if memory ran out, give a lower --num_proc") from None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pipe.close()  # which ends it
+        self.process.join()
+
+
+def _work(pipe: Connection, kept: Path) -> None:
+    """What a Worker's process does until its pipe is closed, or broken because the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that began it
+    batches = queue.SimpleQueue()
+
+    def read() -> None:  # in a thread, so that neither end waits for the other to take what it sends
+        while True:
+            try:
+                batches.put(pipe.recv())
+            except (EOFError, OSError):
+                os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    tokenizer = load_tokenizer(kept)
+    while True:
+        try:
+            found = encode(tokenizer, batches.get())
+        except Exception as error:  # whatever it is, it is raised where the batch came from
+            found = error
+        with contextlib.suppress(OSError):  # the reading thread ends this process
+            pipe.send(found)
 
 
 def _batches(walked: Iterable[tuple[str, str, bool, Any]]) -> Iterator[tuple[Any, list[tuple[str, str, bool]]]]:
@@ -100,16 +149,3 @@ def _batches(walked: Iterable[tuple[str, str, bool, Any]]) -> Iterator[tuple[Any
             batch, size = [], 0
     if batch:
         yield position, batch
-
-
-def _begin(kept: Path) -> None:
-    """A process begins: it will end with the one that began it, however that ends, and leaves Ctrl-C to it."""
-    global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _tokenizer = load_tokenizer(kept)
-
-
-def _encode(batch: list[tuple[str, str, bool]]) -> dict[str, Encoded]:
-    return encode(_tokenizer, batch)
