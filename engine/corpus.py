@@ -14,7 +14,8 @@ from pathlib import Path
 from engine.encoding import available_processors
 from engine.errors import UserError, check_ranges
 from engine.files import DATA_ROOT, alone, replace
-from engine.sources import Part, Piece, find, hub, in_pieces
+from engine.formats import endings, identity_of
+from engine.sources import Part, Piece, files_below, find, hub, in_pieces
 from engine.splits import Corpus, Position, walk
 from engine.tokenizer import (
     KINDS,
@@ -26,7 +27,7 @@ from engine.tokenizer import (
     load_tokenizer,
     read_meta,
 )
-from engine.writer import files_of, install, keep_tokenizer, tokenise
+from engine.writer import OURS, files_of, install, keep_tokenizer, tokenise
 
 FORMAT = 1  # of what is written here; with another one all is prepared anew
 LEARN_FROM = 1 << 30  # characters of the train split that a BPE learns from, at most
@@ -58,7 +59,7 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
         raise UserError(f"errors = {options.errors!r} must be strict or replace")
     folder = Path(options.folder or DATA_ROOT / name)
     asked = {key: value for key, value in asdict(options).items() if key not in ("num_proc", "folder")}
-    asked |= {"format": FORMAT, "name": name, "files": _stamps(options.source)}
+    asked |= {"format": FORMAT, "name": name, "source": _stamps(options.source) or options.source}
     if options.tokenizer not in KINDS:
         asked["tokenizer"] = tokenizer_in(options.tokenizer).describe()
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
@@ -66,6 +67,7 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
     if not work.exists() and is_ready(folder, key):
         print(f"{folder} is ready; delete its meta.json to prepare it again")
         return
+    _refuse_others_files(folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with alone(lock, f"another process prepares {folder}; wait for it, or give another --folder"):
@@ -76,16 +78,23 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
             install(work, folder)
             _say(folder)
         except BaseException as error:
-            kept = (work / "journal.json").is_file()
+            kept = any((work / file).is_file() for file in ("journal.json", "meta.json"))
             if not kept:
-                shutil.rmtree(work)
+                shutil.rmtree(work, ignore_errors=True)
             if kept and isinstance(error, UserError | OSError):
-                raise UserError(f"{error}; the same command goes on behind the files that are whole") from error
+                raise UserError(f"{error}; with the same text the same command goes on behind whole files") from error
             raise
         finally:
             lock.unlink(missing_ok=True)
             if new and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _refuse_others_files(folder: Path) -> None:
+    """Token files that no meta.json of ours describes are somebody's work."""
+    found = sorted(path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name))
+    if found and not (folder / "meta.json").is_file():
+        raise UserError(f"{folder} holds {found[0]} of another program; move it away, or give another --folder")
 
 
 def _make(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]) -> None:
@@ -99,27 +108,33 @@ def _make(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]
 def _say(folder: Path) -> None:
     for split, about in read_meta(folder)["splits"].items():
         files = files_of(split, about)
-        where = files[0][0] if len(files) == 1 else f"{split}: {len(files):,} files"
-        print(f"{where}: {about['documents']:,} documents, {about['bytes']:,} bytes, {about['tokens']:,} tokens")
+        where = files[0][0] if len(files) == 1 else f"{split}_*.bin, {len(files):,} files"
+        counts = f"{about['documents']:,} documents, {about['bytes']:,} bytes, {about['tokens']:,} tokens"
+        print(f"{folder / where}: {counts}")
+    for left in sorted(folder.glob(".preparing-*")):
+        print(f"{left} is unfinished work of other options or another text; delete it if nobody goes on with it")
 
 
 def is_ready(folder: Path, key: str) -> bool:
     """Whether the folder holds a whole data set that was prepared under this key."""
-    meta = read_meta(folder) or {}
-    if meta.get("made_from") != key:
+    try:
+        meta = read_meta(folder) or {}
+        if meta.get("made_from") != key:
+            return False
+        itemsize = 2 if meta["dtype"] == "uint16" else 4
+        files = [file for split, about in meta["splits"].items() for file in files_of(split, about)]
+        return all((folder / n).is_file() and (folder / n).stat().st_size == tokens * itemsize for n, tokens in files)
+    except (UserError, KeyError, TypeError, AttributeError):  # a damaged meta.json is what to prepare anew
         return False
-    itemsize = 2 if meta["dtype"] == "uint16" else 4
-    files = [file for split, about in meta["splits"].items() for file in files_of(split, about)]
-    return all((folder / n).is_file() and (folder / n).stat().st_size == tokens * itemsize for n, tokens in files)
 
 
-def _stamps(named: str) -> list:
-    """Size and time of the local files that --source names, by which a change of them is seen."""
-    items = [named] if os.path.exists(named) else named.split(",")
-    paths = [Path(path) for item in items for path in ([item] if os.path.exists(item) else sorted(glob.glob(item)))]
-    inside = (found for path in paths for found in (sorted(path.rglob("*")) if path.is_dir() else [path]))
-    files = [path for path in inside if path.is_file() and path.suffix not in (".bin", ".json", ".lock", ".tmp")]
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def _stamps(source: str) -> list[str]:
+    """The local files that --source names, with size and time, by which a change of them is seen."""
+    source = source.removeprefix("hub:")
+    items = [source] if os.path.exists(source) else source.split(",")
+    paths = [path for item in items for path in ([item] if os.path.exists(item) else glob.glob(item, recursive=True))]
+    files = [[path] if os.path.isfile(path) else [p for p in files_below(path) if endings(p)[0]] for path in paths]
+    return sorted({identity_of(file) for some in files for file in some})
 
 
 def part_of(name: str, documents: Callable[[], Iterable[str]], size: int = 0) -> Part:
@@ -156,7 +171,7 @@ def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
 
 def tokenizer_in(folder: str) -> Tokenizer:
     """That of a run or a data set."""
-    if Path(folder).is_dir() and read_meta(folder) is not None:
+    if Path(folder).is_dir() and (read_meta(folder) is not None or (Path(folder) / GPT2Tokenizer.file).is_file()):
         return load_tokenizer(folder)
     raise UserError(f"unknown tokenizer {folder!r}; known: {', '.join(KINDS)}, and the folder of a run or a data set")
 

@@ -97,7 +97,7 @@ class Row:
         if shard.sha256 not in (None, scan.sha256):
             raise UserError(
                 f"{shard.path} is damaged or another file: its sha256 is {scan.sha256[:12]}..., "
-                f"meta.json says {shard.sha256[:12]}...; prepare it again"
+                f"meta.json says {shard.sha256[:12]}...; delete that and prepare it again"
             )
         if shard.sha256 is None and shard.header == 0:
             self._check_dtype(k, vocab_size, scan.highest >= vocab_size, is_gpt2)

@@ -1,7 +1,7 @@
 """Where text comes from: files of any size, or a data set of the hub, as parts that give their documents in pieces.
 
 A piece is about 1 MB of text, so memory is bounded whatever the size. A part gives the same pieces each time and is
-read from its begin or not at all: a killed preparation goes on with the first part that it has not finished.
+read from its begin: who goes on behind some of its pieces passes over these.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Part:
 
     name: str  # for messages
     size: int  # bytes on the disk; 0: unknown
-    identity: str  # what a prepared data set remembers it by: path, size and mtime_ns, or the hub's name
+    identity: str  # by which a change of it is seen: path, size and mtime_ns, or the hub's name for it
     pieces: Callable[[], Iterator[Piece]]  # the same ones each time
 
 
@@ -100,7 +100,7 @@ def find(source: str, field: str = "text", separator: str = "", errors: str = "s
 def _paths(item: str) -> list[str]:
     """A folder's files of known formats, hidden ones passed over; or the files that the path or glob names."""
     if os.path.isdir(item):
-        if found := [path for path in _walk(item) if endings(path)[0]]:
+        if found := [path for path in files_below(item) if endings(path)[0]]:
             return sorted(found)
         raise UserError(f"{printable(item)} holds no file of a known format; known: {KNOWN}")
     found = [item] if os.path.exists(item) else sorted(p for p in glob.glob(item, recursive=True) if os.path.isfile(p))
@@ -112,7 +112,7 @@ def _paths(item: str) -> list[str]:
     return found
 
 
-def _walk(folder: str) -> Iterator[str]:
+def files_below(folder: str) -> Iterator[str]:
     """The files in a folder and those below, through links too, but into each folder once: links may form a circle."""
     seen = set()
     for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
@@ -156,6 +156,7 @@ def hub(name: str, subset: str = "", split: str = "train", field: str = "text") 
     n_bytes, parts = getattr((rows.info.splits or {}).get(split), "num_bytes", 0) or 0, []
     for i, file in enumerate(files):
         title = " ".join([*filter(None, (name, subset, split)), f"{i + 1}/{len(files)}"])
+        file = identity_of(file) if os.path.exists(file) else file
         pieces = functools.partial(_hub_pieces, rows, len(files), i, field, printable(title))
         parts.append(Part(printable(title), n_bytes // len(files), f"{title} {file}", pieces))
     return parts
@@ -188,6 +189,8 @@ def hub_splits(name: str, subset: str = "") -> list[str]:
 
 def _named(name: str, subset: str) -> dict:
     """What datasets' functions want to know of NAME or NAME@REVISION, or a local folder."""
+    if not name:
+        raise UserError("which data set of the hub? hub:NAME")
     path, revision = (name, "") if os.path.exists(name) else name.partition("@")[::2]
     key = {"name": subset} if subset else {}
     return {"path": path} | key | ({"revision": revision} if revision else {})

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.encoding import Encoded, dtype_of, encode_all
-from engine.errors import UserError
+from engine.errors import UserError, warn
 from engine.files import flush, write_json
 from engine.shards import joined
 from engine.splits import SPLITS, Corpus, Position, walk
@@ -36,8 +36,6 @@ class SplitWriter:
         self.shards, self.documents, self.n_bytes = list(state["shards"]), state["documents"], state["bytes"]
         self.file, self.sha256, self.n = None, hashlib.sha256(), state["open"]
         if self.n:  # the file in progress; what was written behind the journal's end is written again
-            if self.path.stat().st_size < self.n * self.itemsize:
-                raise UserError(f"{self.path} is damaged; delete {folder} and prepare again")
             self.file = open(self.path, "r+b")  # noqa: SIM115 open until it is full
             self.file.truncate(self.n * self.itemsize)
             while piece := self.file.read(1 << 22):
@@ -102,8 +100,9 @@ def tokenise(
     """Write a corpus' files into the folder of work, from where a killed call stopped, and last of all meta.json.
 
     about: what else that says, such as the source."""
+    source = hashlib.sha256("\n".join(part.identity for _, part in corpus.parts).encode()).hexdigest()
     journal, new = work / "journal.json", {"shards": [], "documents": 0, "bytes": 0, "open": 0}
-    known = json.loads(journal.read_text()) if journal.is_file() else {"at": (), "splits": {}}
+    known = read_journal(journal, source, dtype_of(tokenizer).itemsize) or {"at": (), "splits": {}}
     names = [name for name in SPLITS if name in {*corpus.splits, *corpus.fractions}]
     writers = {name: SplitWriter(work, name, tokenizer, shard_tokens, known["splits"].get(name, new)) for name in names}
     sizes = [0, *itertools.accumulate(part.size for _, part in corpus.parts)]
@@ -118,12 +117,12 @@ def tokenise(
             bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s", refresh=False)
             bar.update(sizes[position.part] + position.read - bar.n)
             for name in full:
-                bar.write(f"{writers[name].shards[-1]['file']} is whole ({rate / 1e6:.2f} M tokens/s)")
+                bar.write(f"{len(writers[name].shards):,} files of {name} are whole ({rate / 1e6:.2f} M tokens/s)")
             if full:
                 for writer in writers.values():
                     writer.sync()
                 states = {name: writer.state() for name, writer in writers.items()}
-                write_json(journal, {"at": position, "splits": states})
+                write_json(journal, {"at": position, "splits": states, "source": source})
     for writer in writers.values():
         writer.close_file()
         if not writer.shards:
@@ -131,6 +130,28 @@ def tokenise(
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "dtype": dtype_of(tokenizer).name}
     splits = {name: writer.described() for name, writer in writers.items()}
     write_json(work / "meta.json", meta | {"splits": splits} | about)
+
+
+def read_journal(journal: Path, source: str, itemsize: int) -> dict | None:
+    """What an earlier call has left; None where it has left nothing, or nothing that can be gone on with."""
+    if not journal.is_file():
+        return None
+    try:
+        known, sizes = json.loads(journal.read_text()), {}
+        Position(*known["at"])
+        for split, about in known["splits"].items():
+            sizes |= {shard["file"]: shard["tokens"] for shard in about["shards"]}
+            sizes |= {shard_name(split, len(about["shards"])): about["open"]} if about["open"] else {}
+        paths = {journal.parent / name: tokens * itemsize for name, tokens in sizes.items()}
+        there = all(path.is_file() and path.stat().st_size >= size for path, size in paths.items())
+        reason = "the text has changed" if known["source"] != source else "" if there else "its files are damaged"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        reason = "its journal is damaged"
+    if reason:
+        warn(f"the work in {journal.parent} cannot be gone on with ({reason}): beginning anew")
+        journal.unlink()
+        return None
+    return known
 
 
 def keep_tokenizer(tokenizer: Tokenizer, work: Path) -> None:
@@ -152,8 +173,8 @@ def files_of(split: str, about: Mapping) -> list[tuple[str, int]]:
 def install(work: Path, folder: Path) -> None:
     """Move what is finished into the data set's folder, and take away what an earlier preparation left there.
 
-    meta.json comes first: who is killed in between leaves files that do not match it, which TokenFile refuses, and the
-    next call finds here all that is still to be moved."""
+    meta.json comes first: whoever is stopped in between leaves files that do not match it, which TokenFile refuses, and
+    the folder of work, in which the next call finds all that is still to be moved."""
     meta, names = json.loads((work / "meta.json").read_text()), set()
     write_json(folder / "meta.json", meta)
     load_tokenizer(work / "tokenizer").save(folder)
@@ -170,5 +191,4 @@ def install(work: Path, folder: Path) -> None:
         ours = OURS.fullmatch(path.name)
         if ours and f"{ours[1]}{ours[2] or ''}.bin" not in names:
             path.unlink()
-    for left in folder.glob(".preparing-*"):
-        shutil.rmtree(left)
+    shutil.rmtree(work)

@@ -239,7 +239,7 @@ def test_a_source_that_breaks_off_half_way_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.encoding, "BATCH", 3000)
     options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
     corpus = Corpus({"train": [part_of("train", until_it_breaks)]})
-    with pytest.raises(UserError, match="the network is gone; the same command goes on"):
+    with pytest.raises(UserError, match="the network is gone; .* the same command goes on"):
         prepare(options, "test", lambda: corpus)
     (work,) = (tmp_path / "out").glob(".preparing-*")
     assert len(list(work.glob("train_*.bin"))) > 2
@@ -362,3 +362,116 @@ def test_ready_means_made_of_this_and_whole(tmp_path):
     assert GPT2Tokenizer().decode(np.fromfile(tmp_path / "train.bin", "<u2")) == "a b c"
     (tmp_path / "train.bin").write_bytes(b"ab")
     assert not is_ready(tmp_path, key)
+
+
+def test_a_disk_that_is_full_while_files_move_into_place_costs_nothing_either(tmp_path, monkeypatch):
+    options, write_json = Options(folder=str(tmp_path / "out"), tokenizer="byte", num_proc=1), engine.writer.write_json
+    prepare(options, "test", lambda: whole(["AAAA"]))
+    before = token_files(tmp_path / "out")
+
+    def full(path, value):
+        if path == tmp_path / "out" / "meta.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(path, value)
+
+    monkeypatch.setattr(engine.writer, "write_json", full)
+    with pytest.raises(UserError, match="No space left .* the same command goes on"):
+        prepare(replace(options, shard_tokens=9), "test", lambda: whole(["BBBB"]))
+    assert token_files(tmp_path / "out") == before and TokenFile(tmp_path / "out", "train").check(257) is None
+    monkeypatch.undo()
+    asked = []
+    prepare(replace(options, shard_tokens=9), "test", lambda: asked.append(1))
+    assert not asked and bytes(TokenFile(tmp_path / "out", "train").ids.astype(np.uint8)) == b"BBBB"
+
+
+def test_token_files_of_another_program_are_not_written_over(tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"abcd")
+    with pytest.raises(UserError, match=r"holds train\.bin of another program; .*--folder"):
+        prepare(Options(folder=str(tmp_path), tokenizer="byte"), "test", lambda: whole(["new"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
+
+
+def stopped_behind_a_file(options: Options, corpus: Corpus, monkeypatch) -> None:
+    write_json = engine.writer.write_json
+
+    def stop(path, value):
+        write_json(path, value)
+        if path.name == "journal.json":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.encoding, "BATCH", 3000)
+        patch.setattr(engine.writer, "write_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options, "test", lambda: corpus)
+
+
+@pytest.mark.parametrize("what", ["source", "damaged", "nothing", "gone"])
+def test_work_that_cannot_be_gone_on_with_is_begun_anew_and_said(what, tmp_path, monkeypatch, capsys):
+    options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
+    stopped_behind_a_file(options, whole(documents()), monkeypatch)
+    (journal,) = tmp_path.glob("out/.preparing-*/journal.json")
+    texts, corpus = documents(), whole(documents())
+    if what == "source":  # the same name and options, as of a hub's data set, but other text
+        texts = [text.upper() for text in texts]
+        part = part_of("train", lambda: texts)
+        corpus = Corpus({"train": [replace(part, identity="another revision")]})
+    elif what == "gone":
+        next(journal.parent.glob("train_*.bin")).unlink()
+    else:
+        journal.write_text("{" if what == "damaged" else "{}")
+    prepare(options, "test", lambda: corpus)
+    assert "beginning anew" in capsys.readouterr().err
+    prepare(replace(options, folder=str(tmp_path / "plain")), "test", lambda: whole(texts))
+    assert token_files(tmp_path / "out") == token_files(tmp_path / "plain")
+
+
+def test_unfinished_work_of_other_options_is_left_and_named(tmp_path, monkeypatch, capsys):
+    options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
+    stopped_behind_a_file(options, whole(documents()), monkeypatch)
+    (work,) = tmp_path.glob("out/.preparing-*")
+    prepare(replace(options, tokenizer="char"), "test", lambda: whole(["abc"]))
+    assert (work / "journal.json").is_file() and f"{work} is unfinished work" in capsys.readouterr().out
+
+
+def test_a_change_of_a_file_is_seen_wherever_the_source_finds_it(tmp_path, capsys):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")
+    inner, linked = tmp_path / "texts" / "deep" / "a.txt", tmp_path / "elsewhere" / "b.txt"
+    for source, path in (
+        (f"{tmp_path}/texts/**/a.txt", inner),
+        (f"{tmp_path}/texts", linked),
+        (f"{tmp_path}/", linked),
+    ):
+        inner.write_text("some words")
+        linked.write_text("more words")
+        options = Options(source=source, folder=str(tmp_path / "out"), tokenizer="byte")
+        prepare(options, "test", lambda: whole(["x"]))
+        prepare(options, "test", lambda: whole(["x"]))
+        assert "is ready" in capsys.readouterr().out
+        (tmp_path / "texts" / "run.log").write_text("no text")
+        prepare(options, "test", lambda: whole(["x"]))
+        assert "is ready" in capsys.readouterr().out
+        path.write_text("other words, and more of them")
+        prepare(options, "test", lambda: whole(["x"]))
+        assert "is ready" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "meta", ["[1, 2]", '{"splits": "x"}', "{", '{"made_from": 3, "splits": {"train": {"shards": {}}}}']
+)
+def test_a_damaged_meta_json_is_prepared_anew(meta, tmp_path):
+    options = Options(folder=str(tmp_path), tokenizer="byte")
+    prepare(options, "test", lambda: whole(["x y z"]))
+    good = (tmp_path / "meta.json").read_text()
+    (tmp_path / "meta.json").write_text(meta)
+    prepare(options, "test", lambda: whole(["x y z"]))
+    assert (tmp_path / "meta.json").read_text() == good
+
+
+def test_the_tokenizer_of_a_run_on_data_without_meta_can_be_used_again(tmp_path):
+    GPT2Tokenizer().save(tmp_path)
+    options = Options(folder=str(tmp_path / "out"), tokenizer=str(tmp_path))
+    prepare(options, "test", lambda: whole(["the old sea"]))
+    assert load_tokenizer(tmp_path / "out").decode(TokenFile(tmp_path / "out", "train").ids) == "the old sea"
