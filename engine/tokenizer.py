@@ -30,9 +30,6 @@ class BPETokenizer:
         self.vocab_size = bpe.get_vocab_size()
         self.eot = bpe.token_to_id("<|endoftext|>")
 
-    def __reduce__(self):
-        return BPETokenizer, (self.bpe,)  # the library's own pickle forgets encode_special_tokens
-
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Train on the texts; vocab_size counts the 256 bytes and end-of-text in."""

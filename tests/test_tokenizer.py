@@ -1,7 +1,6 @@
 """Tokenizers: the same ids from a folder as before it was written, and a run folder that needs nothing else."""
 
 import json
-import pickle
 import shutil
 import subprocess
 import sys
@@ -121,25 +120,6 @@ def test_a_damaged_gpt2_json_ends_in_one_line(gpt2, tmp_path, damage):
     with pytest.raises(UserError, match=r"gpt2\.json is not GPT-2's BPE .*; delete it") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
-
-
-@every_kind
-def test_a_pickled_tokenizer_gives_the_same_ids(kind):
-    tokenizer = make(kind)
-    again = pickle.loads(pickle.dumps(tokenizer))
-    for text in (TEXT, *([] if kind == "char" else STRANGE)):
-        assert np.array_equal(again.encode(text), tokenizer.encode(text)) and again.decode(again.encode(text)) == text
-    assert (again.vocab_size, again.eot, again.describe()) == (
-        tokenizer.vocab_size,
-        tokenizer.eot,
-        tokenizer.describe(),
-    )
-
-
-def test_gpt2s_bpe_from_a_folder_is_pickled_with_its_tokens(gpt2, without_tiktoken):
-    tokenizer = GPT2Tokenizer.load(gpt2[1])
-    again = pickle.loads(pickle.dumps(tokenizer))
-    assert np.array_equal(again.encode(STRANGE[1]), tokenizer.encode(STRANGE[1]))
 
 
 def test_a_bpe_trained_twice_is_the_same_to_the_byte(tmp_path):
