@@ -27,7 +27,7 @@ from engine.tokenizer import (
     load_tokenizer,
     read_meta,
 )
-from engine.writer import OURS, files_of, install, keep_tokenizer, tokenise
+from engine.writer import OURS, files_of, install, is_whole, keep_tokenizer, tokenise
 
 FORMAT = 1  # of what is written here; with another one all is prepared anew
 LEARN_FROM = 1 << 30  # characters of the train split that a BPE learns from, at most
@@ -108,7 +108,7 @@ def _make(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]
 def _say(folder: Path) -> None:
     for split, about in read_meta(folder)["splits"].items():
         files = files_of(split, about)
-        where = files[0][0] if len(files) == 1 else f"{split}_*.bin, {len(files):,} files"
+        where = files[0] if len(files) == 1 else f"{split}_*.bin, {len(files):,} files"
         counts = f"{about['documents']:,} documents, {about['bytes']:,} bytes, {about['tokens']:,} tokens"
         print(f"{folder / where}: {counts}")
     for left in sorted(folder.glob(".preparing-*")):
@@ -119,13 +119,9 @@ def is_ready(folder: Path, key: str) -> bool:
     """Whether the folder holds a whole data set that was prepared under this key."""
     try:
         meta = read_meta(folder) or {}
-        if meta.get("made_from") != key:
-            return False
-        itemsize = 2 if meta["dtype"] == "uint16" else 4
-        files = [file for split, about in meta["splits"].items() for file in files_of(split, about)]
-        return all((folder / n).is_file() and (folder / n).stat().st_size == tokens * itemsize for n, tokens in files)
-    except (UserError, KeyError, TypeError, AttributeError):  # a damaged meta.json is what to prepare anew
+    except UserError:  # a damaged meta.json is what to prepare anew
         return False
+    return meta.get("made_from") == key and is_whole(folder, meta)
 
 
 def _stamps(source: str) -> list[str]:

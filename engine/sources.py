@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or one file of a hub's data set: what is read from its begin or not at all."""
+    """A file, or one file of a hub's data set: what can be read from its begin alone."""
 
     name: str  # for messages
     size: int  # bytes on the disk; 0: unknown

@@ -80,9 +80,9 @@ def lengths_of_few(parts: Sequence[Part], enough: int) -> list[list[int]] | None
 
 def ends(parts: Sequence[Part], lengths: Sequence[Sequence[int]], fractions: Mapping[str, float]) -> Corpus:
     """Few documents: the beginning of each is train, its end the other splits, cut between paragraphs if possible."""
-    splits, low = {}, 0.0
+    splits, low, last = {}, 0.0, ("train", *fractions)[-1]
     for split, fraction in {"train": 1 - sum(fractions.values()), **fractions}.items():
-        high = 1.0 if split == [*("train", *fractions)][-1] else low + fraction
+        high = 1.0 if split == last else low + fraction  # sums of fractions can be a little off
         splits[split] = [
             Part(part.name, part.size, part.identity, partial(_stretch, part, of_part, low, high))
             for part, of_part in zip(parts, lengths, strict=True)

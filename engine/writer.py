@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine.encoding import Encoded, dtype_of, encode_all
 from engine.errors import UserError, warn
 from engine.files import flush, write_json
-from engine.shards import joined
+from engine.shards import find, joined
 from engine.splits import SPLITS, Corpus, Position, walk
 from engine.tokenizer import Tokenizer, load_tokenizer
 
@@ -109,9 +109,10 @@ def tokenise(
     before, started = sum(writer.tokens for writer in writers.values()), time.perf_counter()
     if before:
         print(f"going on behind {before:,} tokens")
-    walked = walk(corpus, Position(*known["at"]))
-    with tqdm(total=sizes[-1] or None, unit="B", unit_scale=True, disable=None) as bar:
-        for position, found in encode_all(walked, tokenizer, work / "tokenizer", num_proc):
+    at = Position(*known["at"])
+    show = {"total": sizes[-1] or None, "initial": sizes[at.part] + at.read, "unit": "B", "unit_scale": True}
+    with tqdm(**show, disable=None) as bar:
+        for position, found in encode_all(walk(corpus, at), tokenizer, work / "tokenizer", num_proc):
             full = [name for name, encoded in found.items() if writers[name].write(encoded)]
             rate = (sum(writer.tokens for writer in writers.values()) - before) / (time.perf_counter() - started)
             bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s", refresh=False)
@@ -164,10 +165,9 @@ def keep_tokenizer(tokenizer: Tokenizer, work: Path) -> None:
     beside.rename(work / "tokenizer")
 
 
-def files_of(split: str, about: Mapping) -> list[tuple[str, int]]:
-    """The names of a split's files and how many tokens each has; about: the split's entry in meta.json."""
-    shards = about.get("shards", [{"file": f"{split}.bin", "tokens": about["tokens"]}])
-    return [(shard["file"], shard["tokens"]) for shard in shards]
+def files_of(split: str, about: Mapping) -> list[str]:
+    """The names of a split's files; about: its entry in meta.json."""
+    return [shard["file"] for shard in about.get("shards", [{"file": f"{split}.bin"}])]
 
 
 def install(work: Path, folder: Path) -> None:
@@ -179,16 +179,24 @@ def install(work: Path, folder: Path) -> None:
     write_json(folder / "meta.json", meta)
     load_tokenizer(work / "tokenizer").save(folder)
     for split, about in meta["splits"].items():
-        for i, (name, tokens) in enumerate(files_of(split, about)):
+        for i, name in enumerate(files_of(split, about)):
             names.add(name)
             if (made := work / shard_name(split, i)).is_file():
                 os.replace(made, folder / name)
-            size = tokens * (2 if meta["dtype"] == "uint16" else 4)
-            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-                raise UserError(f"{made} is gone; delete {work} and prepare again")
+    if not is_whole(folder, meta):  # somebody has taken files out of work
+        (work / "meta.json").unlink()  # so that the next call makes them again
+        raise UserError(f"files of {folder} are gone")
     flush(folder)
     for path in folder.iterdir():
         ours = OURS.fullmatch(path.name)
         if ours and f"{ours[1]}{ours[2] or ''}.bin" not in names:
             path.unlink()
     shutil.rmtree(work)
+
+
+def is_whole(folder: Path, meta: dict) -> bool:
+    """Whether all files that a meta.json names are in the folder, in their sizes."""
+    try:
+        return all(find(folder, split, meta) for split in meta["splits"])
+    except UserError:  # that finds one of another size, or a description of none
+        return False

@@ -1,16 +1,20 @@
 """Preparing data: bounded, in processes, killed at any instant, twice at once; the files come out the same."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import random
+import re
+import runpy
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +27,9 @@ from engine.errors import UserError
 from engine.splits import Corpus, draw, walk, with_val
 from engine.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
 from engine.tokens import TokenFile
+from tests.conftest import shared_data
 from tests.faults import SHARD, documents, preparations, preparing, token_files
-from tests.helpers import ROOT, words
+from tests.helpers import ROOT, flags, words
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +177,7 @@ def test_the_processes_end_with_the_one_that_began_them(source, tmp_path):
     while len(found) < 3 and process.poll() is None:  # two that tokenise, one that Python starts beside them
         found = children.read_text().split()
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it had not come to its end by itself
     until = time.monotonic() + 20
     while any(alive(pid) for pid in found) and time.monotonic() < until:
         time.sleep(0.05)
@@ -324,26 +329,26 @@ def test_end_of_text_inside_a_text_stays_text_in_every_process(tmp_path, monkeyp
         assert tokenizer.decode(ids) == "<|endoftext|>".join(texts)
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path):
-    """A process of its own prepares 8 and 120 MB of one document, and of many."""
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_memory_does_not_grow_with_the_text(num_proc, tmp_path):
+    """A process of its own prepares 7 and 106 MB: its memory, and that of the largest of those that it begins."""
     code = """
 import resource, sys
 from engine.corpus import Options, part_of, prepare
 from engine.splits import Corpus
 text = "so many words in a row, and none of them new " * 4000
 texts = lambda: (text for _ in range(int(sys.argv[1])))
-options = Options(folder=sys.argv[2], tokenizer="byte", num_proc=1, shard_tokens=10**7)
+options = Options(folder=sys.argv[2], tokenizer="byte", num_proc=int(sys.argv[3]), shard_tokens=10**7)
 prepare(options, "test", lambda: Corpus({"train": [part_of("train", texts)]}))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(*(resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
     peaks = []
     for n in (40, 600):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(n), str(tmp_path / str(n))], cwd=ROOT, capture_output=True, text=True
-        )
+        argv = [sys.executable, "-c", code, str(n), str(tmp_path / str(n)), str(num_proc)]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] < peaks[0] + 15  # MB
+        peaks.append([int(peak) for peak in done.stdout.split()[-2:]])
+    assert all(large < small + 15 for small, large in zip(*peaks, strict=True)), peaks  # MB
     assert sum(path.stat().st_size for path in (tmp_path / "600").glob("*.bin")) > 200e6
 
 
@@ -475,3 +480,52 @@ def test_the_tokenizer_of_a_run_on_data_without_meta_can_be_used_again(tmp_path)
     options = Options(folder=str(tmp_path / "out"), tokenizer=str(tmp_path))
     prepare(options, "test", lambda: whole(["the old sea"]))
     assert load_tokenizer(tmp_path / "out").decode(TokenFile(tmp_path / "out", "train").ids) == "the old sea"
+
+
+def test_files_that_are_gone_from_finished_work_are_said_and_made_again(tmp_path, monkeypatch):
+    options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.corpus.install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options, "test", lambda: whole(documents()))
+    next(tmp_path.glob("out/.preparing-*/train_000001.bin")).unlink()
+    with pytest.raises(UserError, match="are gone; .* the same command"):
+        prepare(options, "test", lambda: whole(documents()))
+    for folder in ("out", "plain"):
+        prepare(replace(options, folder=str(tmp_path / folder)), "test", lambda: whole(documents()))
+    assert token_files(tmp_path / "out") == token_files(tmp_path / "plain")
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is_how_fast_and_how_long_it_will_take(source, tmp_path):
+    pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
+    ours, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 25, 120, 0, 0))
+    process = subprocess.Popen(preparing(source, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=its_end)
+    os.close(its_end)
+    said = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while piece := os.read(ours, 4096):
+            said += piece
+    assert process.wait() == 0
+    assert re.search(rb"[1-9][0-9]?%.*[0-9.]+M/[0-9.]+M \[[0-9:]+<[0-9:]+, .*[0-9.]+ M tokens/s\]", said), said
+
+
+def test_all_scripts_take_the_common_options_and_do_what_they_say(tmp_path, monkeypatch):
+    common = {"source", "num_proc", "shard_tokens", "tokenizer", "val_fraction", "errors", "folder"}
+    scripts = {path.parent.name: runpy.run_path(str(path)) for path in ROOT.glob("data/*/prepare.py")}
+    assert len(scripts) == 7
+    assert all(common <= {field.name for field in fields(script["Options"])} for script in scripts.values())
+    sources = {"shakespeare": "tinyshakespeare/input.txt", "shakespeare_char": "tinyshakespeare/input.txt"}
+    sources |= {"wikitext": "wikitext2"} | dict.fromkeys(("openwebtext", "fineweb_edu", "text"), "wikitext2")
+    for name, source in sources.items():
+        folder = tmp_path / name
+        options = {"source": shared_data(source), "tokenizer": "byte", "val_fraction": 0.25, "folder": folder}
+        options |= {"shard_tokens": 300_000, "num_proc": 2}
+        argv = [str(ROOT / "data" / name / "prepare.py"), *flags(**options)]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(argv[0], run_name="__main__")
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["tokenizer"] == {"kind": "byte"} and {"train", "val"} <= meta["splits"].keys()
+        assert meta["splits"]["train"]["shards"][0]["tokens"] == 300_000
+        sizes = {split: about["tokens"] for split, about in meta["splits"].items()}
+        assert name in ("openwebtext", "fineweb_edu") or 0.2 < sizes["val"] / (sizes["train"] + sizes["val"]) < 0.3

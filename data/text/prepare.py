@@ -1,4 +1,4 @@
-r"""Your own text in, a data set out: about 10 M tokens a second on two cores. Killed, the same command goes on.
+r"""Your own text in, a data set out: about 8 M tokens a second on two cores. Killed, the same command goes on.
 
 python data/text/prepare.py --source=notes,book.txt,'more/*.txt' --name=mytext     # then: train.py --dataset=mytext
 python data/text/prepare.py --source=speeches.txt --separator='\n\n\n' --tokenizer=bpe --vocab_size=4096
