@@ -52,7 +52,7 @@ def score_endings(
     rows = in_rows(items, model.config.block_size)
     sums = torch.zeros(2, sum(len(endings) for _, endings in items), dtype=torch.float64)
     device, bayes = next(model.parameters()).device, bool(model.bayes_layers())
-    n = 0 if bayes else 256  # with fewer passes over the logits than evaluate() has, larger products win
+    n = None if bayes else 256  # with fewer passes over the logits than evaluate() has, larger products win
     with tqdm(total=len(rows), desc=desc, leave=False, disable=None if desc else True) as bar:  # None: not in a file
         for some in by_length(rows, batch_size):
             idx, branches, at, targets, owners = batch_of(some, device)

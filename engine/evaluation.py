@@ -1,17 +1,22 @@
 """The numbers that all heads share. Everything comes from log_probs, so it means the same for every head."""
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from engine.distributed import Processes, seed_micro_batch
+from engine.errors import UserError
+from engine.metrics import Tally
+from engine.texts import Text
 from engine.tokens import TokenFile, gather
 
 MAX_SCALE = 1000.0  # of a posterior's width
-N_BINS = 15  # of the calibration error, equally wide (Guo et al. 2017)
+NOISE = 64  # neighbouring tokens that share their draws of the output weights' noise
 ROWS = {"cpu": 64}  # positions whose (ROWS, V) log-probabilities exist at a time: a CPU's cache is small
 
 
@@ -23,21 +28,49 @@ def eval_batches(file: TokenFile, block_size: int, batch_size: int, n_batches: i
     return [starts[i : i + batch_size] for i in range(0, n, batch_size)]
 
 
-def whole_split(
-    file: TokenFile, block_size: int, batch_size: int, limit: int = 0, labels=None
-) -> Iterable[tuple[torch.Tensor, ...]]:
-    """x, y of consecutive blocks that cover the split, every target once; the last, shorter block comes alone.
+class Windows(NamedTuple):
+    """A batch of windows of a split: x, y (B, T). Of each the targets from `first` on count."""
 
-    limit: only so many blocks, evenly spaced; 0: all. labels: an engine.labels.LabelFile of the split, whose targets
-    (B, T, K) and their weights then follow behind y.
-    """
-    full, rest = divmod(len(file) - 1, block_size)
-    n = min(limit or full, full)
-    starts = np.arange(n) * full // max(1, n) * block_size
-    pieces = [(starts[i : i + batch_size], block_size) for i in range(0, n, batch_size)]
-    for piece, length in pieces + ([(np.array([full * block_size]), rest)] if rest and not 0 < limit <= full else []):
-        x, y = gather(file, piece, length)
-        yield (x, y) if labels is None else (x, y, *labels.targets(y, piece))
+    x: torch.Tensor
+    y: torch.Tensor
+    first: int
+    at: torch.Tensor  # (B, T - first), where in the split those targets stand
+    units: torch.Tensor  # (B, T - first), numbers of what a bootstrap resamples
+    labels: tuple[torch.Tensor, ...] = ()  # (B, T, K) each, of an engine.labels.LabelFile
+
+
+def windows(
+    file: TokenFile,
+    block_size: int,
+    batch_size: int,
+    limit: int = 0,
+    stride: int = 0,
+    text: Text | None = None,
+    labels=None,
+) -> Iterator[Windows]:
+    """Windows of block_size tokens that cover a split, in their order; every target counts once.
+
+    stride: each window begins so much behind the one before (0: block_size), and of all but the first one only the last
+    `stride` targets count. What is left at the end is a shorter window, alone. limit: only so many, evenly spaced."""
+    for starts, length in _spans(len(file) - 1, block_size, batch_size, limit, stride or block_size):
+        x, y = gather(file, starts, length)
+        first = block_size - (stride or block_size) if starts[0] else 0
+        at = torch.from_numpy(starts)[:, None] + torch.arange(first + 1, length + 1)
+        units = at[:, :1].expand_as(at) if text is None else text.units(at, y[:, first:])
+        yield Windows(x, y, first, at, units, () if labels is None else labels.targets(y, starts))
+
+
+def _spans(n: int, block_size: int, batch_size: int, limit: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The windows' starts in batches, and their length, for n targets."""
+    n_full = (n - block_size) // stride + 1 if n >= block_size else 0
+    n_taken = min(limit or n_full, n_full)
+    alone = min(n_taken, int(stride < block_size))  # all targets of the first window count: no batch with others
+    for i in [*range(alone), *range(alone, n_taken, batch_size)]:
+        numbers = np.arange(i, min(i + (batch_size if i >= alone else 1), n_taken))
+        yield numbers * n_full // n_taken * stride, block_size
+    covered = (n_full - 1) * stride + block_size if n_full else 0
+    if covered < n and not 0 < limit <= n_full:
+        yield np.array([n_full * stride]), n - n_full * stride
 
 
 @torch.no_grad()
@@ -66,54 +99,66 @@ def mean_loss(
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
-    batches: Iterable[tuple[torch.Tensor, ...]],
-    device: torch.device,
+    batches: Iterable[Windows],
+    processes: Processes,
     cast: contextlib.AbstractContextManager | None = None,
     n_samples: int = 0,
-) -> dict[str, float]:
-    """nll, perplexity, accuracy, ece, brier, entropy over batches of (x, y), streamed; nats per token.
+    text: Text | None = None,
+) -> Tally:
+    """The scores of the windows, the same on all processes, which share the work; Tally.result() names them.
 
-    Of batches (x, y, ids, weights) with a set of labels for each token also recall_at_k and lrap (see set_scores).
-    Where the head has them also aleatoric, mutual_information, nll_desmoothed and its perplexity, log_sum_sigma, kl,
-    kl_weight.
-    """
+    Where the head has them also aleatoric, mutual_information, nll_desmoothed, log_sum_sigma; of windows with labels, a
+    set for each token, recall_at_k and lrap (see set_scores); with a text unigram_nll and its bytes. The noise of
+    n_samples draws depends on a token's place in the split alone."""
     model.eval()
-    seed_micro_batch(0, 0)  # n_samples draws the same noise each time
-    sums, bins = {}, torch.zeros(3, N_BINS, dtype=torch.float64)
-    for x, *of_tokens in batches:
-        with cast or contextlib.nullcontext():
-            of_tokens = [t.to(device) for t in of_tokens]
-            for hiddens, targets, *labels in in_pieces(model.hiddens(x.to(device), n_samples), *of_tokens):
-                values, confidence, correct = _per_token(model, hiddens, targets, labels, n_samples)
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
-                sums["n_tokens"] = sums.get("n_tokens", 0) + len(targets)
-                which = (confidence * N_BINS).long().clamp(max=N_BINS - 1).cpu()
-                for row, value in enumerate((torch.ones_like(confidence), confidence, correct)):
-                    bins[row].index_add_(0, which, value.cpu().double())
-    n_tokens = sums.pop("n_tokens")
-    result = {name: value / n_tokens for name, value in sums.items()}
-    for name in [name for name in result if name.startswith("nll")]:
-        result[name.replace("nll", "perplexity")] = math.exp(min(result[name], 700.0))
-    result["n_tokens"] = n_tokens
-    result["ece"] = ((bins[1] - bins[2]).abs().sum() / n_tokens).item()
-    kl = float(model.kl())
-    return result | ({"kl": kl, "kl_weight": model.lm_head.config.kl_weight} if kl else {})
+    tally, last = Tally(), -1
+    for i, batch in enumerate(batches):
+        y, units = batch.y[:, batch.first :], batch.units.flatten()
+        tally.n_units, last = tally.n_units + len(units.unique()) - int(units[0] == last), int(units[-1])
+        if text:
+            text.count(y)
+        if i % processes.world_size == processes.rank:
+            with cast or contextlib.nullcontext():
+                values = _of_tokens(model, batch, processes.device, n_samples)
+            if not values["nll"].isfinite().all():
+                raise UserError("this model's log-probabilities are not finite; train it again, or use --dtype=float32")
+            if text:
+                values["unigram_nll"] = -text.log_frequencies[y.flatten()]
+            tally.add(values, units, text.bytes[y.flatten()] if text else torch.zeros_like(units), len(y))
+    tally.join(processes)
+    return tally
+
+
+def _of_tokens(model: torch.nn.Module, batch: Windows, device: torch.device, n_samples: int) -> dict[str, torch.Tensor]:
+    """name -> (n,), of the tokens that count."""
+    seed_micro_batch(0, 0)  # of Bayesian hidden layers: the same draws for all windows
+    hiddens = [x[:, batch.first :] for x in model.hiddens(batch.x.to(device), n_samples)]
+    of_tokens = [t[:, batch.first :].to(device) for t in (batch.y, *batch.labels)]
+    found, sizes, seeds = [], None, itertools.repeat(None)
+    if n_samples > 0:  # the output weights' noise is that of a token's place, whatever else is in the batch
+        groups = torch.arange(len(batch.at))[:, None] * (1 << 40) + batch.at // NOISE
+        seeds, sizes = (t.tolist() for t in groups.flatten().unique_consecutive(return_counts=True))
+    for seed, (pieces, targets, *labels) in zip(seeds, in_pieces(hiddens, *of_tokens, n=sizes), strict=False):
+        if seed is not None:
+            seed_micro_batch(1, seed % (1 << 40))
+        found.append(_per_token(model, pieces, targets, labels, n_samples))
+    return {name: torch.cat([values[name] for values in found]) for name in found[0]}
 
 
 def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels: list[torch.Tensor], n_samples: int):
-    """What is averaged over tokens, (n,) each; and confidence and correctness of the likeliest token, for the ECE."""
+    """name -> (n,)."""
     head, hidden = model.lm_head, hiddens[0]
     prediction = head.predict(hiddens, n_samples)
     probs, index = prediction.log_probs.exp(), targets.unsqueeze(-1)
-    of_target = prediction.log_probs.gather(-1, index).squeeze(-1)
+    of_target = prediction.log_probs.gather(-1, index)
     confidence, guess = probs.max(-1)
-    correct = (guess == targets).float()
     values = {
-        "nll": -of_target,
-        "accuracy": correct,
-        "brier": probs.square().sum(-1) - 2 * of_target.exp() + 1,
+        "nll": -of_target.squeeze(-1),
+        "accuracy": (guess == targets).float(),
+        "accuracy_top5": _in_best(prediction.log_probs, of_target, 5),
+        "brier": probs.square().sum(-1) - 2 * of_target.squeeze(-1).exp() + 1,
         "entropy": prediction.total,
+        "confidence": confidence,
     }
     if model.bayes_layers():
         values |= {"aleatoric": prediction.aleatoric, "mutual_information": prediction.epistemic}
@@ -124,7 +169,13 @@ def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels
         values["log_sum_sigma"] = head.likelihood.log_sum_sigma(head.logits(hidden))
     if labels:
         values |= set_scores(prediction.log_probs, *labels)
-    return values, confidence, correct
+    return values
+
+
+def _in_best(scores: torch.Tensor, of_target: torch.Tensor, k: int) -> torch.Tensor:
+    """scores (n, V), of_target (n, 1) -> (n,), is the target among the k best? A chance where there are ties."""
+    above, ties = (scores > of_target).sum(-1), (scores == of_target).sum(-1)
+    return ((k - above) / ties).clamp(0, 1)
 
 
 def set_scores(scores: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -139,12 +190,6 @@ def set_scores(scores: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -
     size = is_member.sum(-1)
     recall = (is_member & (rank <= ids.size(-1))).sum(-1) / size
     return {"recall_at_k": recall, "lrap": (is_member * among_members / rank).sum(-1) / size}
-
-
-def unigram_nll(counts: torch.Tensor, frequencies: torch.Tensor) -> float:
-    """nats per token of tokens that occur counts (V,) times, under the training text's frequencies (V,): what a model
-    without context reaches."""
-    return -(counts @ frequencies.log()).item() / counts.sum().item()
 
 
 def abstaining(correct: torch.Tensor, doubt: torch.Tensor) -> dict[str, float]:
@@ -180,9 +225,9 @@ def scale_posterior(model: torch.nn.Module, factor: float) -> None:
         layer.log_std += math.log(factor)
 
 
-def in_pieces(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor, n: int = 0):
+def in_pieces(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor, n: int | list[int] | None = None):
     """(B, T, C) or (N, C) each, (B, T, ...) or (N, ...) each -> pieces (<= n, C) and (<= n, ...): all logits together
-    never exist. n: 0 is what suits the device."""
+    never exist. n: the most in a piece, or the number in each; None is what suits the device."""
     n, last = n or ROWS.get(hiddens[0].device.type, 1024), hiddens[0].dim() - 2
     pieces = zip(*(hidden.flatten(0, last).split(n) for hidden in hiddens), strict=True)
     return zip(pieces, *(t.flatten(0, last).split(n) for t in of_tokens), strict=True)

@@ -20,8 +20,10 @@ import train
 from engine import distributed
 from engine.config import load_config
 from engine.corpus import part_of
+from engine.evaluation import Windows, evaluate, windows
 from engine.splits import Corpus
 from engine.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from engine.tokens import TokenFile
 from engine.writer import install, keep_tokenizer, tokenise
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
 from model import GPT, GPTConfig
@@ -135,6 +137,22 @@ def refused(script: str, argv: list[str], folder: Path, monkeypatch, capsys) -> 
     assert "error: " in output.err and output.err.count("\n") == 1
     assert output.out == "" and contents(folder) == before
     return output.err
+
+
+def scores(model: GPT, *batches: tuple[torch.Tensor, torch.Tensor], cast=None, n_samples: int = 0) -> dict:
+    """What evaluate() finds on x, y (B, T) each, as if they followed one another in a text."""
+    found, end = [], 0
+    for x, y in batches:
+        at = end + torch.arange(x.numel()).view_as(x)
+        found.append(Windows(x, y, 0, at, at))
+        end += x.numel()
+    return evaluate(model, found, distributed.Processes(torch.device("cpu")), cast, n_samples).result()
+
+
+def scores_of(model: GPT, file: TokenFile, batch_size: int = 8, n_samples: int = 0, **options) -> dict:
+    """What evaluate() finds on a split."""
+    batches = windows(file, model.config.block_size, batch_size, **options)
+    return evaluate(model, batches, distributed.Processes(torch.device("cpu")), n_samples=n_samples).result()
 
 
 def same_weights(a: GPT, b: GPT) -> bool:

@@ -205,7 +205,10 @@ CASES = [
     # other scripts
     *(("augmentation/teacher_labels.py", [*TEACHER, f"--{flag}"], message) for flag, message in TEACHER_MISTAKES),
     *(("data/text/prepare.py", [*TEXT, f"--{flag}"], message) for flag, message in TEXT_MISTAKES),
-    ("evaluate.py", [*EVALUATE, "--plot=empty"], "plot = 'empty' is a folder; name a file"),
+    ("evaluate.py", [*EVALUATE, "--report=latin.txt"], "report = 'latin.txt' is a file; name a folder"),
+    ("evaluate.py", [*EVALUATE, "--stride=17"], "stride = 17 leaves tokens out"),
+    ("evaluate.py", [*EVALUATE, "--ood_dataset=words"], "ood_dataset = 'words' is the run's own text"),
+    ("evaluate.py", [*EVALUATE, "--ood_dataset=nowhere"], r"test\.bin is missing"),
     ("evaluate.py", ["--device=cpu", "--out_dir=run,nowhere"], "nowhere does not exist; give run folders"),
     # data
     ("train.py", [*TRAIN, "--dataset=nowhere"], r"train\.bin is missing; run one of: .*python data/text/prepare\.py"),

@@ -1,14 +1,9 @@
-"""engine/evaluation.py against the slow formulas, and evaluate.py's table, JSON and plot."""
+"""engine/evaluation.py against the slow formulas."""
 
 import contextlib
 import dataclasses
 import json
 import math
-import runpy
-import shutil
-import struct
-import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -16,13 +11,15 @@ import torch
 
 from engine.checkpoint import load_model
 from engine.distributed import Processes
-from engine.evaluation import N_BINS, eval_batches, evaluate, mean_loss, set_scores, whole_split
+from engine.evaluation import _in_best, eval_batches, mean_loss, set_scores, windows
 from engine.logger import read_records
+from engine.metrics import N_BINS
+from engine.table import flat
 from engine.tokenizer import load_tokenizer
 from engine.tokens import TokenFile
 from heads import HeadConfig, Prediction, entropy
 from model import GPT, GPTConfig
-from tests.helpers import HEADS, ROOT, flags, run, write_bytes, write_nanogpt, write_words
+from tests.helpers import HEADS, run, scores, scores_of, write_bytes, write_nanogpt, write_words
 
 CPU = Processes(torch.device("cpu"))
 V, T = 67, 16
@@ -75,24 +72,70 @@ def slow_scores(model: GPT, file: TokenFile) -> dict[str, float]:
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_evaluate_agrees_with_the_definitions_at_every_batch_size(file, weights, likelihood, batch_size):
     model = tiny_gpt(weights, likelihood)
-    found = evaluate(model, whole_split(file, T, batch_size), CPU.device)
+    found = scores_of(model, file, batch_size)
     expected = slow_scores(model, file)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert found["n_tokens"] == len(file) - 1
 
 
 def test_the_synthetic_model_is_neither_always_right_nor_always_wrong(file):
-    scores = slow_scores(tiny_gpt(), file)
-    assert 0.1 < scores["accuracy"] < 0.9 and 0.1 < scores["entropy"] < math.log(V)
+    found = slow_scores(tiny_gpt(), file)
+    assert 0.1 < found["accuracy"] < 0.9 and 0.1 < found["entropy"] < math.log(V)
 
 
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
 def test_the_whole_split_has_every_target_exactly_once_behind_its_own_context(tmp_path, n):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n)}), "val")
     for batch_size in (1, 3, 16):
-        batches = list(whole_split(file, T, batch_size))
-        assert sorted(target for _, y in batches for target in y.flatten().tolist()) == list(range(1, n))
-        assert all((y == x + 1).all() for x, y in batches)
+        batches = list(windows(file, T, batch_size))
+        assert [target for batch in batches for target in batch.y.flatten().tolist()] == list(range(1, n))
+        assert all((batch.y == batch.x + 1).all() and (batch.at == batch.y).all() for batch in batches)
+
+
+@pytest.mark.parametrize("stride", [1, 5, 11, 16])
+@pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
+def test_with_a_stride_every_target_counts_once_behind_at_least_the_rest_of_a_window(tmp_path, n, stride):
+    file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n)}), "val")
+    for batch_size in (1, 3, 16):
+        batches = list(windows(file, T, batch_size, stride=stride))
+        counted = [
+            (y, y - x[0]) for b in batches for x, ys in zip(b.x, b.y, strict=True) for y in ys[b.first :].tolist()
+        ]
+        assert [y for y, _ in counted] == list(range(1, n))
+        assert all(context >= min(y, T - stride + 1) for y, context in counted)
+        assert all(batch.at.flatten().tolist() == batch.y[:, batch.first :].flatten().tolist() for batch in batches)
+
+
+def test_more_context_by_a_stride_is_what_the_model_says_of_those_windows(file):
+    model, ids = tiny_gpt(), torch.from_numpy(file.ids.astype(np.int64))
+    model.transformer.wpe.weight.data.mul_(30)  # as no untrained model is: where a token stands matters
+    expected = []
+    for end in range(1, len(ids)):  # with stride 1 each token has all the context there is
+        log_probs = model.log_probs(ids[max(0, end - T) : end][None])[0, -1]
+        expected.append(-log_probs[ids[end]].item())
+    found = [scores_of(model, file, stride=stride)["nll"] for stride in (0, 1)]
+    assert found[1] == pytest.approx(np.mean(expected), rel=1e-5) and abs(found[0] - found[1]) > 1e-3
+
+
+@pytest.mark.parametrize("posterior", ["row", "full"])
+@pytest.mark.parametrize("bayes_mlp", [False, True])
+def test_the_draws_of_a_token_do_not_depend_on_what_else_is_in_its_batch(file, posterior, bayes_mlp):
+    torch.manual_seed(0)
+    head = HeadConfig("bayes", n_data=500, posterior=posterior)
+    model = GPT(GPTConfig(T, V, 1, 2, 32, bayes_mlp=bayes_mlp, head=head)).eval()
+    for layer in model.bayes_layers():
+        torch.nn.init.constant_(layer.log_std, -1.0)
+    for stride in (0, 5):
+        found = [flat(scores_of(model, file, n, n_samples=3, stride=stride)) for n in (1, 4, 16)]
+        assert found[0]["mutual_information"] > 1e-3
+        assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_among_five_is_a_chance_where_tokens_tie():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.5, 0.1, 0.0, -1.0], [1.0] * 7])
+    for target, expected in ((0, [1, 5 / 7]), (4, [1, 5 / 7]), (5, [0, 5 / 7])):
+        of_target = scores[:, target : target + 1]
+        assert _in_best(scores, of_target, 5).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
@@ -100,7 +143,7 @@ def test_mean_loss_is_the_nll_of_log_probs_and_the_loss_of_training(file, weight
     model = tiny_gpt(weights, likelihood)
     batches = eval_batches(file, T, batch_size=3, n_batches=100)
     found = mean_loss(model, batches, file, CPU, torch.autocast("cpu", enabled=False))
-    assert found["val_nll"] == pytest.approx(evaluate(model, blocks_of(file, batches), CPU.device)["nll"], rel=1e-6)
+    assert found["val_nll"] == pytest.approx(scores(model, *blocks_of(file, batches))["nll"], rel=1e-6)
     x, y = (torch.cat(parts) for parts in zip(*blocks_of(file, batches), strict=True))
     assert len(x) == 16
     assert found["val_loss"] == pytest.approx(model(x, y).item(), rel=1e-5)
@@ -148,12 +191,12 @@ def oracle_scores(sharpness: float) -> dict[str, float]:
     logits = 2 * torch.randn(500, 10)
     x = torch.randint(500, (60, 1000))
     y = torch.multinomial(logits.softmax(-1)[x.flatten()], 1).view_as(x)
-    return evaluate(Oracle((sharpness * logits).log_softmax(-1)), [(x, y)], torch.device("cpu"))
+    return scores(Oracle((sharpness * logits).log_softmax(-1)), (x, y))
 
 
 def test_a_perfectly_calibrated_prediction_has_no_calibration_error():
-    scores = oracle_scores(sharpness=1.0)
-    assert scores["ece"] < 0.01 and scores["nll"] == pytest.approx(scores["entropy"], abs=0.01)
+    found = oracle_scores(sharpness=1.0)
+    assert found["ece"] < 0.01 and found["nll"] == pytest.approx(found["entropy"], abs=0.01)
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 3.0])
@@ -171,87 +214,14 @@ def runs(tmp_path_factory):
     return root
 
 
-def evaluate_py(monkeypatch, **options) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(device="cpu", **options)])
-    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-
-
-def png_size(path) -> tuple[int, int]:
-    """Width and height of a PNG whose every chunk has the right checksum."""
-    data, names, at = path.read_bytes(), [], 8
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    while at < len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        chunk, crc = data[at + 4 : at + 8 + length], data[at + 8 + length : at + 12 + length]
-        assert struct.unpack(">I", crc)[0] == zlib.crc32(chunk)
-        names.append(chunk[:4])
-        at += 12 + length
-    assert names[0] == b"IHDR" and names[-1] == b"IEND"
-    return struct.unpack(">II", data[16:24])
-
-
-def test_evaluate_py_writes_the_contract_for_every_run_and_a_plot(runs, monkeypatch, capsys):
-    evaluate_py(monkeypatch, out_dir=f"{runs}/softmax,{runs}/bayes_sigmoid/", split="val")
-    output = capsys.readouterr().out
-    softmax, bayes = (json.loads((runs / name / "eval_val.json").read_text()) for name in ("softmax", "bayes_sigmoid"))
-    shared = {"nll", "perplexity", "n_tokens", "ece", "brier", "entropy"}
-    bayesian = {"mutual_information", "log_sum_sigma", "kl", "kl_weight"}
-    assert shared <= softmax.keys() and not bayesian & softmax.keys()
-    assert shared | bayesian <= bayes.keys()
-    file = TokenFile(runs / "data", "val")
-    for found in (softmax, bayes):
-        assert found["n_tokens"] == len(file) - 1
-        assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
-        assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2))  # a token is a byte here
-        assert f"{found['nll']:.4f}" in output
-    assert softmax["nll"] == pytest.approx(
-        evaluate(load_model(runs / "softmax"), whole_split(file, T, 5), CPU.device)["nll"]
-    )
-    lines = output.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == ["run", "unigram", "softmax", "bayes_sigmoid"]
-    assert min(png_size(runs / "val_nll.png")) > 300
-
-
-def test_evaluate_py_gives_the_same_numbers_at_every_batch_size(runs, monkeypatch):
-    found = []
-    for batch_size in (1, 16):
-        evaluate_py(monkeypatch, out_dir=runs / "bayes_sigmoid", split="test", batch_size=batch_size)
-        found.append(json.loads((runs / "bayes_sigmoid" / "eval_test.json").read_text()))
-    numbers = [{name: v for name, v in f.items() if not isinstance(v, str)} for f in found]
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-7)
-
-
 def test_posterior_samples_change_the_prediction_of_bayesian_heads_alone(runs):
-    file, scores = TokenFile(runs / "data", "val"), {}
+    file, found = TokenFile(runs / "data", "val"), {}
     for name in ("softmax", "bayes_sigmoid"):
         model = load_model(runs / name)
-        scores[name] = [evaluate(model, whole_split(file, T, 16), CPU.device, n_samples=n)["nll"] for n in (0, 4)]
-    assert scores["softmax"][0] == scores["softmax"][1]
-    assert scores["bayes_sigmoid"][0] != scores["bayes_sigmoid"][1]
-    assert scores["bayes_sigmoid"][0] == pytest.approx(scores["bayes_sigmoid"][1], rel=0.05)
-
-
-def test_a_run_with_another_tokenizer_than_the_data_is_refused(runs, tmp_path, monkeypatch, capsys):
-    words = write_words(tmp_path / "words")
-    with pytest.raises(SystemExit) as exit_:
-        evaluate_py(monkeypatch, out_dir=runs / "softmax", dataset=words)
-    assert exit_.value.code == 2 and "another tokenizer" in capsys.readouterr().err
-
-
-def test_a_checkpoint_file_alone_can_be_evaluated_and_sampled(runs, monkeypatch, capsys):
-    checkpoint = runs / "softmax" / "ckpt_00000030.pt"
-    evaluate_py(monkeypatch, out_dir=checkpoint, dataset=runs / "data", split="test")
-    assert "ckpt_00000030.pt" in capsys.readouterr().out
-    argv = flags(init_from=checkpoint, start="the ", num_samples=1, max_new_tokens=5, device="cpu")
-    monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
-    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-    assert capsys.readouterr().out.startswith("the ")
-
-
-def test_the_plot_goes_where_it_is_told_to(runs, tmp_path, monkeypatch):
-    shutil.copytree(runs / "softmax", tmp_path / "softmax")
-    evaluate_py(monkeypatch, out_dir=tmp_path / "softmax", split="test", plot=tmp_path / "plots" / "curve.png")
-    assert png_size(tmp_path / "plots" / "curve.png") and not (tmp_path / "softmax" / "val_nll.png").exists()
+        found[name] = [scores_of(model, file, n_samples=n)["nll"] for n in (0, 4)]
+    assert found["softmax"][0] == pytest.approx(found["softmax"][1], rel=1e-6)
+    assert found["bayes_sigmoid"][0] != found["bayes_sigmoid"][1]
+    assert found["bayes_sigmoid"][0] == pytest.approx(found["bayes_sigmoid"][1], rel=0.05)
 
 
 def test_a_run_folder_has_its_tokenizer(runs):

@@ -13,14 +13,26 @@ from torch.distributions import Categorical, Normal
 from torch.nn import functional as F
 
 from engine.checkpoint import load_model
-from engine.evaluation import evaluate, scale_posterior, whole_split, widest_posterior
+from engine.evaluation import scale_posterior, widest_posterior, windows
 from engine.tokens import TokenFile
 from heads import LIKELIHOODS, Head, HeadConfig, entropy
 from likelihoods import expected_log_sigmoid
-from tests.helpers import HEADS, ROOT, compiling, flags, run, tiny_gpt, tiny_head, write_nanogpt, write_words
+from tests.helpers import (
+    HEADS,
+    ROOT,
+    compiling,
+    flags,
+    run,
+    scores,
+    scores_of,
+    tiny_gpt,
+    tiny_head,
+    write_nanogpt,
+    write_words,
+)
 from tests.test_heads import EPS, C, V, batch, draws
 
-CPU, T = torch.device("cpu"), 16
+T = 16
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 BAYESIAN = [  # likelihood, its options, posterior
@@ -397,7 +409,7 @@ def test_the_widest_posterior_costs_no_more_than_the_tolerance_and_a_wider_one_d
     before = stds(model)
 
     def nll() -> float:
-        return evaluate(model, whole_split(file, T, 8, limit=8), CPU, n_samples=-1)["nll"]
+        return scores_of(model, file, limit=8, n_samples=-1)["nll"]
 
     limit = nll() + tolerance
     factor = widest_posterior(model, nll, tolerance)
@@ -430,8 +442,8 @@ def test_evaluate_reports_the_uncertainties_and_the_desmoothed_nll_where_they_ex
     if weights == "bayes":
         torch.nn.init.constant_(model.lm_head.weights.log_std, -2)
     x, y = idx[:, :-1], idx[:, 1:]
-    found = evaluate(model, [(x, y)], CPU, n_samples=n_samples)
-    bayesian = {"aleatoric", "mutual_information", "kl", "kl_weight"}
+    found = scores(model, (x, y), n_samples=n_samples)
+    bayesian = {"aleatoric", "mutual_information"}
     assert bayesian & found.keys() == (bayesian if weights == "bayes" else set())
     smooth = {"nll_desmoothed", "perplexity_desmoothed"}
     assert smooth & found.keys() == (smooth if likelihood == "smooth" else set())
@@ -460,7 +472,7 @@ def test_evaluate_finds_what_bayesian_mlps_do_not_know_in_draws_of_them():
     for layer in model.bayes_layers():
         torch.nn.init.constant_(layer.log_std, -2)
     x = torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(0))
-    found = evaluate(model, [(x, x)], CPU, n_samples=16)
+    found = scores(model, (x, x), n_samples=16)
     with torch.no_grad(), model.sampling():
         torch.manual_seed(0)
         log_probs = torch.stack([model.log_probs(x) for _ in range(16)]).double()
@@ -472,7 +484,7 @@ def test_evaluate_finds_what_bayesian_mlps_do_not_know_in_draws_of_them():
 
 def test_evaluates_figures_are_fp32_under_autocast():
     model, x = tiny_gpt(std=0.3), torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(0))
-    found = evaluate(model, [(x, x)], CPU, torch.autocast("cpu", torch.bfloat16))
+    found = scores(model, (x, x), cast=torch.autocast("cpu", torch.bfloat16))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         log_probs = model.log_probs(x).double()
     of_target = log_probs.gather(-1, x.unsqueeze(-1)).exp().mean().item()
@@ -485,7 +497,7 @@ def test_evaluates_figures_are_fp32_under_autocast():
 def test_a_limited_split_is_that_many_blocks_evenly_spaced(tmp_path, n_full):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n_full * T + 5)}), "val")
     for limit in {min(limit, n_full) for limit in (1, 3, 10, 17)}:
-        blocks = [(x, y) for xs, ys in whole_split(file, T, 4, limit) for x, y in zip(xs, ys, strict=True)]
+        blocks = [pair for batch in windows(file, T, 4, limit) for pair in zip(batch.x, batch.y, strict=True)]
         starts = [x[0].item() for x, _ in blocks]
         assert len(blocks) == limit and starts[0] == 0 and all(start % T == 0 for start in starts)
         gaps = {after - before for before, after in zip(starts, [*starts[1:], n_full * T], strict=True)}
@@ -497,7 +509,7 @@ def test_a_limited_split_is_that_many_blocks_evenly_spaced(tmp_path, n_full):
 @pytest.mark.parametrize("n_tokens", [2, 9, 16])
 def test_a_limit_above_what_is_there_leaves_a_short_split_as_it_is(tmp_path, n_tokens):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n_tokens)}), "val")
-    blocks = [[x.tolist() for x, _ in whole_split(file, T, 4, limit)] for limit in (0, 5)]
+    blocks = [[batch.x.tolist() for batch in windows(file, T, 4, limit)] for limit in (0, 5)]
     assert blocks[0] == blocks[1] == [[list(range(n_tokens - 1))]]
 
 
@@ -529,7 +541,9 @@ def test_evaluate_py_refuses_an_impossible_option_in_one_line_that_names_it(runs
 def test_evaluate_py_gives_a_scaled_posterior_a_row_and_leaves_the_raw_figures(runs, monkeypatch, capsys, n_samples):
     found = []
     for options in ({}, {"std_tolerance": 0.01}):
-        evaluate_py(monkeypatch, out_dir=runs / "bayes", split="test", n_samples=n_samples, limit=5, **options)
+        evaluate_py(
+            monkeypatch, out_dir=runs / "bayes", split="test", n_samples=n_samples, limit=5, report="none", **options
+        )
         found.append(json.loads((runs / "bayes" / "eval_test.json").read_text()))
     plain, both = found
     scaled = both.pop("scaled")
@@ -539,8 +553,9 @@ def test_evaluate_py_gives_a_scaled_posterior_a_row_and_leaves_the_raw_figures(r
     assert scaled["n_tokens"] == 5 * T and scaled["mutual_information"] > plain["mutual_information"]
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("bayes")]
-    assert len(rows) == 3 and f"bayes (std x {scaled['std_factor']:.2f})" in rows[2]
-    assert f"{plain['nll']:.4f}" in rows[1] and f"{scaled['nll']:.4f}" in rows[2]
+    alone, *both = (line for line in rows if f" {plain['nll']:.4f} " in line or f" {scaled['nll']:.4f} " in line)
+    assert [line.split("  ")[0] for line in both] == ["bayes", f"bayes (std x {scaled['std_factor']:.2f})"]
+    assert f" {plain['nll']:.4f} " in alone and alone.startswith("bayes ")
 
 
 @pytest.mark.parametrize("n_samples", [0, -1, 2])

@@ -15,11 +15,11 @@ import engine.row
 import engine.scan
 import engine.tokens
 from engine.errors import UserError
-from engine.evaluation import evaluate, whole_split
+from engine.evaluation import windows
 from engine.labels import LabelFile, LabelWriter, identity, pack
 from engine.order import Order
 from engine.tokens import Batches, TokenFile
-from tests.helpers import ROOT, TINY, records, refused, run, same_weights, tiny_gpt, words, write_nanogpt
+from tests.helpers import ROOT, TINY, records, refused, run, same_weights, scores_of, tiny_gpt, words, write_nanogpt
 
 MAGIC = {"<u2": (20240520, 1), "<u4": (20240801, 7)}
 
@@ -259,7 +259,7 @@ def test_an_id_outside_the_vocabulary_is_found_wherever_a_large_split_is_read(tm
     file = TokenFile(sharded(tmp_path / "d", train=[TEXT, np.append(TEXT, 300), TEXT]), "train")
     file.check(257)
     with pytest.raises(UserError, match=r"train_000001\.bin holds token id 300, outside the vocabulary of 257"):
-        list(whole_split(file, 16, 8))
+        list(windows(file, 16, 8))
 
 
 def test_frequencies_of_a_large_split_come_from_pieces_of_all_of_it(tmp_path, large, monkeypatch):
@@ -364,9 +364,8 @@ def test_evaluation_over_shards_is_evaluation_over_one_file(tmp_path):
     ids = TEXT % 67
     files = [TokenFile(write_nanogpt(tmp_path / "one", {"val": ids}), "val")]
     files += [TokenFile(sharded(tmp_path / "many", val=cut(ids, 700, 90, 1, 1500, 16)), "val")]
-    one, many = (evaluate(model, whole_split(file, 16, 8), torch.device("cpu")) for file in files)
-    assert one["n_tokens"] == many["n_tokens"] == len(ids) - 1
-    assert all(abs(one[name] - many[name]) < 1e-9 for name in one)
+    one, many = (scores_of(model, file) for file in files)
+    assert one["n_tokens"] == many["n_tokens"] == len(ids) - 1 and one == many
 
 
 @pytest.mark.parametrize("is_large", [False, True])

@@ -10,7 +10,6 @@ import torch
 import engine.scan
 import engine.tokens
 from engine.errors import UserError
-from engine.evaluation import unigram_nll
 from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from engine.tokens import Batches, TokenFile, gather
 from tests.helpers import run, words, write_dataset, write_nanogpt
@@ -201,7 +200,6 @@ def test_counts_are_bincounts_and_frequencies_sum_to_one(tmp_path, monkeypatch):
     assert file.counts(67).tolist() == counts.tolist()
     expected = (counts + 0.5) / (999 + 67 / 2)
     assert np.allclose(file.frequencies(67).numpy(), expected, rtol=1e-12)
-    assert np.isclose(unigram_nll(file.counts(67), file.frequencies(67)), -np.log(expected[ids]).mean(), rtol=1e-12)
 
 
 def test_a_missing_split_names_those_that_are_there_or_the_command_that_makes_them(tmp_path, monkeypatch):

@@ -1,0 +1,191 @@
+"""engine/metrics.py against scikit-learn, torchmetrics and slow formulas; what a text says of itself."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engine.metrics import N_BINS, Tally, fine_values, out_of_domain, place_of, tell_apart, weights_of
+from engine.table import flat
+from engine.texts import Text
+from engine.tokenizer import ByteTokenizer
+
+metrics = pytest.importorskip("sklearn.metrics")
+rng = np.random.default_rng(0)
+
+
+def tokens(n: int, seed: int = 0, units: int = 25) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The scores of n tokens whose doubts have something to do with their errors; their units and bytes."""
+    g = torch.Generator().manual_seed(seed)
+    confidence = torch.rand(n, generator=g).clamp(min=0.01)
+    values = {
+        "nll": torch.rand(n, generator=g) * 10,
+        "accuracy": (torch.rand(n, generator=g) < confidence.square()).float(),  # too confident
+        "accuracy_top5": (torch.rand(n, generator=g) < confidence).float(),
+        "brier": torch.rand(n, generator=g) * 2,
+        "entropy": (1 - confidence) * 8 + torch.rand(n, generator=g),
+        "confidence": confidence,
+        "mutual_information": torch.rand(n, generator=g).pow(4),
+        "aleatoric": torch.rand(n, generator=g) * 8,
+    }
+    sizes = torch.randint(1, 2 * n // units, (units,), generator=g)
+    numbers = torch.repeat_interleave(torch.arange(units), sizes)[:n]
+    numbers = torch.cat([numbers, torch.full((n - len(numbers),), units)])
+    return values, numbers, torch.randint(1, 9, (n,), generator=g)
+
+
+def tally_of(values, units, n_bytes, size: int = 0, rows: int = 1) -> Tally:
+    """In pieces of a size."""
+    tally, size = Tally(), size or len(units)
+    for i in range(0, len(units), size):
+        at = slice(i, i + size)
+        tally.add({name: value[at] for name, value in values.items()}, units[at], n_bytes[at], rows)
+    tally.n_units = len(units.unique())
+    return tally
+
+
+@pytest.fixture(scope="module")
+def few():
+    return tokens(3000)
+
+
+def test_the_calibration_error_is_torchmetrics(few):
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    values, *of_tokens = few
+    found = tally_of(values, *of_tokens, size=7).result()["ece"]
+    confidence, correct = values["confidence"], values["accuracy"].long()
+    # a two-class problem whose likeliest class has this confidence, at least 1/2: of n - 1 further classes as likely
+    probs = torch.zeros(len(correct), 200).scatter_(1, torch.zeros(len(correct), 1).long(), confidence[:, None])
+    probs[:, 1:] = ((1 - confidence) / 199)[:, None]
+    target = torch.where(correct == 1, 0, 1)
+    expected = functional.multiclass_calibration_error(probs, target, num_classes=200, n_bins=N_BINS, norm="l1")
+    assert (probs.argmax(1) == 0).all() and found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_adaptive_calibration_error_is_that_of_bins_of_as_many_tokens(few):
+    values, *of_tokens = few
+    order = values["confidence"].argsort(descending=True)
+    gaps = (values["confidence"] - values["accuracy"]).double()[order]
+    expected = sum(abs(part.sum().item()) for part in gaps.split(len(gaps) // N_BINS)) / len(gaps)
+    assert tally_of(values, *of_tokens).result()["adaptive_ece"] == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("doubt", ["confidence", "entropy", "aleatoric", "mutual_information"])
+def test_risk_coverage_and_its_area_are_the_slow_ones(few, doubt):
+    values, *of_tokens = few
+    result = tally_of(values, *of_tokens).result()
+    doubts = 1 - values[doubt] if doubt == "confidence" else values[doubt]
+    wrong = 1 - values["accuracy"][doubts.argsort()].double().numpy()
+    risk = wrong.cumsum() / np.arange(1, len(wrong) + 1)
+    assert result["aurc"][doubt] == pytest.approx(risk.mean(), rel=1e-4)
+    assert result["risk_coverage"]["risk"][doubt] == pytest.approx(risk[29::30].tolist(), abs=8e-3)
+    best = np.sort(wrong).cumsum() / np.arange(1, len(wrong) + 1)
+    assert result["aurc"]["oracle"] == pytest.approx(best.mean(), rel=1e-9)
+
+
+def test_among_ties_the_risk_is_that_of_a_random_order():
+    values, *of_tokens = tokens(60)
+    values["entropy"] = torch.tensor([1.0, 3.0, 2.0]).repeat(20)
+    areas = []
+    for _ in range(4000):
+        order = np.lexsort((rng.random(60), values["entropy"].numpy()))
+        wrong = 1 - values["accuracy"].double().numpy()[order]
+        areas.append((wrong.cumsum() / np.arange(1, 61)).mean())
+    error = np.std(areas) / math.sqrt(len(areas))
+    assert tally_of(values, *of_tokens).result()["aurc"]["entropy"] == pytest.approx(np.mean(areas), abs=5 * error)
+
+
+@pytest.mark.parametrize("doubt", ["confidence", "entropy", "mutual_information", "nll"])
+def test_foreign_text_is_told_apart_as_scikit_learn_does_it(few, doubt):
+    own, foreign = few[0], dict(tokens(1000, seed=1)[0])
+    foreign["entropy"], foreign["nll"] = foreign["entropy"] * 1.3, foreign["nll"] + 1
+    foreign["confidence"] = foreign["confidence"].square().clamp(min=0.01)
+    tallies = [
+        tally_of(v, torch.zeros(len(v["nll"])).long(), torch.ones(len(v["nll"])), 100, 10) for v in (own, foreign)
+    ]
+    found = out_of_domain(*tallies)
+    for level in ("token", "block"):
+        doubts = [1 - v[doubt] if doubt == "confidence" else v[doubt] for v in (own, foreign)]
+        if level == "block":
+            doubts = [d.view(-1, 10).mean(1) for d in doubts]
+        labels = np.repeat([0, 1], [len(d) for d in doubts])
+        fpr, tpr, _ = metrics.roc_curve(labels, torch.cat(doubts).numpy(), drop_intermediate=False)
+        expected = metrics.roc_auc_score(labels, torch.cat(doubts).numpy())
+        assert found["auroc"][doubt][level] == pytest.approx(expected, abs=5e-4)
+        passed = (doubts[1] <= doubts[0].quantile(0.95)).float().mean().item()
+        assert found["fpr95"][doubt][level] == pytest.approx(passed, abs=0.015)
+        assert 1 - tpr[(1 - fpr) >= 0.95].max() == pytest.approx(passed, abs=0.02)  # as scikit-learn's curve has it
+
+
+def test_doubts_that_are_all_the_same_tell_nothing():
+    same = torch.zeros(len(fine_values())).double()
+    same[7] = 5
+    auroc, fpr95 = tell_apart(same, same)
+    assert auroc == 0.5 and fpr95 == pytest.approx(0.95)
+
+
+def test_places_keep_the_order_and_tell_apart_what_differs_by_a_thousandth():
+    doubts = torch.cat([torch.logspace(-11, 2, 6000), torch.tensor([0.0, 1e-30, 300.0, 1e9])]).sort().values
+    places = place_of(doubts)
+    assert (places.diff() >= 0).all() and places[0] == 0 and places[-1] == len(fine_values()) - 1
+    within = (doubts > 1e-11) & (doubts < 200)
+    middle = torch.from_numpy(fine_values())[places[within]]
+    torch.testing.assert_close(middle, doubts[within].double(), rtol=5e-4, atol=0)
+    assert (place_of(torch.tensor([1.0, 1.001])).diff() > 0).all()
+
+
+def test_whatever_the_pieces_and_their_order_the_result_is_the_same(few):
+    whole, pieces = (tally_of(*few, rows=30).result(), tally_of(*few, size=100).result())
+    assert flat(whole) == pytest.approx(flat(pieces), rel=1e-9)
+    for name, histogram in whole["histograms"].items():
+        assert histogram["share"] == pytest.approx(pieces["histograms"][name]["share"], rel=1e-9)
+
+
+def test_the_standard_error_is_that_of_resampled_documents(few):
+    values, units, n_bytes = few
+    result, draws = tally_of(values, units, n_bytes).result(), {"nll": [], "bits_per_byte": [], "ece": []}
+    index = [np.flatnonzero(units.numpy() == unit) for unit in range(26)]
+    for _ in range(2000):
+        at = torch.from_numpy(np.concatenate([index[k] for k in rng.integers(0, 26, 26)]))
+        nll, confidence, right = (values[name][at].double() for name in ("nll", "confidence", "accuracy"))
+        bins = (confidence * N_BINS).long().clamp(max=N_BINS - 1)
+        gaps = torch.zeros(N_BINS).double().index_add_(0, bins, confidence - right)
+        draws["nll"].append(nll.mean().item())
+        draws["bits_per_byte"].append(nll.sum().item() / n_bytes[at].sum().item() / math.log(2))
+        draws["ece"].append(gaps.abs().sum().item() / len(at))
+    for name, values in draws.items():
+        assert result[f"{name}_se"] == pytest.approx(np.std(values), rel=0.12), name
+
+
+def test_weights_of_documents_are_poisson_and_their_own():
+    weights = weights_of(list(range(300)))
+    assert weights.mean().item() == pytest.approx(1, abs=0.02) and weights.var().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(weights[17:18], weights_of([17])) and not torch.equal(weights[0], weights[1])
+    assert np.abs(np.corrcoef(weights[:50].numpy()) - np.eye(50)).max() < 0.2
+
+
+def test_words_bytes_and_documents_are_those_of_the_text_however_it_is_cut():
+    tokenizer, texts = ByteTokenizer(), ["Ein Bär  geht\nheim. ", "", "zwei", " \n drei vier", "fünf\u00a0sechs"]
+    ids = torch.tensor([i for text in texts for i in [*tokenizer.encode(text).tolist(), tokenizer.eot]])
+    for size in (1, 2, 3, 7, 100):
+        text = Text(tokenizer, torch.full((300,), 1 / 300), n_documents=20)
+        numbers = []
+        for part in ids.split(size):
+            text.count(part[None])
+            numbers += text.units(torch.zeros(1, len(part)), part[None])[0].tolist()
+        assert text.n_words == sum(len(t.split()) for t in texts) == 9
+        expected = [k for k, t in enumerate(texts) for _ in range(len(t.encode()) + 1)]
+        assert numbers == expected and text.n_documents == len(texts)
+        assert text.bytes[ids].sum() == sum(len(t.encode()) for t in texts)
+
+
+@pytest.mark.parametrize(
+    ("n_documents", "part", "unit"), [(20, False, "document"), (19, False, "stretch"), (99, True, "window")]
+)
+def test_the_unit_is_a_document_where_there_are_enough_of_them(n_documents, part, unit):
+    text = Text(ByteTokenizer(), torch.full((300,), 1 / 300), n_documents, part)
+    assert text.unit == unit
+    at = torch.arange(2048).view(2, -1) + 1
+    found = {"document": [0], "stretch": [0, 1, 2], "window": [1, 1025]}[unit]
+    assert text.units(at, at % 256).unique().tolist() == found
