@@ -19,6 +19,7 @@ LEVELS = {
     "engine.endings": 2,
     "model": 1,
     "engine.evaluation": 1,
+    "engine.diversity": 1,
     "heads": 0,
     "engine.config": 0,
     "engine.distributed": 0,
