@@ -74,7 +74,7 @@ def test_a_transformers_folder_scores_as_transformers_does_in_both_styles(gpt2_f
                     logits = reference(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1]
                 sums.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
             assert answer["log_probs"] == pytest.approx(sums, abs=1e-3)
-            lengths = answer["n_tokens"] if style == "completion" else answer["n_bytes"]
+            lengths = answer["n_tokens"] if style == "completion" else answer["n_chars"]
             normed = [total / length for total, length in zip(sums, lengths, strict=True)]
             correct["acc"] += sums.index(max(sums)) == label
             correct["acc_norm"] += normed.index(max(normed)) == label
@@ -92,7 +92,7 @@ def test_the_harness_style_cleans_as_the_harness_does():
     item = hellaswag.prepare(WIKIHOW, "harness")
     assert item.context == "Home and Garden: How to sow. Choose a pot. Clay is best."
     assert item.endings == ["  Use a dry pot.", "   Wait.", "  Fill it. Put soil in.", "  Water é."]
-    assert item.n_bytes == [14, 6, 21, 9] and item.label == 2
+    assert item.n_chars == [14, 6, 21, 8] and item.label == 2
     item = hellaswag.prepare(ACTIVITY, "harness")
     assert item.context == "Canoeing: Two women sit in a canoe. The older one" and item.endings[0] == " paddles."
 
