@@ -38,7 +38,7 @@ class HellaSwagConfig:
     source: str = ""  # the items, a JSONL file
     download: bool = False  # or the 10,042 validation items from the Hugging Face Hub (kept by datasets' own cache)
     style: str = "completion"  # completion | harness
-    limit: int | str = "all"  # so many items, the first ones
+    limit: int | str = "all"  # so many items, the first ones (3,243 of ActivityNet, then 6,799 of WikiHow)
     batch_size: int = 16  # items at a time: speed and memory (and which noise n_samples draws)
     n_samples: int = 0  # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
@@ -161,11 +161,13 @@ def judge(
     for name, answer in answers.items():
         share = (answer == labels).double().mean().item()
         result |= {name: share, f"{name}_stderr": (share * (1 - share) / max(1, n - 1)) ** 0.5}
-    doubt = {"margin": mean.topk(2).values.diff().squeeze(1)}  # of the best answer over the second: for any head
+    best, second = mean.topk(2).values.unbind(1)
+    doubt = {"margin": second - best}  # a small margin is doubt, whatever the head
     if epistemic.any():
         doubt["epistemic"] = (epistemic / n_tokens).gather(1, answers["acc_norm"].unsqueeze(1)).squeeze(1)
     result |= {f"abstaining_by_{by}": abstaining(answers["acc_norm"] == labels, d) for by, d in doubt.items()}
     columns = {"item": torch.arange(n), "label": labels} | {f"answer_{name}": a for name, a in answers.items()} | doubt
+    columns["margin"] = best - second
     columns |= {"log_probs": log_probs, "n_tokens": n_tokens, "n_chars": n_chars}
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     return result, [dict(zip(columns, row, strict=True)) for row in rows]

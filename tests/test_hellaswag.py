@@ -106,6 +106,7 @@ def test_scores_errors_and_abstaining_by_hand():
     assert [answer["answer_acc"] for answer in answers] == [0, 0, 3, 0] and result["acc"] == 0.5
     assert [answer["answer_acc_norm"] for answer in answers] == [1, 1, 3, 3] and result["acc_norm"] == 0.75
     assert result["acc_norm_stderr"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    assert [answer["margin"] for answer in answers] == [0.5, 0, 0.25, 0.25]
     assert [answer["epistemic"] for answer in answers] == [0.25, 1.25, 11 / 4, 15 / 4]
     assert result["abstaining_by_epistemic"] == abstaining(torch.tensor([False, True, True, True]), torch.arange(4))
     result, answers = hellaswag.judge(items, "harness", n_tokens, log_probs, 0 * epistemic)
