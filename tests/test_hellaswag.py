@@ -74,7 +74,7 @@ def test_a_transformers_folder_scores_as_transformers_does_in_both_styles(gpt2_f
                     logits = reference(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1]
                 sums.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
             assert answer["log_probs"] == pytest.approx(sums, abs=1e-3)
-            lengths = answer["n_tokens"] if style == "completion" else answer["n_bytes"]
+            lengths = answer["n_tokens"] if style == "completion" else answer["n_chars"]
             normed = [total / length for total, length in zip(sums, lengths, strict=True)]
             correct["acc"] += sums.index(max(sums)) == label
             correct["acc_norm"] += normed.index(max(normed)) == label
@@ -92,7 +92,7 @@ def test_the_harness_style_cleans_as_the_harness_does():
     item = hellaswag.prepare(WIKIHOW, "harness")
     assert item.context == "Home and Garden: How to sow. Choose a pot. Clay is best."
     assert item.endings == ["  Use a dry pot.", "   Wait.", "  Fill it. Put soil in.", "  Water é."]
-    assert item.n_bytes == [14, 6, 21, 9] and item.label == 2
+    assert item.n_chars == [14, 6, 21, 8] and item.label == 2
     item = hellaswag.prepare(ACTIVITY, "harness")
     assert item.context == "Canoeing: Two women sit in a canoe. The older one" and item.endings[0] == " paddles."
 
@@ -106,6 +106,7 @@ def test_scores_errors_and_abstaining_by_hand():
     assert [answer["answer_acc"] for answer in answers] == [0, 0, 3, 0] and result["acc"] == 0.5
     assert [answer["answer_acc_norm"] for answer in answers] == [1, 1, 3, 3] and result["acc_norm"] == 0.75
     assert result["acc_norm_stderr"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    assert [answer["margin"] for answer in answers] == [0.5, 0, 0.25, 0.25]
     assert [answer["epistemic"] for answer in answers] == [0.25, 1.25, 11 / 4, 15 / 4]
     assert result["abstaining_by_epistemic"] == abstaining(torch.tensor([False, True, True, True]), torch.arange(4))
     result, answers = hellaswag.judge(items, "harness", n_tokens, log_probs, 0 * epistemic)

