@@ -9,6 +9,7 @@ pictures and report.html. `unigram` is what the training text's token frequencie
 the validation split. torchrun shares the work between processes; the results are the same.
 """
 
+import json
 import math
 import os
 import sys
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from engine import distributed, table
 from engine.checkpoint import check_tokenizer, folder_of, has_tokenizer, load_model, trained_on
 from engine.config import load_config
+from engine.diversity import continuations, diversity, prompts
 from engine.errors import MANY, UserError, check_ranges, run
 from engine.evaluation import evaluate, widest_posterior, windows
 from engine.files import replace, write_json
@@ -48,13 +50,20 @@ class EvaluateConfig:
     n_samples: int = 0  # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
     std_tolerance: float = 0.0  # Bayesian: also with the widest posterior within so many nats on val; 0: do not
     labels: str = ""  # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
+    continuations: int = 0  # also generate so many, behind beginnings from the split: Self-BLEU, distinct-n, repetition
+    prompt_tokens: int = 32  # of each beginning
+    max_new_tokens: int = 100  # of each continuation
+    temperature: float = 1.0  # of the continuations; these four are the same for all runs
+    top_k: int = 0  # of the continuations: draw from the k likeliest tokens; 0: from all
     report: str = ""  # folder of tables, pictures, report.html; default: report_<split> beside the first run; none
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
         check_ranges(self, {"batch_size": (1, MANY), "limit": (0, MANY), "n_samples": (-1, 10**6)})
-        check_ranges(self, {"std_tolerance": (0.0, 1e6), "stride": (0, MANY)})
+        check_ranges(self, {"std_tolerance": (0.0, 1e6), "stride": (0, MANY), "continuations": (0, 10**6)})
+        check_ranges(self, {"prompt_tokens": (1, 10**6), "max_new_tokens": (1, 10**6), "top_k": (0, MANY)})
+        check_ranges(self, {"temperature": (0.0, 1e6)})
         if self.report and Path(self.report).is_file():
             raise UserError(f"report = {self.report!r} is a file; name a folder")
         if self.std_tolerance and self.n_samples == 0:
@@ -81,6 +90,7 @@ def main() -> None:
                 rows[name], tallies[name] = scaled, tallies[name] = found.scores()
                 row["scaled"] = scaled | {"std_factor": factor, "std_tolerance": config.std_tolerance}
             if processes.is_main:
+                row |= {"continuations": found.continuations()} if config.continuations else {}
                 write_json(result_file(source, config), row)
         if processes.is_main:
             report(config, sources, rows, tallies)
@@ -145,6 +155,23 @@ class Evaluation:
             }
             row["ood"] = about | out_of_domain(tally, foreign)
         return row, tally
+
+    def continuations(self) -> dict:
+        """How varied what the run writes is, and by which settings; the texts go beside its numbers."""
+        names = ("max_new_tokens", "temperature", "top_k", "n_samples")
+        settings = {name: getattr(self.config, name) for name in names} | {"seed": 1337, "batch_size": 32}
+        beginnings = prompts(self.file, self.tokenizer, self.config.continuations, self.config.prompt_tokens)
+        ids = {"n_ids": self.tokenizer.vocab_size, "eot": self.tokenizer.eot}
+        with self.cast:
+            found = continuations(self.model, beginnings, **settings, **ids, desc=f"{self.source}: continuations")
+        texts = [self.tokenizer.decode(row) for row in found]
+        pairs = zip(map(self.tokenizer.decode, beginnings.tolist()), texts, strict=True)
+        lines = "".join(json.dumps({"prompt": prompt, "continuation": text}) + "\n" for prompt, text in pairs)
+        path = result_file(self.source, self.config)
+        path = path.with_name(path.name.replace("eval_", "continuations_", 1) + "l")
+        replace(path, lambda temporary: temporary.write_text(lines))
+        settings |= {"prompt_tokens": self.config.prompt_tokens, "split": self.config.split}
+        return diversity(texts, found) | {"settings": settings}
 
     def widen(self) -> float:
         """Scale the posterior to the widest that costs no more than std_tolerance on the validation split."""

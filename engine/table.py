@@ -44,10 +44,12 @@ GROUPS = {
         for doubt, name in (("nll", "nll"), ("entropy", "total"), ("mutual_information", "epistemic"))
         for score, level in (("auroc", "block"), ("auroc", "token"), ("fpr95", "block"))
     },
-    "continuations": {
-        "self_bleu": ("Self-BLEU", "{:.2f}"),
-        **{f"distinct_{n}": (f"Distinct-{n}", "{:.3f}") for n in range(1, 5)},
-        "repetition": ("repetition", "{:.4f}"),
+    "continuations (distinct-n falls with the number of words; repetition: of 4-grams, within a text)": {
+        "continuations_self_bleu": ("Self-BLEU", "{:.2f}"),
+        **{f"continuations_distinct_{n}": (f"Distinct-{n}", "{:.3f}") for n in range(1, 5)},
+        "continuations_repetition": ("repetition", "{:.4f}"),
+        "continuations_loops": ("loops", "{:.3f}"),
+        "continuations_n_words": ("words", "{:,}"),
     },
 }
 OTHER_TEXTS = (
@@ -104,8 +106,7 @@ def flat(row: Mapping, prefix: str = "") -> dict:
     found = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
-            inner = "" if name == "continuations" else f"{prefix}{name}_"
-            found |= flat(value, inner)
+            found |= flat(value, f"{prefix}{name}_")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[prefix + name] = value
     return found

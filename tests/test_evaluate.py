@@ -130,6 +130,22 @@ def test_the_tables_say_what_the_json_says(runs, tmp_path, monkeypatch, capsys):
             assert text in output and f"| {text} |" in markdown
 
 
+def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_the_numbers(runs, monkeypatch, capsys):
+    options = {"continuations": 6, "prompt_tokens": 9, "max_new_tokens": 20, "temperature": 0.7, "report": "none"}
+    evaluate_py(monkeypatch, out_dir=f"{runs}/softmax,{runs}/bayes_sigmoid", limit=2, **options)
+    found, texts = [], []
+    for name in ("softmax", "bayes_sigmoid"):
+        found.append(json.loads((runs / name / "eval_test.json").read_text()))
+        texts.append([json.loads(t) for t in (runs / name / "continuations_test.jsonl").read_text().splitlines()])
+    assert found[0]["continuations"]["settings"] == found[1]["continuations"]["settings"]
+    assert options.items() - {("continuations", 6), ("report", "none")} <= found[0]["continuations"]["settings"].items()
+    prompts = [[text["prompt"] for text in of_run] for of_run in texts]
+    assert prompts[0] == prompts[1] and len(prompts[0]) == 6 and all(len(prompt) == 9 for prompt in prompts[0])
+    assert all(len(text["continuation"]) <= 20 for of_run in texts for text in of_run)
+    assert found[0]["continuations"]["n_texts"] == 6 and found[0]["n_tokens"] == 2 * 16
+    assert f"{found[0]['continuations']['distinct_1']:.3f}" in capsys.readouterr().out
+
+
 def many_documents(folder):
     """Data with documents enough to resample them."""
     documents = [words(30, seed=k) for k in range(40)]
