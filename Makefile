@@ -48,6 +48,7 @@ bench: .venv/.installed-dev
 	$(PY) bench/step.py --scale=char $(FLAGS)
 	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
 	$(PY) bench/generate.py $(FLAGS)
+	$(PY) bench/evaluate.py $(FLAGS)
 	$(PY) bench/startup.py $(FLAGS)
 
 reliability: .venv/.installed-dev

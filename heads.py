@@ -11,14 +11,14 @@ label_weights (B, T, K), the share of each of the K ids; all other ids have none
 A further head is one class in weights.py or likelihoods.py, its options and one entry in WEIGHTS or LIKELIHOODS here.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
+from engine.draws import Part, entropy, in_parts, mixture
 from engine.errors import UserError, check_ranges
 from engine.linear_loss import linear_loss, plain_loss
 from likelihoods import Categorical, Nll, Sigmoid, SmoothCategorical, linear_fit, weighted_sum
@@ -190,10 +190,10 @@ class Head(nn.Module):
 
         n_samples = 0 uses the mean weights; S > 0 averages the probabilities of S draws of the logits; -1 averages
         over all of them without sampling (an approximation: see Categorical.average). x may be a sequence of hidden
-        states, one for each draw.
+        states, one for each draw. All positions share the noise of a draw: see engine/draws.py.
         """
         xs = [x] if isinstance(x, torch.Tensor) else x
-        return mixture(self._draws(xs, n_samples)) if n_samples > 0 else self._without_draws(xs[0], n_samples)[0]
+        return self._sampled(xs, n_samples, False)[0] if n_samples > 0 else self._without_draws(xs[0], n_samples)[0]
 
     def predict(self, x: torch.Tensor | Sequence[torch.Tensor], n_samples: int = 0) -> Prediction:
         """log_probs(x, n_samples) with its uncertainty.
@@ -204,10 +204,9 @@ class Head(nn.Module):
         """
         xs = [x] if isinstance(x, torch.Tensor) else x
         if n_samples > 0:
-            entropies = []
-            log_probs = mixture(self._draws(xs, n_samples), entropies)
+            log_probs, aleatoric = self._sampled(xs, n_samples, True)
             total = entropy(log_probs)
-            return Prediction(log_probs, total, total - sum(entropies) / len(entropies))
+            return Prediction(log_probs, total, total - aleatoric)
         log_probs, logits = self._without_draws(xs[0], n_samples)
         total = entropy(log_probs)
         if not isinstance(self.weights, BayesLinear):
@@ -223,28 +222,17 @@ class Head(nn.Module):
             return self.likelihood.log_probs(logits), logits
         return self.likelihood.average(logits, variance), logits
 
-    def _draws(self, xs: Sequence[torch.Tensor], n_samples: int) -> Iterator[torch.Tensor]:
-        """log p (..., V) under n_samples draws of the logits; under one where nothing is random."""
-        for i in range(n_samples):
-            if i < len(xs):
-                logits, variance = self.logits(xs[i]).float(), self.weights.variance(xs[i])
+    def _sampled(
+        self, xs: Sequence[torch.Tensor], n_samples: int, entropies: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """log of the mean p (..., V) under n_samples draws of the logits, and the draws' mean entropy (...)."""
+
+        def parts() -> Iterator[Part]:
+            for i, x in enumerate(xs[:n_samples]):
+                n = 1 if i < len(xs) - 1 else n_samples - i  # the last hidden states serve all draws that are left
+                logits, variance = self.logits(x).float(), self.weights.variance(x)
                 std = None if variance is None else variance.sqrt()
-            elif std is None:
-                return
-            noisy = logits if std is None else torch.addcmul(logits, std, torch.randn_like(logits))
-            yield self.likelihood.log_probs(noisy)
+                for log_probs, of_draws, n_drawn in in_parts(self.likelihood, logits, std, n, entropies):
+                    yield log_probs, of_draws, n_drawn / n_samples
 
-
-def mixture(draws: Iterable[torch.Tensor], entropies: list[torch.Tensor] | None = None) -> torch.Tensor:
-    """The mean of predictions that come one by one, log-probabilities (..., V); their entropies (...) join the list."""
-    log_sum, n = None, 0
-    for draw in draws:
-        log_sum, n = draw if log_sum is None else torch.logaddexp(log_sum, draw), n + 1
-        if entropies is not None:
-            entropies.append(entropy(draw))
-    return log_sum - math.log(n)
-
-
-def entropy(log_probs: torch.Tensor) -> torch.Tensor:
-    """log_probs (..., V) -> (...), nats; a token of probability 0 adds nothing."""
-    return torch.special.entr(log_probs.exp()).sum(-1)
+        return mixture(parts())

@@ -52,6 +52,14 @@ class Categorical:
         """logits (..., V) -> log p (..., V), normalised, fp32."""
         return F.log_softmax(self.scores(logits), dim=-1)
 
+    def centred(self, logits: Tensor) -> Tensor:
+        """logits (..., V) -> those that predict the same and that `unnormalised` takes, fp32."""
+        return self.log_probs(logits)
+
+    def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """centred logits (..., V) -> p and log p but for their normaliser, (..., V)."""
+        return centred.exp(), centred
+
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """Gaussian logits, mean and variance (..., V) -> log E[p] (..., V), fp32, without sampling.
 
@@ -134,6 +142,15 @@ class Sigmoid:
     def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log p (..., V), normalised, fp32."""
         return F.log_softmax(self.scores(logits), dim=-1)
+
+    def centred(self, logits: Tensor) -> Tensor:
+        """As Categorical.centred: without pos_weight."""
+        return self._unweighted(logits)
+
+    def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """As Categorical.unnormalised. A log costs a sixth of logsigmoid's time."""
+        p = torch.sigmoid(centred)
+        return p, p.log()
 
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """As Categorical.average: each sigmoid's expectation, normalised."""

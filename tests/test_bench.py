@@ -57,6 +57,12 @@ def test_startup_compares_imports_and_finds_no_heavy_package_in_a_training_step(
     assert [record["case"] for record in records] == ["train_step", "python"]
 
 
+def test_evaluate_compares_draws_with_one_of_them_for_both_bayesian_heads(tmp_path):
+    records = records_of("evaluate.py", tmp_path, keys=KEYS - {"memory_ratio", "allocator"})
+    expected = [(f"{head}, draws: {n}", f"{head}, draws: 1") for head in ("bayes", "bayes_sigmoid") for n in (0, 16)]
+    assert [(record["case"], record["baseline"]) for record in records] == expected
+
+
 def test_tokenise_compares_ours_with_datasets_map_which_finds_as_many_tokens(tmp_path):
     records = records_of("tokenise.py", tmp_path, keys=KEYS - {"memory_ratio", "allocator"})
     assert records[-1]["case"] == "ours_1" and records[0]["baseline"].startswith("datasets_map")

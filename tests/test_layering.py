@@ -42,6 +42,7 @@ LEVELS = {
     "engine.gpt2_bpe": -2,
     "engine.generation": 0,
     "engine.linear_loss": -3,
+    "engine.draws": -3,
     "engine.sharding": -1,
     "engine.watch": -1,
     "engine.files": -2.5,
