@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from bench import measure
-from engine.distributed import keep_memory, pick_device
-from engine.evaluation import evaluate
+from engine.distributed import Processes, keep_memory, pick_device
+from engine.evaluation import Windows, evaluate
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
@@ -34,10 +34,11 @@ def main() -> None:
     keep_memory()
     device = pick_device("auto")
     text = torch.randint(shape["vocab_size"], (int(args.blocks), shape["block_size"] + 1))
-    blocks = [(block[None, :-1], block[None, 1:]) for block in text]
+    at = torch.arange(shape["block_size"])[None]
+    blocks = [Windows(block[None, :-1], block[None, 1:], 0, at, at) for block in text]
     for head in args.cases.split(",") if args.cases else HEADS:
         model = GPT(GPTConfig(**shape, head=HeadConfig("bayes", HEADS[head], n_data=10**8))).to(device)
-        cases = {f"{head}, draws: {n}": partial(evaluate, model, blocks, device, n_samples=n) for n in DRAWS}
+        cases = {f"{head}, draws: {n}": partial(evaluate, model, blocks, Processes(device), n_samples=n) for n in DRAWS}
         seconds, baseline = measure.in_turns(cases, args.rounds), f"{head}, draws: 1"
         goals = {f"{head}, draws: {DRAWS[-1]}": "2"}
         measure.table(f"{text[:, 1:].numel()} tokens", seconds, baseline, goals=goals, n_tokens=text[:, 1:].numel())
