@@ -62,7 +62,7 @@ def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]):
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60)
     order = list(dict.fromkeys([*rows, *curves]))  # a run looks the same in all pictures
     for name, curve in curves.items():
-        nll, about = [record["val_nll"] for record in curve], label(name, rows.get(name, {}))
+        nll, about = [record["val_nll"] for record in curve], _plain(label(name, rows.get(name, {})))
         for panel, key, scale in ((axes[0, 0], "tokens", 1e6), (axes[0, 1], "seconds", seconds)):
             x = [record[key] / scale for record in curve]
             panel.plot(x, nll, **line_style(order.index(name), len(x)), label=f"{about}: {nll[-1]:.3f}")
@@ -123,7 +123,7 @@ def risk_coverage_figure(rows: dict[str, dict]):
         for i, (name, of_run) in enumerate(risks.items()):
             coverage, risk = of_run["coverage"], of_run["risk"].get(score, [])
             x = coverage[: len(risk)]  # a line without points keeps the run's place in the legend
-            panel.plot(x, risk, **line_style(i, len(x)), label=label(name, rows[name]))
+            panel.plot(x, risk, **line_style(i, len(x)), label=_plain(label(name, rows[name])))
         panel.set_title("by " + score.replace("_", " "), fontsize=10)
         panel.set(xlabel="share of tokens answered", xlim=(0, 1), xticks=(0, 0.5, 1))
     axes[0, 0].set(ylabel="error rate of the answers", ylim=(0, None))
@@ -160,10 +160,10 @@ def _histogram(panel, row: dict, score: str) -> None:
         panel.text(0.5, 0.5, "point weights have none", **where, color="0.4")
         return
     inside, ood = row["histograms"][score], row.get("ood", {})
-    about = {"fill": True, "color": IN_DOMAIN, "label": f"in domain: {Path(row['dataset']).name}"}
+    about = {"fill": True, "color": IN_DOMAIN, "label": f"in domain: {_plain(Path(row['dataset']).name)}"}
     panel.stairs(inside["share"], inside["edges"], **about)
     if outside := ood.get("histograms", {}).get(score):
-        about = {"linewidth": 1.5, "color": OUTSIDE, "label": f"outside: {Path(ood['dataset']).name}"}
+        about = {"linewidth": 1.5, "color": OUTSIDE, "label": f"outside: {_plain(Path(ood['dataset']).name)}"}
         panel.stairs(outside["share"], outside["edges"], **about)
         of_units = ", ".join(f"{unit} {value:.2f}" for unit, value in ood["auroc"][score].items())
         panel.set_title(f"AUROC: {of_units}", fontsize=9, pad=3)
@@ -202,9 +202,14 @@ def line_style(i: int, n_points: int) -> dict:
     return style | marker | {"markerfacecolor": "none", "linewidth": 1.5}
 
 
+def _plain(text: str) -> str:
+    """As matplotlib shows it: $ would begin a formula, and what begins with _ is left out of legends."""
+    return (" " + text if text.startswith("_") else text).replace("$", r"\$")
+
+
 def _wrapped(text: str, width: int) -> str:
     """In lines of about the width, what stands in brackets on its own."""
-    text = text.replace(" (", "\n(").replace("kl_weight ", "kl_weight\N{NO-BREAK SPACE}")
+    text = _plain(text).replace(" (", "\n(").replace("kl_weight ", "kl_weight\N{NO-BREAK SPACE}")
     return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 

@@ -174,6 +174,13 @@ def test_no_number_of_runs_breaks_the_pictures(tmp_path, n):
         assert xml.etree.ElementTree.parse(svg).getroot().tag.endswith("svg")
 
 
+def test_names_are_shown_as_they_are(tmp_path, rows):
+    strange = {"_first": rows["softmax"], r"costs $\no$": rows["bayes"] | {"dataset": "a$b$"}}
+    figure = risk_coverage_figure(strange)
+    assert len(figure.legends[0].get_texts()) == 2
+    assert len(draw(tmp_path, strange, {name: make_curve() for name in strange})) == 4
+
+
 def test_pictures_without_numbers_are_left_out(tmp_path, rows):
     assert draw(tmp_path, {}, {}) == {} and list(tmp_path.iterdir()) == []
     bare = {"gpt2": {"nll": 3.0, "dataset": "books", "calibration": {"n": [0] * 15}}}
