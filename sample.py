@@ -7,7 +7,6 @@ With --show_uncertainty each token is coloured by the entropy of the prediction 
 the tenth of the tokens whose epistemic uncertainty (what the weights do not know) is highest are underlined.
 """
 
-import codecs
 import math
 import os
 import sys
@@ -20,7 +19,7 @@ from engine.checkpoint import load_model, tokenizer_of
 from engine.config import load_config
 from engine.distributed import autocast, pick_device
 from engine.errors import MANY, UserError, check_ranges, run
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, decode_each
 
 # the effective number of tokens that the model wavers between (exp of the entropy), and the colour up to there
 SHADES = ((2, 40), (5, 148), (20, 220), (100, 208), (math.inf, 196))
@@ -101,10 +100,8 @@ def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def decode_pieces(ids: list[int], tokenizer: Tokenizer, before=lambda i: "", after="") -> str:
-    """The text of ids token by token, before(i) and after around each; a character split over tokens stays whole."""
-    pieces, decoder = tokenizer.token_bytes(), codecs.getincrementaldecoder("utf-8")("replace")
-    text = ["<|endoftext|>" if token == tokenizer.eot else decoder.decode(pieces[token]) for token in ids]
-    return "".join(before(i) + piece + after for i, piece in enumerate(text))
+    """The text of ids, before(i) and after around each token's."""
+    return "".join(before(i) + piece + after for i, piece in enumerate(decode_each(ids, tokenizer)))
 
 
 def coloured(ids: list[int], total: torch.Tensor, epistemic: torch.Tensor, tokenizer: Tokenizer) -> str:

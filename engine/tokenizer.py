@@ -5,6 +5,7 @@ face: vocab_size, eot (the end-of-text id, or None), encode, decode, token_bytes
 End-of-text is never produced by encode: the string "<|endoftext|>" inside a text is text.
 """
 
+import codecs
 import hashlib
 import json
 import pickle
@@ -135,6 +136,12 @@ class ByteTokenizer:
 
 
 Tokenizer = GPT2Tokenizer | BPETokenizer | CharTokenizer | ByteTokenizer
+
+
+def decode_each(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
+    """The text of ids token by token; a character that is split over tokens stands whole at the last of them."""
+    pieces, decoder = tokenizer.token_bytes(), codecs.getincrementaldecoder("utf-8")("replace")
+    return ["<|endoftext|>" if token == tokenizer.eot else decoder.decode(pieces[token]) for token in ids]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

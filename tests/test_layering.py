@@ -17,6 +17,8 @@ LEVELS = {
     "engine.checkpoint": 3,
     "engine.pretrained": 2,
     "engine.endings": 2,
+    "engine.report": 2,
+    "engine.pictures": 1,
     "model": 1,
     "engine.evaluation": 1,
     "engine.metrics": 0.5,
