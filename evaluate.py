@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,15 @@ from engine.errors import MANY, UserError, check_ranges, run
 from engine.evaluation import evaluate, widest_posterior, windows
 from engine.files import replace, write_json
 from engine.labels import LabelFile
+from engine.logger import read_records
 from engine.metrics import Tally, exp, out_of_domain
 from engine.pretrained import HUB
-from engine.texts import Text
+from engine.report import Document, read_document, write_report
+from engine.texts import Text, document
 from engine.tokenizer import load_tokenizer
 from engine.tokens import TokenFile, dataset_folder
 
+SHOWN = 600  # tokens of a document that the report colours
 SCALE_BLOCKS = 64  # of the validation split, to find the widest posterior on
 
 
@@ -55,6 +58,7 @@ class EvaluateConfig:
     max_new_tokens: int = 100  # of each continuation
     temperature: float = 1.0  # of the continuations; these four are the same for all runs
     top_k: int = 0  # of the continuations: draw from the k likeliest tokens; 0: from all
+    document: int = 0  # the report colours the beginning of this document of the split by uncertainty
     report: str = ""  # folder of tables, pictures, report.html; default: report_<split> beside the first run; none
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
@@ -63,7 +67,7 @@ class EvaluateConfig:
         check_ranges(self, {"batch_size": (1, MANY), "limit": (0, MANY), "n_samples": (-1, 10**6)})
         check_ranges(self, {"std_tolerance": (0.0, 1e6), "stride": (0, MANY), "continuations": (0, 10**6)})
         check_ranges(self, {"prompt_tokens": (1, 10**6), "max_new_tokens": (1, 10**6), "top_k": (0, MANY)})
-        check_ranges(self, {"temperature": (0.0, 1e6)})
+        check_ranges(self, {"temperature": (0.0, 1e6), "document": (0, MANY)})
         if self.report and Path(self.report).is_file():
             raise UserError(f"report = {self.report!r} is a file; name a folder")
         if self.std_tolerance and self.n_samples == 0:
@@ -79,7 +83,7 @@ def main() -> None:
         if source not in HUB and not Path(source).exists():
             raise UserError(f"{source} does not exist; give run folders, or one of: {', '.join(HUB)}")
     names = short_names(sources)
-    rows, tallies = {}, {}
+    rows, tallies, texts = {}, {}, {}
     with distributed.start(config.device, "auto") as processes:
         for source in sources:
             found = Evaluation(source, config, processes)
@@ -92,8 +96,11 @@ def main() -> None:
             if processes.is_main:
                 row |= {"continuations": found.continuations()} if config.continuations else {}
                 write_json(result_file(source, config), row)
+                if config.report != "none":
+                    for title, tokens in found.documents():
+                        texts.setdefault(title, {})[names[source]] = tokens
         if processes.is_main:
-            report(config, sources, rows, tallies)
+            report(config, sources, rows, tallies, texts)
 
 
 class Evaluation:
@@ -125,6 +132,10 @@ class Evaluation:
             file.check(self.model.config.vocab_size)
         folder = folder_of(source)
         self.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else dataset_folder(self.dataset))
+        eot, name = self.tokenizer.eot, f"{self.dataset}, {config.split} split, document {config.document}"
+        self.shown = {name: document(self.file, eot, config.document, SHOWN)}
+        if self.foreign:
+            self.shown[f"foreign: {config.ood_dataset}"] = document(self.foreign, eot, 0, SHOWN)
 
     def _split(self, dataset: str, split: str) -> TokenFile:
         check_tokenizer(self.source, dataset_folder(dataset))
@@ -173,6 +184,11 @@ class Evaluation:
         settings |= {"prompt_tokens": self.config.prompt_tokens, "split": self.config.split}
         return diversity(texts, found) | {"settings": settings}
 
+    def documents(self) -> Iterator[tuple[str, list[dict]]]:
+        """Of the split and of the foreign text the beginning of a document, token by token."""
+        for title, ids in self.shown.items():
+            yield title, read_document(self.model, self.tokenizer, ids, self.config.n_samples)
+
     def widen(self) -> float:
         """Scale the posterior to the widest that costs no more than std_tolerance on the validation split."""
         val = self._split(self.dataset, "val")
@@ -189,8 +205,9 @@ class Evaluation:
         return evaluate(self.model, batches, self.processes, self.cast, self.config.n_samples, text)
 
 
-def report(config: EvaluateConfig, sources: list[str], rows: dict[str, dict], tallies: dict[str, Tally]) -> None:
-    """The comparison on the screen and in a folder."""
+def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict, texts: dict) -> None:
+    """The comparison on the screen and in a folder. rows, tallies: by the names of the runs; texts: of each document,
+    its tokens as each run reads them."""
     tables = table.tables(rows, tallies)
     first = next(iter(rows.values()))
     of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {unit}s".format(**first)
@@ -202,7 +219,12 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict[str, dict], ta
     markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
     for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows))):
         replace(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-    print(f"report: {os.path.relpath(folder)}")
+    curves = {name: read_records(folder_of(source) / "metrics.jsonl") for source, name in short_names(sources).items()}
+    same = table.comparable(rows)  # else pictures would compare what the tables do not
+    settings = f"n_samples = {config.n_samples}, windows of {first['block_size']} tokens, {first['stride']} apart"
+    documents = [Document(title, tokens) for title, tokens in texts.items()]
+    write_report(folder, of_what, settings, tables, rows if same else {}, curves if same else {}, documents)
+    print(f"report: {os.path.relpath(folder / 'report.html')}")
 
 
 def result_file(source: str, config: EvaluateConfig) -> Path:

@@ -52,7 +52,7 @@ def windows(
 
     stride: each window begins so much behind the one before (0: block_size), and of all but the first one only the last
     `stride` targets count. What is left at the end is a shorter window, alone. limit: only so many, evenly spaced."""
-    for starts, length in _spans(len(file) - 1, block_size, batch_size, limit, stride or block_size):
+    for starts, length in spans(len(file) - 1, block_size, batch_size, limit, stride or block_size):
         x, y = gather(file, starts, length)
         first = block_size - (stride or block_size) if starts[0] else 0
         at = torch.from_numpy(starts)[:, None] + torch.arange(first + 1, length + 1)
@@ -60,7 +60,7 @@ def windows(
         yield Windows(x, y, first, at, units, () if labels is None else labels.targets(y, starts))
 
 
-def _spans(n: int, block_size: int, batch_size: int, limit: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
+def spans(n: int, block_size: int, batch_size: int, limit: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
     """The windows' starts in batches, and their length, for n targets."""
     n_full = (n - block_size) // stride + 1 if n >= block_size else 0
     n_taken = min(limit or n_full, n_full)

@@ -10,7 +10,6 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,10 @@ import numpy as np
 import torch
 
 from engine.distributed import seed_micro_batch
-from engine.evaluation import in_pieces
+from engine.evaluation import in_pieces, spans
 from engine.files import replace
 from engine.pictures import draw, label
+from engine.table import Table
 from engine.tokenizer import Tokenizer, decode_each
 
 N_TOP = 5  # likeliest next tokens that are shown
@@ -62,9 +62,12 @@ def read_document(
     tokens = [dict.fromkeys(("nll", *COLOURINGS)) | {"text": text, "top": []} for text in decode_each(ids, tokenizer)]
     idx, head = torch.from_numpy(ids.astype(np.int64)).to(model.transformer.wte.weight.device), model.lm_head
     at = iter(tokens[1:])
-    for start, new, end in windows(len(ids) - 1, model.config.block_size):
-        hiddens = [hidden[:, new - start :] for hidden in model.hiddens(idx[None, start:end], n_samples)]
-        for hidden, targets in in_pieces(hiddens, idx[None, new + 1 : end + 1]):
+    block_size = model.config.block_size
+    stride = -(-block_size // 2)  # but for the first window, tokens have at least half a window before them
+    for (start,), length in spans(len(ids) - 1, block_size, 1, 0, stride):
+        first, end = block_size - stride if start else 0, start + length
+        hiddens = [hidden[:, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
+        for hidden, targets in in_pieces(hiddens, idx[None, start + first + 1 : end + 1]):
             log_probs, total, epistemic = prediction = head.predict(hidden, n_samples)
             nll = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
             best = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
@@ -76,29 +79,17 @@ def read_document(
     return tokens
 
 
-def windows(n: int, block_size: int) -> Iterator[tuple[int, int, int]]:
-    """start, new, end: n positions read in windows [start, end) of at most block_size, of which [new, end) have not
-    been read yet; but for the first window, they have at least half a window before them."""
-    new = 0
-    while new < n:
-        start = max(0, new - block_size // 2)
-        end = min(start + block_size, n)
-        yield start, new, end
-        new = end
-
-
 def write_report(
     folder: Path,
     title: str,
     note: str,
-    header: list[str],
-    lines: list[list[str]],
+    tables: list[Table],
     rows: dict[str, dict],
     curves: dict[str, list[dict]],
     documents: list[Document],
 ) -> list[Path]:
-    """Write the pictures and report.html; returns all files. header and lines: the table, as text; rows: what
-    evaluate.py writes of each run; curves: its metrics.jsonl."""
+    """Write the pictures and report.html; returns all files. rows: what evaluate.py writes of each run; curves: its
+    metrics.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(folder, rows, curves)
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -108,7 +99,7 @@ def write_report(
         "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "title": html.escape(title),
         "note": html.escape(note),
-        "table": table(header, lines, rows),
+        "tables": "\n".join(as_html(table, rows) for table in tables),
         "pictures": "\n".join(figure(captions[name], svg) for name, (_, svg) in pictures.items()),
         "data": page_data(documents, rows),
     }
@@ -117,19 +108,21 @@ def write_report(
     return [*(path for files in pictures.values() for path in files), folder / "report.html"]
 
 
-def table(header: list[str], lines: list[list[str]], rows: dict[str, dict]) -> str:
-    """The table as HTML, with a star at the best of each column where all rows are of the same text."""
-    comparable = len({(row.get("dataset"), row.get("split")) for row in rows.values()}) == 1
-    stars = [best(name, [line[i] for line in lines]) if comparable else set() for i, name in enumerate(header)]
-    text = ["".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)]
+def as_html(table: Table, rows: dict[str, dict]) -> str:
+    """The table, with a star at the best of each column where all rows are of the same text."""
+    same = len({(row.get("dataset"), row.get("split")) for row in rows.values()}) == 1
+    stars = [best(name, [line[i] for line in table.lines]) if same else set() for i, name in enumerate(table.header)]
+    text = ["".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.header)]
     star = '<span role="img" aria-label="best">★</span> '
-    for y, (name, *cells) in enumerate(lines):
+    for y, (name, *cells) in enumerate(table.lines):
         of_line = [f'<th scope="row">{html.escape(label(name, rows.get(name, {})))}</th>']
         for x, cell in enumerate(cells, 1):
             opened = f'<td class="best">{star}' if y in stars[x] else "<td>"
             of_line.append(f"{opened}{html.escape(cell)}</td>")
         text.append("".join(of_line))
-    return "\n".join(f"<tr>{line}</tr>" for line in text)
+    lines, title = "\n".join(f"<tr>{line}</tr>" for line in text), html.escape(table.title)
+    region = f'<div class="wide" tabindex="0" role="region" aria-label="{title}">'
+    return f"<h3>{title}</h3>\n{region}<table>\n{lines}\n</table></div>"
 
 
 def best(name: str, cells: list[str]) -> set[int]:
@@ -139,7 +132,7 @@ def best(name: str, cells: list[str]) -> set[int]:
     values = {i: float(match[0].replace(",", "")) for i, match in found.items() if match}
     if "se" in words or not words & (LOWER | HIGHER) or len(set(values.values())) < 2:
         return set()
-    winner = min(values.values()) if words & LOWER else max(values.values())
+    winner = max(values.values()) if words & HIGHER else min(values.values())  # nll AUROC is an AUROC
     return {i for i, value in values.items() if value == winner}
 
 

@@ -2,10 +2,13 @@
 
 import codecs
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import UserError
 from engine.tokenizer import Tokenizer
+from engine.tokens import TokenFile
 
 STRETCH = 1024  # tokens, of a text without documents
 FEW = 20  # documents: with fewer there are more stretches
@@ -42,3 +45,18 @@ class Text:
         if text := self._decoder.decode(b"".join(pieces)):
             self.n_words += len(text.split()) - (self._within and not text[0].isspace())
             self._within = not text[-1].isspace()
+
+
+def document(file: TokenFile, eot: int | None, number: int, n_tokens: int) -> np.ndarray:
+    """The first n_tokens ids, or fewer, of the document with this number, from 0 on."""
+    start, left = 0, number
+    while left:
+        ids = file.rows(np.array([start]), min(1 << 20, len(file) - start))[0]
+        ends = np.flatnonzero(ids == eot)[:left]
+        left -= len(ends)
+        start += int(ends[-1]) + 1 if left == 0 else len(ids)
+        if start == len(file):
+            raise UserError(f"{file.path} has fewer than {number + 1} documents; give a lower --document")
+    ids = file.rows(np.array([start]), min(n_tokens, len(file) - start))[0]
+    ends = np.flatnonzero(ids == eot)
+    return ids[: ends[0]] if len(ends) else ids

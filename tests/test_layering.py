@@ -22,7 +22,7 @@ LEVELS = {
     "model": 1,
     "engine.evaluation": 1,
     "engine.metrics": 0.5,
-    "engine.texts": 0,
+    "engine.texts": 0.5,
     "engine.table": 1,
     "engine.diversity": 1,
     "heads": 0,

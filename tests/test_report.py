@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from engine.evaluation import ROWS
-from engine.report import COLOURINGS, Document, best, read_document, windows, write_report
+from engine.report import COLOURINGS, Document, best, read_document, write_report
+from engine.table import Table
 from engine.tokenizer import ByteTokenizer, CharTokenizer
 from tests.helpers import HEADS, tiny_gpt
 from tests.test_pictures import make_curve, make_row
@@ -34,17 +35,6 @@ HOSTILE = [  # none of them may be more than text, wherever it stands
 # read_document
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
-@pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 40, 41])
-def test_windows_read_every_position_once_with_half_a_window_before_it(n, block_size):
-    read = []
-    for start, new, end in windows(n, block_size):
-        assert 0 <= start <= new < end <= min(n, start + block_size)
-        assert all(i - start >= min(i, block_size // 2) for i in range(new, end))
-        read += range(new, end)
-    assert read == list(range(n))
-
-
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 def test_a_document_has_the_predictions_of_each_token(weights, likelihood):
     model, ids = tiny_gpt(weights, likelihood, std=0.3), np.random.default_rng(0).integers(0, 60, 41).astype(np.uint16)
@@ -52,7 +42,7 @@ def test_a_document_has_the_predictions_of_each_token(weights, likelihood):
     tokens = read_document(model, CharTokenizer(chars), ids)
     assert "".join(token["text"] for token in tokens) == "".join(chars[i] for i in ids)
     assert [tokens[0][name] for name in COLOURINGS] == [None] * 4 and tokens[0]["top"] == []
-    start_of = {i + 1: start for start, new, end in windows(40, 16) for i in range(new, end)}
+    start_of = {i: 0 if i <= 16 else (i - 9) // 8 * 8 for i in range(1, 41)}  # behind 8 tokens at least
     for i, token in enumerate(tokens[1:], 1):
         context = torch.tensor(ids[None, start_of[i] : i].astype(np.int64))
         p = model.log_probs(context)[0, -1].double().exp().detach().numpy()
@@ -135,7 +125,12 @@ def write(folder: Path, name: str = "bayes", title: str = "A title", pictures: b
         Document(title, {"softmax": make_tokens(HOSTILE, False), name: make_tokens(HOSTILE, True)}),
     ]
     lines = [["unigram", "6.1", ""], ["softmax", "4.2", "0.3"], [name, "4.1", name]]
-    given = {"title": title, "note": title, "header": ["run", "nll", title], "lines": lines, "rows": rows} | changes
+    given = {
+        "title": title,
+        "note": title,
+        "tables": [Table(title, ["run", "nll", title], lines)],
+        "rows": rows,
+    } | changes
     curves = {"softmax": make_curve()} if pictures else {}
     files = write_report(folder, **given, curves=curves, documents=documents)
     assert all(path.is_file() for path in files) and files[-1] == folder / "report.html"
@@ -175,7 +170,7 @@ def test_the_same_report_has_the_same_bytes(tmp_path):
 
 def test_numbers_that_are_none_leave_the_page_whole(tmp_path):
     tokens = [token | {"nll": float("nan")} for token in make_tokens(["a", "b", "c"], False)]
-    files = write_report(tmp_path, "t", "", ["run"], [["x"]], {}, {}, [Document("d", {"x": tokens})])
+    files = write_report(tmp_path, "t", "", [Table("", ["run"], [["x"]])], {}, {}, [Document("d", {"x": tokens})])
     assert [path.name for path in files] == ["report.html"]
     assert embedded(files[0])["documents"][0]["runs"][0]["tokens"][1][4] is None
 
@@ -209,7 +204,7 @@ def browser(tmp_path_factory):
 def open_page(browser, page: Path, width: int = 1000, scheme: str = "light") -> None:
     """Load the page in a window of this width; what the browser said before is dropped."""
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [_scheme(scheme)]})
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     for log in ("browser", "performance"):
         browser.get_log(log)
@@ -373,7 +368,7 @@ def test_a_script_that_gets_into_the_page_all_the_same_is_not_run(browser, tmp_p
 def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
     header = ["run", *(f"column {i}" for i in range(15))]
     lines = [["a_run_with_a_rather_long_name_" * 3, *["0.123456"] * 15]]
-    page = write(tmp_path, title="title" * 30, header=header, lines=lines, pictures=True)
+    page = write(tmp_path, title="title" * 30, tables=[Table("wide", header, lines)] * 2, pictures=True)
     open_page(browser, page, width)
     for title in find(browser, "#choices input[name=text]"):
         title.click()
@@ -385,7 +380,8 @@ def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
 
 
 def test_a_report_without_texts_or_pictures_is_a_table(browser, tmp_path):
-    files = write_report(tmp_path, "t", "", ["run", "nll"], [["gpt2", "3.1"]], {"gpt2": {"nll": 3.1}}, {}, [])
+    table = Table("likelihood", ["run", "nll"], [["gpt2", "3.1"]])
+    files = write_report(tmp_path, "t", "", [table], {"gpt2": {"nll": 3.1}}, {}, [])
     open_page(browser, files[-1])
     assert not find(browser, "#documents")[0].is_displayed() and find(browser, "td")[0].text == "3.1"
     assert browser.get_log("browser") == []
