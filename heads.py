@@ -21,7 +21,7 @@ import torch.nn as nn
 from engine.draws import Part, entropy, in_parts, mixture
 from engine.errors import UserError, check_ranges
 from engine.linear_loss import linear_loss, plain_loss
-from likelihoods import Categorical, Nll, Sigmoid, SmoothCategorical, linear_fit, weighted_sum
+from likelihoods import Categorical, Sigmoid, SmoothCategorical, linear_fit, of_true_token, weighted_sum
 from weights import BayesLinear, PointLinear, bayes_linear
 
 
@@ -40,17 +40,13 @@ class HeadConfig:
         1.0  # sigmoid: weight of the true token's term; undone in predictions, which use z - ln pos_weight
     )
     sum_penalty: float = 0.0  # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
-    posterior: str = (
-        "row"  # bayes: row (a std per token, almost free) | full (per weight) | torchbnn: its own layer, which samples
-    )
+    posterior: str = "row"  # bayes: row (a std per token, almost free) | full (per weight) | torchbnn (its own layer)
     estimator: str = (
         "bound"  # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
     )
     prior_mean: float = 0.0  # bayes: of the prior N(prior_mean, prior_std^2) of every weight
     prior_std: float | str = "empirical"  # bayes: a number, or "empirical": fit to the posterior as that moves
-    kl_weight: float = (
-        1.0  # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, as data below 1e9 tokens wants
-    )
+    kl_weight: float = 1.0  # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, for data below 1e9 tokens
     n_data: int = 0  # bayes: training tokens in the data set, the N of KL / N; train.py reads it from the data
 
     def __post_init__(self):
@@ -95,6 +91,7 @@ class Prediction(NamedTuple):
 
 WEIGHTS = {"point": PointLinear, "bayes": bayes_linear}
 LIKELIHOODS = {"categorical": Categorical, "smooth": SmoothCategorical, "sigmoid": Sigmoid}
+ROWS = {"cpu": 128}  # positions whose (ROWS, V) log-probabilities exist at a time: a CPU's cache is small
 
 
 class Head(nn.Module):
@@ -177,9 +174,11 @@ class Head(nn.Module):
         of_shift = self.likelihood.on_labels * raised + self.likelihood.on_all * shift.mean()
         return loss + of_shift.mean(), mean_square
 
-    def nll(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """x (B, T, C), targets (B, T) -> nats per token under the mean weights, a scalar."""
-        return linear_loss(Nll(self.likelihood), x, self.weights.weight, self.bias, None, targets.unsqueeze(-1))[0]
+    def scores(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C), targets (B, T) -> (3, B * T), see of_true_token; under the mean weights."""
+        n = ROWS.get(x.device.type, 1024)
+        pieces = zip(x.flatten(0, 1).split(n), targets.flatten().split(n), strict=True)
+        return torch.cat([of_true_token(self.log_probs(x), y) for x, y in pieces], dim=1)
 
     def kl_loss(self, kl: torch.Tensor | float) -> torch.Tensor:
         """The prior's part, nats per token: kl_weight * kl_ramp * KL / n_data, of a KL in nats."""

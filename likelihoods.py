@@ -170,17 +170,12 @@ class Sigmoid:
         return wide(logits) - math.log(self.pos_weight)
 
 
-class Nll:
-    """-log p of the true token, whatever a likelihood trains on, in the two parts of a loss."""
-
-    def __init__(self, likelihood: Categorical | Sigmoid):
-        self.scores = likelihood.scores
-
-    def normaliser(self, logits: Tensor) -> Tensor:
-        return self.scores(logits).logsumexp(-1)
-
-    def of_labels(self, logits: Tensor, label_weights: None) -> Tensor:
-        return -self.scores(logits).squeeze(-1)
+def of_true_token(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """log p (n, V), targets (n,) -> (3, n): nats of the true token; probability of the likeliest one, and whether that
+    is the true one."""
+    of_target = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    top, likeliest = log_probs.max(-1)
+    return torch.stack([-of_target, top.exp(), likeliest == targets])
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:

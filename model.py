@@ -179,10 +179,10 @@ class GPT(nn.Module):
         return loss + self.lm_head.kl_loss(hidden_kl)
 
     def scores(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """idx, targets (B, T) -> nats per token under the mean weights, and the loss; scalars."""
+        """idx, targets (B, T) -> the loss, a scalar, and (3, B * T): nats, confidence, correctness; see Head.scores."""
         hidden = self.hidden(idx)
         loss = self.lm_head.data_loss(hidden, targets) + self.kl_loss()
-        return self.lm_head.nll(hidden, targets), loss
+        return loss, self.lm_head.scores(hidden, targets)
 
     def kl(self) -> torch.Tensor | float:
         """KL(posterior || prior) of all Bayesian weights, in nats; 0.0 where there are none."""

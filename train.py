@@ -53,7 +53,7 @@ class TrainConfig:
         ""  # with resume: options, by commas, that may differ from the run's own (dataset: other tokens)
     )
     seed: int = 1337  # of weights, data order, dropout and noise
-    wandb_log: bool = False  # log to Weights & Biases as well (offline without an account)
+    wandb_log: bool = False  # log to Weights & Biases as well (offline without an account); val/ compares heads there
     wandb_project: str = "owt"  # project name there
     wandb_run_name: str = "gpt2"  # run name there
     dataset: str = "openwebtext"  # a folder in data/, or the path of a folder with train.bin and val.bin

@@ -77,23 +77,29 @@ def spans(n: int, block_size: int, batch_size: int, limit: int, stride: int) -> 
 def mean_loss(
     model: torch.nn.Module, batches: list[np.ndarray], file: TokenFile, processes: Processes, cast
 ) -> dict[str, float]:
-    """val_nll (nats of the true next token under the mean weights) and val_loss (what training minimises, but for
-    dropout, soft labels and the noise of Bayesian MLPs) over eval_batches.
+    """val_nll (nats of the true next token), val_perplexity and val_ece (of the likeliest token), all under the mean
+    weights, and val_loss (what training minimises, but for dropout, soft labels and the noise of Bayesian MLPs), over
+    all tokens of eval_batches.
 
     The work is shared by all processes; the same numbers on each."""
     model.eval()
-    totals, n = [0.0, 0.0, 0.0], len(batches)
+    totals, n = 0.0, len(batches)
     for i in range(processes.rank, math.ceil(n / processes.world_size) * processes.world_size, processes.world_size):
         x, y = (t.to(processes.device) for t in gather(file, batches[i % n], model.config.block_size))
         seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
         with cast:
-            nll, loss = model.scores(x, y)
-        counted = y.numel() * (i < n)  # as many rounds for all, or those with shards would wait for ever
-        values = torch.tensor([nll.item(), loss.item(), 1.0], dtype=_widest(processes.device), device=processes.device)
-        totals = [total + value for total, value in zip(totals, processes.agree(values * counted), strict=True)]
+            loss, of_tokens = model.scores(x, y)
+        nll, confidence, correct = of_tokens.cpu().double()
+        bins = (confidence * N_BINS).long().clamp(0, N_BINS - 1)  # a confidence that is no number falls somewhere
+        gaps = torch.bincount(bins, confidence - correct, N_BINS)
+        sums = nll.new_tensor([nll.sum().item(), loss.item() * len(nll), len(nll)])
+        values = torch.cat([sums, gaps]) * (i < n)  # as many rounds for all, or those with shards would wait for ever
+        totals += np.array(processes.agree(values.to(processes.device, _widest(processes.device))))
     model.train()
-    nll, loss, n = totals
-    return {"val_nll": nll / n, "val_loss": loss / n}
+    nll, loss, n_tokens, *gaps = totals.tolist()
+    nll, ece = nll / n_tokens, np.abs(gaps).sum().item() / n_tokens
+    perplexity = math.exp(min(nll, 700.0))
+    return {"val_nll": nll, "val_perplexity": perplexity, "val_ece": ece, "val_loss": loss / n_tokens}
 
 
 @torch.no_grad()

@@ -18,6 +18,12 @@ from engine.distributed import Processes, peak_flops
 from engine.errors import UserError
 from engine.files import replace
 
+# a record's fields as wandb groups them; all others are train/. val/ compares heads; what is under objective/ does not:
+# it is what a head minimises, in a unit of its own
+CHARTS = {name: name for name in ("step", "tokens", "seconds")}
+CHARTS |= {name: name.replace("_", "/") for name in ("val_nll", "val_perplexity", "val_ece")}
+CHARTS |= {"loss": "objective/train_loss", "val_loss": "objective/val_loss"}
+
 
 class Logger:
     """Writes records of the main process (on the others it only keeps time). It keeps progress.seconds, and reads how
@@ -74,7 +80,8 @@ class Logger:
 
     def evaluation(self, scores: dict[str, float]) -> None:
         """An evaluation record."""
-        self._write(scores, " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items()))
+        parts = [f"{name[4:]} {value:{'.5g' if 'perplexity' in name else '.4f'}}" for name, value in scores.items()]
+        self._write(scores, "val " + " | ".join(parts))  # each is named val_...
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -94,8 +101,14 @@ class Logger:
             self.wandb = wandb.init(
                 project=project, name=name, config=config, dir=out_dir, mode=mode, id=known, resume="allow"
             )
-            self.progress.wandb_id = self.wandb.id
+            self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
+            for group in ("train", "val", "objective"):
+                self.wandb.define_metric(f"{group}/*", step_metric="tokens")
+            self.wandb.define_metric("val/nll", step_metric="tokens", summary="min")
+            for record in read_records(self.path):  # of a resumed run: what wandb lacks, offline all
+                self._chart(record)
         except Exception as error:  # a third party's service: any failure of it must not cost a training run
+            self.wandb = None
             self.say(f"warning: wandb does not start ({type(error).__name__}: {error}); going on without it")
         self.clock = time.perf_counter()  # a service that does not answer takes a minute, which is no training
 
@@ -132,10 +145,17 @@ class Logger:
         self.say(f"step {record['step']:>{len(str(self.max_iters))}}/{self.max_iters} | {line}")
         if self.wandb is not None:
             try:
-                self.wandb.log(record, step=record["step"])
+                self._chart(record)
             except Exception as error:  # see start_wandb
                 self.say(f"warning: wandb fails ({type(error).__name__}: {error}); going on without it")
                 self.wandb = None
+
+    def _chart(self, record: dict) -> None:
+        """Send a record to wandb, whose steps cannot go back: those that a resumed run repeats are left as they are."""
+        if record["step"] >= self.next_step:
+            self.next_step = record["step"]
+            charts = {CHARTS.get(name, f"train/{name}"): value for name, value in record.items()}
+            self.wandb.log(charts, step=record["step"])
 
 
 def clock_time(seconds: float) -> str:

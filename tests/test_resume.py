@@ -214,7 +214,7 @@ def test_two_processes_repeat_the_run_of_one(data, two_processes, tmp_path, scri
     one = run(data, tmp_path, **PROCESSES | head)
     two = checkpoint.load_model(two_processes / script)
     assert difference(one, two) < 1e-5
-    for key in ("loss", "grad_norm", "val_nll", "val_loss"):
+    for key in ("loss", "grad_norm", "val_nll", "val_perplexity", "val_ece", "val_loss"):
         values = [[record[key] for record in records(folder, key)] for folder in (tmp_path, two_processes / script)]
         assert values[0] == pytest.approx(values[1], abs=1e-5) and len(values[0]) > 2
     assert checkpoint.read_newest(two_processes / script)["model"].keys() == one.state_dict().keys()

@@ -60,7 +60,9 @@ def test_evaluations_come_at_their_interval_and_at_the_last_step(data, tmp_path,
     run(data, tmp_path, max_iters=max_iters, eval_interval=eval_interval)
     found = records(tmp_path, "val_nll")
     assert [record["step"] for record in found] == steps
-    assert all({"step", "tokens", "val_nll", "val_loss"} <= record.keys() for record in found)
+    assert all(
+        {"step", "tokens", "val_nll", "val_perplexity", "val_ece", "val_loss"} <= record.keys() for record in found
+    )
 
 
 def test_config_json_holds_all_options_and_the_environment(plain):
@@ -267,10 +269,14 @@ class FailingWandb(types.ModuleType):
 
     def __init__(self, broken: str):
         super().__init__("wandb")
-        self.broken, self.api, self.calls, self.id = broken, None, [], "abc"
+        self.broken, self.api, self.calls, self.id, self.starting_step = broken, None, [], "abc", 0
 
     def init(self, **_):
         return self._call("init")
+
+    def define_metric(self, name, **_):
+        if name == "val/nll":
+            self._call("define_metric")
 
     def log(self, record, step):
         self._call("log")
@@ -285,7 +291,7 @@ class FailingWandb(types.ModuleType):
         return self
 
 
-@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+@pytest.mark.parametrize("broken", ["init", "define_metric", "log", "finish"])
 def test_a_failing_wandb_is_said_once_and_does_not_stop_the_run(data, plain, tmp_path, monkeypatch, capsys, broken):
     wandb = FailingWandb(broken)
     monkeypatch.setitem(sys.modules, "wandb", wandb)

@@ -25,7 +25,7 @@ def trained(processes, data: str, out_dir: Path, **options) -> GPT:
 
 
 def losses(out_dir: Path) -> list[float]:
-    return [r["loss"] for r in records(out_dir, "loss")] + [r["val_nll"] for r in records(out_dir, "val_nll")]
+    return [record[key] for key in ("loss", "val_nll", "val_ece") for record in records(out_dir, key)]
 
 
 def heads(processes, data: str, folder: Path) -> None:
@@ -39,7 +39,7 @@ def heads(processes, data: str, folder: Path) -> None:
             parts = trained(processes, data, name / f"{sharding}_parts", **options, init_from="resume")
             assert same_weights(whole, parts), (name, sharding)
         apart = [abs(a - b) for a, b in zip(*(losses(name / s) for s in ("none", "fsdp")), strict=True)]
-        assert len(apart) == 9 and max(apart) < 1e-6, (name, apart)
+        assert len(apart) == 12 and max(apart) < 1e-6, (name, apart)
     mixed = trained(processes, data, folder / "mlp", bayes_mlp=True, max_iters=3, sharding="fsdp")
     mixed = trained(processes, data, folder / "mlp", bayes_mlp=True, init_from="resume", sharding="none")
     assert difference(mixed, trained(processes, data, folder / "mlp_none", bayes_mlp=True)) < 1e-5
