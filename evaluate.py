@@ -82,25 +82,33 @@ def main() -> None:
     for source in sources:  # before an hour goes into the ones that are there
         if source not in HUB and not Path(source).exists():
             raise UserError(f"{source} does not exist; give run folders, or one of: {', '.join(HUB)}")
-    names = short_names(sources)
-    rows, tallies, texts = {}, {}, {}
     with distributed.start(config.device, "auto") as processes:
         for source in sources:
-            found = Evaluation(source, config, processes)
-            rows[names[source]], tallies[names[source]] = row, tally = found.scores()
-            if config.std_tolerance and found.model.bayes_layers():
-                factor = found.widen()
-                name = f"{names[source]} (std x {factor:.2f})"
-                rows[name], tallies[name] = scaled, tallies[name] = found.scores()
-                row["scaled"] = scaled | {"std_factor": factor, "std_tolerance": config.std_tolerance}
-            if processes.is_main:
-                row |= {"continuations": found.continuations()} if config.continuations else {}
-                write_json(result_file(source, config), row)
-                if config.report != "none":
-                    for title, tokens in found.documents():
-                        texts.setdefault(title, {})[names[source]] = tokens
+            Evaluation(source, config, processes)  # refuses what is wrong before hours go into the runs before it
+        compare(config, sources, processes)
+
+
+def compare(config: EvaluateConfig, sources: list[str], processes: distributed.Processes) -> None:
+    """Evaluate run by run, write down what each has, and report."""
+    names = short_names(sources)
+    rows, tallies, texts = {}, {}, {}
+    for source, name in names.items():
+        found = Evaluation(source, config, processes)
+        rows[name], tallies[name] = row, _ = found.scores()
+        if processes.is_main and config.report != "none":
+            for title, tokens in found.documents():
+                texts.setdefault(title, {})[name] = tokens
+        if processes.is_main and config.continuations:
+            row["continuations"] = found.continuations()
+        if config.std_tolerance and found.model.bayes_layers():
+            factor = found.widen()
+            scaled = f"{name} (std x {factor:.2f})"
+            rows[scaled], tallies[scaled] = found.scores()
+            row["scaled"] = rows[scaled] | {"std_factor": factor, "std_tolerance": config.std_tolerance}
         if processes.is_main:
-            report(config, sources, rows, tallies, texts)
+            write_json(result_file(source, config), row)
+    if processes.is_main:
+        report(config, sources, rows, tallies, texts)
 
 
 class Evaluation:

@@ -11,9 +11,10 @@ import torch
 
 from engine.distributed import Processes, seed_micro_batch
 from engine.errors import UserError
-from engine.metrics import Tally
+from engine.metrics import N_BINS, Tally
 from engine.texts import Text
 from engine.tokens import TokenFile, gather
+from likelihoods import of_true_token
 
 MAX_SCALE = 1000.0  # of a posterior's width
 NOISE = 64  # neighbouring tokens that share their draws of the output weights' noise
@@ -155,14 +156,12 @@ def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels
     """name -> (n,)."""
     head, hidden = model.lm_head, hiddens[0]
     prediction = head.predict(hiddens, n_samples)
-    probs, index = prediction.log_probs.exp(), targets.unsqueeze(-1)
-    of_target = prediction.log_probs.gather(-1, index)
-    confidence, guess = probs.max(-1)
+    nll, confidence, correct = of_true_token(prediction.log_probs, targets)
     values = {
-        "nll": -of_target.squeeze(-1),
-        "accuracy": (guess == targets).float(),
-        "accuracy_top5": _in_best(prediction.log_probs, of_target, 5),
-        "brier": probs.square().sum(-1) - 2 * of_target.squeeze(-1).exp() + 1,
+        "nll": nll,
+        "accuracy": correct,
+        "accuracy_top5": _in_best(prediction.log_probs, -nll.unsqueeze(-1), 5),
+        "brier": prediction.log_probs.exp().square().sum(-1) - 2 * torch.exp(-nll) + 1,
         "entropy": prediction.total,
         "confidence": confidence,
     }
@@ -170,7 +169,7 @@ def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels
         values |= {"aleatoric": prediction.aleatoric, "mutual_information": prediction.epistemic}
     if hasattr(head.likelihood, "desmoothed"):
         plain = head.likelihood.desmoothed(prediction.log_probs)
-        values["nll_desmoothed"] = -plain.gather(-1, index).squeeze(-1)
+        values["nll_desmoothed"] = -plain.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     if hasattr(head.likelihood, "log_sum_sigma"):
         values["log_sum_sigma"] = head.likelihood.log_sum_sigma(head.logits(hidden))
     if labels:

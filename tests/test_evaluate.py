@@ -110,6 +110,7 @@ def test_foreign_text_is_told_apart_by_every_doubt_that_a_head_has(runs, monkeyp
 def test_of_runs_with_other_tokenizers_only_bits_per_byte_are_compared(runs, tmp_path, monkeypatch, capsys):
     data = write_words(tmp_path / "chars")
     run(data, tmp_path / "other")
+    capsys.readouterr()
     evaluate_py(monkeypatch, out_dir=f"{runs}/softmax,{tmp_path}/other", report=tmp_path / "report")
     output = capsys.readouterr().out
     assert "only bits per byte" in output and "perplexity" not in output and "ECE" not in output
