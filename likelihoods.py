@@ -78,7 +78,7 @@ class Categorical:
 
     def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
         """E_y[(d log p_y / d z_v)^2], (..., V): how much the prediction depends on each logit."""
-        return probs * (1 - probs)
+        return torch.addcmul(probs, probs, probs, value=-1)  # p - p^2
 
 
 class SmoothCategorical(Categorical):
@@ -160,7 +160,7 @@ class Sigmoid:
         return torch.logit(frequencies) + math.log(self.pos_weight)
 
     def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
-        return probs * (1 - probs) * torch.sigmoid(-self._unweighted(logits)).square()
+        return torch.addcmul(probs, probs, probs, value=-1) * torch.sigmoid(-self._unweighted(logits)).square()
 
     def log_sum_sigma(self, logits: Tensor) -> Tensor:
         """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""

@@ -14,7 +14,6 @@ from engine.errors import UserError
 from engine.metrics import N_BINS, Tally
 from engine.texts import Text
 from engine.tokens import TokenFile, gather
-from likelihoods import of_true_token
 
 MAX_SCALE = 1000.0  # of a posterior's width
 NOISE = 64  # neighbouring tokens that share their draws of the output weights' noise
@@ -156,31 +155,26 @@ def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels
     """name -> (n,)."""
     head, hidden = model.lm_head, hiddens[0]
     prediction = head.predict(hiddens, n_samples)
-    nll, confidence, correct = of_true_token(prediction.log_probs, targets)
+    log_p, index = prediction.log_probs, targets.unsqueeze(-1)
+    of_target, best = log_p.gather(-1, index).squeeze(-1), log_p.topk(min(5, log_p.size(-1)))
     values = {
-        "nll": nll,
-        "accuracy": correct,
-        "accuracy_top5": _in_best(prediction.log_probs, -nll.unsqueeze(-1), 5),
-        "brier": prediction.log_probs.exp().square().sum(-1) - 2 * torch.exp(-nll) + 1,
+        "nll": -of_target,
+        "accuracy": (best.indices[:, 0] == targets).float(),
+        "accuracy_top5": (best.indices == index).any(-1).float(),
+        "brier": torch.linalg.vector_norm(log_p.exp(), dim=-1).square() - 2 * of_target.exp() + 1,
         "entropy": prediction.total,
-        "confidence": confidence,
+        "confidence": best.values[:, 0].exp(),
     }
     if model.bayes_layers():
         values |= {"aleatoric": prediction.aleatoric, "mutual_information": prediction.epistemic}
     if hasattr(head.likelihood, "desmoothed"):
-        plain = head.likelihood.desmoothed(prediction.log_probs)
-        values["nll_desmoothed"] = -plain.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        plain = head.likelihood.desmoothed(log_p)
+        values["nll_desmoothed"] = -plain.gather(-1, index).squeeze(-1)
     if hasattr(head.likelihood, "log_sum_sigma"):
         values["log_sum_sigma"] = head.likelihood.log_sum_sigma(head.logits(hidden))
     if labels:
-        values |= set_scores(prediction.log_probs, *labels)
+        values |= set_scores(log_p, *labels)
     return values
-
-
-def _in_best(scores: torch.Tensor, of_target: torch.Tensor, k: int) -> torch.Tensor:
-    """scores (n, V), of_target (n, 1) -> (n,), is the target among the k best? A chance where there are ties."""
-    above, ties = (scores > of_target).sum(-1), (scores == of_target).sum(-1)
-    return ((k - above) / ties).clamp(0, 1)
 
 
 def set_scores(scores: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:

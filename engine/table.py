@@ -52,6 +52,7 @@ GROUPS = {
         "continuations_n_words": ("words", "{:,}"),
     },
 }
+UNUSED = {"n_samples": 0}  # what a column need not say
 OTHER_TEXTS = (
     "these runs have other texts or tokenizers: only bits per byte can be compared, and of other texts not even they"
 )
@@ -75,7 +76,9 @@ def tables(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> list[Table
     values = {"unigram": {"nll": unigram, "perplexity": math.exp(unigram), "vs_first": ratio}, **values}
     found = []
     for title, columns in GROUPS.items():
-        shown = [name for name in columns if any(row.get(name, 0) != 0 for row in values.values())]
+        shown = [
+            name for name in columns if any(row.get(name) not in (None, UNUSED.get(name)) for row in values.values())
+        ]
         lines = [
             [run, *(columns[name][1].format(row[name]) if name in row else "" for name in shown)]
             for run, row in values.items()

@@ -11,7 +11,7 @@ import torch
 
 from engine.checkpoint import load_model
 from engine.distributed import Processes
-from engine.evaluation import _in_best, eval_batches, mean_loss, set_scores, windows
+from engine.evaluation import eval_batches, mean_loss, set_scores, windows
 from engine.logger import read_records
 from engine.metrics import N_BINS
 from engine.table import flat
@@ -54,10 +54,11 @@ def slow_scores(model: GPT, file: TokenFile) -> dict[str, float]:
         ):
             onehot = np.eye(V)[target]
             scores.append(
-                (-math.log(p[target]), np.sum((p - onehot) ** 2), -np.sum(p * np.log(p)), target == p.argmax())
+                [-math.log(p[target]), np.sum((p - onehot) ** 2), -np.sum(p * np.log(p)), target == p.argmax()]
+                + [(p > p[target]).sum() < 5, p.max()]
             )
             tops.append((p.max(), target == p.argmax()))
-    nll, brier, entropy, accuracy = np.mean(scores, axis=0)
+    nll, brier, entropy, accuracy, top5, mean_confidence = np.mean(scores, axis=0)
     ece = 0.0
     for i in range(N_BINS):
         inside = [(c, right) for c, right in tops if i / N_BINS <= c < (i + 1) / N_BINS or (i == N_BINS - 1 and c == 1)]
@@ -65,6 +66,7 @@ def slow_scores(model: GPT, file: TokenFile) -> dict[str, float]:
             confidence, accuracy_here = np.mean(inside, axis=0)
             ece += len(inside) / len(tops) * abs(confidence - accuracy_here)
     values = {"nll": nll, "brier": brier, "entropy": entropy, "accuracy": accuracy, "ece": ece}
+    values |= {"accuracy_top5": top5, "confidence": mean_confidence}
     return values | {"perplexity": math.exp(nll), "n_tokens": len(tops)}
 
 
@@ -129,13 +131,6 @@ def test_the_draws_of_a_token_do_not_depend_on_what_else_is_in_its_batch(file, p
         found = [flat(scores_of(model, file, n, n_samples=3, stride=stride)) for n in (1, 4, 16)]
         assert found[0]["mutual_information"] > 1e-3
         assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
-
-
-def test_among_five_is_a_chance_where_tokens_tie():
-    scores = torch.tensor([[3.0, 2.0, 1.0, 0.5, 0.1, 0.0, -1.0], [1.0] * 7])
-    for target, expected in ((0, [1, 5 / 7]), (4, [1, 5 / 7]), (5, [0, 5 / 7])):
-        of_target = scores[:, target : target + 1]
-        assert _in_best(scores, of_target, 5).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)

@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import time
 
 import pytest
 import torch
@@ -25,15 +26,26 @@ def test_the_screen_shows_an_evaluation_in_one_short_line(data, tmp_path, capsys
 
 
 def stored(path) -> list:
-    """The records in wandb's own file, a LevelDB log: 32 KiB blocks of checksum, length, kind and bytes."""
+    """The records in wandb's own file. wandb's service may still be writing it when finish() is back."""
+    end = time.monotonic() + 30
+    while not (found := read(path.read_bytes())) or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < end, f"{path} has no end"
+        time.sleep(0.02)
+    return found
+
+
+def read(content: bytes) -> list:
+    """The records in a LevelDB log: 32 KiB blocks of checksum, length, kind and bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    content, at, part, found = path.read_bytes(), 7, b"", []
+    at, part, found = 7, b"", []
     while at + 7 <= len(content):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
             continue
         _, n, kind = struct.unpack("<IHB", content[at : at + 7])
+        if at + 7 + n > len(content):  # not all of it is there yet
+            break
         part, at = part + content[at + 7 : at + 7 + n], at + 7 + n
         if kind in (1, 4):  # whole, or the last part
             found.append(Record.FromString(part))
@@ -43,7 +55,7 @@ def stored(path) -> list:
 
 def charts(out_dir) -> dict[str, list[tuple[int, str]]]:
     """name -> (step, value) of all that the newest offline run in out_dir would upload."""
-    newest = sorted(out_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)[-1]
+    newest = max(out_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     found = {}
     for record in stored(newest):
         for item in record.history.item:
@@ -77,6 +89,7 @@ def test_two_heads_share_their_charts_in_wandb_against_tokens(data, tmp_path, of
 def test_the_newest_offline_file_of_a_resumed_run_holds_all_of_it(data, tmp_path, offline, capfd):
     options = {"lr_decay_iters": 8, "eval_interval": 2}
     run(data, tmp_path, wandb_log=True, max_iters=4, **options)
+    assert [step for step, _ in charts(tmp_path)["val/nll"]] == [0, 2, 4]
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "tokens": 1, "val_nll": 99.0}\n')  # of a killed process
     run(data, tmp_path, wandb_log=True, max_iters=8, init_from="resume", **options)
     assert [step for step, _ in charts(tmp_path)["val/nll"]] == [0, 2, 4, 6, 8]
