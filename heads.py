@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from engine.draws import Part, entropy, in_parts, mixture
 from engine.errors import UserError, check_ranges
-from engine.linear_loss import linear_loss, plain_loss
+from engine.linear_loss import PIECE, linear_loss, plain_loss, rows_within
 from likelihoods import Categorical, Sigmoid, SmoothCategorical, linear_fit, of_true_token, weighted_sum
 from weights import BayesLinear, PointLinear, bayes_linear
 
@@ -91,7 +91,7 @@ class Prediction(NamedTuple):
 
 WEIGHTS = {"point": PointLinear, "bayes": bayes_linear}
 LIKELIHOODS = {"categorical": Categorical, "smooth": SmoothCategorical, "sigmoid": Sigmoid}
-ROWS = {"cpu": 128}  # positions whose (ROWS, V) log-probabilities exist at a time: a CPU's cache is small
+CACHED = {"cpu": 1 << 20}  # bytes of log-probabilities that exist at a time in scores(): what a cache holds
 
 
 class Head(nn.Module):
@@ -176,9 +176,12 @@ class Head(nn.Module):
 
     def scores(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """x (B, T, C), targets (B, T) -> (3, B * T), see of_true_token; under the mean weights."""
-        n = ROWS.get(x.device.type, 1024)
-        pieces = zip(x.flatten(0, 1).split(n), targets.flatten().split(n), strict=True)
-        return torch.cat([of_true_token(self.log_probs(x), y) for x, y in pieces], dim=1)
+        n, n_cached = (rows_within(budget, x, len(self.weights.weight)) for budget in (PIECE, CACHED))
+        found = []  # a product is fast with many rows, what follows with few
+        for piece, of_piece in zip(x.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):
+            blocks = zip(self.logits(piece).split(n_cached), of_piece.split(n_cached), strict=True)
+            found += [of_true_token(self.likelihood.log_probs(logits), ids) for logits, ids in blocks]
+        return torch.cat(found, dim=1)
 
     def kl_loss(self, kl: torch.Tensor | float) -> torch.Tensor:
         """The prior's part, nats per token: kl_weight * kl_ramp * KL / n_data, of a KL in nats."""

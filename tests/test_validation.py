@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import heads
 from engine.distributed import Processes
 from engine.evaluation import eval_batches, mean_loss
 from engine.tokens import TokenFile, gather
@@ -57,6 +58,20 @@ def test_a_token_of_highest_confidence_falls_into_the_last_bin_and_one_that_is_n
         model.transformer.ln_f.weight.fill_(math.nan)
     nothing = mean_loss(model, batches, file, CPU, contextlib.nullcontext())
     assert next(iter(nothing)) == "val_nll" and all(math.isnan(value) for value in nothing.values())
+
+
+def test_scores_do_not_depend_on_how_many_positions_are_worked_on_at_a_time(monkeypatch):
+    head = tiny_gpt("bayes", "sigmoid", std=0.3).lm_head
+    x, targets = torch.randn(3, 7, head.weights.weight.size(1)), torch.randint(67, (3, 7))
+    found = head.scores(x, targets)
+    rows = []
+    monkeypatch.setattr(
+        head.likelihood, "log_probs", lambda z, whole=head.likelihood.log_probs: rows.append(len(z)) or whole(z)
+    )
+    monkeypatch.setattr(heads, "PIECE", {"cpu": 8 * 67 * 4})
+    monkeypatch.setattr(heads, "CACHED", {"cpu": 2 * 67 * 4})
+    torch.testing.assert_close(head.scores(x, targets), found)
+    assert rows == [2] * 10 + [1]
 
 
 def test_equal_predictions_count_as_the_first_of_them():
