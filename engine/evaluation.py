@@ -11,7 +11,7 @@ import torch
 
 from engine.distributed import Processes, seed_micro_batch
 from engine.errors import UserError
-from engine.metrics import N_BINS, Tally
+from engine.metrics import N_BINS, Tally, bins_of, exp
 from engine.texts import Text
 from engine.tokens import TokenFile, gather
 
@@ -90,16 +90,14 @@ def mean_loss(
         with cast:
             loss, of_tokens = model.scores(x, y)
         nll, confidence, correct = of_tokens.cpu().double()
-        bins = (confidence * N_BINS).long().clamp(0, N_BINS - 1)  # a confidence that is no number falls somewhere
-        gaps = torch.bincount(bins, confidence - correct, N_BINS)
+        gaps = torch.bincount(bins_of(confidence), confidence - correct, N_BINS)
         sums = nll.new_tensor([nll.sum().item(), loss.item() * len(nll), len(nll)])
         values = torch.cat([sums, gaps]) * (i < n)  # as many rounds for all, or those with shards would wait for ever
         totals += np.array(processes.agree(values.to(processes.device, _widest(processes.device))))
     model.train()
     nll, loss, n_tokens, *gaps = totals.tolist()
     nll, ece = nll / n_tokens, np.abs(gaps).sum().item() / n_tokens
-    perplexity = math.exp(min(nll, 700.0))
-    return {"val_nll": nll, "val_perplexity": perplexity, "val_ece": ece, "val_loss": loss / n_tokens}
+    return {"val_nll": nll, "val_perplexity": exp(nll), "val_ece": ece, "val_loss": loss / n_tokens}
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ class Tally:
             self._part(f"sum {name}", ()).add_(value.sum())
         ones, confidence, correct = torch.ones_like(values["nll"]), values["confidence"], values["accuracy"]
         self._part("sum n_tokens", ()).add_(len(ones))
-        bins = (confidence * N_BINS).long().clamp(max=N_BINS - 1)
+        bins = bins_of(confidence)
         self._part("bins", (N_BINS, 3)).index_add_(0, bins, torch.stack([ones, confidence, correct], 1))
         for name in (*DOUBTS, "nll"):
             if name in values:
@@ -133,6 +133,11 @@ class Tally:
         return self.parts[name]
 
 
+def bins_of(confidence: Tensor) -> Tensor:
+    """(n,) -> which of the N_BINS equally wide bins each falls into; what is no number falls somewhere."""
+    return (confidence * N_BINS).long().clamp(0, N_BINS - 1)
+
+
 def place_of(doubts: Tensor) -> Tensor:
     """doubts (n,), at least 0 -> (n,) int64 below N_FINE, in the same order."""
     doubts = doubts.float().clamp(2.0 ** OCTAVES[0], 2.0 ** (OCTAVES[-1] + 1) * (1 - 2**-24))
@@ -203,4 +208,5 @@ def out_of_domain(own: Tally, foreign: Tally) -> dict:
 
 
 def exp(nll: float) -> float:
+    """As a float that JSON has, however far a model is off."""
     return math.exp(min(nll, 700.0))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from engine.metrics import Tally
+from engine.metrics import Tally, exp
 
 # title -> name of a score -> head of its column, and its format
 GROUPS = {
@@ -96,7 +96,7 @@ def comparable(rows: Mapping[str, dict]) -> bool:
 
 def against(name: str, first: str, rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> dict[str, float]:
     """The ratio of a run's perplexity to the first one's; its standard error, where both have resampled the same."""
-    ratio = {"vs_first": math.exp(min(rows[name]["nll"] - rows[first]["nll"], 700))}
+    ratio = {"vs_first": exp(rows[name]["nll"] - rows[first]["nll"])}
     pair = [rows[name], rows[first]]
     if name == first or not all("nll_se" in row and row["unit"] == pair[0]["unit"] for row in pair):
         return ratio
