@@ -13,7 +13,7 @@ import torch
 
 from engine.checkpoint import load_model
 from engine.table import flat
-from engine.tokenizer import ByteTokenizer
+from engine.tokenizer import ByteTokenizer, load_tokenizer
 from engine.tokens import TokenFile
 from tests.helpers import ROOT, flags, refused, run, scores_of, words, write_bytes, write_dataset, write_words
 
@@ -188,3 +188,17 @@ def test_a_run_whose_weights_are_not_finite_is_refused_and_nothing_written(runs,
     (tmp_path / "bad" / "SHA256SUMS").unlink()
     argv = [f"--out_dir={tmp_path}/bad", "--device=cpu"]
     assert "not finite" in refused("evaluate.py", argv, tmp_path, monkeypatch, capsys)
+
+
+def test_posterior_samples_change_the_prediction_of_bayesian_heads_alone(runs):
+    file, found = TokenFile(runs / "data", "val"), {}
+    for name in ("softmax", "bayes_sigmoid"):
+        model = load_model(runs / name)
+        found[name] = [scores_of(model, file, n_samples=n)["nll"] for n in (0, 4)]
+    assert found["softmax"][0] == pytest.approx(found["softmax"][1], rel=1e-6)
+    assert found["bayes_sigmoid"][0] != found["bayes_sigmoid"][1]
+    assert found["bayes_sigmoid"][0] == pytest.approx(found["bayes_sigmoid"][1], rel=0.05)
+
+
+def test_a_run_folder_has_its_tokenizer(runs):
+    assert load_tokenizer(runs / "softmax").describe() == {"kind": "byte"}

@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import load_model
 from engine.distributed import Processes
 from engine.evaluation import eval_batches, mean_loss, set_scores, windows
 from engine.logger import read_records
 from engine.metrics import N_BINS
 from engine.table import flat
-from engine.tokenizer import load_tokenizer
 from engine.tokens import TokenFile
 from heads import HeadConfig, Prediction, entropy
 from model import GPT, GPTConfig
-from tests.helpers import HEADS, run, scores, scores_of, write_bytes, write_nanogpt, write_words
+from tests.helpers import HEADS, scores, scores_of, write_nanogpt, write_words
 
 CPU = Processes(torch.device("cpu"))
 V, T = 67, 16
@@ -197,30 +195,6 @@ def test_a_perfectly_calibrated_prediction_has_no_calibration_error():
 @pytest.mark.parametrize("sharpness", [0.5, 3.0])
 def test_an_over_or_underconfident_prediction_has_a_calibration_error(sharpness):
     assert oracle_scores(sharpness)["ece"] > 0.1
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A softmax and a Bayes-Sig run on words by bytes."""
-    root = tmp_path_factory.mktemp("runs")
-    data = write_bytes(root / "data")
-    run(data, root / "softmax", eval_interval=10)
-    run(data, root / "bayes_sigmoid", eval_interval=10, weights="bayes", likelihood="sigmoid")
-    return root
-
-
-def test_posterior_samples_change_the_prediction_of_bayesian_heads_alone(runs):
-    file, found = TokenFile(runs / "data", "val"), {}
-    for name in ("softmax", "bayes_sigmoid"):
-        model = load_model(runs / name)
-        found[name] = [scores_of(model, file, n_samples=n)["nll"] for n in (0, 4)]
-    assert found["softmax"][0] == pytest.approx(found["softmax"][1], rel=1e-6)
-    assert found["bayes_sigmoid"][0] != found["bayes_sigmoid"][1]
-    assert found["bayes_sigmoid"][0] == pytest.approx(found["bayes_sigmoid"][1], rel=0.05)
-
-
-def test_a_run_folder_has_its_tokenizer(runs):
-    assert load_tokenizer(runs / "softmax").describe() == {"kind": "byte"}
 
 
 @pytest.mark.parametrize("estimator", ["local", "sample"])
