@@ -44,13 +44,9 @@ class Categorical:
         """logits (..., K) of the labels, label_weights (..., K) of sum 1 -> (...)."""
         return -self.on_labels * weighted_sum(logits, label_weights)
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """logits (...) -> log p (...) but for its normaliser, fp32."""
-        return wide(logits)
-
     def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log p (..., V), normalised, fp32."""
-        return F.log_softmax(self.scores(logits), dim=-1)
+        return F.log_softmax(wide(logits), dim=-1)
 
     def centred(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> those that predict the same and that `unnormalised` takes, fp32."""
@@ -135,13 +131,9 @@ class Sigmoid:
             of_labels = of_labels + (self.pos_weight - 1) * F.softplus(logits)
         return weighted_sum(of_labels, label_weights)
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """As Categorical.scores: p is the sigmoids, normalised (a softmax would normalise their odds)."""
-        return F.logsigmoid(self._unweighted(logits))
-
     def log_probs(self, logits: Tensor) -> Tensor:
-        """logits (..., V) -> log p (..., V), normalised, fp32."""
-        return F.log_softmax(self.scores(logits), dim=-1)
+        """As Categorical.log_probs: p is the sigmoids, normalised (a softmax would normalise their odds)."""
+        return F.log_softmax(F.logsigmoid(self._unweighted(logits)), dim=-1)
 
     def centred(self, logits: Tensor) -> Tensor:
         """As Categorical.centred: without pos_weight."""
@@ -164,7 +156,7 @@ class Sigmoid:
 
     def log_sum_sigma(self, logits: Tensor) -> Tensor:
         """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""
-        return self.scores(logits).logsumexp(-1)
+        return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
 
     def _unweighted(self, logits: Tensor) -> Tensor:
         return wide(logits) - math.log(self.pos_weight)
