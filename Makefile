@@ -2,7 +2,8 @@
 # make rows  the eight rows of the paper's table on WikiText-2 (python data/wikitext/prepare.py --version=2 first), an estimated
 #            90 minutes on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
 # make test  ruff and the tests
-# make bench time and memory of heads, steps and the start-up, in ratios; appends to bench/results.jsonl (bench/README.md)
+# make bench time and memory of heads, steps, texts, evaluations and the start-up, in ratios; appends to
+#            bench/results.jsonl (bench/README.md)
 # make reliability   kills, damage and signals at random instants, counted in training_logs/reliability.json, about 20 minutes
 # make soak  an hour of kills and signals on two processes, then the undisturbed run to compare with
 # All make .venv by themselves from python3 >= 3.10, pip and PyPI.
