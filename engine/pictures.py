@@ -50,7 +50,7 @@ def label(name: str, row: dict) -> str:
 
 def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]):
     """Validation nll against tokens and against time, a line for each run."""
-    curves = {name: [record for record in curve if "val_nll" in record] for name, curve in curves.items()}
+    curves = {name: list(filter(_is_evaluation, curve)) for name, curve in curves.items()}
     trained = {name: [record for record in curve if record["step"] > 0] for name, curve in curves.items()}
     if any(trained.values()):  # step 0 would flatten all that follows
         curves = trained
@@ -74,6 +74,11 @@ def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]):
     axes[0, 1].set(xlabel=f"time ({unit})")
     _legend(figure, axes[0, 0])
     return figure
+
+
+def _is_evaluation(record: dict) -> bool:
+    """Whether a line of metrics.jsonl, which anyone may have edited, has a point of the curve."""
+    return all(isinstance(record.get(key), int | float) for key in ("val_nll", "tokens", "seconds"))
 
 
 def reliability_figure(rows: dict[str, dict]):

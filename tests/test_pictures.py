@@ -82,6 +82,8 @@ def test_the_curves_are_the_evaluations_without_step_0(rows):
 def test_step_0_is_drawn_where_it_is_all_there_is_and_else_a_run_that_has_only_it_is_not():
     started = [make_curve()[1]]
     assert len(curves_figure({"a": started}, {}).axes[0].lines) == 1
+    damaged = [*started, {"step": 5, "val_nll": 4.0}, {"step": 6, "tokens": 1, "seconds": 1.0, "val_nll": None}]
+    assert len(curves_figure({"a": damaged}, {}).axes[0].lines[0].get_xdata()) == 1
     lines = curves_figure({"a": started, "b": make_curve()}, {}).axes[0].lines
     assert [line.get_label() for line in lines] == ["b: 4.050"]
 
