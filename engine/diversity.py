@@ -48,7 +48,6 @@ def continuations(
     batch_size: int,
     temperature: float = 1.0,
     top_k: int = 0,
-    top_p: float = 1.0,
     n_samples: int = 0,
     seed: int = 1337,
     n_ids: int = 0,
@@ -62,7 +61,7 @@ def continuations(
     """
     model.eval()
     device, found = next(model.parameters()).device, []
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "n_samples": n_samples, "n_ids": n_ids}
+    options = {"temperature": temperature, "top_k": top_k, "n_samples": n_samples, "n_ids": n_ids}
     with tqdm(total=len(prompts), desc=desc, leave=False, disable=None if desc else True) as bar:  # None: not in a file
         for i, some in enumerate(prompts.split(batch_size)):
             seed_micro_batch(seed, i)
