@@ -50,7 +50,11 @@ def label(name: str, row: dict) -> str:
 
 def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]):
     """Validation nll against tokens and against time, a line for each run."""
-    curves = {name: [record for record in curve if "val_nll" in record] for name, curve in curves.items()}
+    needed = ("val_nll", "tokens", "seconds")
+    curves = {
+        name: [record for record in curve if all(isinstance(record.get(key), int | float) for key in needed)]
+        for name, curve in curves.items()
+    }
     trained = {name: [record for record in curve if record["step"] > 0] for name, curve in curves.items()}
     if any(trained.values()):  # step 0 would flatten all that follows
         curves = trained

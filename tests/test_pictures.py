@@ -92,6 +92,12 @@ def test_a_run_that_diverged_is_drawn_as_far_as_it_has_numbers():
     assert 3 < low < high < 6
 
 
+def test_records_that_lack_a_number_are_passed_over():
+    damaged = [{"step": 3, "val_nll": 4.0}, {"step": 4, "val_nll": "abc", "tokens": 1, "seconds": 1}]
+    assert curves_figure({"a": damaged}, {}) is None
+    assert len(curves_figure({"a": damaged + make_curve()}, {}).axes[0].lines[0].get_xdata()) == 20
+
+
 def test_hours_of_training_are_shown_in_hours():
     assert "hours" in curves_figure({"a": make_curve(seconds=3600.0)}, {}).axes[1].get_xlabel()
 
