@@ -129,14 +129,14 @@ class Evaluation:
         self.dataset = config.dataset or trained_on(source)
         if self.dataset is None:
             raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
-        if (
-            config.ood_dataset
-            and dataset_folder(config.ood_dataset).resolve() == dataset_folder(self.dataset).resolve()
-        ):
-            raise UserError(f"ood_dataset = {config.ood_dataset!r} is the run's own text; name another data set")
         self.foreign = self._split(config.ood_dataset, config.split) if config.ood_dataset else None
         self.file, self.train = self._split(self.dataset, config.split), TokenFile(self.dataset, "train")
-        for file in filter(None, (self.foreign, self.file)):
+        if self.foreign and self.foreign.sha256 == self.file.sha256:
+            raise UserError(f"ood_dataset = {config.ood_dataset!r} is the run's own text; name another data set")
+        self.labels = LabelFile(self.file, config.labels, "set") if config.labels else None
+        widens = config.std_tolerance and self.model.bayes_layers()
+        self.val = self._split(self.dataset, "val") if widens else None
+        for file in filter(None, (self.foreign, self.file, self.labels, self.val)):
             file.check(self.model.config.vocab_size)
         folder = folder_of(source)
         self.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else dataset_folder(self.dataset))
@@ -144,6 +144,8 @@ class Evaluation:
         self.shown = {name: document(self.file, eot, config.document, SHOWN)}
         if self.foreign:
             self.shown[f"foreign: {config.ood_dataset}"] = document(self.foreign, eot, 0, SHOWN)
+        if config.continuations:
+            self.prompts = prompts(self.file, self.tokenizer, config.continuations, config.prompt_tokens)
 
     def _split(self, dataset: str, split: str) -> TokenFile:
         check_tokenizer(self.source, dataset_folder(dataset))
@@ -152,15 +154,14 @@ class Evaluation:
     def scores(self) -> tuple[dict, Tally]:
         """All numbers on the whole split, and what they were made of."""
         config, head, n_ids = self.config, self.model.config.head, self.model.config.vocab_size
-        labels = LabelFile(self.file, config.labels, "set") if config.labels else None
         n_documents = 0 if self.tokenizer.eot is None else self.file.counts(n_ids)[self.tokenizer.eot].item()
         text = Text(self.tokenizer, self.train.frequencies(n_ids), n_documents, part=bool(config.limit))
-        tally = self._evaluate(self.file, config.limit, self.source, text, labels)
+        tally = self._evaluate(self.file, config.limit, self.source, text, self.labels)
         row = {"head": f"{head.weights} x {head.likelihood}", "dataset": str(self.dataset), "split": config.split}
         row |= {"sha256": self.file.sha256, "tokenizer": self.tokenizer.describe(), "unit": text.unit}
         row |= {"block_size": self.model.config.block_size, "stride": config.stride or self.model.config.block_size}
         row |= {"n_samples": config.n_samples, "limit": config.limit, "n_words": text.n_words}
-        row |= {"labels": config.labels, "k": labels.about["k"] + 1} if labels else {}
+        row |= {"labels": config.labels, "k": self.labels.about["k"] + 1} if self.labels else {}
         row |= tally.result()
         row["word_perplexity"] = exp(row["nll"] * row["n_tokens"] / max(1, text.n_words))
         if kl := float(torch.as_tensor(self.model.kl()).detach()):
@@ -179,12 +180,11 @@ class Evaluation:
         """How varied what the run writes is, and by which settings; the texts go beside its numbers."""
         names = ("max_new_tokens", "temperature", "top_k", "n_samples")
         settings = {name: getattr(self.config, name) for name in names} | {"seed": 1337, "batch_size": 32}
-        beginnings = prompts(self.file, self.tokenizer, self.config.continuations, self.config.prompt_tokens)
         ids = {"n_ids": self.tokenizer.vocab_size, "eot": self.tokenizer.eot}
         with self.cast:
-            found = continuations(self.model, beginnings, **settings, **ids, desc=f"{self.source}: continuations")
+            found = continuations(self.model, self.prompts, **settings, **ids, desc=f"{self.source}: continuations")
         texts = [self.tokenizer.decode(row) for row in found]
-        pairs = zip(map(self.tokenizer.decode, beginnings.tolist()), texts, strict=True)
+        pairs = zip(map(self.tokenizer.decode, self.prompts.tolist()), texts, strict=True)
         lines = "".join(json.dumps({"prompt": prompt, "continuation": text}) + "\n" for prompt, text in pairs)
         path = result_file(self.source, self.config)
         path = path.with_name(path.name.replace("eval_", "continuations_", 1) + "l")
@@ -199,9 +199,7 @@ class Evaluation:
 
     def widen(self) -> float:
         """Scale the posterior to the widest that costs no more than std_tolerance on the validation split."""
-        val = self._split(self.dataset, "val")
-        val.check(self.model.config.vocab_size)
-        nll = partial(self._evaluate, val, SCALE_BLOCKS, f"{self.source}: width")
+        nll = partial(self._evaluate, self.val, SCALE_BLOCKS, f"{self.source}: width")
         return widest_posterior(self.model, lambda: nll().mean("nll"), self.config.std_tolerance)
 
     def _evaluate(self, file: TokenFile, limit: int, what: str, text: Text | None = None, labels=None) -> Tally:

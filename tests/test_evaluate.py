@@ -147,6 +147,26 @@ def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_
     assert f"{found[0]['continuations']['distinct_1']:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"continuations": 9, "prompt_tokens": 10**6}, "too few for 9 prompts of 1000000"),
+        ({"labels": "none"}, "test.none.labels.json is missing"),
+        ({"dataset": "no_val", "std_tolerance": 0.1, "n_samples": 2}, "val.bin is missing"),
+        ({"ood_dataset": "copy"}, "is the run's own text"),
+    ],
+)
+def test_what_an_option_lacks_is_said_before_the_evaluation(runs, tmp_path, monkeypatch, capsys, options, message):
+    for name in ("no_val", "copy"):
+        shutil.copytree(runs / "data", tmp_path / name)
+    (tmp_path / "no_val" / "val.bin").unlink()
+    folders = {name: tmp_path / value for name, value in options.items() if name in ("dataset", "ood_dataset")}
+    monkeypatch.setattr("engine.evaluation.evaluate", None)  # not called
+    with pytest.raises(SystemExit) as exit_:
+        evaluate_py(monkeypatch, out_dir=runs / "bayes_sigmoid", **options | folders)
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
 def many_documents(folder):
     """Data with documents enough to resample them."""
     documents = [words(30, seed=k) for k in range(40)]
