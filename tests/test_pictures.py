@@ -125,7 +125,8 @@ def test_the_interval_of_a_share_is_wilsons(right, n):
 
 def test_risk_and_coverage_have_a_panel_per_score_and_the_runs_that_have_it(rows):
     figure = risk_coverage_figure(rows)
-    assert [panel.get_title() for panel in figure.axes] == ["by confidence", "by entropy", "by mutual information"]
+    names = ["confidence", "total uncertainty", "epistemic uncertainty"]
+    assert [panel.get_title() for panel in figure.axes] == [f"by {name}" for name in names]
     for panel, score in zip(figure.axes, ("confidence", "entropy", "mutual_information"), strict=True):
         for line, row in zip(panel.lines, rows.values(), strict=True):
             risk = row["risk_coverage"]["risk"].get(score, [])
