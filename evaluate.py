@@ -27,7 +27,7 @@ from engine.config import load_config
 from engine.diversity import continuations, diversity, prompts
 from engine.errors import MANY, UserError, check_ranges, run
 from engine.evaluation import evaluate, widest_posterior, windows
-from engine.files import replace, write_json
+from engine.files import replace, writable, write_json
 from engine.labels import LabelFile
 from engine.logger import read_records
 from engine.metrics import Tally, exp, out_of_domain
@@ -92,6 +92,11 @@ def compare(config: EvaluateConfig, sources: list[str], processes: distributed.P
     """Evaluate run by run, write down what each has, and report."""
     names = short_names(sources)
     rows, tallies, texts = {}, {}, {}
+    if processes.is_main:  # hours before anything is written
+        for source in sources:
+            writable(result_file(source, config).parent)
+        if config.report != "none":
+            writable(report_folder(sources, config))
     for source, name in names.items():
         found = Evaluation(source, config, processes)
         rows[name], tallies[name] = row, _ = found.scores()
@@ -220,8 +225,7 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
     print("\n\n".join([of_what, *map(table.as_text, tables)]))
     if config.report == "none":
         return
-    folder = Path(config.report or default_report(sources, config))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = report_folder(sources, config)
     markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
     for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows))):
         replace(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
@@ -236,16 +240,15 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
 def result_file(source: str, config: EvaluateConfig) -> Path:
     """Where the numbers of a run go; those of GPT-2 by name to out/<name>."""
     home = Path("out", source) if source in HUB else folder_of(source)
-    home.mkdir(parents=True, exist_ok=True)
     return home / (
         f"eval_{config.split}_{Path(source).stem}.json" if Path(source).is_file() else f"eval_{config.split}.json"
     )
 
 
-def default_report(sources: list[str], config: EvaluateConfig) -> Path:
-    """In the folder of a run; of several runs beside the first."""
+def report_folder(sources: list[str], config: EvaluateConfig) -> Path:
+    """The one named; else in the folder of a run, of several runs beside the first."""
     home = result_file(sources[0], config).parent
-    return (home if len(sources) == 1 else home.parent) / f"report_{config.split}"
+    return Path(config.report or (home if len(sources) == 1 else home.parent) / f"report_{config.split}")
 
 
 def short_names(sources: Iterable[str]) -> dict[str, str]:

@@ -154,6 +154,7 @@ def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_
         ({"labels": "none"}, "test.none.labels.json is missing"),
         ({"dataset": "no_val", "std_tolerance": 0.1, "n_samples": 2}, "val.bin is missing"),
         ({"ood_dataset": "copy"}, "is the run's own text"),
+        ({"report": ROOT / "README.md" / "report"}, "Not a directory"),
     ],
 )
 def test_what_an_option_lacks_is_said_before_the_evaluation(runs, tmp_path, monkeypatch, capsys, options, message):
@@ -165,6 +166,14 @@ def test_what_an_option_lacks_is_said_before_the_evaluation(runs, tmp_path, monk
     with pytest.raises(SystemExit) as exit_:
         evaluate_py(monkeypatch, out_dir=runs / "bayes_sigmoid", **options | folders)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_the_evaluation(runs, monkeypatch, capsys):
+    monkeypatch.setattr("engine.evaluation.evaluate", None)  # not called
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(SystemExit) as exit_:
+        evaluate_py(monkeypatch, out_dir=runs / "softmax")
+    assert exit_.value.code == 2 and "cannot be written to; copy the run" in capsys.readouterr().err
 
 
 def many_documents(folder):
