@@ -100,6 +100,7 @@ def compare(config: EvaluateConfig, sources: list[str], processes: distributed.P
     for source, name in names.items():
         found = Evaluation(source, config, processes)
         rows[name], tallies[name] = row, _ = found.scores()
+        scaled = ""
         if processes.is_main and config.report != "none":
             for title, tokens in found.documents():
                 texts.setdefault(title, {})[name] = tokens
@@ -109,9 +110,9 @@ def compare(config: EvaluateConfig, sources: list[str], processes: distributed.P
             factor = found.widen()
             scaled = f"{name} (std x {factor:.2f})"
             rows[scaled], tallies[scaled] = found.scores()
-            row["scaled"] = rows[scaled] | {"std_factor": factor, "std_tolerance": config.std_tolerance}
+            rows[scaled] |= {"std_factor": factor, "std_tolerance": config.std_tolerance}
         if processes.is_main:
-            write_json(result_file(source, config), row)
+            write_json(result_file(source, config), row | ({"scaled": rows[scaled]} if scaled else {}))
     if processes.is_main:
         report(config, sources, rows, tallies, texts)
 
@@ -221,13 +222,14 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
     its tokens as each run reads them."""
     tables = table.tables(rows, tallies)
     first = next(iter(rows.values()))
-    of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {unit}s".format(**first)
+    units = {"stretch": "stretches"}.get(first["unit"], first["unit"] + "s")
+    of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {units}".format(**first, units=units)
     print("\n\n".join([of_what, *map(table.as_text, tables)]))
     if config.report == "none":
         return
     folder = report_folder(sources, config)
     markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
-    for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows))):
+    for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, tallies))):
         replace(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     curves = {name: read_records(folder_of(source) / "metrics.jsonl") for source, name in short_names(sources).items()}
     same = table.comparable(rows)  # else pictures would compare what the tables do not

@@ -49,6 +49,7 @@ def test_evaluate_py_writes_the_contract_for_every_run(runs, monkeypatch, capsys
         assert f"{found['nll']:.4f}" in output
     assert softmax["nll"] == pytest.approx(scores_of(load_model(runs / "softmax"), file, 5)["nll"])
     lines = output.splitlines()
+    assert lines[0].endswith(" stretches")
     assert [line.split()[0] for line in lines[3:7]] == ["run", "unigram", "softmax", "bayes_sigmoid"]
 
 
@@ -125,6 +126,7 @@ def test_the_tables_say_what_the_json_says(runs, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     markdown, rows = (tmp_path / "r" / "tables.md").read_text(), csv.DictReader((tmp_path / "r" / "tables.csv").open())
     for row in rows:
+        assert (float(row["vs_first"]) == 1) == (row["run"] == "softmax")
         found = flat(json.loads((runs / row["run"] / "eval_test.json").read_text()))
         assert {name: float(row[name]) for name in found} == pytest.approx(found)
         for text in (f"{found['nll']:.4f}", f"{found['ece']:.4f}", f"{found['aurc_confidence']:.4f}"):
