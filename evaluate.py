@@ -233,7 +233,8 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
         replace(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     curves = {name: read_records(folder_of(source) / "metrics.jsonl") for source, name in short_names(sources).items()}
     same = table.comparable(rows)  # else pictures would compare what the tables do not
-    settings = f"n_samples = {config.n_samples}, windows of {first['block_size']} tokens, {first['stride']} apart"
+    pairs = dict.fromkeys("{block_size} tokens, {stride} apart".format(**row) for row in rows.values())
+    settings = f"n_samples = {config.n_samples}, windows of {' or '.join(pairs)}"
     documents = [Document(title, tokens) for title, tokens in texts.items()]
     write_report(folder, of_what, settings, tables, rows if same else {}, curves if same else {}, documents)
     print(f"report: {os.path.relpath(folder / 'report.html')}")

@@ -54,7 +54,8 @@ GROUPS = {
 }
 UNUSED = {"n_samples": 0}  # what a column need not say
 OTHER_TEXTS = (
-    "these runs have other texts or tokenizers: only bits per byte can be compared, and of other texts not even they"
+    "these runs have other texts or tokenizers, or with --limit other windows: only bits per byte can be compared, "
+    "and of other texts not even they"
 )
 
 
