@@ -27,7 +27,7 @@ from engine.config import load_config
 from engine.diversity import continuations, diversity, prompts
 from engine.errors import MANY, UserError, check_ranges, run
 from engine.evaluation import evaluate, widest_posterior, windows
-from engine.files import replace, writable, write_json
+from engine.files import check_writable, replace, write_json
 from engine.labels import LabelFile
 from engine.logger import read_records
 from engine.metrics import Tally, exp, out_of_domain
@@ -94,13 +94,15 @@ def compare(config: EvaluateConfig, sources: list[str], processes: distributed.P
     rows, tallies, texts = {}, {}, {}
     if processes.is_main:  # hours before anything is written
         for source in sources:
-            writable(result_file(source, config).parent)
+            check_writable(result_file(source, config).parent)
         if config.report != "none":
-            writable(report_folder(sources, config))
+            check_writable(report_folder(sources, config))
     for source, name in names.items():
         found = Evaluation(source, config, processes)
         rows[name], tallies[name] = row, _ = found.scores()
         scaled = ""
+        if processes.is_main:
+            result_file(source, config).parent.mkdir(parents=True, exist_ok=True)
         if processes.is_main and config.report != "none":
             for title, tokens in found.documents():
                 texts.setdefault(title, {})[name] = tokens
@@ -228,6 +230,7 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
     if config.report == "none":
         return
     folder = report_folder(sources, config)
+    folder.mkdir(parents=True, exist_ok=True)
     markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
     for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, tallies))):
         replace(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))

@@ -156,7 +156,7 @@ def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_
         ({"labels": "none"}, "test.none.labels.json is missing"),
         ({"dataset": "no_val", "std_tolerance": 0.1, "n_samples": 2}, "val.bin is missing"),
         ({"ood_dataset": "copy"}, "is the run's own text"),
-        ({"report": ROOT / "README.md" / "report"}, "Not a directory"),
+        ({"report": ROOT / "README.md" / "report"}, "cannot be written to"),
     ],
 )
 def test_what_an_option_lacks_is_said_before_the_evaluation(runs, tmp_path, monkeypatch, capsys, options, message):
