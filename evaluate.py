@@ -27,7 +27,7 @@ from engine.config import load_config
 from engine.diversity import continuations, diversity, prompts
 from engine.errors import MANY, UserError, check_ranges, run
 from engine.evaluation import evaluate, widest_posterior, windows
-from engine.files import replace, write_json
+from engine.files import check_writable, replace, write_json
 from engine.labels import LabelFile
 from engine.logger import read_records
 from engine.metrics import Tally, exp, out_of_domain
@@ -92,9 +92,17 @@ def compare(config: EvaluateConfig, sources: list[str], processes: distributed.P
     """Evaluate run by run, write down what each has, and report."""
     names = short_names(sources)
     rows, tallies, texts = {}, {}, {}
+    if processes.is_main:  # hours before anything is written
+        for source in sources:
+            check_writable(result_file(source, config).parent)
+        if config.report != "none":
+            check_writable(report_folder(sources, config))
     for source, name in names.items():
         found = Evaluation(source, config, processes)
         rows[name], tallies[name] = row, _ = found.scores()
+        scaled = ""
+        if processes.is_main:
+            result_file(source, config).parent.mkdir(parents=True, exist_ok=True)
         if processes.is_main and config.report != "none":
             for title, tokens in found.documents():
                 texts.setdefault(title, {})[name] = tokens
@@ -104,9 +112,9 @@ def compare(config: EvaluateConfig, sources: list[str], processes: distributed.P
             factor = found.widen()
             scaled = f"{name} (std x {factor:.2f})"
             rows[scaled], tallies[scaled] = found.scores()
-            row["scaled"] = rows[scaled] | {"std_factor": factor, "std_tolerance": config.std_tolerance}
+            rows[scaled] |= {"std_factor": factor, "std_tolerance": config.std_tolerance}
         if processes.is_main:
-            write_json(result_file(source, config), row)
+            write_json(result_file(source, config), row | ({"scaled": rows[scaled]} if scaled else {}))
     if processes.is_main:
         report(config, sources, rows, tallies, texts)
 
@@ -129,14 +137,14 @@ class Evaluation:
         self.dataset = config.dataset or trained_on(source)
         if self.dataset is None:
             raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
-        if (
-            config.ood_dataset
-            and dataset_folder(config.ood_dataset).resolve() == dataset_folder(self.dataset).resolve()
-        ):
-            raise UserError(f"ood_dataset = {config.ood_dataset!r} is the run's own text; name another data set")
         self.foreign = self._split(config.ood_dataset, config.split) if config.ood_dataset else None
         self.file, self.train = self._split(self.dataset, config.split), TokenFile(self.dataset, "train")
-        for file in filter(None, (self.foreign, self.file)):
+        if self.foreign and self.foreign.sha256 == self.file.sha256:
+            raise UserError(f"ood_dataset = {config.ood_dataset!r} is the run's own text; name another data set")
+        self.labels = LabelFile(self.file, config.labels, "set") if config.labels else None
+        widens = config.std_tolerance and self.model.bayes_layers()
+        self.val = self._split(self.dataset, "val") if widens else None
+        for file in filter(None, (self.foreign, self.file, self.labels, self.val)):
             file.check(self.model.config.vocab_size)
         folder = folder_of(source)
         self.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else dataset_folder(self.dataset))
@@ -144,6 +152,8 @@ class Evaluation:
         self.shown = {name: document(self.file, eot, config.document, SHOWN)}
         if self.foreign:
             self.shown[f"foreign: {config.ood_dataset}"] = document(self.foreign, eot, 0, SHOWN)
+        if config.continuations:
+            self.prompts = prompts(self.file, self.tokenizer, config.continuations, config.prompt_tokens)
 
     def _split(self, dataset: str, split: str) -> TokenFile:
         check_tokenizer(self.source, dataset_folder(dataset))
@@ -152,15 +162,14 @@ class Evaluation:
     def scores(self) -> tuple[dict, Tally]:
         """All numbers on the whole split, and what they were made of."""
         config, head, n_ids = self.config, self.model.config.head, self.model.config.vocab_size
-        labels = LabelFile(self.file, config.labels, "set") if config.labels else None
         n_documents = 0 if self.tokenizer.eot is None else self.file.counts(n_ids)[self.tokenizer.eot].item()
         text = Text(self.tokenizer, self.train.frequencies(n_ids), n_documents, part=bool(config.limit))
-        tally = self._evaluate(self.file, config.limit, self.source, text, labels)
+        tally = self._evaluate(self.file, config.limit, self.source, text, self.labels)
         row = {"head": f"{head.weights} x {head.likelihood}", "dataset": str(self.dataset), "split": config.split}
         row |= {"sha256": self.file.sha256, "tokenizer": self.tokenizer.describe(), "unit": text.unit}
         row |= {"block_size": self.model.config.block_size, "stride": config.stride or self.model.config.block_size}
         row |= {"n_samples": config.n_samples, "limit": config.limit, "n_words": text.n_words}
-        row |= {"labels": config.labels, "k": labels.about["k"] + 1} if labels else {}
+        row |= {"labels": config.labels, "k": self.labels.about["k"] + 1} if self.labels else {}
         row |= tally.result()
         row["word_perplexity"] = exp(row["nll"] * row["n_tokens"] / max(1, text.n_words))
         if kl := float(torch.as_tensor(self.model.kl()).detach()):
@@ -179,12 +188,11 @@ class Evaluation:
         """How varied what the run writes is, and by which settings; the texts go beside its numbers."""
         names = ("max_new_tokens", "temperature", "top_k", "n_samples")
         settings = {name: getattr(self.config, name) for name in names} | {"seed": 1337, "batch_size": 32}
-        beginnings = prompts(self.file, self.tokenizer, self.config.continuations, self.config.prompt_tokens)
         ids = {"n_ids": self.tokenizer.vocab_size, "eot": self.tokenizer.eot}
         with self.cast:
-            found = continuations(self.model, beginnings, **settings, **ids, desc=f"{self.source}: continuations")
+            found = continuations(self.model, self.prompts, **settings, **ids, desc=f"{self.source}: continuations")
         texts = [self.tokenizer.decode(row) for row in found]
-        pairs = zip(map(self.tokenizer.decode, beginnings.tolist()), texts, strict=True)
+        pairs = zip(map(self.tokenizer.decode, self.prompts.tolist()), texts, strict=True)
         lines = "".join(json.dumps({"prompt": prompt, "continuation": text}) + "\n" for prompt, text in pairs)
         path = result_file(self.source, self.config)
         path = path.with_name(path.name.replace("eval_", "continuations_", 1) + "l")
@@ -199,9 +207,7 @@ class Evaluation:
 
     def widen(self) -> float:
         """Scale the posterior to the widest that costs no more than std_tolerance on the validation split."""
-        val = self._split(self.dataset, "val")
-        val.check(self.model.config.vocab_size)
-        nll = partial(self._evaluate, val, SCALE_BLOCKS, f"{self.source}: width")
+        nll = partial(self._evaluate, self.val, SCALE_BLOCKS, f"{self.source}: width")
         return widest_posterior(self.model, lambda: nll().mean("nll"), self.config.std_tolerance)
 
     def _evaluate(self, file: TokenFile, limit: int, what: str, text: Text | None = None, labels=None) -> Tally:
@@ -218,18 +224,20 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
     its tokens as each run reads them."""
     tables = table.tables(rows, tallies)
     first = next(iter(rows.values()))
-    of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {unit}s".format(**first)
+    units = {"stretch": "stretches"}.get(first["unit"], first["unit"] + "s")
+    of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {units}".format(**first, units=units)
     print("\n\n".join([of_what, *map(table.as_text, tables)]))
     if config.report == "none":
         return
-    folder = Path(config.report or default_report(sources, config))
+    folder = report_folder(sources, config)
     folder.mkdir(parents=True, exist_ok=True)
     markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
-    for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows))):
+    for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, tallies))):
         replace(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
     curves = {name: read_records(folder_of(source) / "metrics.jsonl") for source, name in short_names(sources).items()}
     same = table.comparable(rows)  # else pictures would compare what the tables do not
-    settings = f"n_samples = {config.n_samples}, windows of {first['block_size']} tokens, {first['stride']} apart"
+    pairs = dict.fromkeys("{block_size} tokens, {stride} apart".format(**row) for row in rows.values())
+    settings = f"n_samples = {config.n_samples}, windows of {' or '.join(pairs)}"
     documents = [Document(title, tokens) for title, tokens in texts.items()]
     write_report(folder, of_what, settings, tables, rows if same else {}, curves if same else {}, documents)
     print(f"report: {os.path.relpath(folder / 'report.html')}")
@@ -238,16 +246,15 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
 def result_file(source: str, config: EvaluateConfig) -> Path:
     """Where the numbers of a run go; those of GPT-2 by name to out/<name>."""
     home = Path("out", source) if source in HUB else folder_of(source)
-    home.mkdir(parents=True, exist_ok=True)
     return home / (
         f"eval_{config.split}_{Path(source).stem}.json" if Path(source).is_file() else f"eval_{config.split}.json"
     )
 
 
-def default_report(sources: list[str], config: EvaluateConfig) -> Path:
-    """In the folder of a run; of several runs beside the first."""
+def report_folder(sources: list[str], config: EvaluateConfig) -> Path:
+    """The one named; else in the folder of a run, of several runs beside the first."""
     home = result_file(sources[0], config).parent
-    return (home if len(sources) == 1 else home.parent) / f"report_{config.split}"
+    return Path(config.report or (home if len(sources) == 1 else home.parent) / f"report_{config.split}")
 
 
 def short_names(sources: Iterable[str]) -> dict[str, str]:

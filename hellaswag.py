@@ -25,7 +25,7 @@ from engine.distributed import autocast, pick_device
 from engine.endings import encode, score_endings
 from engine.errors import UserError, run
 from engine.evaluation import abstaining
-from engine.files import replace, write_json
+from engine.files import check_writable, replace, write_json
 from engine.pretrained import HUB
 
 FIELDS = {"completion": ("ctx",), "harness": ("activity_label", "ctx_a", "ctx_b")}  # of an item, beside its endings
@@ -81,6 +81,7 @@ def main() -> None:
         raise UserError(f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say")
     tokenizer = tokenizer_of(source, model.config.vocab_size)
     texts = [encode(tokenizer, item.context, item.endings) for item in items]
+    check_writable(folder)  # an hour before anything is written
     log_probs, epistemic = score_endings(model, texts, config.batch_size, cast, config.n_samples, desc=source)
     if not log_probs.isfinite().all():
         raise UserError(f"{source} gives log-probabilities that are not finite; train it again, or use float32")

@@ -29,6 +29,13 @@ def write_json(path: Path, value: object) -> None:
     replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder, there or not yet, that will take no files, before the work whose results go there."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written to; copy the run, or name another folder")
+
+
 def flush(path: Path) -> None:
     """Wait until a file's contents, or a folder's names, are on the disk."""
     fd = os.open(path, os.O_RDONLY)

@@ -19,7 +19,11 @@ MARKERS = ("o", "s", "^")
 IN_DOMAIN, OUTSIDE = COLOURS[2], COLOURS[4]
 WIDTH = 8.3  # inches, at 100 pixels each
 COLUMNS = 4  # panels beside each other
-SCORES = {"confidence": "confidence", "entropy": "entropy (nats)", "mutual_information": "mutual information (nats)"}
+SCORES = {  # as the tables name them
+    "confidence": "confidence",
+    "entropy": "total uncertainty (nats)",
+    "mutual_information": "epistemic uncertainty (nats)",
+}
 
 
 def draw(folder: Path, rows: dict[str, dict], curves: dict[str, list[dict]]) -> dict[str, list[Path]]:
@@ -129,7 +133,7 @@ def risk_coverage_figure(rows: dict[str, dict]):
             coverage, risk = of_run["coverage"], of_run["risk"].get(score, [])
             x = coverage[: len(risk)]  # a line without points keeps the run's place in the legend
             panel.plot(x, risk, **line_style(i, len(x)), label=_plain(label(name, rows[name])))
-        panel.set_title("by " + score.replace("_", " "), fontsize=10)
+        panel.set_title("by " + SCORES[score].removesuffix(" (nats)"), fontsize=10)
         panel.set(xlabel="share of tokens answered", xlim=(0, 1), xticks=(0, 0.5, 1))
     axes[0, 0].set(ylabel="error rate of the answers", ylim=(0, None))
     _legend(figure, axes[0, 0])

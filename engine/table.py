@@ -54,7 +54,8 @@ GROUPS = {
 }
 UNUSED = {"n_samples": 0}  # what a column need not say
 OTHER_TEXTS = (
-    "these runs have other texts or tokenizers: only bits per byte can be compared, and of other texts not even they"
+    "these runs have other texts or tokenizers, or with --limit other windows: only bits per byte can be compared, "
+    "and of other texts not even they"
 )
 
 
@@ -129,11 +130,13 @@ def as_markdown(table: Table) -> str:
     )
 
 
-def as_csv(rows: Mapping[str, dict]) -> str:
+def as_csv(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> str:
     """Every number of every run; of runs that cannot be compared bits per byte alone."""
-    values = {name: flat(row) for name, row in rows.items()}
-    if not comparable(rows):
-        values = {name: {"bits_per_byte": row["bits_per_byte"]} for name, row in values.items()}
+    if comparable(rows):
+        first = next(iter(rows))
+        values = {name: flat(row) | against(name, first, rows, tallies) for name, row in rows.items()}
+    else:
+        values = {name: {"bits_per_byte": row["bits_per_byte"]} for name, row in rows.items()}
     text, names = io.StringIO(), dict.fromkeys(name for row in values.values() for name in row)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", *names])

@@ -86,10 +86,8 @@ class TokenFile:
         longest = max(map(len, self.row.shards))
         if longest < block_size + 1:
             has = f"{longest:,} tokens" + (" in its longest shard" if len(self.row.shards) > 1 else "")
-            raise UserError(
-                f"{self.path} has {has}, too few for one block of {block_size} and its target; "
-                f"use more text or --block_size={max(1, longest - 1)} or less"
-            )
+            way_out = "use more text" + (f" or --block_size={longest - 1} or less" if longest > 1 else "")
+            raise UserError(f"{self.path} has {has}, too few for one block of {block_size} and its target; {way_out}")
         self._n_ids = vocab_size
         if not self.row.is_large:
             self.check_shards(range(len(self.row.shards)))

@@ -49,6 +49,7 @@ def test_evaluate_py_writes_the_contract_for_every_run(runs, monkeypatch, capsys
         assert f"{found['nll']:.4f}" in output
     assert softmax["nll"] == pytest.approx(scores_of(load_model(runs / "softmax"), file, 5)["nll"])
     lines = output.splitlines()
+    assert lines[0].endswith(" stretches")
     assert [line.split()[0] for line in lines[3:7]] == ["run", "unigram", "softmax", "bayes_sigmoid"]
 
 
@@ -125,6 +126,7 @@ def test_the_tables_say_what_the_json_says(runs, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     markdown, rows = (tmp_path / "r" / "tables.md").read_text(), csv.DictReader((tmp_path / "r" / "tables.csv").open())
     for row in rows:
+        assert (float(row["vs_first"]) == 1) == (row["run"] == "softmax")
         found = flat(json.loads((runs / row["run"] / "eval_test.json").read_text()))
         assert {name: float(row[name]) for name in found} == pytest.approx(found)
         for text in (f"{found['nll']:.4f}", f"{found['ece']:.4f}", f"{found['aurc_confidence']:.4f}"):
@@ -145,6 +147,35 @@ def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_
     assert all(len(text["continuation"]) <= 20 for of_run in texts for text in of_run)
     assert found[0]["continuations"]["n_texts"] == 6 and found[0]["n_tokens"] == 2 * 16
     assert f"{found[0]['continuations']['distinct_1']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"continuations": 9, "prompt_tokens": 10**6}, "too few for 9 prompts of 1000000"),
+        ({"labels": "none"}, "test.none.labels.json is missing"),
+        ({"dataset": "no_val", "std_tolerance": 0.1, "n_samples": 2}, "val.bin is missing"),
+        ({"ood_dataset": "copy"}, "is the run's own text"),
+        ({"report": ROOT / "README.md" / "report"}, "cannot be written to"),
+    ],
+)
+def test_what_an_option_lacks_is_said_before_the_evaluation(runs, tmp_path, monkeypatch, capsys, options, message):
+    for name in ("no_val", "copy"):
+        shutil.copytree(runs / "data", tmp_path / name)
+    (tmp_path / "no_val" / "val.bin").unlink()
+    folders = {name: tmp_path / value for name, value in options.items() if name in ("dataset", "ood_dataset")}
+    monkeypatch.setattr("engine.evaluation.evaluate", None)  # not called
+    with pytest.raises(SystemExit) as exit_:
+        evaluate_py(monkeypatch, out_dir=runs / "bayes_sigmoid", **options | folders)
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_the_evaluation(runs, monkeypatch, capsys):
+    monkeypatch.setattr("engine.evaluation.evaluate", None)  # not called
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(SystemExit) as exit_:
+        evaluate_py(monkeypatch, out_dir=runs / "softmax")
+    assert exit_.value.code == 2 and "cannot be written to; copy the run" in capsys.readouterr().err
 
 
 def many_documents(folder):

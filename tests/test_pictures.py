@@ -94,6 +94,12 @@ def test_a_run_that_diverged_is_drawn_as_far_as_it_has_numbers():
     assert 3 < low < high < 6
 
 
+def test_records_that_lack_a_number_are_passed_over():
+    damaged = [{"step": 3, "val_nll": 4.0}, {"step": 4, "val_nll": "abc", "tokens": 1, "seconds": 1}]
+    assert curves_figure({"a": damaged}, {}) is None
+    assert len(curves_figure({"a": damaged + make_curve()}, {}).axes[0].lines[0].get_xdata()) == 20
+
+
 def test_hours_of_training_are_shown_in_hours():
     assert "hours" in curves_figure({"a": make_curve(seconds=3600.0)}, {}).axes[1].get_xlabel()
 
@@ -121,7 +127,8 @@ def test_the_interval_of_a_share_is_wilsons(right, n):
 
 def test_risk_and_coverage_have_a_panel_per_score_and_the_runs_that_have_it(rows):
     figure = risk_coverage_figure(rows)
-    assert [panel.get_title() for panel in figure.axes] == ["by confidence", "by entropy", "by mutual information"]
+    names = ["confidence", "total uncertainty", "epistemic uncertainty"]
+    assert [panel.get_title() for panel in figure.axes] == [f"by {name}" for name in names]
     for panel, score in zip(figure.axes, ("confidence", "entropy", "mutual_information"), strict=True):
         for line, row in zip(panel.lines, rows.values(), strict=True):
             risk = row["risk_coverage"]["risk"].get(score, [])
