@@ -126,6 +126,7 @@ class Evaluation:
         self.source, self.config, self.processes = source, config, processes
         self.cast, _ = distributed.autocast(processes.device, config.dtype)
         self.model = load_model(source, processes.device)
+        self.n_samples = config.n_samples if self.model.bayes_layers() else 0
         if config.std_tolerance and not self.model.bayes_layers() and source == config.out_dir:
             raise UserError(f"{source} has no posterior to scale; leave --std_tolerance out")
         if self.model.config.bayes_mlp and config.n_samples < 0:
@@ -168,7 +169,7 @@ class Evaluation:
         row = {"head": f"{head.weights} x {head.likelihood}", "dataset": str(self.dataset), "split": config.split}
         row |= {"sha256": self.file.sha256, "tokenizer": self.tokenizer.describe(), "unit": text.unit}
         row |= {"block_size": self.model.config.block_size, "stride": config.stride or self.model.config.block_size}
-        row |= {"n_samples": config.n_samples, "limit": config.limit, "n_words": text.n_words}
+        row |= {"n_samples": self.n_samples, "limit": config.limit, "n_words": text.n_words}
         row |= {"labels": config.labels, "k": self.labels.about["k"] + 1} if self.labels else {}
         row |= tally.result()
         row["word_perplexity"] = exp(row["nll"] * row["n_tokens"] / max(1, text.n_words))
@@ -203,7 +204,7 @@ class Evaluation:
     def documents(self) -> Iterator[tuple[str, list[dict]]]:
         """Of the split and of the foreign text the beginning of a document, token by token."""
         for title, ids in self.shown.items():
-            yield title, read_document(self.model, self.tokenizer, ids, self.config.n_samples)
+            yield title, read_document(self.model, self.tokenizer, ids, self.n_samples)
 
     def widen(self) -> float:
         """Scale the posterior to the widest that costs no more than std_tolerance on the validation split."""
@@ -216,7 +217,7 @@ class Evaluation:
         hidden = not (sys.stderr.isatty() and self.processes.is_main)
         show = {"desc": what, "total": math.ceil(min(limit or n, n) / shape[1]), "leave": False, "disable": hidden}
         batches = tqdm(windows(file, *shape, text, labels), **show)
-        return evaluate(self.model, batches, self.processes, self.cast, self.config.n_samples, text)
+        return evaluate(self.model, batches, self.processes, self.cast, self.n_samples, text)
 
 
 def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict, texts: dict) -> None:
