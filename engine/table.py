@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from engine.metrics import Tally
+from engine.metrics import Tally, spread
 
 # title -> name of a score -> head of its column, and its format
 GROUPS = {
@@ -97,11 +97,11 @@ def comparable(rows: Mapping[str, dict]) -> bool:
 def against(name: str, first: str, rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> dict[str, float]:
     """The ratio of a run's perplexity to the first one's; its standard error, where both have resampled the same."""
     ratio = {"vs_first": math.exp(min(rows[name]["nll"] - rows[first]["nll"], 700))}
-    pair = [rows[name], rows[first]]
-    if name == first or not all("nll_se" in row and row["unit"] == pair[0]["unit"] for row in pair):
+    units = {(row["unit"], row["n_units"]) for row in (rows[name], rows[first])}
+    if name == first or len(units) > 1 or "nll_se" not in rows[name]:
         return ratio
     nll, of_first = (tallies[run].replicates()["nll"] for run in (name, first))
-    return ratio | {"vs_first_se": (nll - of_first).clamp(max=700).exp().std().item()}
+    return ratio | {"vs_first_se": spread((nll - of_first).clamp(max=700).exp())}
 
 
 def flat(row: Mapping, prefix: str = "") -> dict:
