@@ -11,7 +11,7 @@ import torch
 
 from engine.distributed import Processes, seed_micro_batch
 from engine.errors import UserError
-from engine.metrics import N_BINS, Tally
+from engine.metrics import N_BINS, Tally, exp
 from engine.texts import Text
 from engine.tokens import TokenFile, gather
 
@@ -98,8 +98,7 @@ def mean_loss(
     model.train()
     nll, loss, n_tokens, *gaps = totals.tolist()
     nll, ece = nll / n_tokens, np.abs(gaps).sum().item() / n_tokens
-    perplexity = math.exp(min(nll, 700.0))
-    return {"val_nll": nll, "val_perplexity": perplexity, "val_ece": ece, "val_loss": loss / n_tokens}
+    return {"val_nll": nll, "val_perplexity": exp(nll), "val_ece": ece, "val_loss": loss / n_tokens}
 
 
 @torch.no_grad()
