@@ -47,6 +47,8 @@ def test_evaluate_py_writes_the_contract_for_every_run(runs, monkeypatch, capsys
         assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
         assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2))  # a token is a byte here
         assert f"{found['nll']:.4f}" in output
+        frequencies = TokenFile(runs / "data", "train").frequencies(257)
+        assert found["unigram_nll"] == pytest.approx(-frequencies[file.ids[1:].astype(int)].log().mean().item())
     assert softmax["nll"] == pytest.approx(scores_of(load_model(runs / "softmax"), file, 5)["nll"])
     lines = output.splitlines()
     assert [line.split()[0] for line in lines[3:7]] == ["run", "unigram", "softmax", "bayes_sigmoid"]
@@ -162,6 +164,7 @@ def test_errors_of_the_difference_are_those_of_pairs_of_documents(tmp_path, monk
     first, second = (json.loads((tmp_path / name / "eval_test.json").read_text()) for name in "ab")
     assert first["unit"] == "document" and first["n_units"] == 30 and 0 < first["nll_se"] < 0.2
     assert first["n_words"] == 30 * 30
+    assert first["word_perplexity"] == pytest.approx(math.exp(first["nll"] * first["n_tokens"] / first["n_words"]))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("b "))
     ratio, error = map(float, line.split()[-2:])
     assert ratio == pytest.approx(math.exp(second["nll"] - first["nll"]), abs=6e-4) and error < second["nll_se"]
