@@ -51,6 +51,8 @@ def test_evaluate_py_writes_the_contract_for_every_run(runs, monkeypatch, capsys
         assert found["unigram_nll"] == pytest.approx(-frequencies[file.ids[1:].astype(int)].log().mean().item())
     assert softmax["nll"] == pytest.approx(scores_of(load_model(runs / "softmax"), file, 5)["nll"])
     lines = output.splitlines()
+    ratio = math.exp(softmax["unigram_nll"] - softmax["nll"])
+    assert f"{ratio:.3f}" in lines[4].split()
     assert [line.split()[0] for line in lines[3:7]] == ["run", "unigram", "softmax", "bayes_sigmoid"]
 
 
@@ -178,6 +180,9 @@ def test_a_text_of_few_documents_is_resampled_in_stretches_and_a_short_one_not_a
         and found["n_units"] == math.ceil((found["n_tokens"] + 1) / 1024)
         and "nll_se" in found
     )
+    evaluate_py(monkeypatch, out_dir=runs / "softmax", split="train", report="none", limit=12)
+    found = json.loads((runs / "softmax" / "eval_train.json").read_text())
+    assert found["unit"] == "window" and found["n_units"] == 12 and "nll_se" in found
     evaluate_py(monkeypatch, out_dir=runs / "softmax", split="test", report="none")
     assert "nll_se" not in json.loads((runs / "softmax" / "eval_test.json").read_text())
 
