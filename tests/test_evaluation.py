@@ -11,11 +11,12 @@ import torch
 
 from engine.checkpoint import load_model
 from engine.distributed import Processes
-from engine.evaluation import NOISE, _of_tokens, eval_batches, mean_loss, set_scores, windows
+from engine.evaluation import NOISE, _of_tokens, eval_batches, evaluate, mean_loss, set_scores, windows
 from engine.logger import read_records
 from engine.metrics import N_BINS
 from engine.table import flat
-from engine.tokenizer import load_tokenizer
+from engine.texts import Text
+from engine.tokenizer import CharTokenizer, load_tokenizer
 from engine.tokens import TokenFile
 from heads import HeadConfig, Prediction, entropy
 from model import GPT, GPTConfig
@@ -286,3 +287,14 @@ def test_neighbouring_tokens_share_their_draws_and_others_have_draws_of_their_ow
     torch.testing.assert_close(groups, groups[:, :1].expand_as(groups), rtol=1e-5, atol=0)
     apart = (groups[:, None, 0] - groups[None, :, 0]).abs().amax(-1)
     assert (apart > 1e-3).sum() == 12  # each of the four from each other one
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_bytes_and_words_are_those_of_the_targets_whatever_the_windows(file, stride):
+    tokenizer = CharTokenizer([" ", *map(chr, range(0x61, 0x7B)), *map(chr, range(0xE0, 0x108))])  # of 1 and 2 bytes
+    text, targets = Text(tokenizer, torch.full((V,), 1 / V)), file.ids[1:]
+    batches = windows(file, T, 3, stride=stride, text=text)
+    result = evaluate(tiny_gpt(), batches, CPU, text=text).result()
+    assert result["n_bytes"] == len(tokenizer.decode(targets).encode()) > result["n_tokens"] == len(targets)
+    assert text.n_words == len(tokenizer.decode(targets).split()) > 1
+    assert result["unigram_nll"] == pytest.approx(math.log(V))

@@ -8,7 +8,7 @@ import torch
 
 from engine import metrics as metrics_module
 from engine.metrics import EDGES, N_BINS, Tally, fine_values, out_of_domain, place_of, tell_apart, weights_of
-from engine.table import flat
+from engine.table import against, flat
 from engine.texts import Text
 from engine.tokenizer import ByteTokenizer
 
@@ -187,6 +187,24 @@ def test_the_standard_error_is_that_of_resampled_documents(few):
         draws["ece"].append(gaps.abs().sum().item() / len(at))
     for name, values in draws.items():
         assert result[f"{name}_se"] == pytest.approx(np.std(values), rel=0.12), name
+
+
+def test_the_error_of_a_ratio_of_perplexities_is_that_of_pairs_of_resampled_documents(few):
+    values, units, n_bytes = few
+    other = values | {"nll": values["nll"] + torch.randn(3000, generator=torch.Generator().manual_seed(1)) + 0.7}
+    tallies = {"a": tally_of(values, units, n_bytes), "b": tally_of(other, units, n_bytes)}
+    rows = {name: tally.result() | {"unit": "document"} for name, tally in tallies.items()}
+    found, draws = against("b", "a", rows, tallies), []
+    sums = torch.zeros(26, 3).double()
+    for i, column in enumerate((values["nll"], other["nll"], torch.ones(3000))):
+        sums[:, i].index_add_(0, units, column.double())
+    for _ in range(4000):
+        a, b, n = sums[rng.integers(0, 26, 26)].sum(0).tolist()
+        draws.append(math.exp((b - a) / n))
+    assert found["vs_first"] == pytest.approx(math.exp((other["nll"] - values["nll"]).mean().item()), rel=1e-5)
+    assert found["vs_first_se"] == pytest.approx(np.std(draws), rel=0.12) and found["vs_first_se"] < rows["b"]["nll_se"]
+    rows["b"]["n_units"] += 1  # windows of another length
+    assert "vs_first_se" not in against("b", "a", rows, tallies)
 
 
 def test_resampling_each_document_once_is_the_text_itself(few, monkeypatch):
