@@ -202,7 +202,8 @@ class Head(nn.Module):
 
         With draws, epistemic is the mutual information of the next token and the weights, H[mean p] - mean H[p].
         Without, it is that to second order, 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2], of the output weights alone:
-        good while the logits' standard deviations stay below 1. For point weights it is 0.
+        good while the logits' standard deviations stay below 1. For point weights it is 0. The mean weights' total
+        (n_samples = 0) lacks what averaging over weights adds, so aleatoric is as much too low; -1 has it.
         """
         xs = [x] if isinstance(x, torch.Tensor) else x
         if n_samples > 0:

@@ -96,6 +96,8 @@ class SmoothCategorical(Categorical):
         Where q falls to the floor eps / (V - 1) that smoothing gives to all, p keeps a hundredth of that: 0 would make
         the perplexity infinite. The kept mass is below eps / 100.
         """
+        if not self.floor:  # nothing to undo, and a p that exp() takes for 0 has a logarithm
+            return log_probs
         above = log_probs.exp() - self.floor
         return F.normalize(above.clamp(min=KEPT_OF_FLOOR * self.floor), p=1, dim=-1).log()
 

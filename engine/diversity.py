@@ -113,9 +113,9 @@ def self_bleu(texts: Sequence[str]) -> dict[str, float | str | None]:
     diverse. Texts without a word are left out.
 
     BLEU is sacrebleu's of a sentence, with its tokenizer (13a), its smoothing (exp: the k-th order without a match has
-    2^-k of one) and effective order (a text of fewer than four tokens has fewer orders). Of an n-gram, BLEU asks how
-    often at most it occurs in one reference: the two highest counts, and whose the first is, answer that for each text
-    at once, so the time grows with the texts and not with their pairs.
+    2^-k of one) and effective order (a text of fewer than four tokens has fewer orders). An n-gram matches as often as
+    it occurs in the text and in one of the others: its own count or the second highest of all texts', whichever is
+    less. So the time grows with the texts and not with their pairs.
     """
     from sacrebleu.metrics import BLEU
     from sacrebleu.metrics.helpers import extract_all_word_ngrams
@@ -126,17 +126,16 @@ def self_bleu(texts: Sequence[str]) -> dict[str, float | str | None]:
     bleu.num_refs = len(texts) - 1  # for the signature alone
     counted = [extract_all_word_ngrams(bleu.tokenizer(text.rstrip()), 1, bleu.max_ngram_order) for text in texts]
     lengths, most = Counter(length for _, length in counted), {}
-    for owner, (ngrams, _) in enumerate(counted):
+    for ngrams, _ in counted:
         for ngram, count in ngrams.items():
-            first, whose, second = most.get(ngram, (0, -1, 0))
-            most[ngram] = (count, owner, first) if count > first else (first, whose, max(second, count))
+            first, second = most.get(ngram, (0, 0))
+            most[ngram] = (count, first) if count > first else (first, max(second, count))
     scores = []
-    for owner, (ngrams, length) in enumerate(counted):
+    for ngrams, length in counted:
         correct, total = [0] * bleu.max_ngram_order, [0] * bleu.max_ngram_order
         for ngram, count in ngrams.items():
-            first, whose, second = most[ngram]
             total[len(ngram) - 1] += count
-            correct[len(ngram) - 1] += min(count, second if whose == owner else first)
+            correct[len(ngram) - 1] += min(count, most[ngram][1])
         others = (other for other, n in lengths.items() if other != length or n > 1)
         closest = min(others, key=lambda other: (abs(other - length), other))
         scores.append(

@@ -65,7 +65,7 @@ def spans(n: int, block_size: int, batch_size: int, limit: int, stride: int) -> 
     n_full = (n - block_size) // stride + 1 if n >= block_size else 0
     n_taken = min(limit or n_full, n_full)
     alone = min(n_taken, int(stride < block_size))  # all targets of the first window count: no batch with others
-    for i in [*range(alone), *range(alone, n_taken, batch_size)]:
+    for i in itertools.chain(range(alone), range(alone, n_taken, batch_size)):
         numbers = np.arange(i, min(i + (batch_size if i >= alone else 1), n_taken))
         yield numbers * n_full // n_taken * stride, block_size
     covered = (n_full - 1) * stride + block_size if n_full else 0

@@ -90,7 +90,7 @@ class Tally:
         result["ece"] = ((confidence - correct).abs().sum() / n_tokens).item()
         result["adaptive_ece"] = adaptive_ece(self.parts["tokens confidence"])
         if self.n_units >= FEW:
-            result |= {f"{name}_se": values.std().item() for name, values in self.replicates().items()}
+            result |= {f"{name}_se": spread(values) for name, values in self.replicates().items()}
         result["calibration"] = {
             "n": n.long().tolist(),
             "confidence": [c / k if k else None for c, k in zip(confidence.tolist(), n.tolist(), strict=True)],
@@ -158,6 +158,11 @@ def weights_of(units: list[int]) -> Tensor:
     return torch.from_numpy(np.stack(draws).astype(np.float64))
 
 
+def spread(replicates: Tensor) -> float:
+    """Their standard deviation. Of a few units a resampled text may hold none, and has no scores: it is left out."""
+    return replicates[replicates.isfinite()].std().item()
+
+
 def adaptive_ece(table: Tensor) -> float:
     """The calibration error in N_BINS bins of as many tokens each (Nixon et al. 2019). table: (N_FINE, 3) of tokens, of
     wrong ones and of the sum of confidence, in order of doubt."""
@@ -191,8 +196,9 @@ def tell_apart(own: Tensor, foreign: Tensor) -> tuple[float, float]:
     before = foreign.cumsum(0) - foreign
     auroc = 1 - (own @ (before + foreign / 2)) / (own.sum() * foreign.sum())
     n_own, n_foreign = (np.concatenate([[0.0], column.cumsum(0).numpy()]) for column in (own, foreign))
-    passed = np.interp(0.95 * n_own[-1], n_own, n_foreign)  # within a tie as many as a random order lets pass
-    return auroc.item(), float(passed / n_foreign[-1])
+    last = n_own.searchsorted(0.95 * n_own[-1])  # the first place by which so many of the own have passed
+    at = slice(last - 1, last + 1)  # within a tie as many as a random order lets pass
+    return auroc.item(), float(np.interp(0.95 * n_own[-1], n_own[at], n_foreign[at]) / n_foreign[-1])
 
 
 def out_of_domain(own: Tally, foreign: Tally) -> dict:

@@ -2,11 +2,10 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from engine.metrics import Tally, exp
+from engine.metrics import Tally, exp, spread
 
 # title -> name of a score -> head of its column, and its format
 GROUPS = {
@@ -73,8 +72,8 @@ def tables(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> list[Table
     first = next(iter(rows))
     values = {name: flat(row) | against(name, first, rows, tallies) for name, row in rows.items()}
     unigram = values[first]["unigram_nll"]
-    ratio = math.exp(unigram - rows[first]["nll"])
-    values = {"unigram": {"nll": unigram, "perplexity": math.exp(unigram), "vs_first": ratio}, **values}
+    ratio = exp(unigram - rows[first]["nll"])
+    values = {"unigram": {"nll": unigram, "perplexity": exp(unigram), "vs_first": ratio}, **values}
     found = []
     for title, columns in GROUPS.items():
         shown = [
@@ -98,11 +97,11 @@ def comparable(rows: Mapping[str, dict]) -> bool:
 def against(name: str, first: str, rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> dict[str, float]:
     """The ratio of a run's perplexity to the first one's; its standard error, where both have resampled the same."""
     ratio = {"vs_first": exp(rows[name]["nll"] - rows[first]["nll"])}
-    pair = [rows[name], rows[first]]
-    if name == first or not all("nll_se" in row and row["unit"] == pair[0]["unit"] for row in pair):
+    units = {(row["unit"], row["n_units"]) for row in (rows[name], rows[first])}
+    if name == first or len(units) > 1 or "nll_se" not in rows[name]:
         return ratio
     nll, of_first = (tallies[run].replicates()["nll"] for run in (name, first))
-    return ratio | {"vs_first_se": (nll - of_first).clamp(max=700).exp().std().item()}
+    return ratio | {"vs_first_se": spread((nll - of_first).clamp(max=700).exp())}
 
 
 def flat(row: Mapping, prefix: str = "") -> dict:

@@ -22,9 +22,9 @@ class Text:
 
     def __init__(self, tokenizer: Tokenizer, frequencies: Tensor, n_documents: float = 0.0, part: bool = False):
         """frequencies: (V,) of the training text."""
-        self.pieces, self.eot, self.log_frequencies = tokenizer.token_bytes(), tokenizer.eot, frequencies.log()
-        self.bytes = torch.zeros(len(frequencies), dtype=torch.int64)  # end-of-text, and ids without a text, have none
-        self.bytes[: len(self.pieces)] = torch.tensor([len(piece) for piece in self.pieces])
+        self.eot, self.log_frequencies, n_ids = tokenizer.eot, frequencies.log(), len(frequencies)
+        self.pieces = [*tokenizer.token_bytes(), *[b""] * n_ids][:n_ids]  # of ids that the tokenizer has not: nothing
+        self.bytes = torch.tensor(list(map(len, self.pieces)))
         self.unit = "window" if part else "document" if n_documents >= FEW else "stretch"
         self.n_words, self.n_documents = 0, 0
         self._decoder, self._within = codecs.getincrementaldecoder("utf-8")("replace"), False

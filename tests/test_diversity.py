@@ -145,6 +145,8 @@ def test_prompts_are_the_beginnings_of_documents_where_enough_are_long_enough(tm
     texts = [tokenizer.decode(row) for row in prompts(file, tokenizer, 4, 15).tolist()]
     assert [text[0] for text in texts] == ["b", "e", "h", "k"]  # every other one of the eight that have 20 or 29
     assert all(any(document.startswith(text) for document in documents) for text in texts)
+    longer = prompts(file, tokenizer, 4, 20)  # one of 20 bytes would leave nothing to continue
+    assert longer[:, 0].tolist() == [*b"cfil"]
     nine = prompts(file, tokenizer, 9, 15)
     apart = np.arange(9) * (len(file) - 14) // 9
     assert nine.tolist() == [file.ids[start : start + 15].tolist() for start in apart] and nine.dtype == torch.int64

@@ -118,6 +118,17 @@ def test_the_mean_over_seeds_is_the_expectation_at_every_position_although_they_
     assert (ours[0] - ours[1]).abs().max() > 1e-3  # each seed has noise of its own
 
 
+@every_likelihood
+def test_epistemic_uncertainty_of_few_draws_is_too_low_by_a_share_of_one_in_their_number(likelihood):
+    head, x = tiny_head("bayes", likelihood).requires_grad_(False), batch(20)[0]
+    head.weights.log_std.fill_(-3.0)
+    torch.manual_seed(0)
+    exact = head.predict(x, 4000).epistemic.mean().item()
+    for n in (2, 5):
+        found = torch.stack([head.predict(x, n).epistemic.mean() for _ in range(400)])
+        assert found.mean().item() == pytest.approx(exact * (1 - 1 / n), rel=0.05)
+
+
 @every_case
 def test_uncertainties_lie_between_nothing_and_the_total(weights, likelihood, options):
     head, x = tiny_head(weights, likelihood, **options).requires_grad_(False), 3 * batch(50)[0]

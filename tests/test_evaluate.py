@@ -47,9 +47,13 @@ def test_evaluate_py_writes_the_contract_for_every_run(runs, monkeypatch, capsys
         assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
         assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2))  # a token is a byte here
         assert f"{found['nll']:.4f}" in output
+        frequencies = TokenFile(runs / "data", "train").frequencies(257)
+        assert found["unigram_nll"] == pytest.approx(-frequencies[file.ids[1:].astype(int)].log().mean().item())
     assert softmax["nll"] == pytest.approx(scores_of(load_model(runs / "softmax"), file, 5)["nll"])
     lines = output.splitlines()
     assert lines[0].endswith(" stretches")
+    ratio = math.exp(softmax["unigram_nll"] - softmax["nll"])
+    assert f"{ratio:.3f}" in lines[4].split()
     assert [line.split()[0] for line in lines[3:7]] == ["run", "unigram", "softmax", "bayes_sigmoid"]
 
 
@@ -193,6 +197,7 @@ def test_errors_of_the_difference_are_those_of_pairs_of_documents(tmp_path, monk
     first, second = (json.loads((tmp_path / name / "eval_test.json").read_text()) for name in "ab")
     assert first["unit"] == "document" and first["n_units"] == 30 and 0 < first["nll_se"] < 0.2
     assert first["n_words"] == 30 * 30
+    assert first["word_perplexity"] == pytest.approx(math.exp(first["nll"] * first["n_tokens"] / first["n_words"]))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("b "))
     ratio, error = map(float, line.split()[-2:])
     assert ratio == pytest.approx(math.exp(second["nll"] - first["nll"]), abs=6e-4) and error < second["nll_se"]
@@ -206,6 +211,9 @@ def test_a_text_of_few_documents_is_resampled_in_stretches_and_a_short_one_not_a
         and found["n_units"] == math.ceil((found["n_tokens"] + 1) / 1024)
         and "nll_se" in found
     )
+    evaluate_py(monkeypatch, out_dir=runs / "softmax", split="train", report="none", limit=12)
+    found = json.loads((runs / "softmax" / "eval_train.json").read_text())
+    assert found["unit"] == "window" and found["n_units"] == 12 and "nll_se" in found
     evaluate_py(monkeypatch, out_dir=runs / "softmax", split="test", report="none")
     assert "nll_se" not in json.loads((runs / "softmax" / "eval_test.json").read_text())
 

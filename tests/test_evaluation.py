@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from engine.distributed import Processes
-from engine.evaluation import eval_batches, mean_loss, set_scores, windows
+from engine.evaluation import NOISE, _of_tokens, eval_batches, evaluate, mean_loss, set_scores, windows
 from engine.logger import read_records
 from engine.metrics import N_BINS
 from engine.table import flat
+from engine.texts import Text
+from engine.tokenizer import CharTokenizer
 from engine.tokens import TokenFile
 from heads import HeadConfig, Prediction, entropy
 from model import GPT, GPTConfig
@@ -235,3 +237,42 @@ def test_set_scores_are_scikit_learns_average_precision_and_the_definition_of_re
     best = torch.zeros(40, V).scatter(-1, distinct.topk(5).indices, 1.0)
     recall = set_scores(distinct, ids, members)["recall_at_k"]
     torch.testing.assert_close(recall, (best * dense).sum(-1) / dense.sum(-1))
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_a_limit_takes_whole_windows_spread_over_the_split_and_all_there_is_where_it_is_large(file, stride):
+    whole = [b.at.tolist() for b in windows(file, T, 1, stride=stride)]
+    full = [at for (at,) in whole][: (len(file) - 1 - T) // (stride or T) + 1]  # what is left is shorter
+    for limit in (1, 3, 7, len(full), len(full) + 1, 1000):
+        batches = list(windows(file, T, 4, limit, stride))
+        found = [at for batch in batches for at in batch.at.tolist()]
+        expected = [full[k * len(full) // limit] for k in range(limit)] if limit <= len(full) else sum(whole, [])
+        assert found == expected
+        assert all((batch.y[:, batch.first :].numpy() == file.ids[batch.at]).all() for batch in batches)
+
+
+def test_neighbouring_tokens_share_their_draws_and_others_have_draws_of_their_own(tmp_path):
+    file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.full(16 * T + 1, 7)}), "val")
+    model = tiny_gpt("bayes")
+    torch.nn.init.constant_(model.lm_head.weights.log_std, -1.0)
+    (batch,) = windows(file, T, 16)  # all windows say the same, so only their noise tells them apart
+    with torch.no_grad():
+        nll = _of_tokens(model, batch, CPU.device, 2)["nll"].view(16, T)[:, :-1]  # the last token is of the next group
+    groups = nll.view(4, NOISE // T, T - 1)
+    torch.testing.assert_close(groups, groups[:, :1].expand_as(groups), rtol=1e-5, atol=0)
+    apart = (groups[:, None, 0] - groups[None, :, 0]).abs().amax(-1)
+    assert (apart > 1e-3).sum() == 12  # each of the four from each other one
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_bytes_and_words_are_those_of_the_targets_whatever_the_windows(file, stride):
+    tokenizer = CharTokenizer(
+        [" ", *"abcdé", *map(chr, range(0x66, 0x7B)), *map(chr, range(0x100, 0x128))]
+    )  # 1 and 2 bytes
+    text, targets = Text(tokenizer, torch.full((V,), 1 / V)), file.ids[1:]
+    assert len(tokenizer.decode(file.ids[:1]).encode()) != len(tokenizer.decode(file.ids[-1:]).encode())
+    batches = windows(file, T, 3, stride=stride, text=text)
+    result = evaluate(tiny_gpt(), batches, CPU, text=text).result()
+    assert result["n_bytes"] == len(tokenizer.decode(targets).encode()) > result["n_tokens"] == len(targets)
+    assert text.n_words == len(tokenizer.decode(targets).split()) > 1
+    assert result["unigram_nll"] == pytest.approx(math.log(V))

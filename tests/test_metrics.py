@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.metrics import N_BINS, Tally, fine_values, out_of_domain, place_of, tell_apart, weights_of
-from engine.table import flat
+from engine import metrics as metrics_module
+from engine.metrics import EDGES, N_BINS, Tally, fine_values, out_of_domain, place_of, tell_apart, weights_of
+from engine.table import against, flat
 from engine.texts import Text
 from engine.tokenizer import ByteTokenizer
 
@@ -59,7 +60,7 @@ def test_the_calibration_error_is_torchmetrics(few):
     probs = torch.zeros(len(correct), 200).scatter_(1, torch.zeros(len(correct), 1).long(), confidence[:, None])
     probs[:, 1:] = ((1 - confidence) / 199)[:, None]
     target = torch.where(correct == 1, 0, 1)
-    expected = functional.multiclass_calibration_error(probs, target, num_classes=200, n_bins=N_BINS, norm="l1")
+    expected = functional.multiclass_calibration_error(probs, target, num_classes=200, n_bins=15, norm="l1")
     assert (probs.argmax(1) == 0).all() and found == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -125,6 +126,32 @@ def test_doubts_that_are_all_the_same_tell_nothing():
     assert auroc == 0.5 and fpr95 == pytest.approx(0.95)
 
 
+def test_where_an_own_text_in_20_is_beyond_most_foreign_ones_the_threshold_lies_at_the_19th():
+    own, foreign = torch.zeros(2, len(fine_values())).double()
+    own[100], own[300], foreign[200], foreign[400] = 19, 1, 5, 5
+    assert tell_apart(own, foreign) == (pytest.approx(0.975), 0.0)
+    foreign[100] = 10  # of a tie half of them
+    own[100], own[300] = 38, 0
+    assert tell_apart(own, foreign)[1] == pytest.approx(9.5 / 20)
+
+
+def test_histograms_are_numpys_of_the_doubts_themselves(few):
+    found = tally_of(*few).result()["histograms"]
+    assert found.keys() == EDGES.keys()
+    for name, edges in EDGES.items():
+        expected = np.histogram(few[0][name].numpy().clip(edges[0], edges[-1]), edges)[0] / 3000
+        assert found[name]["share"] == pytest.approx(expected.tolist(), abs=2e-3), name
+
+
+def test_a_resampled_text_without_any_of_the_few_units_is_left_out():
+    values, *_ = tokens(10, units=4)
+    units = next(u for k in range(10**6) if not weights_of(u := list(range(k, k + 10))).sum(0).all())
+    assert not weights_of(units).sum(0).all()
+    result = tally_of(values, torch.tensor(units), torch.ones(10)).result()
+    errors = [value for name, value in result.items() if name.endswith("_se")]
+    assert len(errors) == 7 and all(0 < error < math.inf for error in errors)
+
+
 def test_places_keep_the_order_and_tell_apart_what_differs_by_a_thousandth():
     doubts = torch.cat([torch.logspace(-11, 2, 6000), torch.tensor([0.0, 1e-30, 300.0, 1e9])]).sort().values
     places = place_of(doubts)
@@ -144,7 +171,10 @@ def test_whatever_the_pieces_and_their_order_the_result_is_the_same(few):
 
 def test_the_standard_error_is_that_of_resampled_documents(few):
     values, units, n_bytes = few
-    result, draws = tally_of(values, units, n_bytes).result(), {"nll": [], "bits_per_byte": [], "ece": []}
+    result, draws = (
+        tally_of(values, units, n_bytes).result(),
+        {name: [] for name in ("nll", "perplexity", "bits_per_byte", "ece")},
+    )
     index = [np.flatnonzero(units.numpy() == unit) for unit in range(26)]
     for _ in range(2000):
         at = torch.from_numpy(np.concatenate([index[k] for k in rng.integers(0, 26, 26)]))
@@ -152,10 +182,39 @@ def test_the_standard_error_is_that_of_resampled_documents(few):
         bins = (confidence * N_BINS).long().clamp(max=N_BINS - 1)
         gaps = torch.zeros(N_BINS).double().index_add_(0, bins, confidence - right)
         draws["nll"].append(nll.mean().item())
+        draws["perplexity"].append(math.exp(nll.mean().item()))
         draws["bits_per_byte"].append(nll.sum().item() / n_bytes[at].sum().item() / math.log(2))
         draws["ece"].append(gaps.abs().sum().item() / len(at))
     for name, values in draws.items():
         assert result[f"{name}_se"] == pytest.approx(np.std(values), rel=0.12), name
+
+
+def test_the_error_of_a_ratio_of_perplexities_is_that_of_pairs_of_resampled_documents(few):
+    values, units, n_bytes = few
+    other = values | {"nll": values["nll"] + torch.randn(3000, generator=torch.Generator().manual_seed(1)) + 0.7}
+    tallies = {"a": tally_of(values, units, n_bytes), "b": tally_of(other, units, n_bytes)}
+    rows = {name: tally.result() | {"unit": "document"} for name, tally in tallies.items()}
+    found, draws = against("b", "a", rows, tallies), []
+    sums = torch.zeros(26, 3).double()
+    for i, column in enumerate((values["nll"], other["nll"], torch.ones(3000))):
+        sums[:, i].index_add_(0, units, column.double())
+    for _ in range(4000):
+        a, b, n = sums[rng.integers(0, 26, 26)].sum(0).tolist()
+        draws.append(math.exp((b - a) / n))
+    assert found["vs_first"] == pytest.approx(math.exp((other["nll"] - values["nll"]).mean().item()), rel=1e-5)
+    assert found["vs_first_se"] == pytest.approx(np.std(draws), rel=0.12) and found["vs_first_se"] < rows["b"]["nll_se"]
+    rows["b"]["n_units"] += 1  # windows of another length
+    assert "vs_first_se" not in against("b", "a", rows, tallies)
+
+
+def test_resampling_each_document_once_is_the_text_itself(few, monkeypatch):
+    once = lambda units: torch.ones(len(units), metrics_module.N_REPLICATES).double()  # noqa: E731
+    monkeypatch.setattr(metrics_module, "weights_of", once)
+    tally = tally_of(*few, size=100)
+    result = tally.result()
+    for name, values in tally.replicates().items():
+        expected = math.exp(result["nll"]) if name == "perplexity" else result[name]
+        assert values.tolist() == pytest.approx([expected] * len(values), rel=1e-9), name
 
 
 def test_weights_of_documents_are_poisson_and_their_own():
@@ -178,6 +237,15 @@ def test_words_bytes_and_documents_are_those_of_the_text_however_it_is_cut():
         expected = [k for k, t in enumerate(texts) for _ in range(len(t.encode()) + 1)]
         assert numbers == expected and text.n_documents == len(texts)
         assert text.bytes[ids].sum() == sum(len(t.encode()) for t in texts)
+
+
+@pytest.mark.parametrize("n_ids", [300, 100])
+def test_ids_that_a_tokenizer_has_not_are_no_text_and_a_model_may_have_fewer_than_its_tokenizer(n_ids):
+    text = Text(ByteTokenizer(), torch.full((n_ids,), 1 / n_ids))
+    ids = torch.tensor([[*b"a b", n_ids - 1, *b"c"]])
+    text.count(ids)
+    assert text.n_words == 2 and len(text.bytes) == n_ids
+    assert text.bytes[ids].tolist() == [[1, 1, 1, int(n_ids < 256), 1]]
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,12 @@ def test_desmoothed_inverts_smoothing_and_stays_finite_below_the_floor(label_smo
     torch.testing.assert_close(found.logsumexp(-1), torch.zeros(20), atol=1e-5, rtol=0)
 
 
+def test_without_smoothing_there_is_nothing_to_undo_even_where_p_has_no_number():
+    smooth, log_probs = LIKELIHOODS["smooth"](HeadConfig(label_smoothing=0.0), V), torch.full((1, V), -200.0)
+    log_probs[0, 0] = 0.0
+    assert torch.equal(smooth.desmoothed(log_probs), log_probs)
+
+
 @pytest.mark.parametrize("scale", [2.0, 6.0])
 def test_desmoothed_gives_the_perplexity_before_smoothing_at_gpt2s_vocabulary(scale):
     eps, n = 0.1, 50257
