@@ -83,6 +83,7 @@ def main() -> None:
         if source not in HUB and not Path(source).exists():
             raise UserError(f"{source} does not exist; give run folders, or one of: {', '.join(HUB)}")
     with distributed.start(config.device, "auto") as processes:
+        torch.backends.cuda.matmul.allow_tf32 = False  # start() allows it, for training; float32 here is float32
         for source in sources:
             Evaluation(source, config, processes)  # refuses what is wrong before hours go into the runs before it
         compare(config, sources, processes)
