@@ -9,36 +9,23 @@ pictures and report.html. `unigram` is what the training text's token frequencie
 the validation split. torchrun shares the work between processes; the results are the same.
 """
 
-import json
-import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from engine import distributed, table
-from engine.checkpoint import check_tokenizer, folder_of, has_tokenizer, load_model, trained_on
+from engine.checkpoint import folder_of
 from engine.config import load_config
-from engine.diversity import continuations, diversity, prompts
 from engine.errors import MANY, UserError, check_ranges, run
-from engine.evaluation import evaluate, widest_posterior, windows
+from engine.examine import Evaluation, result_file
 from engine.files import check_writable, replace, write_json
-from engine.labels import LabelFile
 from engine.logger import read_records
-from engine.metrics import Tally, exp, out_of_domain
 from engine.pretrained import HUB
-from engine.report import Document, read_document, write_report
-from engine.texts import Text, document
-from engine.tokenizer import load_tokenizer
-from engine.tokens import TokenFile, dataset_folder
-
-SHOWN = 600  # tokens of a document that the report colours
-SCALE_BLOCKS = 64  # of the validation split, to find the widest posterior on
+from engine.report import Document, write_report
 
 
 @dataclass(frozen=True)
@@ -120,107 +107,6 @@ def compare(config: EvaluateConfig, sources: list[str], processes: distributed.P
         report(config, sources, rows, tallies, texts)
 
 
-class Evaluation:
-    """A run, or GPT-2 by name, and the text that it is asked about."""
-
-    def __init__(self, source: str, config: EvaluateConfig, processes: distributed.Processes):
-        self.source, self.config, self.processes = source, config, processes
-        self.cast, _ = distributed.autocast(processes.device, config.dtype)
-        self.model = load_model(source, processes.device)
-        self.n_samples = config.n_samples if self.model.bayes_layers() else 0
-        if config.std_tolerance and not self.model.bayes_layers() and source == config.out_dir:
-            raise UserError(f"{source} has no posterior to scale; leave --std_tolerance out")
-        if self.model.config.bayes_mlp and config.n_samples < 0:
-            raise UserError(f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say")
-        if config.stride > self.model.config.block_size:
-            raise UserError(
-                f"stride = {config.stride} leaves tokens out: {source} reads {self.model.config.block_size}"
-            )
-        self.dataset = config.dataset or trained_on(source)
-        if self.dataset is None:
-            raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
-        self.foreign = self._split(config.ood_dataset, config.split) if config.ood_dataset else None
-        self.file, self.train = self._split(self.dataset, config.split), TokenFile(self.dataset, "train")
-        if self.foreign and self.foreign.sha256 == self.file.sha256:
-            raise UserError(f"ood_dataset = {config.ood_dataset!r} is the run's own text; name another data set")
-        self.labels = LabelFile(self.file, config.labels, "set") if config.labels else None
-        widens = config.std_tolerance and self.model.bayes_layers()
-        self.val = self._split(self.dataset, "val") if widens else None
-        for file in filter(None, (self.foreign, self.file, self.labels, self.val)):
-            file.check(self.model.config.vocab_size)
-        folder = folder_of(source)
-        self.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else dataset_folder(self.dataset))
-        eot, name = self.tokenizer.eot, f"{self.dataset}, {config.split} split, document {config.document}"
-        self.shown = {name: document(self.file, eot, config.document, SHOWN)}
-        if self.foreign:
-            self.shown[f"foreign: {config.ood_dataset}"] = document(self.foreign, eot, 0, SHOWN)
-        if config.continuations:
-            self.prompts = prompts(self.file, self.tokenizer, config.continuations, config.prompt_tokens)
-
-    def _split(self, dataset: str, split: str) -> TokenFile:
-        check_tokenizer(self.source, dataset_folder(dataset))
-        return TokenFile(dataset, split)
-
-    def scores(self) -> tuple[dict, Tally]:
-        """All numbers on the whole split, and what they were made of."""
-        config, head, n_ids = self.config, self.model.config.head, self.model.config.vocab_size
-        n_documents = 0 if self.tokenizer.eot is None else self.file.counts(n_ids)[self.tokenizer.eot].item()
-        text = Text(self.tokenizer, self.train.frequencies(n_ids), n_documents, part=bool(config.limit))
-        tally = self._evaluate(self.file, config.limit, self.source, text, self.labels)
-        row = {"head": f"{head.weights} x {head.likelihood}", "dataset": str(self.dataset), "split": config.split}
-        row |= {"sha256": self.file.sha256, "tokenizer": self.tokenizer.describe(), "unit": text.unit}
-        row |= {"block_size": self.model.config.block_size, "stride": config.stride or self.model.config.block_size}
-        row |= {"n_samples": self.n_samples, "limit": config.limit, "n_words": text.n_words}
-        row |= {"labels": config.labels, "k": self.labels.about["k"] + 1} if self.labels else {}
-        row |= tally.result()
-        row["word_perplexity"] = exp(row["nll"] * row["n_tokens"] / max(1, text.n_words))
-        if kl := float(torch.as_tensor(self.model.kl()).detach()):
-            row |= {"kl": kl, "kl_weight": head.kl_weight}
-        if self.foreign:
-            foreign = self._evaluate(self.foreign, config.limit, f"{self.source}: {config.ood_dataset}")
-            about = {
-                "dataset": config.ood_dataset,
-                "n_tokens": foreign.result()["n_tokens"],
-                "nll": foreign.mean("nll"),
-            }
-            row["ood"] = about | out_of_domain(tally, foreign)
-        return row, tally
-
-    def continuations(self) -> dict:
-        """How varied what the run writes is, and by which settings; the texts go beside its numbers."""
-        names = ("max_new_tokens", "temperature", "top_k", "n_samples")
-        settings = {name: getattr(self.config, name) for name in names} | {"seed": 1337, "batch_size": 32}
-        ids = {"n_ids": self.tokenizer.vocab_size, "eot": self.tokenizer.eot}
-        with self.cast:
-            found = continuations(self.model, self.prompts, **settings, **ids, desc=f"{self.source}: continuations")
-        texts = [self.tokenizer.decode(row) for row in found]
-        pairs = zip(map(self.tokenizer.decode, self.prompts.tolist()), texts, strict=True)
-        lines = "".join(json.dumps({"prompt": prompt, "continuation": text}) + "\n" for prompt, text in pairs)
-        path = result_file(self.source, self.config)
-        path = path.with_name(path.name.replace("eval_", "continuations_", 1) + "l")
-        replace(path, lambda temporary: temporary.write_text(lines))
-        settings |= {"prompt_tokens": self.config.prompt_tokens, "split": self.config.split}
-        return diversity(texts, found) | {"settings": settings}
-
-    def documents(self) -> Iterator[tuple[str, list[dict]]]:
-        """Of the split and of the foreign text the beginning of a document, token by token."""
-        for title, ids in self.shown.items():
-            yield title, read_document(self.model, self.tokenizer, ids, self.n_samples)
-
-    def widen(self) -> float:
-        """Scale the posterior to the widest that costs no more than std_tolerance on the validation split."""
-        nll = partial(self._evaluate, self.val, SCALE_BLOCKS, f"{self.source}: width")
-        return widest_posterior(self.model, lambda: nll().mean("nll"), self.config.std_tolerance)
-
-    def _evaluate(self, file: TokenFile, limit: int, what: str, text: Text | None = None, labels=None) -> Tally:
-        shape = (self.model.config.block_size, self.config.batch_size, limit, self.config.stride)
-        n = (len(file) - 1) / (self.config.stride or shape[0])
-        hidden = not (sys.stderr.isatty() and self.processes.is_main)
-        show = {"desc": what, "total": math.ceil(min(limit or n, n) / shape[1]), "leave": False, "disable": hidden}
-        batches = tqdm(windows(file, *shape, text, labels), **show)
-        return evaluate(self.model, batches, self.processes, self.cast, self.n_samples, text)
-
-
 def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict, texts: dict) -> None:
     """The comparison on the screen and in a folder. rows, tallies: by the names of the runs; texts: of each document,
     its tokens as each run reads them."""
@@ -243,14 +129,6 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
     documents = [Document(title, tokens) for title, tokens in texts.items()]
     write_report(folder, of_what, settings, tables, rows if same else {}, curves if same else {}, documents)
     print(f"report: {os.path.relpath(folder / 'report.html')}")
-
-
-def result_file(source: str, config: EvaluateConfig) -> Path:
-    """Where the numbers of a run go; those of GPT-2 by name to out/<name>."""
-    home = Path("out", source) if source in HUB else folder_of(source)
-    return home / (
-        f"eval_{config.split}_{Path(source).stem}.json" if Path(source).is_file() else f"eval_{config.split}.json"
-    )
 
 
 def report_folder(sources: list[str], config: EvaluateConfig) -> Path:

@@ -18,6 +18,7 @@ LEVELS = {
     "engine.pretrained": 2,
     "engine.endings": 2,
     "engine.report": 2,
+    "engine.examine": 3.5,
     "engine.pictures": 1,
     "model": 1,
     "engine.evaluation": 1,
