@@ -219,7 +219,9 @@ def _plain(text: str) -> str:
 def _wrapped(text: str, width: int) -> str:
     """In lines of about the width, what stands in brackets on its own."""
     text = _plain(text).replace(" (", "\n(").replace("kl_weight ", "kl_weight\N{NO-BREAK SPACE}")
-    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+    breakable = text.replace("_", "_\0 ")  # names may be cut behind a _
+    wrapped = "\n".join(textwrap.fill(line, width) for line in breakable.splitlines())
+    return wrapped.replace("\0 ", "").replace("\0", "")
 
 
 def _legend(figure, *panels) -> None:

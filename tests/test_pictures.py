@@ -12,6 +12,7 @@ import pytest
 from scipy.stats import binomtest
 
 from engine.pictures import (
+    _wrapped,
     curves_figure,
     draw,
     label,
@@ -188,6 +189,11 @@ def test_names_are_shown_as_they_are(tmp_path, rows):
     figure = risk_coverage_figure(strange)
     assert len(figure.legends[0].get_texts()) == 2
     assert len(draw(tmp_path, strange, {name: make_curve() for name in strange})) == 4
+
+
+def test_a_long_name_is_cut_behind_an_underscore():
+    expected = "bayes_sigmoid_\nweighted\n(kl_weight\N{NO-BREAK SPACE}0.1)"
+    assert _wrapped("bayes_sigmoid_weighted (kl_weight 0.1)", 18) == expected
 
 
 def test_pictures_without_numbers_are_left_out(tmp_path, rows):
