@@ -93,12 +93,7 @@ class Evaluation:
             row |= {"kl": kl, "kl_weight": head.kl_weight}
         if self.foreign:
             foreign = self._evaluate(self.foreign, config.limit, f"{self.source}: {config.ood_dataset}")
-            about = {
-                "dataset": config.ood_dataset,
-                "n_tokens": foreign.result()["n_tokens"],
-                "nll": foreign.mean("nll"),
-            }
-            row["ood"] = about | out_of_domain(tally, foreign)
+            row["ood"] = {"dataset": config.ood_dataset} | out_of_domain(tally, foreign)
         return row, tally
 
     def continuations(self) -> dict:

@@ -203,7 +203,8 @@ def tell_apart(own: Tensor, foreign: Tensor) -> tuple[float, float]:
 
 def out_of_domain(own: Tally, foreign: Tally) -> dict:
     """How well each doubt tells foreign text from own, by the token and by the mean over a block."""
-    result = {"auroc": {}, "fpr95": {}, "histograms": foreign.histograms()}
+    result = {"n_tokens": int(foreign.parts["sum n_tokens"].item()), "nll": foreign.mean("nll")}
+    result |= {"auroc": {}, "fpr95": {}, "histograms": foreign.histograms()}
     for name in (*DOUBTS, "nll"):
         if f"tokens {name}" in own.parts:
             for level in ("tokens", "blocks"):

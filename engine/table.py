@@ -67,8 +67,9 @@ class Table(NamedTuple):
 def tables(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> list[Table]:
     """The results by group; columns that no run has are left out. rows, tallies: by the names of the runs."""
     if not comparable(rows):
-        bits = [[name, f"{row['bits_per_byte']:.4f}", str(row["dataset"])] for name, row in rows.items()]
-        return [Table(OTHER_TEXTS, ["run", "bits per byte", "text"], bits)]
+        bits = {name: f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "" for name, row in rows.items()}
+        lines = [[name, bits[name], str(row["dataset"])] for name, row in rows.items()]
+        return [Table(OTHER_TEXTS, ["run", "bits per byte", "text"], lines)]
     first = next(iter(rows))
     values = {name: flat(row) | against(name, first, rows, tallies) for name, row in rows.items()}
     unigram = values[first]["unigram_nll"]
@@ -135,7 +136,7 @@ def as_csv(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> str:
         first = next(iter(rows))
         values = {name: flat(row) | against(name, first, rows, tallies) for name, row in rows.items()}
     else:
-        values = {name: {"bits_per_byte": row["bits_per_byte"]} for name, row in rows.items()}
+        values = {name: {"bits_per_byte": row.get("bits_per_byte", "")} for name, row in rows.items()}
     text, names = io.StringIO(), dict.fromkeys(name for row in values.values() for name in row)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", *names])
