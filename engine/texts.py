@@ -58,5 +58,6 @@ def document(file: TokenFile, eot: int | None, number: int, n_tokens: int) -> np
         if start == len(file):
             raise UserError(f"{file.path} has fewer than {number + 1} documents; give a lower --document")
     ids = file.rows(np.array([start]), min(n_tokens, len(file) - start))[0]
+    ids = ids[np.argmax(ids != eot) :]  # llm.c's documents begin with end-of-text
     ends = np.flatnonzero(ids == eot)
     return ids[: ends[0]] if len(ends) else ids

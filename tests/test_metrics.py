@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from engine import metrics as metrics_module
+from engine.errors import UserError
 from engine.metrics import EDGES, N_BINS, Tally, fine_values, out_of_domain, place_of, tell_apart, weights_of
 from engine.table import against, flat
-from engine.texts import Text
+from engine.texts import Text, document
 from engine.tokenizer import ByteTokenizer
+from engine.tokens import TokenFile
+from tests.helpers import write_nanogpt
 
 metrics = pytest.importorskip("sklearn.metrics")
 rng = np.random.default_rng(0)
@@ -257,3 +260,17 @@ def test_the_unit_is_a_document_where_there_are_enough_of_them(n_documents, part
     at = torch.arange(2048).view(2, -1) + 1
     found = {"document": [0], "stretch": [0, 1, 2], "window": [1, 1025]}[unit]
     assert text.units(at, at % 256).unique().tolist() == found
+
+
+@pytest.mark.parametrize("begin", [[], [9]])  # llm.c's documents begin with end-of-text
+def test_a_document_is_what_stands_between_two_ends_of_text(tmp_path, begin):
+    ids = [*begin, 1, 2, 3, 9, 4, 5, 9, 6, 7, 8, 7, 6]
+    file = TokenFile(write_nanogpt(tmp_path / "d", {"val": ids}), "val")
+    skip = len(begin)
+    assert document(file, 9, 0, 100).tolist() == [1, 2, 3] and document(file, 9, 0, 2 + skip).tolist() == [1, 2]
+    assert document(file, 9, 1 + skip, 100).tolist() == [4, 5]
+    assert document(file, 9, 2 + skip, 4).tolist() == [6, 7, 8, 7]
+    assert document(file, None, 0, 100).tolist() == ids
+    for eot, number in ((9, 3 + skip), (None, 1)):
+        with pytest.raises(UserError, match=f"fewer than {number + 1} documents"):
+            document(file, eot, number, 100)
