@@ -246,6 +246,8 @@ CASES = [
     ("sample.py", [*SAMPLE, "--out_dir=nowhere"], "nowhere does not exist; give a run folder"),
     ("sample.py", [*SAMPLE, "--init_from=damaged/ckpt_00000001.pt"], "is not a good checkpoint"),
     ("evaluate.py", [*EVALUATE, "--out_dir=empty"], "there is no checkpoint in empty"),
+    ("evaluate.py", [*EVALUATE, "--out_dir=damaged"], "is not a good checkpoint.*no other one in damaged"),
+    ("evaluate.py", [*EVALUATE, "--continuations=2", "--prompt_tokens=0"], "prompt_tokens = 0 must be at least 1"),
     ("evaluate.py", [*EVALUATE, "--out_dir=,"], "which runs"),
     # prompts
     ("sample.py", [*SAMPLE, "--start=FILE:missing.txt"], "cannot read the prompt missing.txt: "),

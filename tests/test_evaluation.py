@@ -276,3 +276,16 @@ def test_bytes_and_words_are_those_of_the_targets_whatever_the_windows(file, str
     assert result["n_bytes"] == len(tokenizer.decode(targets).encode()) > result["n_tokens"] == len(targets)
     assert text.n_words == len(tokenizer.decode(targets).split()) > 1
     assert result["unigram_nll"] == pytest.approx(math.log(V))
+
+
+def test_what_an_evaluation_keeps_does_not_grow_with_the_text_and_is_never_v_wide(tmp_path, monkeypatch):
+    model, kept, widths = tiny_gpt("bayes"), [], []
+    predict = model.lm_head.predict
+    monkeypatch.setattr(model.lm_head, "predict", lambda x, n: widths.append(x[0].size(0)) or predict(x, n))
+    for n in (40 * T, 400 * T):
+        file = TokenFile(write_nanogpt(tmp_path / f"{n}", {"val": np.arange(n) % V}), "val")
+        for n_samples in (0, 2):
+            tally = evaluate(model, windows(file, T, 16), CPU, n_samples=n_samples)
+            kept.append({name: part.shape for name, part in tally.parts.items()})
+    assert kept[0] == kept[1] == kept[2] == kept[3] and max(widths) <= 64
+    assert not any(V in shape for shape in kept[0].values())
