@@ -1,28 +1,34 @@
-"""Continue a prompt with a trained model, any head.
+"""Continue a prompt with a trained model, any head; tokens appear as they are drawn.
 
     python sample.py --out_dir=out/quickstart/bayes --start="The old man" --show_uncertainty
-    python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=100
+    python sample.py --out_dir=out/quickstart/bayes --interactive
+    python sample.py --init_from=gpt2-xl --prompts=prompts.txt --jsonl=texts.jsonl --num_samples=3 --stop='\\n\\n'
 
-With --show_uncertainty each token is coloured by the entropy of the prediction it was drawn from; with a Bayesian head,
-the tenth of the tokens whose epistemic uncertainty (what the weights do not know) is highest are underlined.
+With --show_uncertainty each token is coloured by the entropy of the prediction it was drawn from; with a Bayesian head
+those are underlined whose epistemic uncertainty (what the weights do not know) is high. --html has all figures.
 """
 
+import bisect
+import contextlib
+import json
 import math
 import os
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from engine.checkpoint import load_model, tokenizer_of
 from engine.config import load_config
-from engine.distributed import autocast, pick_device
-from engine.errors import MANY, UserError, check_ranges, run
-from engine.tokenizer import Tokenizer, decode_each
+from engine.errors import UserError, check_ranges, run
+from engine.reading import Reading, Token, reader
+from engine.report import Document, write_page
+from engine.run import Continuation, Run, Sampling
 
 # the effective number of tokens that the model wavers between (exp of the entropy), and the colour up to there
 SHADES = ((2, 40), (5, 148), (20, 220), (100, 208), (math.inf, 196))
+FIGURES = ("nll", "total", "epistemic")  # that are averaged over a text
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what would steer the terminal
 
 
 @dataclass(frozen=True)
@@ -30,103 +36,205 @@ class SampleConfig:
     init_from: str = "resume"  # resume: the newest checkpoint in out_dir | gpt2* | a run folder or checkpoint file
     out_dir: str = "out"  # with init_from=resume: the run, or one of its checkpoint files
     start: str = "\n"  # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
-    num_samples: int = 10  # continuations
-    max_new_tokens: int = 500  # length of each
-    temperature: float = 0.8  # below 1: safer, above 1: wilder, 0: always the likeliest token
-    top_k: int = 200  # draw from the k likeliest tokens; 0: from all
-    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    n_samples: int = 0  # Bayesian heads: posterior draws averaged per token; 0: the mean weights; -1: all, not sampled
-    seed: int = 1337  # the same seed, the same text
-    show_uncertainty: bool = False  # colour the tokens by uncertainty
+    prompts: str = ""  # a file of prompts: one in each line, or .jsonl with a field "prompt"
+    interactive: bool = False  # ask for prompts; an empty one goes on with the text, Ctrl-C ends a text, Ctrl-D all
+    num_samples: int = 10  # continuations of each prompt; with --interactive 1
+    sampling: Sampling = Sampling()
+    show_uncertainty: bool = False  # colour the tokens by uncertainty, and give figures with --jsonl
+    html: str = ""  # write all texts there, a page coloured by uncertainty with figures under the pointer
+    jsonl: str = ""  # write all texts there, a JSON object per line, instead of to the screen
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
     compile: bool = False  # one compiled graph per token (on CUDA a CUDA graph): for long texts on a GPU
 
     def __post_init__(self):
-        check_ranges(self, {"num_samples": (1, 10**6), "max_new_tokens": (1, 10**6), "n_samples": (-1, 10**6)})
-        check_ranges(self, {"temperature": (0.0, 1e6), "top_k": (0, MANY), "seed": (0, (1 << 63) - 1)})
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p} must lie in (0, 1]")
+        check_ranges(self, {"num_samples": (1, 10**6)})
+        if self.interactive and (self.prompts or self.jsonl):
+            raise UserError("--interactive asks for its prompts; leave --prompts and --jsonl out")
+        for path in filter(None, (self.html, self.jsonl)):
+            if Path(path).exists():
+                raise UserError(f"{path} is there already; delete it, or name another file")
+            if not Path(path).parent.is_dir():
+                raise UserError(f"there is no folder {Path(path).parent}; make it, or name another file")
 
 
 def main() -> None:
     config, _ = load_config(SampleConfig, sys.argv[1:])
-    device = pick_device(config.device)
-    cast, _ = autocast(device, config.dtype)
-    source = config.out_dir if config.init_from == "resume" else config.init_from
-    model = load_model(source, device)
-    tokenizer = tokenizer_of(source, model.config.vocab_size)
+    model = Run(config.out_dir if config.init_from == "resume" else config.init_from, config.device, config.dtype)
+    model.check(config.sampling)
     if config.compile:
-        model.compile_step()
-    prompt = encode_prompt(config.start, tokenizer)
-    idx = torch.tensor([prompt] * config.num_samples, device=device)
-    torch.manual_seed(config.seed)
-    options = {"n_ids": tokenizer.vocab_size} | {
-        name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "n_samples")
-    }
-    tokens, total, epistemic = [], [], []
-    with cast, torch.no_grad():
-        for token, prediction in model.stream(idx, config.max_new_tokens, **options, uncertain=config.show_uncertainty):
-            tokens.append(token)
-            if config.show_uncertainty:
-                total.append(prediction.total)
-                epistemic.append(prediction.epistemic)
-    tokens = torch.cat(tokens, dim=1).tolist()
-    if config.show_uncertainty:
-        total, epistemic = torch.cat(total, dim=1), torch.cat(epistemic, dim=1)
-        print(legend(epistemic))
-    for i, row in enumerate(tokens):
-        if config.show_uncertainty:
-            print(decode_pieces(prompt, tokenizer) + coloured(row, total[i], epistemic[i], tokenizer))
-            print(f"[mean uncertainty: total {total[i].mean():.3f} nats, epistemic {epistemic[i].mean():.4f} nats]")
-        else:
-            print(tokenizer.decode(prompt + row))
-        print("---------------")
+        model.model.compile_step()
+    last: list[int] = []  # the ids of the newest text, its prompt among them
+    prompts = asked(model, last) if config.interactive else given(model, config)
+    screen, documents = Screen(config, bool(model.model.bayes_layers())), []
+    with open(config.jsonl, "x", encoding="utf-8") if config.jsonl else contextlib.nullcontext() as lines:
+        for i, (record, ids) in enumerate(prompts):
+            sampling = replace(config.sampling, seed=config.sampling.seed + i)
+            prompt = Reading(reader(model.tokenizer)(ids))
+            texts = write(model, prompt, sampling, config, screen)
+            last[:] = ids + [token.id for token in texts[0].tokens]
+            for number, text in enumerate(texts):
+                if lines:
+                    found = record | {"sample": number} | as_record(text, config.show_uncertainty)
+                    print(json.dumps(found, ensure_ascii=False), file=lines, flush=True)
+                if config.html:
+                    title = f"{record['prompt'][:40]!r}, sample {number + 1}"
+                    documents.append(Document(title, {model.source: prompt + text.tokens}))
+    if config.html:
+        note = ", ".join(f"{name} = {value!r}" for name, value in vars(config.sampling).items())
+        write_page(Path(config.html), f"Texts of {model.source}", note, "", documents)
+    for path in filter(None, (config.html, config.jsonl)):
+        print(f"texts: {path}", file=sys.stderr)
 
 
-def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
-    """The prompt's token ids, at least one."""
-    if start.startswith("FILE:"):
-        path = Path(start.removeprefix("FILE:"))
+def write(
+    model: Run, prompt: Reading, sampling: Sampling, config: SampleConfig, screen: "Screen"
+) -> list[Continuation]:
+    """Write a prompt's continuations: the first one appears while it is drawn, the others when all are done."""
+    n, texts = 1 if config.interactive else config.num_samples, [Continuation(sampling)]
+    uncertain = config.show_uncertainty or bool(config.html) or sampling.abstain != "no"
+    screen.begin(prompt)
+    try:
+        for texts in model.stream([token.id for token in prompt], n, sampling, uncertain):
+            screen.show(texts[0])
+    except KeyboardInterrupt:
+        if not config.interactive:
+            raise
+    screen.end(texts[0])
+    for text in texts[1:]:
+        screen.begin(prompt)
+        screen.show(text)
+        screen.end(text)
+    return texts
+
+
+def given(model: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]:
+    """The prompts of the options, all checked before the first is used: what is known of each, and its ids."""
+    start = config.start
+    records = [{"prompt": read_file(start.removeprefix("FILE:")) if start.startswith("FILE:") else start}]
+    if config.prompts:
+        lines = [line for line in read_file(config.prompts).splitlines() if line.strip()]
+        as_json = config.prompts.endswith(".jsonl")
+        records = [from_json(line, i, config.prompts) if as_json else {"prompt": line} for i, line in enumerate(lines)]
+        if not records:
+            raise UserError(f"{config.prompts} has no prompts")
+    return [(record, model.encode(record["prompt"])) for record in records]
+
+
+def from_json(line: str, i: int, path: str) -> dict:
+    """A line of a .jsonl file of prompts."""
+    try:
+        record = json.loads(line)
+        record["prompt"].encode()
+        return record
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f'{path}: its prompt {i + 1} is no JSON object with a text "prompt"') from None
+
+
+def asked(model: Run, last: list[int]) -> Iterator[tuple[dict, list[int]]]:
+    """Prompts from the keyboard; an empty one goes on with the last text."""
+    with contextlib.suppress(ImportError):  # where there is one, lines can be edited
+        import readline  # noqa: F401
+    while True:
         try:
-            start = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompt {path}: {error}") from None
-    if start in ("", "<|endoftext|>"):
-        if tokenizer.eot is None:
-            raise UserError("this tokenizer has no end-of-text token to start from; give some text with --start")
-        return [tokenizer.eot]
-    return tokenizer.encode(start).tolist()
+            prompt = input("> " if sys.stdin.isatty() else "")
+            ids = list(last) if last and not prompt else model.encode(prompt)
+        except (EOFError, KeyboardInterrupt):
+            return
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            yield {"prompt": prompt}, ids
 
 
-def decode_pieces(ids: list[int], tokenizer: Tokenizer, before=lambda i: "", after="") -> str:
-    """The text of ids, before(i) and after around each token's."""
-    return "".join(before(i) + piece + after for i, piece in enumerate(decode_each(ids, tokenizer)))
+def read_file(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt {path}: {error}") from None
 
 
-def coloured(ids: list[int], total: torch.Tensor, epistemic: torch.Tensor, tokenizer: Tokenizer) -> str:
-    """The text of ids in terminal colours (plain when the output is no terminal)."""
-    if not use_colour():
-        return decode_pieces(ids, tokenizer)
-    high = epistemic.float().quantile(0.9).item()
-
-    def style(i: int) -> str:
-        shade = next(colour for limit, colour in SHADES if math.exp(total[i]) <= limit)
-        return f"\033[38;5;{shade}m" + ("\033[4m" if 0 < high <= epistemic[i] else "")
-
-    return decode_pieces(ids, tokenizer, style, "\033[0m")
-
-
-def legend(epistemic: torch.Tensor) -> str:
-    """What the colours mean."""
-    names = [f"{limit:.0f}" if limit < math.inf else "more" for limit, _ in SHADES]
-    shown = [f"\033[38;5;{c}m{n}\033[0m" if use_colour() else n for n, (_, c) in zip(names, SHADES, strict=True)]
-    text = f"[the model wavers between up to {' / '.join(shown)} tokens (exp of the entropy)"
-    return text + ("; underlined: the tenth of highest epistemic uncertainty]" if epistemic.any() else "]")
+def as_record(text: Continuation, with_tokens: bool) -> dict:
+    """A text as it stands in the .jsonl file."""
+    tokens, sampling = text.tokens, text.sampling
+    record = {"text": text.text, "ended": text.ended, "seed": sampling.seed, "n_tokens": len(tokens)}
+    if sampling.abstain == "mark":
+        record["uncertain"] = [i for i, token in enumerate(tokens) if sampling.too_uncertain(token)]
+    if with_tokens:
+        record |= means(tokens) | {
+            "tokens": [{"text": token.text, "id": token.id} | figures(token) for token in tokens]
+        }
+    return record
 
 
-def use_colour() -> bool:
-    return (sys.stdout.isatty() and "NO_COLOR" not in os.environ) or "FORCE_COLOR" in os.environ
+def figures(token: Token) -> dict[str, float]:
+    return {name: round(getattr(token, name), 5) for name in FIGURES}
+
+
+def means(tokens: Reading) -> dict[str, float]:
+    """The figures, nats per token."""
+    return {name: sum(getattr(token, name) for token in tokens) / max(1, len(tokens)) for name in FIGURES}
+
+
+class Screen:
+    """Prints texts as they grow, in colours where the terminal has some."""
+
+    def __init__(self, config: SampleConfig, known: bool):
+        self.config, self.known, self.tty = config, known, sys.stdout.isatty()
+        self.colours = (self.tty and "NO_COLOR" not in os.environ) or "FORCE_COLOR" in os.environ
+        self.silent, self.seen = bool(config.jsonl), 0
+        if config.show_uncertainty:
+            names = [f"{limit:.0f}" if limit < math.inf else "more" for limit, _ in SHADES]
+            shown = [self._styled(name, f"38;5;{c}") for name, (_, c) in zip(names, SHADES, strict=True)]
+            marked = f"above {config.sampling.max_epistemic} nats" if config.sampling.max_epistemic else "a high tenth"
+            text = f"[the model wavers between up to {' / '.join(shown)} tokens (exp of the entropy)"
+            self._print(text + (f"; underlined: epistemic uncertainty, {marked}]" if known else "]"), end="\n")
+
+    def begin(self, prompt: Reading) -> None:
+        """A text begins; in a conversation its prompt stands there already."""
+        self.seen, self.epistemic = 0, []
+        if not self.config.interactive:
+            self._print(self._styled(prompt.text))
+
+    def show(self, text: Continuation) -> None:
+        """Print what is new."""
+        for token in text.tokens[self.seen :]:
+            styles, mark = [], ""
+            if self.config.show_uncertainty:
+                styles.append(f"38;5;{next(colour for limit, colour in SHADES if math.exp(token.total) <= limit)}")
+            if self._is_high(token, text.sampling):
+                styles.append("4")
+                mark = "" if self.colours else "[?]" * text.sampling.too_uncertain(token)
+            self._print(self._styled(token.text, *styles) + mark)
+        self.seen = len(text.tokens)
+
+    def end(self, text: Continuation) -> None:
+        self._print("", end="\n")
+        if text.ended == "abstain":
+            self._print(f"[abstains: epistemic uncertainty above {text.sampling.max_epistemic} nats]", end="\n")
+        if self.config.show_uncertainty and text.tokens:
+            mean = means(text.tokens)
+            epistemic = f", epistemic {mean['epistemic']:.4f} nats" if self.known else ""
+            self._print(f"[mean uncertainty: total {mean['total']:.3f} nats{epistemic}]", end="\n")
+        if not self.config.interactive:
+            self._print("---------------", end="\n")
+
+    def _is_high(self, token: Token, sampling: Sampling) -> bool:
+        """Whether a token is underlined: above the limit, or without one in the highest tenth of the text so far."""
+        if not token.epistemic:
+            return False
+        if sampling.max_epistemic:
+            return token.epistemic > sampling.max_epistemic
+        bisect.insort(self.epistemic, token.epistemic)
+        return len(self.epistemic) >= 10 and token.epistemic >= self.epistemic[-(len(self.epistemic) // 10)]
+
+    def _styled(self, text: str, *codes: str) -> str:
+        text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if self.tty else text
+        return f"\033[{';'.join(codes)}m{text}\033[0m" if self.colours and codes and text else text
+
+    def _print(self, text: str, end: str = "") -> None:
+        if not self.silent:
+            print(text, end=end, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from engine.files import replace
 from engine.labels import LabelFile
 from engine.metrics import Tally, exp, out_of_domain
 from engine.pretrained import HUB
-from engine.report import read_document
+from engine.reading import Reading, read
 from engine.texts import Text, document
 from engine.tokenizer import load_tokenizer
 from engine.tokens import TokenFile, dataset_folder
@@ -112,10 +112,10 @@ class Evaluation:
         settings |= {"prompt_tokens": self.config.prompt_tokens, "split": self.config.split}
         return diversity(texts, found) | {"settings": settings}
 
-    def documents(self) -> Iterator[tuple[str, list[dict]]]:
+    def documents(self) -> Iterator[tuple[str, Reading]]:
         """Of the split and of the foreign text the beginning of a document, token by token."""
         for title, ids in self.shown.items():
-            yield title, read_document(self.model, self.tokenizer, ids, self.n_samples)
+            yield title, read(self.model, self.tokenizer, ids, self.n_samples)
 
     def widen(self) -> float:
         """Scale the posterior to the widest that costs no more than std_tolerance on the validation split."""

@@ -10,20 +10,18 @@ import html
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
-import torch
 
-from engine.distributed import seed_micro_batch
-from engine.evaluation import in_pieces, spans
 from engine.files import replace
 from engine.pictures import draw, label
+from engine.reading import Token
 from engine.table import Table
-from engine.tokenizer import Tokenizer, decode_each
 
-N_TOP = 5  # likeliest next tokens that are shown
 COLOURINGS = ("epistemic", "aleatoric", "total", "nll")
 LOWER = {"nll", "perplexity", "bits", "ece", "brier", "aurc", "fpr95"}  # words of a column whose least value is best
 HIGHER = {"accuracy", "auroc", "recall", "lrap"}
@@ -36,6 +34,7 @@ CAPTIONS = {  # how to read a picture
     "uncertainty": "How sure the predictions are, filled in the run's own domain, outlined outside. AUROC: how often "
     "text from outside is the less certain one of a pair; 0.5 is chance.",
 }
+NUMBERS = '<h2>Numbers</h2>\n{}\n<p class="pale">★ the best of a column</p>'
 OWN_DOMAIN = "How sure the predictions are: the share of tokens at each value."
 
 
@@ -44,39 +43,7 @@ class Document:
     """A text as each run reads it."""
 
     title: str
-    tokens: dict[str, list[dict]]  # run -> read_document's
-
-
-@torch.no_grad()
-def read_document(
-    model: torch.nn.Module, tokenizer: Tokenizer, ids: np.ndarray, n_samples: int = 0
-) -> list[dict[str, object]]:
-    """ids (n,) -> for each token its text and what the model predicted there: nll, total, aleatoric, epistemic in nats
-    (None for the first, which nothing predicts) and the likeliest [text, probability]s as "top"."""
-    model.eval()
-    seed_micro_batch(0, 0)  # n_samples draws the same noise each time
-    names = [
-        "<|endoftext|>" if i == tokenizer.eot else piece.decode(errors="replace")
-        for i, piece in enumerate(tokenizer.token_bytes())
-    ]
-    tokens = [dict.fromkeys(("nll", *COLOURINGS)) | {"text": text, "top": []} for text in decode_each(ids, tokenizer)]
-    idx, head = torch.from_numpy(ids.astype(np.int64)).to(model.transformer.wte.weight.device), model.lm_head
-    at = iter(tokens[1:])
-    block_size = model.config.block_size
-    stride = -(-block_size // 2)  # but for the first window, tokens have at least half a window before them
-    for (start,), length in spans(len(ids) - 1, block_size, 1, 0, stride):
-        first, end = block_size - stride if start else 0, start + length
-        hiddens = [hidden[:, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
-        for hidden, targets in in_pieces(hiddens, idx[None, start + first + 1 : end + 1]):
-            log_probs, total, epistemic = prediction = head.predict(hidden, n_samples)
-            nll = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-            best = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
-            of_tokens = (t.tolist() for t in (nll, total, prediction.aleatoric, epistemic, *best))
-            for *values, top, which in zip(*of_tokens, strict=True):
-                token = next(at)
-                token |= zip(("nll", "total", "aleatoric", "epistemic"), values, strict=True)
-                token["top"] = [[names[i], math.exp(value)] for i, value in zip(which, top, strict=True)]
-    return tokens
+    tokens: dict[str, list[Token]]  # run -> its reading
 
 
 def write_report(
@@ -92,20 +59,33 @@ def write_report(
     metrics.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(folder, rows, curves)
-    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     captions = CAPTIONS if any("ood" in row for row in rows.values()) else CAPTIONS | {"uncertainty": OWN_DOMAIN}
+    body = [NUMBERS.format("\n".join(as_html(table, rows) for table in tables))] if tables else []
+    body += [figure(captions[name], svg) for name, (_, svg) in pictures.items()]
+    write_page(folder / "report.html", title, note, "\n".join(body), documents, rows)
+    return [*(path for files in pictures.values() for path in files), folder / "report.html"]
+
+
+def write_page(
+    path: Path,
+    title: str,
+    note: str,
+    body: str,
+    documents: list[Document],
+    rows: Mapping[str, dict] = MappingProxyType({}),
+) -> None:
+    """Write report.html with this body (HTML) and these texts."""
+    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
     parts = {
         "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "title": html.escape(title),
         "note": html.escape(note),
-        "tables": "\n".join(as_html(table, rows) for table in tables),
-        "pictures": "\n".join(figure(captions[name], svg) for name, (_, svg) in pictures.items()),
+        "body": body,
         "data": page_data(documents, rows),
     }
     page = re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], page)  # one pass: what is filled in stays as it is
-    replace(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    return [*(path for files in pictures.values() for path in files), folder / "report.html"]
+    replace(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def as_html(table: Table, rows: dict[str, dict]) -> str:
@@ -142,7 +122,7 @@ def figure(caption: str, svg: Path) -> str:
     return f'<figure><div><img src="{source}" alt="{caption}"></div><figcaption>{caption}</figcaption></figure>'
 
 
-def page_data(documents: list[Document], rows: dict[str, dict]) -> str:
+def page_data(documents: list[Document], rows: Mapping[str, dict]) -> str:
     """The texts as JSON that may stand inside <script>: a list per token, as the page's script names its fields.
 
     A colouring's scale ends at the 99th percentile over all texts and runs, so that their colours mean the same."""
@@ -150,11 +130,11 @@ def page_data(documents: list[Document], rows: dict[str, dict]) -> str:
     for document in documents:
         runs = []
         for run, tokens in document.tokens.items():
-            known = any(token["epistemic"] for token in tokens)  # point weights have none
+            known = any(token.epistemic for token in tokens)  # point weights have none
             for name in COLOURINGS if known else COLOURINGS[1:]:
-                values[name] += [token[name] for token in tokens if token[name] is not None]
-            fields = [[token["text"], *(short(token[name]) for name in COLOURINGS)] for token in tokens]
-            top = [[[text, short(p)] for text, p in token["top"]] for token in tokens]
+                values[name] += [value for token in tokens if (value := getattr(token, name)) is not None]
+            fields = [[token.text, *(short(getattr(token, name)) for name in COLOURINGS)] for token in tokens]
+            top = [[[text, short(p)] for text, p in token.top] for token in tokens]
             runs.append({"name": label(run, rows.get(run, {})), "known": known, "tokens": fields, "top": top})
         texts.append({"title": document.title, "runs": runs})
     finite = {name: [value for value in found if math.isfinite(value)] for name, found in values.items()}

@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -138,10 +138,11 @@ class ByteTokenizer:
 Tokenizer = GPT2Tokenizer | BPETokenizer | CharTokenizer | ByteTokenizer
 
 
-def decode_each(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
-    """The text of ids token by token; a character that is split over tokens stands whole at the last of them."""
+def piece_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """A function that takes a text's ids one by one and returns each one's text; a character that is split over tokens
+    stands whole at the last of them."""
     pieces, decoder = tokenizer.token_bytes(), codecs.getincrementaldecoder("utf-8")("replace")
-    return ["<|endoftext|>" if token == tokenizer.eot else decoder.decode(pieces[token]) for token in ids]
+    return lambda token: "<|endoftext|>" if token == tokenizer.eot else decoder.decode(pieces[token])
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

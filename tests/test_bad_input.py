@@ -253,7 +253,7 @@ CASES = [
     ("sample.py", [*SAMPLE, "--start=FILE:missing.txt"], "cannot read the prompt missing.txt: "),
     ("sample.py", [*SAMPLE, "--start=FILE:latin.txt"], "cannot read the prompt latin.txt: "),
     ("sample.py", [*SAMPLE, "--start=THE"], "the character 'T' is not in this data set's"),
-    ("sample.py", [*SAMPLE, "--start="], "no end-of-text token to start from; give some text with --start"),
+    ("sample.py", [*SAMPLE, "--start="], "no end-of-text token to start from; give some text to start with"),
 ]
 
 

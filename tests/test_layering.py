@@ -18,6 +18,8 @@ LEVELS = {
     "engine.pretrained": 2,
     "engine.endings": 2,
     "engine.report": 2,
+    "engine.run": 3.5,
+    "engine.reading": 1.5,
     "engine.examine": 3.5,
     "engine.pictures": 1,
     "model": 1,

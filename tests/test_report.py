@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from engine.evaluation import ROWS
-from engine.report import COLOURINGS, Document, best, read_document, write_report
+from engine.reading import Token, read
+from engine.report import COLOURINGS, Document, best, write_report
 from engine.table import Table
 from engine.tokenizer import ByteTokenizer, CharTokenizer
 from tests.helpers import HEADS, tiny_gpt
@@ -32,45 +33,45 @@ HOSTILE = [  # none of them may be more than text, wherever it stands
 ]
 
 
-# read_document
+# reading
 
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 def test_a_document_has_the_predictions_of_each_token(weights, likelihood):
     model, ids = tiny_gpt(weights, likelihood, std=0.3), np.random.default_rng(0).integers(0, 60, 41).astype(np.uint16)
     chars = [chr(65 + i) for i in range(60)]  # fewer than the model's ids: its vocabulary is padded
-    tokens = read_document(model, CharTokenizer(chars), ids)
-    assert "".join(token["text"] for token in tokens) == "".join(chars[i] for i in ids)
-    assert [tokens[0][name] for name in COLOURINGS] == [None] * 4 and tokens[0]["top"] == []
+    tokens = read(model, CharTokenizer(chars), ids)
+    assert "".join(token.text for token in tokens) == "".join(chars[i] for i in ids)
+    assert [getattr(tokens[0], name) for name in COLOURINGS] == [None] * 4 and tokens[0].top == ()
     start_of = {i: 0 if i <= 16 else (i - 9) // 8 * 8 for i in range(1, 41)}  # behind 8 tokens at least
     for i, token in enumerate(tokens[1:], 1):
         context = torch.tensor(ids[None, start_of[i] : i].astype(np.int64))
         p = model.log_probs(context)[0, -1].double().exp().detach().numpy()
-        assert token["nll"] == pytest.approx(-np.log(p[ids[i]]), rel=1e-4)
-        assert token["total"] == pytest.approx(-np.sum(p * np.log(p)), rel=1e-4)
-        assert token["aleatoric"] + token["epistemic"] == pytest.approx(token["total"], rel=1e-5)
-        assert (token["epistemic"] > 0) == (weights == "bayes")
+        assert token.nll == pytest.approx(-np.log(p[ids[i]]), rel=1e-4)
+        assert token.total == pytest.approx(-np.sum(p * np.log(p)), rel=1e-4)
+        assert token.aleatoric + token.epistemic == pytest.approx(token.total, rel=1e-5)
+        assert (token.epistemic > 0) == (weights == "bayes")
         order = np.argsort(-p[:60])[:5]
-        assert token["top"] == [[chars[k], pytest.approx(p[k], rel=1e-4)] for k in order]
+        assert token.top == tuple((chars[k], pytest.approx(p[k], rel=1e-4)) for k in order)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_the_shortest_documents_are_read(n):
-    assert len(read_document(tiny_gpt(std=0.3), CharTokenizer("abc"), np.zeros(n, dtype=np.int64))) == n
+    assert len(read(tiny_gpt(std=0.3), CharTokenizer("abc"), np.zeros(n, dtype=np.int64))) == n
 
 
 def test_draws_are_the_same_each_time_and_tell_what_the_weights_do_not_know():
     model, ids = tiny_gpt("bayes", std=0.3), np.arange(40) % 3
-    first, second = (read_document(model, CharTokenizer("abc"), ids, n_samples=4) for _ in range(2))
-    assert first == second and all(token["epistemic"] > 0 for token in first[1:])
-    assert first != read_document(model, CharTokenizer("abc"), ids)
+    first, second = (read(model, CharTokenizer("abc"), ids, n_samples=4) for _ in range(2))
+    assert first == second and all(token.epistemic > 0 for token in first[1:])
+    assert first != read(model, CharTokenizer("abc"), ids)
 
 
 def test_a_long_document_never_has_all_its_predictions_at_once(monkeypatch):
     model, seen = tiny_gpt(block_size=512), []
     predict = model.lm_head.predict
     monkeypatch.setattr(model.lm_head, "predict", lambda x, n: seen.append(x[0].shape) or predict(x, n))
-    read_document(model, CharTokenizer("abc"), np.zeros(1000, dtype=np.int64))
+    read(model, CharTokenizer("abc"), np.zeros(1000, dtype=np.int64))
     assert max(n for n, _ in seen) <= ROWS["cpu"] and sum(n for n, _ in seen) == 999
 
 
@@ -78,7 +79,7 @@ def test_end_of_text_and_split_characters_have_a_text():
     tokenizer = ByteTokenizer()
     model = tiny_gpt(vocab_size=257, std=0.3)
     ids = np.array([*tokenizer.encode("é"), tokenizer.eot, 97])
-    assert [token["text"] for token in read_document(model, tokenizer, ids)] == ["", "é", "<|endoftext|>", "a"]
+    assert [token.text for token in read(model, tokenizer, ids)] == ["", "é", "<|endoftext|>", "a"]
 
 
 # The table
@@ -103,15 +104,14 @@ def test_the_best_of_a_column_is_found_where_there_is_a_better(name, cells, expe
     assert best(name, cells) == expected
 
 
-def make_tokens(texts: list[str], known: bool, scale: float = 1.0) -> list[dict]:
+def make_tokens(texts: list[str], known: bool, scale: float = 1.0) -> list[Token]:
     """A document in which token i has nll i * scale; the first has none."""
     tokens = []
     for i, text in enumerate(texts):
         epistemic = 0.01 * i * scale if known else 0.0
         values = {"nll": i * scale, "total": 2.0 + i, "aleatoric": 2.0 + i - epistemic, "epistemic": epistemic}
-        values = values if i else dict.fromkeys(values)
-        top = [[texts[(i + k) % len(texts)], 0.5 / (k + 1)] for k in range(5)] if i else []
-        tokens.append({"text": text, "top": top, **values})
+        top = tuple((texts[(i + k) % len(texts)], 0.5 / (k + 1)) for k in range(5))
+        tokens.append(Token(text, i, **values, top=top) if i else Token(text, i))
     return tokens
 
 
@@ -169,7 +169,7 @@ def test_the_same_report_has_the_same_bytes(tmp_path):
 
 
 def test_numbers_that_are_none_leave_the_page_whole(tmp_path):
-    tokens = [token | {"nll": float("nan")} for token in make_tokens(["a", "b", "c"], False)]
+    tokens = [token._replace(nll=float("nan")) for token in make_tokens(["a", "b", "c"], False)]
     files = write_report(tmp_path, "t", "", [Table("", ["run"], [["x"]])], {}, {}, [Document("d", {"x": tokens})])
     assert [path.name for path in files] == ["report.html"]
     assert embedded(files[0])["documents"][0]["runs"][0]["tokens"][1][4] is None
@@ -293,7 +293,7 @@ def test_pointing_tapping_and_walking_show_the_figures_of_a_token(browser, tmp_p
     browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
     assert shown(browser)["token"] == '"word5 "' and browser.switch_to.active_element == spans[5]
     browser.execute_script("arguments[0].focus()", spans[0])
-    assert "first" in shown(browser)["prediction"]
+    assert "given" in shown(browser)["prediction"]
     assert [span.text for span in find(browser, ".shown")] == ["word0 "]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.gpt2_bpe import cached_tokens
-from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, decode_each, load_tokenizer
+from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer, piece_decoder
 from tests.conftest import shared_data
 from tests.helpers import ROOT, TINY, flags, run, words, write_dataset, write_nanogpt, write_words
 from tests.test_offline import run_closed
@@ -45,14 +45,14 @@ def test_token_by_token_the_text_is_that_of_all_tokens(kind):
     tokenizer = make(kind)
     for text in [TEXT[:200]] if kind == "char" else STRANGE:
         ids = tokenizer.encode(text)
-        pieces = decode_each(ids, tokenizer)
+        pieces = list(map(piece_decoder(tokenizer), ids))
         assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids) == text
 
 
 def test_a_character_that_is_split_over_tokens_stands_whole_at_the_last_of_them():
     tokenizer = ByteTokenizer()
     ids = [*tokenizer.encode("aé€"), tokenizer.eot, 98]
-    assert decode_each(ids, tokenizer) == ["a", "", "é", "", "", "€", "<|endoftext|>", "b"]
+    assert list(map(piece_decoder(tokenizer), ids)) == ["a", "", "é", "", "", "€", "<|endoftext|>", "b"]
 
 
 @pytest.fixture

@@ -1,0 +1,320 @@
+"""sample.py and engine/run.py: the texts against model.generate and the slow way, how they end, where they go."""
+
+import io
+import json
+import math
+import os
+import pty
+import re
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.reading import Reading, Token
+from engine.run import Continuation, Run, Sampling
+from engine.tokenizer import BPETokenizer
+from tests.helpers import ROOT, flags, refused, run, words, write_bytes, write_words
+from tests.test_report import embedded
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs on words: softmax by characters, Bayesian by characters and by bytes, which know an end of text."""
+    root = tmp_path_factory.mktemp("runs")
+    data = write_words(root / "data")
+    run(data, root / "softmax", max_iters=5)
+    run(data, root / "bayes", weights="bayes")
+    run(write_bytes(root / "bytes"), root / "bytes_bayes", weights="bayes", max_iters=5)
+    return root
+
+
+@pytest.fixture(scope="module")
+def bayes(folder):
+    return Run(folder / "bayes", device="cpu", dtype="float32")
+
+
+def sample_py(monkeypatch, folder, *more: str, **options) -> None:
+    monkeypatch.chdir(folder)
+    options = {
+        "out_dir": "bayes",
+        "device": "cpu",
+        "dtype": "float32",
+        "start": "the ",
+        "num_samples": 1,
+        "max_new_tokens": 30,
+    } | options
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags(**options), *more])
+    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# texts
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"n_samples": 3}, {"top_k": 3}, {"top_p": 0.5, "seed": 7}])
+def test_a_text_is_what_generate_draws_with_this_seed(bayes, options):
+    torch.manual_seed(options.get("seed", 1337))
+    idx = torch.tensor([bayes.encode("the ")])
+    of_model = {"temperature": 0.8, "top_k": 200} | {name: v for name, v in options.items() if name != "seed"}
+    ids = bayes.model.generate(idx, 40, **of_model)[0, 4:]
+    assert bayes.generate_text("the ", max_new_tokens=40, **options) == bayes.tokenizer.decode(ids)
+
+
+def test_figures_of_a_text_are_those_of_reading_it(bayes):
+    *_, (text,) = bayes.stream("the ", 1, Sampling(max_new_tokens=12))  # within a block: nothing slides
+    read = bayes.uncertainty("the " + text.text)[4:]
+    for token, again in zip(text.tokens, read, strict=True):
+        assert (token.text, token.id, [name for name, _ in token.top]) == (
+            again.text,
+            again.id,
+            [name for name, _ in again.top],
+        )
+        for name in ("nll", "total", "aleatoric", "epistemic"):
+            assert getattr(token, name) == pytest.approx(getattr(again, name), rel=1e-3, abs=1e-6)
+
+
+def test_uncertainty_is_that_of_the_model_where_a_document_begins(folder):
+    bytes_run = Run(folder / "bytes_bayes", device="cpu", dtype="float32")
+    reading, ids = bytes_run.uncertainty("é ship"), [256, *"é ship".encode()]
+    log_probs = bytes_run.model.log_probs(torch.tensor([ids[:-1]]))[0].double()
+    assert [token.id for token in reading] == ids[1:] and reading.text == "é ship"
+    for token, log_p, i in zip(reading, log_probs, ids[1:], strict=True):
+        assert token.nll == pytest.approx(-log_p[i].item(), rel=1e-4)
+        assert token.total == pytest.approx(-(log_p.exp() * log_p).sum().item(), rel=1e-4)
+        assert 0 < token.epistemic < token.total
+    assert (
+        Run(folder / "softmax", device="cpu", dtype="float32").uncertainty("the")[0].nll is None
+    )  # characters have no end of text
+
+
+def test_the_samples_of_a_batch_differ_and_the_seed_repeats_them(bayes):
+    def texts(seed: int) -> list[str]:
+        *_, found = bayes.stream("the ", 3, Sampling(max_new_tokens=30, seed=seed), uncertain=False)
+        return [text.text for text in found]
+
+    assert len(set(texts(1))) == 3 and texts(1) == texts(1) != texts(2)
+
+
+def test_a_character_that_is_split_by_the_end_of_the_prompt_comes_out_whole():
+    class Bytes:
+        eot, vocab_size = None, 256
+
+        def token_bytes(self):
+            return [bytes([i]) for i in range(256)]
+
+    from engine.reading import reader
+
+    tokens = reader(Bytes())
+    assert [token.text for token in tokens("é".encode()[:1])] == [""]
+    assert [token.text for token in tokens("é".encode()[1:])] == ["é"]
+
+
+# where a text ends
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_text_ends_before_the_first_stop_string_and_shows_nothing_of_it_on_the_way(seed):
+    rng = np.random.default_rng(seed)
+    pieces = ["".join(rng.choice(list("ab\n"), rng.integers(0, 4))) for _ in range(40)]
+    stops = ["".join(rng.choice(list("ab\n"), rng.integers(2, 5))) for _ in range(2)]
+    full = "".join(pieces)
+    end = min([full.find(stop) for stop in stops if stop in full], default=len(full))
+    text = Continuation(Sampling(max_new_tokens=len(pieces), stop="|".join(stops).replace("\n", "\\n")))
+    for i, piece in enumerate(pieces):
+        before = text.text
+        text.add(Token(piece, i))
+        assert text.text.startswith(before) and full[:end].startswith(text.text)
+    assert text.text == full[:end] and text.ended == ("stop" if end < len(full) else "length")
+    assert [token.id for token in text.tokens] == sorted({token.id for token in text.tokens})
+
+
+def test_generating_ends_with_the_last_text_that_ends(bayes):
+    steps = list(bayes.stream("the ", 4, Sampling(max_new_tokens=200, stop=" ")))
+    assert len(steps) < 100 and [text.ended for text in steps[-1]] == ["stop"] * 4
+    assert not any(" " in text.text for text in steps[-1])
+
+
+@pytest.mark.parametrize("abstain", ["mark", "stop"])
+def test_abstaining_goes_by_the_epistemic_uncertainty(bayes, abstain):
+    *_, (plain,) = bayes.stream("the ", 1, Sampling(max_new_tokens=40))
+    epistemic = [token.epistemic for token in plain.tokens]
+    limit = sorted(epistemic)[30]
+    sampling = Sampling(max_new_tokens=40, abstain=abstain, max_epistemic=limit)
+    *_, (text,) = bayes.stream("the ", 1, sampling)
+    above = [i for i, value in enumerate(epistemic) if value > limit]
+    if abstain == "mark":
+        assert text.text == plain.text and [i for i, t in enumerate(text.tokens) if sampling.too_uncertain(t)] == above
+    else:
+        assert text.tokens == plain.tokens[: above[0]] and text.ended == "abstain"
+        assert bayes.generate_text("the ", max_new_tokens=40, abstain="stop", max_epistemic=limit) == text.text
+
+
+# the script
+
+
+def test_the_text_stands_behind_its_prompt_and_is_plain_when_piped(folder, bayes, monkeypatch, capsys):
+    expected = "the " + bayes.generate_text("the ", max_new_tokens=30)
+    sample_py(monkeypatch, folder)
+    assert capsys.readouterr().out == expected + "\n---------------\n"
+    sample_py(monkeypatch, folder, "--show_uncertainty")
+    output = capsys.readouterr().out
+    assert expected in output and "\033" not in output and re.search(r"total \d\.\d+ nats, epistemic \d\.\d+", output)
+
+
+def test_colours_are_those_of_the_legend_and_a_tenth_is_underlined(folder, bayes, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    sample_py(monkeypatch, folder, "--show_uncertainty", max_new_tokens=200)
+    legend, text = capsys.readouterr().out.split("\n", 1)
+    shades = dict(reversed(pair) for pair in re.findall(r"\033\[38;5;(\d+)m(\w+)\033", legend))
+    *_, (expected,) = bayes.stream("the ", 1, Sampling(max_new_tokens=200))
+    found = re.findall(r"\033\[38;5;(\d+)(;4)?m([^\033]+)\033\[0m", text)
+    assert [piece for *_, piece in found] == [token.text for token in expected.tokens]
+    for (shade, _, _), token in zip(found, expected.tokens, strict=True):
+        limits = [2, 5, 20, 100, math.inf]
+        limit = next(limit for limit in limits if math.exp(token.total) <= limit)
+        assert shade == shades["more" if limit == math.inf else str(limit)]
+    marked = [token.epistemic for (_, underlined, _), token in zip(found, expected.tokens, strict=True) if underlined]
+    assert 10 <= len(marked) <= 60 and min(marked) > np.median([token.epistemic for token in expected.tokens])
+
+
+def test_marks_stand_behind_the_tokens_that_abstaining_takes(folder, bayes, monkeypatch, capsys):
+    *_, (text,) = bayes.stream("the ", 1, Sampling(max_new_tokens=30))
+    limit = sorted(token.epistemic for token in text.tokens)[25]
+    sample_py(monkeypatch, folder, abstain="mark", max_epistemic=limit)
+    marked = "".join(token.text + "[?]" * (token.epistemic > limit) for token in text.tokens)
+    assert capsys.readouterr().out.startswith("the " + marked) and marked.count("[?]") == 4
+
+
+def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, capsys):
+    prompts = [{"prompt": "the ship", "id": 7}, {"prompt": "old "}]
+    (folder / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, prompts)))
+    (folder / "prompts.txt").write_text("the ship\nold \n")
+    for name in ("jsonl", "txt"):
+        sample_py(
+            monkeypatch, folder, "--show_uncertainty", prompts=f"prompts.{name}", num_samples=2, jsonl=f"o_{name}"
+        )
+    assert capsys.readouterr().out == ""
+    found, of_txt = lines_of(folder / "o_jsonl"), lines_of(folder / "o_txt")
+    assert [record.pop("id", None) for record in found] == [7, 7, None, None] and found == of_txt
+    assert [(r["prompt"], r["sample"], r["seed"]) for r in found] == [
+        ("the ship", 0, 1337),
+        ("the ship", 1, 1337),
+        ("old ", 0, 1338),
+        ("old ", 1, 1338),
+    ]
+    for record in found:
+        assert record["text"] == "".join(token["text"] for token in record["tokens"]) and record["n_tokens"] == 30
+        assert record["nll"] == pytest.approx(sum(token["nll"] for token in record["tokens"]) / 30, abs=1e-4)
+    sample_py(monkeypatch, folder, prompts="prompts.txt", jsonl="alone", seed=1338, start="ignored")
+    assert [record["seed"] for record in lines_of(folder / "alone")] == [1338, 1339]
+
+
+def test_the_page_has_every_text_with_its_figures(folder, monkeypatch, capsys):
+    sample_py(monkeypatch, folder, num_samples=2, html="texts.html")
+    texts = capsys.readouterr().out.split("\n---------------\n")[:2]
+    documents = embedded(folder / "texts.html")["documents"]
+    assert ["".join(token[0] for token in d["runs"][0]["tokens"]) for d in documents] == texts
+    given, drawn = documents[0]["runs"][0]["tokens"][:4], documents[0]["runs"][0]["tokens"][4:]
+    assert all(token[1:] == [None] * 4 for token in given) and all(None not in token for token in drawn)
+    assert "Numbers" not in (folder / "texts.html").read_text()
+
+
+def test_a_conversation_goes_on_behind_its_last_text_and_outlives_mistakes(folder, bayes, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the \n\nTHE\nold "))
+    sample_py(monkeypatch, folder, "--interactive", max_new_tokens=10)
+    output, sampling = capsys.readouterr(), {"max_new_tokens": 10}
+    first = bayes.generate_text("the ", **sampling)
+    second = bayes.generate_text("the " + first, seed=1338, **sampling)
+    assert output.out == "\n".join([first, second, bayes.generate_text("old ", seed=1339, **sampling), ""])
+    assert "error: the character 'T' is not in this data set" in output.err
+
+
+def test_an_interrupt_ends_a_text_of_a_conversation_and_not_the_conversation(folder, bayes, monkeypatch, capsys):
+    add, left = Continuation.add, iter([0] * 5 + [1] + [0] * 99)
+
+    def interrupted(self, token):
+        if next(left):
+            raise KeyboardInterrupt
+        add(self, token)
+
+    monkeypatch.setattr(Continuation, "add", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the \nold "))
+    sample_py(monkeypatch, folder, "--interactive", max_new_tokens=10)
+    first, second, _ = capsys.readouterr().out.split("\n")
+    assert len(first) == 5 and second == bayes.generate_text("old ", seed=1338, max_new_tokens=10)
+
+
+def test_a_terminal_sees_tokens_one_by_one_and_no_character_that_steers_it(tmp_path):
+    write_words(tmp_path / "data", BPETokenizer.train([words(400) + "\x1b[31m\x07" * 500], 300))
+    run(tmp_path / "data", tmp_path / "run", max_iters=1)
+    argv = flags(
+        out_dir=tmp_path / "run",
+        start="the \x1b[31m\x07",
+        num_samples=1,
+        max_new_tokens=3,
+        device="cpu",
+        dtype="float32",
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *argv], stdout=theirs, cwd=ROOT)
+    os.close(theirs)
+    output = b""
+    while True:
+        try:
+            output += (part := os.read(ours, 4096))
+        except OSError:  # the other end has closed
+            break
+        if not part:
+            break
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert output.decode().startswith("the \ufffd[31m\ufffd") and b"\x1b[31m" not in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"html": "there.txt"}, "there.txt is there already; delete it, or name another file"),
+        ({"jsonl": "there.txt"}, "there.txt is there already"),
+        ({"jsonl": "nowhere/x.jsonl"}, "there is no folder nowhere; make it"),
+        ({"prompts": "missing.txt"}, "cannot read the prompt missing.txt"),
+        ({"prompts": "there.txt"}, "there.txt has no prompts"),
+        ({"prompts": "bad.jsonl", "jsonl": "new"}, 'bad.jsonl: its prompt 2 is no JSON object with a text "prompt"'),
+        ({"prompts": "strange.txt", "jsonl": "new"}, "the character 'S' is not in this data set"),
+        ({"interactive": True, "jsonl": "new"}, "leave --prompts and --jsonl out"),
+        ({"abstain": "maybe"}, "abstain = 'maybe' is not one of: no, mark, stop"),
+        ({"abstain": "stop"}, "abstain = 'stop' needs a limit: --max_epistemic=0.05"),
+        ({"abstain": "stop", "max_epistemic": 0.1, "out_dir": "softmax"}, "softmax has point weights"),
+        ({"max_epistemic": -1}, "max_epistemic = -1.0 must be at least 0"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_is_written(folder, monkeypatch, capsys, options, message):
+    for name, text in {
+        "there.txt": "\n",
+        "bad.jsonl": '{"prompt": "the"}\n{"text": "the"}\n',
+        "strange.txt": "the\nSHIP",
+    }.items():
+        (folder / name).write_text(text)
+    argv = flags(**{"out_dir": "bayes", "device": "cpu", "start": "the", "max_new_tokens": 2} | options)
+    assert message in refused("sample.py", argv, folder, monkeypatch, capsys)
+
+
+def test_a_notebook_shows_hostile_texts_as_text():
+    page = Reading([Token("<script>", 0), Token("</p>\"'", 1, 0.5, 1.0, 1.0, 0.0, (("<b>", 0.5),))])._repr_html_()
+    assert "<script>" not in page and '</p>"' not in page and "<b>" not in page
+    assert "&lt;script&gt;" in page and "nll 0.5" in page
+
+
+def test_a_wrong_option_of_the_python_face_is_refused(bayes):
+    with pytest.raises(TypeError, match="temprature"):
+        bayes.generate_text("the", temprature=1)
+    with pytest.raises(UserError, match="temperature"):
+        bayes.generate_text("the", temperature=-1)
