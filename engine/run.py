@@ -149,7 +149,8 @@ class Run:
                 for text, tokens, new, row in zip(texts, readers, ids.tolist(), rows, strict=True):
                     for token in tokens(new, row):
                         text.add(token)
-                yield texts
+                with torch.autocast(self.device.type, enabled=False):  # the caller's code between two tokens is its own
+                    yield texts
                 if all(text.ended for text in texts):
                     return
 

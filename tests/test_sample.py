@@ -117,6 +117,13 @@ def test_a_character_that_is_split_by_the_end_of_the_prompt_comes_out_whole():
     assert [token.text for token in tokens("é".encode()[1:])] == ["é"]
 
 
+def test_a_text_that_is_being_written_leaves_the_precision_of_all_else_alone(folder):
+    texts = Run(folder / "bayes", device="cpu", dtype="bfloat16").stream("the ", 1, Sampling(max_new_tokens=5))
+    for _ in texts:
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
 # where a text ends
 
 
