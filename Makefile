@@ -2,7 +2,7 @@
 # make rows  the eight rows of the paper's table on WikiText-2 (python data/wikitext/prepare.py --version=2 first), an estimated
 #            90 minutes on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
 # make test  ruff and the tests
-# make bench time and memory of heads, steps, texts, evaluations and the start-up, in ratios; appends to
+# make bench time and memory of heads, steps, texts and evaluations, in ratios; appends to
 #            bench/results.jsonl (bench/README.md)
 # make reliability   kills, damage and signals at random instants, counted in training_logs/reliability.json, about 20 minutes
 # make soak  an hour of kills and signals on two processes, then the undisturbed run to compare with
@@ -50,7 +50,6 @@ bench: .venv/.installed-dev
 	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
 	$(PY) bench/generate.py $(FLAGS)
 	$(PY) bench/evaluate.py $(FLAGS)
-	$(PY) bench/startup.py $(FLAGS)
 
 reliability: .venv/.installed-dev
 	$(PY) -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50

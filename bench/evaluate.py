@@ -12,8 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import measure
@@ -27,22 +26,21 @@ DRAWS = (0, 1, 16)
 
 
 def main() -> None:
-    args = measure.arguments(__doc__.splitlines()[0], 5, blocks="2")
+    args = measure.arguments(__doc__, rounds=5, blocks=2)
     shape = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
     if args.quick:
         shape = {"vocab_size": 67, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 32}
     keep_memory()
     device = pick_device("auto")
-    text = torch.randint(shape["vocab_size"], (int(args.blocks), shape["block_size"] + 1))
+    text = torch.randint(shape["vocab_size"], (args.blocks, shape["block_size"] + 1))
     at = torch.arange(shape["block_size"])[None]
     blocks = [Windows(block[None, :-1], block[None, 1:], 0, at, at) for block in text]
-    for head in args.cases.split(",") if args.cases else HEADS:
+    for head in args.cases or HEADS:
         model = GPT(GPTConfig(**shape, head=HeadConfig("bayes", HEADS[head], n_data=10**8))).to(device)
         cases = {f"{head}, draws: {n}": partial(evaluate, model, blocks, Processes(device), n_samples=n) for n in DRAWS}
         seconds, baseline = measure.in_turns(cases, args.rounds), f"{head}, draws: 1"
-        goals = {f"{head}, draws: {DRAWS[-1]}": "2"}
-        measure.table(f"{text[:, 1:].numel()} tokens", seconds, baseline, goals=goals, n_tokens=text[:, 1:].numel())
-        measure.record_all("evaluate", seconds, baseline, None, shapes=shape | {"blocks": len(blocks)})
+        n_tokens, shapes = text[:, 1:].numel(), shape | {"blocks": len(blocks)}
+        measure.report("evaluate", seconds, baseline, n_tokens=n_tokens, shapes=shapes)
 
 
 if __name__ == "__main__":

@@ -32,15 +32,6 @@ NAIVE = ("plain_bf16", "dense_bce", "torchbnn", "torchbnn_dense_bce")
 CASES = ("plain", *OURS, *(f"{name}_bf16" for name in OURS), "softmax_eager", "sigmoid_eager", *NAIVE)
 SHAPES = {"n_tokens": 2048, "n_embd": 256, "vocab_size": 50304}
 QUICK = {"n_tokens": 512, "n_embd": 8, "vocab_size": 5003}
-GOALS = {  # time under the default allocator, memory there, time under the tuned one
-    "softmax": (0.78, 0.13, 1.03),
-    "smooth": (0.78, 0.13, 1.03),
-    "bayes": (0.82, 0.25, 1.06),
-    "bayes_full_sample": (0.85, 0.20, None),
-    "sigmoid": (0.80, 0.22, 1.03),
-    "bayes_sigmoid": (0.82, 0.25, 1.06),
-    "softmax_bf16": (0.30, None, 0.30),
-}
 
 
 def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[[], None]:
@@ -77,29 +68,20 @@ def split(case: str) -> tuple[str, str]:
     return case, "compiled" if case in OURS else "eager"
 
 
-def goal(case: str, allocator: str) -> str:
-    default, memory, tuned = GOALS[case]
-    time = default if allocator == "default" else tuned
-    return f"{time or '-'} / {memory if memory and allocator == 'default' else '-'}"
-
-
 def main() -> None:
-    args = measure.arguments(__doc__.splitlines()[0], rounds=7, allocator="both")
+    args = measure.arguments(__doc__, rounds=7, allocator="both")
     if args.allocator == "both":  # malloc is set once, before anything large is allocated
         for allocator in ("default", "tuned"):
             subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--allocator={allocator}"], check=True)
         return
     measure.use_allocator(args.allocator)
     shapes = QUICK if args.quick else SHAPES
-    chosen = args.cases.split(",") if args.cases else CASES
-    cases = {name: prepare(name, **shapes) for name in ("plain", *(name for name in chosen if name != "plain"))}
+    cases = {name: prepare(name, **shapes) for name in dict.fromkeys(["plain", *(args.cases or CASES)])}
     seconds = measure.in_turns(cases, args.rounds)
     memory = None  # under the tuned allocator a peak says what the process grew to, not what a call needs
     if args.allocator == "default":
         memory = {name: measure.peak_of("bench.heads", name, args.allocator, **shapes) for name in cases}
-    goals = {name: goal(name, args.allocator) for name in GOALS}
-    measure.table(f"head, {args.allocator} allocator, {shapes}", seconds, "plain", memory, goals)
-    measure.record_all("heads", seconds, "plain", memory, shapes=shapes, allocator=args.allocator)
+    measure.report("heads", seconds, "plain", memory, allocators=dict.fromkeys(cases, args.allocator), shapes=shapes)
 
 
 if __name__ == "__main__":

@@ -10,26 +10,26 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from bench import measure
 from engine.distributed import keep_memory, pick_device
 from engine.endings import encode, score_endings
 from engine.tokenizer import ByteTokenizer, GPT2Tokenizer
 from model import GPT, GPTConfig
 
+SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768}
+
 
 def main() -> None:
-    args = measure.arguments(__doc__, 3, source="", items=16, n_layer=12, n_head=12, n_embd=768)
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32} if args.quick else vars(args)
-    shape = {name: int(shape[name]) for name in ("n_layer", "n_head", "n_embd")}
+    args = measure.arguments(__doc__, rounds=3, source="", items=16)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32} if args.quick else SHAPE
     tokenizer = ByteTokenizer() if args.quick else GPT2Tokenizer()
     keep_memory()
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, bias=True, **shape)).to(pick_device("auto")).eval()
     lines = Path(args.source).read_text().splitlines()  # short items first: take them from everywhere
-    items = [json.loads(line) for line in lines[:: max(1, len(lines) // int(args.items))]][: int(args.items)]
+    items = [json.loads(line) for line in lines[:: max(1, len(lines) // args.items)]][: args.items]
     texts = [encode(tokenizer, item["ctx"], [" " + ending for ending in item["endings"]]) for item in items]
     apart = [(context, [ending]) for context, endings in texts for ending in endings]
     cases = {
@@ -39,9 +39,8 @@ def main() -> None:
     }
     seconds = measure.in_turns(cases, args.rounds)
     for baseline in ("separate", "four_rows"):
-        measure.table(f"{len(items)} items", seconds, baseline)
-        ratio = measure.ratio(seconds["shared"], seconds[baseline])
-        measure.record("hellaswag", "shared", baseline, ratio, shapes=shape | {"items": len(items)})
+        pair = {name: seconds[name] for name in ("shared", baseline)}
+        measure.report("hellaswag", pair, baseline, shapes=shape | {"items": len(items)})
 
 
 @torch.no_grad()

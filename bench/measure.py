@@ -17,12 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from engine.distributed import keep_memory
+from engine.distributed import keep_memory, peak_flops, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results.jsonl"  # or $BENCH_RESULTS
@@ -44,10 +44,6 @@ def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
 def peak_memory(case: Callable[[], object]) -> int:
@@ -134,67 +130,65 @@ def use_allocator(name: str) -> None:
         keep_memory()
 
 
-def table(
-    title: str,
+def report(
+    bench: str,
     seconds: Mapping[str, list[float]],
     baseline: str,
     memory: Mapping[str, int] | None = None,
-    goals: Mapping[str, str] | None = None,
     n_tokens: int = 0,
+    flops: Mapping[str, float] | None = None,
+    allocators: Mapping[str, str] | None = None,
+    **about,
 ) -> None:
-    """Print of each case the median time, its ratio to the baseline (and the middle half of both), and its goal.
+    """Print and record each case: its median time, and its ratio to the baseline, with the middle half of both.
 
-    n_tokens: of one call, for tokens per second."""
-    print(f"\n{title}: ratios to {baseline}")
-    width = max(map(len, seconds))
+    memory: bytes; n_tokens: of one call; flops: of one call: ratios are then of times per FLOP, and the baseline has a
+    record too; about: what else the records have."""
+    print(f"\n{bench}: ratios to {baseline}; {about}")
+    peak = peak_flops(pick_device("auto"))
     for name, times in seconds.items():
-        low, median, high = quartiles(times)
-        ratios = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
-        line = f"  {name:<{width}}  {median * 1e3:8.1f} ms ({low * 1e3:.1f} - {high * 1e3:.1f})"
-        line += "  x {1:.3f} ({0:.3f} - {2:.3f})".format(*quartiles(ratios))
-        if n_tokens:
-            line += f"  {n_tokens / median:7.0f} tokens/s"
+        per_flop = flops[baseline] / flops[name] if flops else 1
+        ratios = [per_flop * a / b for a, b in zip(times, seconds[baseline], strict=True)]
+        (low, median, high), (least, ratio, most) = quartiles(times), quartiles(ratios)
+        found = {"time_ratio": round(ratio, 4), "seconds": round(median, 7)}
+        line = f"  {name:<{max(map(len, seconds))}}  {median * 1e3:9.3f} ms ({low * 1e3:.3f} - {high * 1e3:.3f})"
+        line += f"  x {ratio:.3f} ({least:.3f} - {most:.3f})"
+        line += f"  {n_tokens / median:,.0f} tokens/s" if n_tokens else ""
         if memory:
-            line += f"  peak {memory[name] / 2**20:6.0f} MiB  x {memory[name] / memory[baseline]:.3f}"
-        if goals and name in goals:
-            line += f"  goal {goals[name]}"
+            found["memory_ratio"] = round(memory[name] / memory[baseline], 4)
+            found["peak_mib"] = round(memory[name] / 2**20, 1)
+            line += "  peak {peak_mib:.0f} MiB  x {memory_ratio:.3f}".format(**found)
+        if flops:
+            rates = {"tflops": flops[name] / median / 1e12, "of_peak": flops[name] / median / peak}
+            found |= {rate: round(value, 4) for rate, value in rates.items() if value == value}  # nan: unknown device
+            line += "  {tflops:.4g} TFLOP/s, {of_peak:.3f} of the data sheet's".format(**rates)
+        if allocators:
+            found["allocator"] = allocators[name]
+            line += f"  malloc: {allocators[name]}"
         print(line, flush=True)
+        if name != baseline or flops:
+            _record({"bench": bench, "case": name, "baseline": baseline} | found | about)
+
+
+def _record(found: dict) -> None:
+    """Append to bench/results.jsonl, with the machine and the date."""
+    found |= {"machine": machine(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    with open(os.environ.get("BENCH_RESULTS") or RESULTS, "a") as file:
+        file.write(json.dumps(found) + "\n")
 
 
 def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
-def record(bench: str, case: str, baseline: str, time_ratio: float, memory_ratio: float | None = None, **about) -> None:
-    """Append a result to bench/results.jsonl, with the machine and the date."""
-    line = {"bench": bench, "case": case, "baseline": baseline, "time_ratio": round(time_ratio, 4)}
-    line |= {} if memory_ratio is None else {"memory_ratio": round(memory_ratio, 4)}
-    line |= about | {"machine": machine(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-    with open(os.environ.get("BENCH_RESULTS") or RESULTS, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def record_all(
-    bench: str, seconds: Mapping[str, list[float]], baseline: str, memory: Mapping[str, int] | None, **about
-) -> None:
-    """A record for each case but the baseline, with its medians."""
-    for case in [name for name in seconds if name != baseline]:
-        median, time_ratio = round(statistics.median(seconds[case]), 5), ratio(seconds[case], seconds[baseline])
-        if memory is None:
-            record(bench, case, baseline, time_ratio, seconds=median, **about)
-        else:
-            peak = {"peak_mib": round(memory[case] / 2**20, 1)}
-            record(bench, case, baseline, time_ratio, memory[case] / memory[baseline], seconds=median, **peak, **about)
-
-
-def arguments(description: str, rounds: int, **defaults: str) -> argparse.Namespace:
-    """The command line that the benchmarks share; defaults: further options, each a word."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(description: str, rounds: int, **defaults: str | int) -> argparse.Namespace:
+    """The command line that the benchmarks share; defaults: further options, words or numbers."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: does it run?")
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds of all cases in turns")
-    parser.add_argument("--cases", default="", help="only these, separated by commas")
+    parser.add_argument("--cases", type=lambda words: words.split(","), help="only these, separated by commas")
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     args.rounds = 2 if args.quick else args.rounds
     if args.quick:  # says nothing about speed

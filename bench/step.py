@@ -2,7 +2,6 @@
 
     python bench/step.py                        4 layers of 256, V = 50304 (small)
     python bench/step.py --scale=char           6 layers of 384 on 65 characters; --scale=gpt2: 124M, one block of 1024
-    python bench/step.py --sweep=yes            memory by batch size, tokens per second by T, V and d: softmax and plain
 
 Ours run as on a CPU with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned allocator, in turns in this
 process. What users write is eager fp32 with AdamW as it comes, each in a worker process under malloc's default, which
@@ -11,7 +10,7 @@ has its turn while ours waits; plain_tuned is the plain GPT here, under our sett
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,14 +34,6 @@ SCALES = {  # shapes and cases; those of 124M that fit into 24 GiB together
     "gpt2": (GPT2, ("softmax", "plain", "transformers")),
 }
 QUICK = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "vocab_size": 307}
-GOALS = {"smooth": "<= 1.01", **dict.fromkeys(("bayes", "bayes_full_sample", "sigmoid", "bayes_sigmoid"), "<= 1.05")}
-PLAIN_GOALS = {"small": ">= 4 / >= 2", "char": ">= 2.8 / -", "gpt2": ">= 3.2 / -"}
-SWEEP = (
-    *({"batch_size": n} for n in (1, 2, 4, 8, 16)),
-    *({"block_size": n, "batch_size": 2048 // n} for n in (128, 512, 1024)),
-    *({"vocab_size": n} for n in (1024, 8192, 100_352)),
-    *({"n_embd": n, "n_head": n // 64} for n in (128, 512, 768)),
-)
 
 
 class Step:
@@ -98,46 +89,25 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
     return model.train()
 
 
-def allocator_of(case: str) -> str:
-    return "default" if case in USERS else "tuned"
-
-
-def compare(
-    title: str, names: Sequence[str], shapes: Mapping[str, int], rounds: int, goals: Mapping[str, str], apart: bool
-) -> None:
-    """Measure, print and record steps in turns; apart: ours in workers of their own, too."""
+def main() -> None:
+    args = measure.arguments(__doc__, rounds=7, scale="small")
+    measure.use_allocator("tuned")
+    shapes, names = SCALES[args.scale]
+    shapes = QUICK if args.quick else shapes
+    allocators = {name: "default" if name in USERS else "tuned" for name in ("softmax", *(args.cases or names))}
     with contextlib.ExitStack() as stack:
         cases = {}
-        for name in names:
-            if apart or name in USERS:
-                cases[name] = measure.Worker("bench.step", name, allocator_of(name), **shapes)
+        for name, allocator in allocators.items():
+            if name in USERS:
+                cases[name] = measure.Worker("bench.step", name, allocator, **shapes)
                 stack.callback(cases[name].close)
             else:
                 cases[name] = prepare(name, **shapes)
-        seconds = measure.in_turns(cases, rounds)
+        seconds = measure.in_turns(cases, args.rounds)
     del cases
-    memory = {name: measure.peak_of("bench.step", name, allocator_of(name), **shapes) for name in names}
+    memory = {name: measure.peak_of("bench.step", name, allocator, **shapes) for name, allocator in allocators.items()}
     n_tokens = shapes["batch_size"] * shapes["block_size"]
-    measure.table(f"step, {title}, {dict(shapes)}", seconds, "softmax", memory, goals, n_tokens)
-    for name in names:
-        if name != "softmax":
-            pair = {key: seconds[key] for key in ("softmax", name)}
-            measure.record_all("step", pair, "softmax", memory, shapes=shapes, allocator=allocator_of(name))
-
-
-def main() -> None:
-    args = measure.arguments(__doc__.splitlines()[0], rounds=7, scale="small", sweep="")
-    measure.use_allocator("tuned")
-    shapes, names = SCALES[args.scale]
-    if args.sweep:
-        for changed in SWEEP[:1] if args.quick else SWEEP:
-            point = (QUICK if args.quick else SMALL) | changed
-            compare(f"sweep {changed}", ("softmax", "plain"), point, args.rounds, {}, apart=True)
-        return
-    chosen = args.cases.split(",") if args.cases else names
-    names = ("softmax", *(name for name in chosen if name != "softmax"))
-    goals = GOALS | {"plain": PLAIN_GOALS[args.scale]}
-    compare(args.scale, names, QUICK if args.quick else shapes, args.rounds, goals, apart=False)
+    measure.report("step", seconds, "softmax", memory, n_tokens, allocators=allocators, shapes=shapes)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from engine.tokens import TokenFile
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, 3, source="", separator="", repeat=1)
+    args = measure.arguments(__doc__, rounds=3, source="", separator="", repeat=1)
     n_proc = available_processors()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +34,7 @@ def main() -> None:
         texts = ["A few words.", "And a few more of them."] * 50
         if not args.quick:
             parts = find(args.source, separator=args.separator.replace("\\n", "\n"))
-            texts = [piece.text for part in parts for piece in part.pieces()] * int(args.repeat)
+            texts = [piece.text for part in parts for piece in part.pieces()] * args.repeat
         datasets.Dataset.from_dict({"text": texts}).to_json(documents)
         cases = {
             f"ours_{n_proc}": partial(ours, documents, folder, n_proc),
@@ -45,10 +45,7 @@ def main() -> None:
         assert len(set(n_tokens.values())) == 1, n_tokens
         seconds = measure.in_turns(cases, args.rounds)
     baseline, shapes = list(cases)[-1], {"tokens": n_tokens["ours_1"], "documents": len(texts)}
-    measure.table(f"{shapes['tokens']:,} tokens", seconds, baseline, n_tokens=shapes["tokens"])
-    for name in cases:
-        if name != baseline:
-            measure.record("tokenise", name, baseline, measure.ratio(seconds[name], seconds[baseline]), shapes=shapes)
+    measure.report("tokenise", seconds, baseline, n_tokens=shapes["tokens"], shapes=shapes)
 
 
 def ours(documents: Path, folder: str, num_proc: int) -> int:

@@ -47,16 +47,6 @@ def test_step_compares_heads_and_what_users_write_with_our_softmax(tmp_path):
     assert {(record["bench"], record["baseline"]) for record in records} == {("step", "softmax")}
 
 
-def test_step_sweeps_over_shapes_with_ours_and_the_plain_gpt_in_processes_of_their_own(tmp_path):
-    (record,) = records_of("step.py", tmp_path, "--sweep=yes")
-    assert record["case"] == "plain" and record["shapes"]["batch_size"] == 1
-
-
-def test_startup_compares_imports_and_finds_no_heavy_package_in_a_training_step(tmp_path):
-    records = records_of("startup.py", tmp_path, "--cases=train_step,python")
-    assert [record["case"] for record in records] == ["train_step", "python"]
-
-
 def test_evaluate_compares_draws_with_one_of_them_for_both_bayesian_heads(tmp_path):
     records = records_of("evaluate.py", tmp_path, keys=KEYS - {"memory_ratio", "allocator"})
     expected = [(f"{head}, draws: {n}", f"{head}, draws: 1") for head in ("bayes", "bayes_sigmoid") for n in (0, 16)]
@@ -83,9 +73,9 @@ def test_gpu_runs_its_five_parts_at_tiny_shapes_and_without_them_asks_for_a_gpu(
         assert f"  {record['case']} " in done.stdout
         cases.setdefault(record["bench"], []).append(record["case"])
     assert {"gpu_attention", "gpu_products", "gpu_steps", "gpu_heads", "gpu_decode"} == cases.keys()
-    assert cases["gpu_steps"] == list(OURS) and len(cases["gpu_decode"]) == 2 * 2 * 3
+    assert cases["gpu_steps"] == list(OURS) and len(cases["gpu_decode"]) == 2 * 2 * (3 - 1)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "CUDA" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "CUDA" in done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from Linux's /proc")

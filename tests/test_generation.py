@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -182,8 +183,9 @@ def test_draw_takes_the_kept_tokens_in_proportion(options, kept):
 
 
 def test_the_benchmark_runs_and_writes_its_records(tmp_path):
-    command = [sys.executable, ROOT / "bench" / "generate.py", "--quick", f"--results={tmp_path / 'results.jsonl'}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command, environment = [sys.executable, ROOT / "bench" / "generate.py", "--quick"], dict(os.environ)
+    environment["BENCH_RESULTS"] = str(tmp_path / "results.jsonl")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     cases = {"softmax", "sigmoid", "bayes", "transformers", "bayes, draws: 16"}

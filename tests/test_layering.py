@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, TINY, flags, write_nanogpt
 
 LEVELS = {
     "train": 4,
@@ -108,7 +109,7 @@ def test_the_table_names_what_exists():
     assert {"train", "sample", "evaluate", "data.text.prepare"} <= found
 
 
-def test_importing_train_imports_no_package_that_training_does_not_need():
+def test_neither_importing_train_nor_a_step_imports_a_package_that_training_does_not_need(tmp_path):
     heavy = {
         "torch._dynamo",
         "datasets",
@@ -120,6 +121,15 @@ def test_importing_train_imports_no_package_that_training_does_not_need():
         "safetensors",
         "pandas",
     }
-    code = f"import sys, train; print(*sorted({heavy!r} & sys.modules.keys()))"
+    assert imported("import sys, train", heavy) == []
+    write_nanogpt(tmp_path / "data", {"train": np.arange(1000), "val": np.arange(100)})
+    tiny = flags(**TINY | {"max_iters": 1, "dataset": tmp_path / "data"})
+    step = f"import sys, train; sys.argv[1:] = {tiny!r}; train.main(out_dir={str(tmp_path / 'out')!r})"
+    assert imported(step, heavy - {"torch._dynamo"}) == []
+
+
+def imported(code: str, packages: set[str]) -> list[str]:
+    """Which of the packages have been imported behind the code."""
+    code += f"; print(*sorted({packages!r} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == []
+    return result.stdout.splitlines()[-1].split()
