@@ -6,6 +6,7 @@ the token behind token i. The weights of a row sum to 1, and no id has two of th
 without labels. Whatever is not yet written is a hole in the file, which reads as zeros and takes no space.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
-from engine.files import write_json
+from engine.files import alone, write_json
 from engine.scan import Reader
 from engine.tokens import DATA_ROOT, TokenFile
 
@@ -115,7 +116,10 @@ class LabelWriter:
     def __init__(self, file: TokenFile, name: str, about: dict):
         self.path, self.about_path = paths_of(file, name)
         self.about = about | identity(file)
-        self.file = _open_alone(self.path)
+        busy = f"another process is writing {self.path}; wait for it, or give another --name"
+        self.lock = contextlib.ExitStack()
+        self.lock.enter_context(alone(self.path, busy))
+        self.file = open(self.path, "r+b")  # noqa: SIM115 open for as long as there is a writer
         size, found = 4 * len(file) * about["k"], self.path.stat().st_size
         if self.about_path.is_file():
             self.progress = read_about(self.about_path)
@@ -161,15 +165,3 @@ def refuse_other(wanted: dict, found: dict, what: str, way_out: str) -> None:
         if found.get(name) != value:
             there, here = f"{found.get(name)}"[:16], f"{value}"[:16]
             raise UserError(f"{what}: its {name} is {there}, here it is {here}; {way_out}")
-
-
-def _open_alone(path: Path):
-    """The file, made if need be, and locked: of two processes that write the same labels the second one is refused."""
-    import fcntl  # Windows has none, and trains without
-
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is writing {path}; wait for it, or give another --name") from None
-    return file

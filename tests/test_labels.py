@@ -264,7 +264,7 @@ def test_of_two_processes_that_write_the_same_labels_the_second_is_refused(data)
     first = LabelWriter(TokenFile(data, "train"), "locked", about)
     with pytest.raises(UserError, match="another process is writing"):
         LabelWriter(TokenFile(data, "train"), "locked", about)
-    first.file.close()
+    first.lock.close()
     LabelWriter(TokenFile(data, "train"), "locked", about)
 
 
