@@ -6,18 +6,18 @@ module's prepare(case, **shapes), a function without arguments, so that another 
 """
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import gc
 import importlib
 import json
+import multiprocessing.pool
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -62,13 +62,15 @@ def peak_memory(case: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
+def fresh_process(allocator: str) -> multiprocessing.pool.Pool:
+    """A pool of one new process, which sets its malloc before anything large is allocated."""
+    return multiprocessing.get_context("spawn").Pool(1, use_allocator, (allocator,))
+
+
 def peak_of(module: str, case: str, allocator: str = "tuned", **shapes: int) -> int:
     """The warm_peak of a case in a fresh process."""
-    code = f"print(measure.warm_peak({module!r}, {case!r}, {shapes!r}))"
-    done = subprocess.run(_python(allocator, code), cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{module} {case}: {done.stderr[-2000:]}")
-    return int(done.stdout.split()[-1])
+    with fresh_process(allocator) as process:
+        return process.apply(warm_peak, (module, case, shapes))
 
 
 def warm_peak(module: str, case: str, shapes: Mapping[str, int]) -> int:
@@ -81,41 +83,22 @@ def warm_peak(module: str, case: str, shapes: Mapping[str, int]) -> int:
     return held + peak_memory(prepared)
 
 
-class Worker:
+@contextlib.contextmanager
+def worker(module: str, case: str, allocator: str, **shapes: int) -> Iterator[Callable[[], None]]:
     """A case in a process of its own, for in_turns: it works while it is called, and waits otherwise."""
-
-    def __init__(self, module: str, case: str, allocator: str, **shapes: int):
-        code = f"measure.serve({module!r}, {case!r}, {shapes!r})"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(_python(allocator, code), cwd=ROOT, text=True, bufsize=1, **pipes)
-        self.answer()
-
-    def __call__(self) -> None:
-        self.process.stdin.write("go\n")
-        self.answer()
-
-    def answer(self) -> None:
-        if self.process.stdout.readline() != "done\n":
-            raise RuntimeError(f"{' '.join(self.process.args)} ended early")
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    with fresh_process(allocator) as process:
+        process.apply(_keep, (module, case, shapes))
+        yield lambda: process.apply(_call_kept)
 
 
-def serve(module: str, case: str, shapes: Mapping[str, int]) -> None:
-    """What a Worker does: one call for each line that comes in."""
-    prepared = importlib.import_module(module).prepare(case, **shapes)
-    print("done", flush=True)
-    for _ in sys.stdin:
-        prepared()
-        synchronize()
-        print("done", flush=True)
+def _keep(module: str, case: str, shapes: Mapping[str, int]) -> None:
+    global kept
+    kept = importlib.import_module(module).prepare(case, **shapes)
 
 
-def _python(allocator: str, code: str) -> list[str]:
-    code = f"from bench import measure; measure.use_allocator({allocator!r}); {code}"
-    return [sys.executable, "-c", code]
+def _call_kept() -> None:
+    kept()
+    synchronize()
 
 
 def compiled(function: Callable) -> Callable:

@@ -99,8 +99,7 @@ def main() -> None:
         cases = {}
         for name, allocator in allocators.items():
             if name in USERS:
-                cases[name] = measure.Worker("bench.step", name, allocator, **shapes)
-                stack.callback(cases[name].close)
+                cases[name] = stack.enter_context(measure.worker("bench.step", name, allocator, **shapes))
             else:
                 cases[name] = prepare(name, **shapes)
         seconds = measure.in_turns(cases, args.rounds)

@@ -1,16 +1,12 @@
-"""Drawing tokens and caching what was read, against the distributions written the slow way; bench/generate.py runs."""
+"""Drawing tokens and caching what was read, against the distributions written the slow way."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from engine.generation import KVCache, draw
-from tests.helpers import HEADS, ROOT, tiny_gpt
+from tests.helpers import HEADS, tiny_gpt
 
 V = 67
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
@@ -180,17 +176,6 @@ def test_draw_takes_the_kept_tokens_in_proportion(options, kept):
     expected /= expected.sum()
     assert set(drawn.nonzero().flatten().tolist()) == set(kept)
     assert ((drawn - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
-
-
-def test_the_benchmark_runs_and_writes_its_records(tmp_path):
-    command, environment = [sys.executable, ROOT / "bench" / "generate.py", "--quick"], dict(os.environ)
-    environment["BENCH_RESULTS"] = str(tmp_path / "results.jsonl")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    cases = {"softmax", "sigmoid", "bayes", "transformers", "bayes, draws: 16"}
-    assert {record["case"] for record in records} == cases and len(records) == 12
-    assert all(record["bench"] == "generate" and record["time_ratio"] > 0 and record["shapes"] for record in records)
 
 
 def test_a_model_in_training_mode_that_recomputes_its_blocks_generates_the_same_cached_or_not():

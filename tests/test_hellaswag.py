@@ -212,13 +212,3 @@ def test_real_items_need_no_joint_encoding_and_are_scored_without_a_network(gpt2
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "6 items" in done.stdout, done.stderr
     assert json.loads((folder / "hellaswag.json").read_text())["n"] == 6
-
-
-def test_the_benchmark_runs_and_writes_its_records(tmp_path):
-    source, results = write_items(tmp_path / "items.jsonl", [ACTIVITY] * 3), tmp_path / "results.jsonl"
-    command = [sys.executable, str(ROOT / "bench" / "hellaswag.py"), "--quick", f"--source={source}", "--items=2"]
-    environment = os.environ | {"BENCH_RESULTS": str(results), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [(r["case"], r["baseline"]) for r in records] == [("shared", "separate"), ("shared", "four_rows")]
