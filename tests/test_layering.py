@@ -17,6 +17,8 @@ LEVELS = {
     "engine.checkpoint": 3,
     "engine.pretrained": 2,
     "engine.endings": 2,
+    "engine.exporting": 3,
+    "engine.card": 2,
     "engine.report": 2,
     "engine.examine": 3.5,
     "engine.pictures": 1,
