@@ -60,6 +60,7 @@ def main() -> None:
     file = text_to_measure_on(config, trained.get("config", {}).get("dataset"), model)
     if lost and file is None:
         raise UserError("--approximate measures what it costs, and the run's data set is not here; add --dataset=NAME")
+    facts = known_of(trained, meta, of_run(config.out_dir), environment())
     with new_folder(to) as folder:
         write_model(folder, nearest_gpt2(model), tokenizer.eot if tokenizer else None)
         if tokenizer:
@@ -70,7 +71,6 @@ def main() -> None:
                 f"what was written predicts otherwise than {config.out_dir}, by up to {measured.largest:.1e} nats on "
                 f"{measured.text}; nothing is exported: please report this"
             )
-        facts = known_of(trained, meta, of_run(config.out_dir), environment())
         (folder / "README.md").write_text(card(to.name, model, tokenizer, lost, measured, facts), encoding="utf-8")
     for whose, nll in measured.rows:
         print(f"{whose}: nll {nll:.4f} on {measured.n_tokens:,} tokens")

@@ -100,9 +100,9 @@ def known_of(about: dict, meta: dict | None, config: dict, here: dict) -> dict[s
         facts["data set"] = "; ".join([Path(options["dataset"]).name, *sizes])
     if "init_from" in options and options["init_from"] not in ("scratch", "resume", "auto"):
         facts["begun from"] = Path(options["init_from"]).name
-    if step := about.get("step", about.get("iter_num")):
+    if isinstance(step := about.get("step", about.get("iter_num")), int):
         facts["steps"] = f"{step:,}"
         facts |= {"tokens trained": f"{about['tokens']:,}"} if about.get("tokens") else {}
     code = {"trained with": config.get("environment", {}), "exported with": here}
-    facts |= {what: f"commit {by['commit']}, torch {by['torch']}" for what, by in code.items() if by}
+    facts |= {what: f"commit {by['commit']}, torch {by['torch']}" for what, by in code.items() if "torch" in by}
     return facts

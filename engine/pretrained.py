@@ -105,7 +105,7 @@ def _shape_of(config: dict, where: str | Path) -> dict:
     shape = _pick(config, ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"), where)
     for name, value in shape.items():
         if type(value) is not int or value < 1:
-            raise UserError(f"{where} has {name} = {value!r}, which is no number of them; fetch or export it again")
+            raise UserError(f"{where} has {name} = {value!r}, which must be a whole number above 0")
     n_inner, expected = config.get("n_inner"), 4 * shape["n_embd"]
     if n_inner not in (None, expected):
         raise UserError(f"{where} has n_inner = {n_inner!r}; this model is GPT-2, which has 4 * n_embd = {expected}")

@@ -326,6 +326,14 @@ def test_an_exported_run_starts_fine_tuning_on_its_own_tokens_alone(tmp_path, da
         run(tmp_path / "other", tmp_path / "no", init_from=tmp_path / "theirs")
 
 
+def test_a_damaged_config_of_the_run_is_said_before_the_measurement(tmp_path):
+    source = save(tmp_path / "run", tiny_gpt(), CharTokenizer(CHARS))
+    (source / "config.json").write_text('{"environment": {"commit": "abc", "torch": "9"}}')
+    assert "| trained with | commit abc, torch 9 |" in (exported(source, tmp_path / "out") / "README.md").read_text()
+    (source / "config.json").write_text("{")
+    assert "config.json is not JSON" in refusal(source, tmp_path / "again")
+
+
 def test_a_nanogpt_checkpoint_and_a_single_file_go_out_too(tmp_path):
     model = tiny_gpt(std=0.3)
     write_nanogpt(tmp_path / "ckpt.pt", model, bias=False)
