@@ -18,8 +18,8 @@ from engine.config import build
 from engine.errors import UserError, warn
 from engine.files import replace
 from engine.gpt2_bpe import GPT2Tokenizer, cached_tokens, write_tokens
-from engine.pretrained import HUB, from_nanogpt, from_transformers, load_state
-from engine.tokenizer import BPETokenizer, Tokenizer, load_tokenizer, read_meta
+from engine.pretrained import HUB, from_nanogpt, from_transformers, is_transformers, load_state
+from engine.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer, read_meta
 from engine.tokens import dataset_folder
 from model import GPT, GPTConfig
 
@@ -83,7 +83,7 @@ def read_weights(source: str | Path) -> tuple[GPTConfig, dict]:
     """The model's config and state_dict in a run folder, a checkpoint file (ours or nanoGPT's), a transformers folder,
     or OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl)."""
     path = Path(source)
-    if str(source) in HUB or (path / "model.safetensors").is_file():
+    if str(source) in HUB or is_transformers(path):
         shape, state = from_transformers(source)
     elif path.is_dir() or path.is_file():
         contents = read_newest(path) if path.is_dir() else read(path)
@@ -114,37 +114,47 @@ def folder_of(source: str | Path) -> Path:
 
 def check_tokenizer(source: str | Path, dataset: Path) -> None:
     """Refuse data whose tokenizer is another than that of the run in the folder of source, where both are known."""
-    folder = folder_of(source)
-    metas = [GPT2S if str(source) in HUB else read_meta(folder), read_meta(dataset)]
-    if None not in metas and metas[0]["tokenizer"] != metas[1]["tokenizer"]:
-        kinds = [meta["tokenizer"].get("kind") for meta in metas]
+    folder, theirs = folder_of(source), read_meta(dataset)
+    ours = GPT2S if str(source) in HUB else read_meta(folder)
+    if theirs and ours is None and has_tokenizer(folder):  # transformers': its files of a BPE are not ours to the byte
+        found = load_tokenizer(folder)
+        same = found.kind == "bpe" == theirs["tokenizer"].get("kind")
+        same = same and found.token_bytes() == load_tokenizer(dataset).token_bytes()
+        ours = theirs if same else {"tokenizer": found.describe()}
+    if ours and theirs and ours["tokenizer"] != theirs["tokenizer"]:
+        kinds = [meta["tokenizer"].get("kind") for meta in (ours, theirs)]
         raise UserError(f"{source} was trained with another tokenizer ({kinds[0]}) than {dataset} has ({kinds[1]})")
+
+
+def about(source: str | Path) -> dict:
+    """What the checkpoint of a run, the newest in a folder, holds beside the model; {} where source is none."""
+    path = Path(source)
+    state = read(path) if path.is_file() else read_newest(path) if path.is_dir() and exists(path) else {}
+    return {name: value for name, value in state.items() if name not in ("model", "optimizer")}
 
 
 def trained_on(source: str | Path) -> str | None:
     """The data set of a run or checkpoint file (of ours or nanoGPT's); None where the source does not say."""
-    path = Path(source)
-    state = read(path) if path.is_file() else read_newest(path) if path.is_dir() and exists(path) else {}
-    return state.get("config", {}).get("dataset")
+    return about(source).get("config", {}).get("dataset")
+
+
+def tokenizer_folder(source: str | Path) -> Path:
+    """The folder that says what the tokens of a model mean."""
+    folder = folder_of(source)
+    if not has_tokenizer(folder) and (dataset := trained_on(source)):  # nanoGPT keeps its tokenizer with the data
+        return dataset_folder(dataset)
+    return folder
 
 
 def tokenizer_of(source: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer that a run, a checkpoint file or GPT-2's weights belong to; GPT-2's where nothing names another."""
-    folder = folder_of(source)
-    if not has_tokenizer(folder) and (dataset := trained_on(source)):  # nanoGPT keeps its tokenizer with the data
-        folder = dataset_folder(dataset)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder := tokenizer_folder(source))
     if tokenizer.vocab_size > vocab_size:
+        needed = "tokenizer files of its own" if is_transformers(folder) else "the meta.json of its data set"
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}: "
-            f"{source} needs the meta.json of its data set"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}: {source} needs {needed}"
         )
     return tokenizer
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder itself says what its tokens mean."""
-    return (folder / GPT2Tokenizer.file).exists() or read_meta(folder) is not None
 
 
 def copy_tokenizer(data_folder: Path, out_dir: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint import check_tokenizer, folder_of, has_tokenizer, load_model, trained_on
+from engine.checkpoint import check_tokenizer, folder_of, load_model, trained_on
 from engine.distributed import Processes, autocast
 from engine.diversity import continuations, diversity, prompts
 from engine.errors import UserError
@@ -25,7 +25,7 @@ from engine.metrics import Tally, exp, out_of_domain
 from engine.pretrained import HUB
 from engine.reading import Reading, read
 from engine.texts import Text, document
-from engine.tokenizer import load_tokenizer
+from engine.tokenizer import has_tokenizer, load_tokenizer
 from engine.tokens import TokenFile, dataset_folder
 
 if TYPE_CHECKING:

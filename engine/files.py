@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,24 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside, which takes the name `path` once the block is done and all is on the disk: whoever is killed
+    before leaves nothing there. A failure leaves nothing at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            flush(file)
+        flush(temporary)
+        os.replace(temporary, path)  # over an empty folder, never over files
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush(path.parent)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
-from engine.gpt2_bpe import GPT2Tokenizer, to_bytes
+from engine.gpt2_bpe import GPT2Tokenizer, are_gpt2s, to_bytes
 
 KINDS = ("gpt2", "bpe", "char", "byte")
 
@@ -24,6 +24,7 @@ class BPETokenizer:
     """A byte-level BPE trained on the corpus, kept as <folder>/tokenizer.json (the tokenizers library's own format)."""
 
     kind, file = "bpe", "tokenizer.json"
+    parts = ("vocab.json", "merges.txt")  # the same in transformers' folders of old
 
     def __init__(self, bpe):
         self.bpe = bpe
@@ -36,9 +37,7 @@ class BPETokenizer:
         """Train on the texts; vocab_size counts the 256 bytes and end-of-text in."""
         import tokenizers
 
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = tokenizers.decoders.ByteLevel()
+        bpe = byte_level(tokenizers.models.BPE())
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=["<|endoftext|>"],
@@ -52,18 +51,26 @@ class BPETokenizer:
     def load(cls, folder: Path) -> "BPETokenizer":
         import tokenizers
 
-        path = Path(folder) / cls.file
-        if not path.is_file():
+        path, parts = Path(folder) / cls.file, [Path(folder) / name for name in cls.parts]
+        if not path.is_file() and not all(part.is_file() for part in parts):
             raise UserError(f"{path} is missing; prepare the data set again")
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
+            if path.is_file():
+                bpe = tokenizers.Tokenizer.from_file(str(path))
+            else:  # GPT-2's own two files
+                bpe = byte_level(tokenizers.models.BPE.from_file(*map(str, parts)))
+            if "ByteLevel" not in str(json.loads(bpe.to_str())["decoder"]):
+                raise ValueError("its tokens are not made of bytes")
+            bpe.no_truncation()  # transformers saves what was asked of it last
+            bpe.no_padding()
+            tokenizer = cls(bpe)
             tokenizer.token_bytes()
         except Exception as error:  # the library raises bare Exceptions; another kind of BPE has other letters
             raise UserError(f"{path} is no byte-level BPE ({str(error)[:80]}); prepare the data set again") from None
         return tokenizer
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.bpe.encode(text).ids, dtype=np.uint32)
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -77,6 +84,16 @@ class BPETokenizer:
 
     def save(self, folder: Path) -> None:
         self.bpe.save(str(Path(folder) / self.file))
+
+
+def byte_level(model):
+    """A tokenizers.Tokenizer of this BPE that cuts text and joins tokens as GPT-2's does."""
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(model)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    return bpe
 
 
 class CharTokenizer:
@@ -146,11 +163,17 @@ def piece_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that a data or run folder names in meta.json or nanoGPT's meta.pkl; neither means GPT-2's BPE."""
+    """The tokenizer that a folder names in meta.json or nanoGPT's meta.pkl, or that transformers left there; nothing of
+    that means GPT-2's BPE."""
     folder = Path(folder)
     meta = read_meta(folder)
-    if meta is None:
+    if meta is None and (folder / GPT2Tokenizer.file).exists() or not has_tokenizer(folder):
         return GPT2Tokenizer.load(folder)
+    if meta is None:
+        tokenizer = BPETokenizer.load(folder)
+        tokens = [tokenizer.bpe.id_to_token(i) for i in range(GPT2Tokenizer.eot)]
+        is_gpt2s = tokenizer.vocab_size == GPT2Tokenizer.vocab_size and are_gpt2s(tokens)
+        return GPT2Tokenizer(tokens) if is_gpt2s else tokenizer
     description = meta.get("tokenizer", {})
     kind = description.get("kind")
     if kind == "char":
@@ -160,6 +183,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if kind in ("gpt2", "byte"):
         return GPT2Tokenizer.load(folder) if kind == "gpt2" else ByteTokenizer()
     raise UserError(f"{folder} names an unknown tokenizer {kind!r}; known: {', '.join(KINDS)}")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder itself says what its tokens mean."""
+    files = (GPT2Tokenizer.file, BPETokenizer.file, BPETokenizer.parts[0])
+    return any((folder / name).exists() for name in files) or read_meta(folder) is not None
 
 
 def read_meta(folder: str | Path) -> dict | None:

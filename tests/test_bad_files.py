@@ -67,7 +67,7 @@ CASES = [
     *((ABOUT, contents, "labels", NO_LABELS) for contents in (b"[]", b"\xff", NESTED)),
     *((CONFIG, contents, "openai", "is not JSON of a model") for contents in (b"[]", b"", b"\xff", NESTED)),
     (CONFIG, {"model_type": "llama"}, "openai", "has model_type = 'llama'"),
-    (CONFIG, {"n_layer": -1}, "openai", "it has no transformer.wpe.weight"),
+    (CONFIG, {"n_layer": -1}, "openai", "has n_layer = -1, which must be a whole number"),
     (
         CONFIG,
         b'{"model_type": "gpt2"}',
@@ -78,7 +78,7 @@ CASES = [
         (WEIGHTS, contents, "openai", "model.safetensors is damaged")
         for contents in (b"", b"\xff" * 20, b"\x10" + NESTED)
     ),
-    (WEIGHTS, None, "from openai", "there is no checkpoint in openai"),
+    (WEIGHTS, None, "from openai", "model.safetensors is missing"),
 ]
 CHECKPOINTS = [
     ({"model": 5}, "run", "is not a good checkpoint: its model is of another kind"),

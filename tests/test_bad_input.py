@@ -67,6 +67,7 @@ def prepared(tmp_path_factory) -> Iterator[Path]:
 TRAIN = flags(**TINY | {"dataset": "words", "out_dir": "new", "max_iters": 2})
 SAMPLE = ["--out_dir=run", "--device=cpu", "--max_new_tokens=2", "--start=the"]
 EVALUATE = ["--out_dir=run", "--device=cpu"]
+EXPORT = ["--out_dir=run", "--device=cpu", "--to=exported"]
 
 HUGE = "1" + 30 * "0"
 NUMBERS = [
@@ -249,6 +250,17 @@ CASES = [
     ("evaluate.py", [*EVALUATE, "--out_dir=damaged"], "is not a good checkpoint.*no other one in damaged"),
     ("evaluate.py", [*EVALUATE, "--continuations=2", "--prompt_tokens=0"], "prompt_tokens = 0 must be at least 1"),
     ("evaluate.py", [*EVALUATE, "--out_dir=,"], "which runs"),
+    # exports
+    ("export.py", ["--out_dir=run", "--device=cpu"], "where to? --to=FOLDER, a new one"),
+    ("export.py", [*EXPORT, "--to=run"], "run exists already, and is never written over; give another --to"),
+    ("export.py", [*EXPORT, "--to=text.txt"], "text.txt exists already"),
+    ("export.py", [*EXPORT, "--to=text.txt/new"], "text.txt/new cannot be written to|text.txt cannot be written to"),
+    ("export.py", [*EXPORT, "--out_dir=nowhere"], "nowhere does not exist; give a run folder"),
+    ("export.py", [*EXPORT, "--out_dir=damaged"], "is not a good checkpoint"),
+    ("export.py", [*EXPORT, "--dataset=nowhere"], r"val\.bin is missing"),
+    ("export.py", [*EXPORT, "--dataset=byte_words"], "run was trained with another tokenizer"),
+    ("export.py", [*EXPORT, "--aproximate"], "did you mean 'approximate'?"),
+    ("export.py", [*EXPORT, "--device=cuda:99"], "--device=auto"),
     # prompts
     ("sample.py", [*SAMPLE, "--start=FILE:missing.txt"], "cannot read the prompt missing.txt: "),
     ("sample.py", [*SAMPLE, "--start=FILE:latin.txt"], "cannot read the prompt latin.txt: "),

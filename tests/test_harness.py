@@ -11,7 +11,10 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import hellaswag
+from engine.tokenizer import BPETokenizer
 from tests.conftest import shared_data
+from tests.helpers import tiny_gpt
+from tests.test_export import exported, save
 
 WHY = "lm_eval is not installed (its 160 MB are in no requirements file): pip install 'lm_eval[hf]==0.4.13'"
 harness = pytest.importorskip("lm_eval.models.huggingface", reason=WHY)
@@ -39,30 +42,26 @@ def some_items() -> list[dict]:
     return [{name: r[name] for name in names} | {"label": str(r["label"])} for r in chosen]
 
 
-def judged_by_the_harness(folder: Path, items: list[dict], monkeypatch) -> dict:
+def judged_by_the_harness(items: list[dict], monkeypatch, *model, **options) -> dict:
     """lm-evaluation-harness' whole path, but for the download of its data set."""
     import datasets
     import lm_eval.tasks
 
     splits = dict.fromkeys(("train", "validation"), datasets.Dataset.from_list(items))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = GPT2LMHeadModel.from_pretrained(folder).eval()
     task = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"  # to look through all tasks takes seconds
     manager = lm_eval.tasks.TaskManager(include_path=task, include_defaults=False)
-    language_model = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
-    return lm_eval.simple_evaluate(language_model, tasks=["hellaswag"], task_manager=manager)
+    return lm_eval.simple_evaluate(*model, tasks=["hellaswag"], task_manager=manager, **options)
 
 
-def test_each_ending_and_each_answer_is_that_of_lm_evaluation_harness(gpt2_folder, monkeypatch):
-    items = some_items()
-    theirs = judged_by_the_harness(gpt2_folder, items, monkeypatch)
-    source = gpt2_folder / "items.jsonl"
+def check_same(folder: Path, items: list[dict], theirs: dict, monkeypatch) -> None:
+    """Compare what hellaswag.py finds in a folder with the harness' results, ending by ending."""
+    source = folder / "items.jsonl"
     source.write_text("".join(json.dumps(item) + "\n" for item in items))
-    flags = [f"--out_dir={gpt2_folder}", f"--source={source}", "--style=harness", "--device=cpu"]
+    flags = [f"--out_dir={folder}", f"--source={source}", "--style=harness", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags])
     hellaswag.main()
-    answers = [json.loads(line) for line in (gpt2_folder / "hellaswag_harness.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (folder / "hellaswag_harness.jsonl").read_text().splitlines()]
     samples = sorted(theirs["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
     assert len(answers) == len(samples) == len(items) > 40
     for answer, sample in zip(answers, samples, strict=True):
@@ -71,7 +70,25 @@ def test_each_ending_and_each_answer_is_that_of_lm_evaluation_harness(gpt2_folde
         for name in ("acc", "acc_norm"):
             assert (answer[f"answer_{name}"] == answer["label"]) == bool(sample[name])
         assert answer["n_chars"] == [len(choice) for choice in sample["doc"]["choices"]]
-    ours, found = json.loads((gpt2_folder / "hellaswag.json").read_text()), theirs["results"]["hellaswag"]
+    ours, found = json.loads((folder / "hellaswag.json").read_text()), theirs["results"]["hellaswag"]
     for name in ("acc", "acc_norm"):
         assert ours[name] == pytest.approx(found[f"{name},none"])
         assert ours[f"{name}_stderr"] == pytest.approx(found[f"{name}_stderr,none"])
+
+
+def test_each_ending_and_each_answer_is_that_of_lm_evaluation_harness(gpt2_folder, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
+    model = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
+    language_model = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    theirs = judged_by_the_harness(items := some_items(), monkeypatch, language_model)
+    check_same(gpt2_folder, items, theirs, monkeypatch)
+
+
+def test_the_harness_loads_an_exported_run_by_its_name_and_judges_it_as_the_run_itself(tmp_path, monkeypatch):
+    items = some_items()
+    tokenizer = BPETokenizer.train([text for item in items for text in (item["ctx"], *item["endings"])], 700)
+    shape = {"vocab_size": tokenizer.vocab_size, "block_size": 128, "std": 0.3, "logit_bias": "unigram"}
+    run = save(tmp_path / "run", tiny_gpt(**shape), tokenizer)
+    options = {"pretrained": str(exported(run, tmp_path / "gpt2")), "device": "cpu"}
+    theirs = judged_by_the_harness(items, monkeypatch, "hf", model_args=options, batch_size=8)
+    check_same(run, items, theirs, monkeypatch)

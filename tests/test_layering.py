@@ -18,6 +18,8 @@ LEVELS = {
     "engine.checkpoint": 3,
     "engine.pretrained": 2,
     "engine.endings": 2,
+    "engine.exporting": 3,
+    "engine.card": 2,
     "engine.report": 2,
     "engine.run": 3.5,
     "engine.reading": 1.5,

