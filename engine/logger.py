@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -88,8 +89,9 @@ class Logger:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def start_wandb(self, project: str, name: str, config: dict, out_dir: Path) -> None:
-        """Open a wandb run; what goes wrong with wandb is said once and never stops training."""
+    def start_wandb(self, out_dir: Path, **about) -> None:
+        """Open a wandb run, with the code that out_dir holds; about: options of wandb.init. What goes wrong with wandb
+        is said once and never stops training."""
         if not self.is_main:
             return
         try:
@@ -98,13 +100,13 @@ class Logger:
             has_key = os.environ.get("WANDB_API_KEY") or (wandb.api and wandb.api.api_key)
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
             known = self.progress.wandb_id or None  # a resumed run goes on in the same charts
-            self.wandb = wandb.init(
-                project=project, name=name, config=config, dir=out_dir, mode=mode, id=known, resume="allow"
-            )
+            self.wandb = wandb.init(**about, dir=out_dir, mode=mode, id=known, resume="allow")
             self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
             for group in ("train", "val", "objective"):
                 self.wandb.define_metric(f"{group}/*", step_metric="tokens")
             self.wandb.define_metric("val/nll", step_metric="tokens", summary="min")
+            for path in sorted(out_dir.glob("code*.zip")):
+                self.wandb.save(str(path), base_path=str(out_dir), policy="now")
             for record in read_records(self.path):  # of a resumed run: what wandb lacks, offline all
                 self._chart(record)
         except Exception as error:  # a third party's service: any failure of it must not cost a training run
@@ -163,17 +165,27 @@ def clock_time(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
+PACKAGES = ("numpy", "tokenizers", "tiktoken")
+
+
 def environment() -> dict[str, str]:
-    """What a number depends on beside the options: code, versions, machine."""
+    """What a number depends on beside the options: code ("-dirty": with changes that are not committed), versions,
+    machine."""
     try:
         git = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "commit": commit or "unknown",
         "torch": torch.__version__,
+        **versions,
+        **({"cuda": torch.version.cuda} if torch.version.cuda else {}),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": str(os.cpu_count()),

@@ -97,6 +97,23 @@ def test_the_newest_offline_file_of_a_resumed_run_holds_all_of_it(data, tmp_path
     assert "less than the current step" not in capfd.readouterr().err
 
 
+def test_wandb_groups_runs_by_text_and_head_and_has_their_code(data, tmp_path, offline, monkeypatch):
+    import wandb
+
+    options, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: options.append(given) or init(**given))
+    run(data, tmp_path / "s" / "bayes", wandb_log=True, max_iters=2, lr_decay_iters=4, weights="bayes")
+    run(data, tmp_path / "s" / "bayes", wandb_log=True, max_iters=4, lr_decay_iters=4, init_from="resume")
+    run(data, tmp_path / "s" / "mine", wandb_log=True, max_iters=1, wandb_run_name="mine", likelihood="sigmoid")
+    assert [given["name"] for given in options] == ["s/bayes", "s/bayes", "mine"]
+    assert {given["group"] for given in options} == {data.name}
+    assert [given["job_type"] for given in options] == ["bayes x categorical"] * 2 + ["point x sigmoid"]
+    assert options[0]["tags"][:2] == ["bayes", "categorical"] and options[0]["config"]["environment"]["torch"]
+    first, again = sorted((tmp_path / "s" / "bayes").glob("wandb/offline-run-*"))
+    assert first.name.split("-")[-1] == again.name.split("-")[-1], "a resumed run keeps its id"
+    assert all((folder / "files" / "code.zip").is_file() for folder in (first, again))
+
+
 class Charts:
     """A wandb that has the steps below starting_step."""
 
@@ -105,6 +122,9 @@ class Charts:
 
     def init(self, **_):
         return self
+
+    def save(self, *_, **__):
+        pass
 
     def define_metric(self, *_, **__):
         pass
@@ -124,7 +144,7 @@ def test_wandb_is_sent_what_it_lacks_and_no_step_twice(tmp_path, monkeypatch, ha
     wandb, progress = Charts(has), Progress(step=5)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = Logger(tmp_path, Processes(torch.device("cpu")), 1, 1.0, progress, 10)
-    log.start_wandb("p", "n", {}, tmp_path)
+    log.start_wandb(tmp_path)
     for progress.step in (6, 7):
         log.evaluation({"val_nll": 1.0})
     log.close()
