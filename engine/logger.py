@@ -24,6 +24,8 @@ from engine.files import replace
 CHARTS = {name: name for name in ("step", "tokens", "seconds")}
 CHARTS |= {name: name.replace("_", "/") for name in ("val_nll", "val_perplexity", "val_ece")}
 CHARTS |= {"loss": "objective/train_loss", "val_loss": "objective/val_loss"}
+# tqdm's own time left would count evaluations and checkpoints
+BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Logger:
@@ -48,7 +50,9 @@ class Logger:
             self.path = out_dir / "metrics.jsonl"
             self.file = open(self.path, "a")  # noqa: SIM115  closed in close()
             show = sys.stderr.isatty()
-            self.bar = tqdm(total=max_iters, initial=progress.step, unit="step", disable=not show, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=max_iters, initial=progress.step, disable=not show, dynamic_ncols=True, bar_format=BAR
+            )
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -66,6 +70,8 @@ class Logger:
         speed = steps * self.tokens_per_step / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
         left = (self.max_iters - step) * (total - self.first_seconds) / (step - self.first)
+        if self.is_main:
+            self.bar.set_postfix_str(f"{clock_time(left)} left", refresh=False)
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
         record |= {"mfu": mfu} if math.isfinite(mfu) else {}
         record |= {"skipped": self.progress.skipped} if self.progress.skipped else {}
