@@ -4,7 +4,7 @@
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/train_shakespeare_char.py
 # On a CPU take nanoGPT's small recipe: 2000 steps of 768 tokens, 70 s on two cores with bfloat16 units (measured; nll
-# 1.91 of the whole validation split, where nanoGPT publishes 1.88 after 3 minutes), 0.05 GB:
+# 1.91 of the whole validation split, where nanoGPT publishes 1.88 after 3 minutes):
 #     python train.py config/train_shakespeare_char.py --device=cpu --compile=False --n_layer=4 --n_head=4 \
 #         --n_embd=128 --block_size=64 --batch_size=12 --max_iters=2000 --dropout=0
 out_dir = "out-shakespeare-char"
