@@ -82,7 +82,7 @@ def _activations(model: "GPT", batch_size: int, device: str, size: int) -> int:
     if config.dropout:  # a mask behind each of the two branches; on a CPU it is as wide as the numbers
         block += 2 * wide * (size if device == "cpu" else 1)
     if config.dropout and device == "cpu":  # attention has no fast path with dropout there: scores, weights and masks
-        block += config.n_head * config.block_size * 8 * size
+        block += config.n_head * config.block_size * (4 * size + 8)
     drawn = 0
     if config.bayes_mlp and config.head.estimator == "sample":  # a draw of both matrices, and its cast
         drawn = config.n_layer * 8 * wide**2 * (4 + size)
