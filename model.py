@@ -275,6 +275,8 @@ class GPT(nn.Module):
             yield new, prediction
 
     def flops_per_token(self) -> float:
-        """Of one training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B), N without the positions."""
+        """Of one training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B), N without what is looked up:
+        the positions, and an embedding that is not the output weights too."""
         n_params = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        n_params -= 0 if self.config.head.tie_head else self.transformer.wte.weight.numel()
         return 6 * n_params + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size

@@ -55,7 +55,7 @@ class TrainConfig:
     seed: int = 1337  # of weights, data order, dropout and noise
     wandb_log: bool = False  # log to Weights & Biases as well (offline without an account); val/ compares heads there
     wandb_project: str = "owt"  # project name there
-    wandb_run_name: str = "gpt2"  # run name there
+    wandb_run_name: str = ""  # run name there; empty: out_dir (nanoGPT's default, gpt2, would name all heads alike)
     dataset: str = "openwebtext"  # a folder in data/, or the path of a folder with train.bin and val.bin
     labels: str = ""  # teacher labels to train on, by their --name in augmentation/teacher_labels.py
     label_mode: str = "soft"  # soft: the teacher shares in the true token's label | set: all are labels of 1 (sigmoid)
@@ -157,7 +157,7 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     mine = range(progress.step * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size)
     ahead = batches.prefetched(mine, device)
 
-    with open_run(config, data, processes, bare, f"{dtype}, {how}", progress) as log, processes.watch.watching(), saver:
+    with open_run(config, data, processes, bare, (dtype, how), progress) as log, processes.watch.watching(), saver:
         for step in range(progress.step, config.max_iters + 1):
             bare.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
             last, improved = step == config.max_iters or config.eval_only, False

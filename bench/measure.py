@@ -56,10 +56,10 @@ def peak_memory(case: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left free would hide what this one needs
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
     case()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 def fresh_process(allocator: str) -> multiprocessing.pool.Pool:
@@ -189,6 +189,6 @@ def machine() -> str:
     return f"{os.cpu_count()} cores {platform.machine()} {units}".strip()
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

@@ -47,6 +47,11 @@ def load_config(cls: type[T], argv: Sequence[str], fixed: Mapping[str, Any] | No
     return build(cls, given | fixed), set(given)
 
 
+def config_files(cls: type, argv: Sequence[str]) -> list[Path]:
+    """The config files on a command line."""
+    return _split_arguments(argv, flat_fields(cls))[0]
+
+
 def flat_fields(cls: type) -> dict[str, Any]:
     """Option name -> its type, nested dataclasses flattened."""
     types_of, fields = typing.get_type_hints(cls), {}

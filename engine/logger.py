@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from engine.files import replace
 CHARTS = {name: name for name in ("step", "tokens", "seconds")}
 CHARTS |= {name: name.replace("_", "/") for name in ("val_nll", "val_perplexity", "val_ece")}
 CHARTS |= {"loss": "objective/train_loss", "val_loss": "objective/val_loss"}
+# tqdm's own time left would count evaluations and checkpoints
+BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Logger:
@@ -47,7 +50,9 @@ class Logger:
             self.path = out_dir / "metrics.jsonl"
             self.file = open(self.path, "a")  # noqa: SIM115  closed in close()
             show = sys.stderr.isatty()
-            self.bar = tqdm(total=max_iters, initial=progress.step, unit="step", disable=not show, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=max_iters, initial=progress.step, disable=not show, dynamic_ncols=True, bar_format=BAR
+            )
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -65,6 +70,8 @@ class Logger:
         speed = steps * self.tokens_per_step / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
         left = (self.max_iters - step) * (total - self.first_seconds) / (step - self.first)
+        if self.is_main:
+            self.bar.set_postfix_str(f"{clock_time(left)} left", refresh=False)
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
         record |= {"mfu": mfu} if math.isfinite(mfu) else {}
         record |= {"skipped": self.progress.skipped} if self.progress.skipped else {}
@@ -88,8 +95,9 @@ class Logger:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def start_wandb(self, project: str, name: str, config: dict, out_dir: Path) -> None:
-        """Open a wandb run; what goes wrong with wandb is said once and never stops training."""
+    def start_wandb(self, out_dir: Path, **about) -> None:
+        """Open a wandb run, with the code that out_dir holds; about: options of wandb.init. What goes wrong with wandb
+        is said once and never stops training."""
         if not self.is_main:
             return
         try:
@@ -98,13 +106,13 @@ class Logger:
             has_key = os.environ.get("WANDB_API_KEY") or (wandb.api and wandb.api.api_key)
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
             known = self.progress.wandb_id or None  # a resumed run goes on in the same charts
-            self.wandb = wandb.init(
-                project=project, name=name, config=config, dir=out_dir, mode=mode, id=known, resume="allow"
-            )
+            self.wandb = wandb.init(**about, dir=out_dir, mode=mode, id=known, resume="allow")
             self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
             for group in ("train", "val", "objective"):
                 self.wandb.define_metric(f"{group}/*", step_metric="tokens")
             self.wandb.define_metric("val/nll", step_metric="tokens", summary="min")
+            for path in sorted(out_dir.glob("code*.zip")):
+                self.wandb.save(str(path), base_path=str(out_dir), policy="now")
             for record in read_records(self.path):  # of a resumed run: what wandb lacks, offline all
                 self._chart(record)
         except Exception as error:  # a third party's service: any failure of it must not cost a training run
@@ -163,17 +171,27 @@ def clock_time(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
+PACKAGES = ("numpy", "tokenizers", "tiktoken")
+
+
 def environment() -> dict[str, str]:
-    """What a number depends on beside the options: code, versions, machine."""
+    """What a number depends on beside the options: code ("-dirty": with changes that are not committed), versions,
+    machine."""
     try:
         git = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "commit": commit or "unknown",
         "torch": torch.__version__,
+        **versions,
+        **({"cuda": torch.version.cuda} if torch.version.cuda else {}),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": str(os.cpu_count()),

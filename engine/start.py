@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import platform
+import sys
 from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint
-from engine.config import build, flatten
+from engine.budget import banner, code_line
+from engine.config import build, config_files, flatten
 from engine.distributed import Processes
 from engine.errors import UserError, warn
 from engine.files import alone, write_json
@@ -19,6 +21,7 @@ from engine.finetune import on_weights
 from engine.labels import LabelFile
 from engine.logger import Logger, environment, forget_after
 from engine.pretrained import load_state
+from engine.snapshot import command, save_code
 from engine.tokenizer import read_meta
 from engine.tokens import Batches, TokenFile, dataset_folder
 from model import GPT
@@ -156,10 +159,13 @@ def describe(config, data: dict[str, TokenFile], batches: Batches) -> dict:
 
 @contextlib.contextmanager
 def open_run(
-    config, data: dict[str, TokenFile], processes: Processes, model: GPT, how: str, progress
+    config, data: dict[str, TokenFile], processes: Processes, model: GPT, how: tuple[str, str], progress
 ) -> Iterator[Logger]:
-    """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder."""
-    out_dir, first, meta = Path(config.out_dir), progress.step, data["train"].meta
+    """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder.
+
+    how: the dtype, and compiled or eager, as Processes.wrap says it."""
+    out_dir, first, meta, changed = Path(config.out_dir), progress.step, data["train"].meta, ""
+    about = environment() | {"command": command(), "device": str(processes.device), "world_size": processes.world_size}
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     with contextlib.ExitStack() as stack:
         if processes.is_main:
@@ -176,36 +182,37 @@ def open_run(
                 checkpoint.copy_tokenizer(folder := dataset_folder(config.dataset), out_dir)
                 if meta and read_meta(folder) is None:  # known by the files' headers alone
                     write_json(out_dir / "meta.json", meta)
-                about = environment() | {"device": str(processes.device), "world_size": processes.world_size}
+                changed = save_code(out_dir, first, config_files(type(config), sys.argv[1:]))
                 write_json(out_dir / "config.json", flatten(config) | {"environment": about})
                 forget_after(out_dir / "metrics.jsonl", first)
         log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters)
         stack.callback(log.close)
-        log.say(first_line(config, processes, model, how, first))
+        for line in (*banner(config, processes, model, how, len(data["train"]), first), code_line(about), changed):
+            if line:
+                log.say(line)
         if meta is None:
             log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
         if processes.is_main and checkpoint.lacks_bpe(out_dir):
             log.say(f"tiktoken has not fetched GPT-2's BPE, so {out_dir} goes without; sample.py will fetch it")
         if config.wandb_log:
-            log.start_wandb(config.wandb_project, config.wandb_run_name, flatten(config), out_dir)
+            n_params = sum(p.numel() for p in model.parameters())
+            log.start_wandb(out_dir, **wandb_options(config, about, n_params))
         yield log
         if not config.eval_only:
             log.say(ending(config, progress))
 
 
-def first_line(config, processes: Processes, model: GPT, how: str, first: int) -> str:
-    """What the run is: head, size, tokens per step, where and how, on what it builds."""
-    n_head = sum(p.numel() for p in model.lm_head.parameters())
-    n_all = sum(p.numel() for p in model.parameters())
-    head, n_tokens = config.model.head, config.gradient_accumulation_steps * config.batch_size * config.model.block_size
-    begun = "" if config.init_from in ("scratch", "resume", "auto") else f", on the weights of {config.init_from}"
-    return (
-        f"{config.out_dir}: {head.weights} x {head.likelihood} head, {n_all / 1e6:.2f} M parameters "
-        f"({n_head / 1e6:.2f} M in the head{', shared with the embedding' if head.tie_head else ''}), "
-        f"{n_tokens:,} tokens per step, {how}, on {processes.world_size} x {processes.device.type}"
-        + (f", teacher labels {config.labels} ({config.label_mode})" if config.labels else "")
-        + (f", going on at step {first}" if first else begun)
-    )
+def wandb_options(config, about: dict, n_params: int) -> dict:
+    """How wandb files a run: with those on the same text, by its head."""
+    head, out_dir = config.model.head, Path(config.out_dir)
+    return {
+        "project": config.wandb_project,
+        "name": config.wandb_run_name or "/".join(out_dir.parts[-2:]).removeprefix("out/"),
+        "group": Path(config.dataset).name,
+        "job_type": f"{head.weights} x {head.likelihood}",
+        "tags": [head.weights, head.likelihood, f"{n_params / 1e6:.3g}M"],
+        "config": flatten(config) | {"environment": about},
+    }
 
 
 def ending(config, progress) -> str:

@@ -16,6 +16,8 @@ LEVELS = {
     "engine.finetune": 3.25,
     "engine.saver": 3.5,
     "engine.checkpoint": 3,
+    "engine.budget": 0,
+    "engine.snapshot": 0,
     "engine.pretrained": 2,
     "engine.endings": 2,
     "engine.exporting": 3,

@@ -1,6 +1,10 @@
 """How a run's records are shown: on screen, and by wandb."""
 
+import contextlib
+import os
+import re
 import struct
+import subprocess
 import sys
 import time
 
@@ -9,7 +13,7 @@ import torch
 
 from engine.distributed import Processes
 from engine.logger import Logger
-from tests.helpers import records, run, write_words
+from tests.helpers import ROOT, TINY, flags, records, run, write_words
 from train import Progress
 
 
@@ -23,6 +27,35 @@ def test_the_screen_shows_an_evaluation_in_one_short_line(data, tmp_path, capsys
     line = [line for line in capsys.readouterr().out.splitlines() if "val nll" in line][0]
     names = [part.split()[:-1] for part in line.split(" | ")[1:]]
     assert names == [["val", "nll"], ["perplexity"], ["ece"], ["loss"]] and len(line) < 80
+
+
+def on_a_terminal(*options: str) -> list[str]:
+    """train.py's output on a terminal of 100 columns, line by line as it is drawn."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *options]
+    process, shown = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment), b""
+    os.close(theirs)
+    with contextlib.suppress(OSError):  # the terminal is closed at the other end
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode().replace("\r\n", "\n").replace("\r", "\n").splitlines()
+
+
+def test_on_a_terminal_a_bar_tells_the_time_left_and_tears_no_record(data, tmp_path):
+    options = TINY | {"dataset": data, "out_dir": tmp_path / "run", "max_iters": 8, "eval_interval": 4}
+    options |= {"lr_decay_iters": 16}
+    on_a_terminal(*flags(**options))
+    shown = on_a_terminal(*flags(**options | {"max_iters": 16, "init_from": "resume"}))
+    bars = [line for line in shown if "%|" in line]
+    assert "step 8/16 [" in bars[0] and "step 16/16 [" in bars[-1], bars
+    assert re.search(r"\[\d\d:\d\d, \d:\d\d:\d\d left\]", bars[-1]) and max(map(len, bars)) <= 100
+    found = [int(line[4:].split("/")[0]) for line in shown if line.startswith("step ") and "loss" in line]
+    assert sorted(found) == sorted([8, 12, 16, *range(9, 17)])
 
 
 def stored(path) -> list:
@@ -97,6 +130,23 @@ def test_the_newest_offline_file_of_a_resumed_run_holds_all_of_it(data, tmp_path
     assert "less than the current step" not in capfd.readouterr().err
 
 
+def test_wandb_groups_runs_by_text_and_head_and_has_their_code(data, tmp_path, offline, monkeypatch):
+    import wandb
+
+    options, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: options.append(given) or init(**given))
+    run(data, tmp_path / "s" / "bayes", wandb_log=True, max_iters=2, lr_decay_iters=4, weights="bayes")
+    run(data, tmp_path / "s" / "bayes", wandb_log=True, max_iters=4, lr_decay_iters=4, init_from="resume")
+    run(data, tmp_path / "s" / "mine", wandb_log=True, max_iters=1, wandb_run_name="mine", likelihood="sigmoid")
+    assert [given["name"] for given in options] == ["s/bayes", "s/bayes", "mine"]
+    assert {given["group"] for given in options} == {data.name}
+    assert [given["job_type"] for given in options] == ["bayes x categorical"] * 2 + ["point x sigmoid"]
+    assert options[0]["tags"][:2] == ["bayes", "categorical"] and options[0]["config"]["environment"]["torch"]
+    first, again = sorted((tmp_path / "s" / "bayes").glob("wandb/offline-run-*"))
+    assert first.name.split("-")[-1] == again.name.split("-")[-1], "a resumed run keeps its id"
+    assert all((folder / "files" / "code.zip").is_file() for folder in (first, again))
+
+
 class Charts:
     """A wandb that has the steps below starting_step."""
 
@@ -105,6 +155,9 @@ class Charts:
 
     def init(self, **_):
         return self
+
+    def save(self, *_, **__):
+        pass
 
     def define_metric(self, *_, **__):
         pass
@@ -124,7 +177,7 @@ def test_wandb_is_sent_what_it_lacks_and_no_step_twice(tmp_path, monkeypatch, ha
     wandb, progress = Charts(has), Progress(step=5)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = Logger(tmp_path, Processes(torch.device("cpu")), 1, 1.0, progress, 10)
-    log.start_wandb("p", "n", {}, tmp_path)
+    log.start_wandb(tmp_path)
     for progress.step in (6, 7):
         log.evaluation({"val_nll": 1.0})
     log.close()

@@ -14,16 +14,20 @@ STUDIES = {"wikitext_100m": (1024, 118e6), "wikitext2_cpu": (256, 2.42e6)}  # bl
 every_study = pytest.mark.parametrize("study", STUDIES)
 
 
+def fixed_by(script: str) -> dict[str, str]:
+    """The options that a training script decides itself."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Call)]
+    main = next(c for c in calls if getattr(c.func, "id", "") == "main")
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in main.keywords}
+
+
 def rows(study: str) -> dict[str, dict]:
     """File name -> its options, loaded by the script that the file's own command names."""
     found = {}
     for path in sorted(ROOT.glob(f"config/train_*{study}.py")):
         script, named = re.search(r"python (train\w*\.py) (config/\w+\.py)", path.read_text()).groups()
         assert named == f"config/{path.name}"
-        calls = [node for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Call)]
-        main = next(c for c in calls if getattr(c.func, "id", "") == "main")
-        fixed = {keyword.arg: ast.literal_eval(keyword.value) for keyword in main.keywords}
-        found[path.name] = flatten(load_config(TrainConfig, [str(path)], fixed)[0])
+        found[path.name] = flatten(load_config(TrainConfig, [str(path)], fixed_by(script))[0])
         assert found[path.name] == flatten(load_config(TrainConfig, [str(path)])[0]), "train.py must train the same row"
     return found
 

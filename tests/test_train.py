@@ -68,7 +68,7 @@ def test_evaluations_come_at_their_interval_and_at_the_last_step(data, tmp_path,
 def test_config_json_holds_all_options_and_the_environment(plain):
     written = json.loads((plain[1] / "config.json").read_text())
     assert written["vocab_size"] == plain[0].config.vocab_size and written["learning_rate"] == 1e-2
-    assert {"commit", "torch", "device", "world_size"} <= written["environment"].keys()
+    assert {"commit", "torch", "numpy", "python", "command", "device", "world_size"} <= written["environment"].keys()
     assert flatten(plain[0].config).items() <= written.items()
 
 
@@ -281,6 +281,9 @@ class FailingWandb(types.ModuleType):
     def log(self, record, step):
         self._call("log")
 
+    def save(self, *_, **__):
+        self._call("save")
+
     def finish(self):
         self._call("finish")
 
@@ -291,7 +294,7 @@ class FailingWandb(types.ModuleType):
         return self
 
 
-@pytest.mark.parametrize("broken", ["init", "define_metric", "log", "finish"])
+@pytest.mark.parametrize("broken", ["init", "define_metric", "save", "log", "finish"])
 def test_a_failing_wandb_is_said_once_and_does_not_stop_the_run(data, plain, tmp_path, monkeypatch, capsys, broken):
     wandb = FailingWandb(broken)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
