@@ -368,8 +368,8 @@ def test_an_impossible_option_is_refused_in_one_line_that_names_it(options):
 
 
 def test_a_head_of_ones_own_is_a_class_and_an_entry(tmp_path, monkeypatch):
-    """README's example, word for word."""
-    readme = (ROOT / "README.md").read_text()
+    """The example of docs/heads.md, word for word."""
+    readme = (ROOT / "docs" / "heads.md").read_text()
     example = textwrap.dedent(readme[readme.index("    class ZLoss") : readme.index("    LIKELIHOODS = {...")])
     names = {"Categorical": LIKELIHOODS["categorical"]}
     exec(example, names)

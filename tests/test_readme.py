@@ -1,19 +1,60 @@
-"""README's tables hold the numbers of the logs."""
+"""The tables of the README and of docs/ hold the numbers of the logs."""
 
 import json
+import re
 
 import pytest
 
+from engine.config import flat_fields
+from evaluate import EvaluateConfig
+from export import ExportConfig
+from hellaswag import HellaSwagConfig
+from sample import SampleConfig
 from tests.helpers import ROOT
+from train import TrainConfig
 
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+LINKED = [*PAGES, *(ROOT / folder / "README.md" for folder in ("training_logs", "bench"))]
+TRAIN = {path.name for path in ROOT.glob("train*.py")}
+OPTIONS = dict.fromkeys(TRAIN, TrainConfig) | {"sample.py": SampleConfig, "evaluate.py": EvaluateConfig}
+OPTIONS |= {"hellaswag.py": HellaSwagConfig, "export.py": ExportConfig}
 RESULTS = sorted(ROOT.glob("training_logs/*/*/eval_test.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parts[-3]}/{path.parts[-2]}")
-def test_a_row_of_the_readme_is_what_the_log_says(path):
+def test_a_row_of_a_table_is_what_the_log_says(path):
     result = json.loads(path.read_text())
     cells = [f"{result['nll']:.3f}", f"{result['perplexity']:.2f}", f"{result['bits_per_byte']:.4f}"]
     cells += [f"{result[name]:.4f}".lstrip("0") for name in ("accuracy", "ece", "brier")]
-    rows = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    lines = "\n".join(page.read_text() for page in PAGES).splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
     assert any(set(cells) <= set(row) for row in rows)
     assert (path.parent / "metrics.jsonl").is_file() and (path.parent / "config.json").is_file()
+
+
+def anchors(page) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_scripts_config_files_and_options_that_exist(page):
+    text = page.read_text().replace("\\\n", " ")
+    for script, rest in re.findall(r"\b((?:[\w/]+/)?\w+\.py)\b((?: +[^\s`#|]+)*)", text):
+        if not re.search(rf"(python|torchrun|sbatch)[^\n`]* {script}", text):
+            continue
+        assert (ROOT / script).is_file(), script
+        assert all((ROOT / config).is_file() for config in re.findall(r"config/\w+\.py", rest)), rest
+        if options := OPTIONS.get(script):
+            assert set(re.findall(r"--(\w+)", rest)) <= flat_fields(options).keys() | {"help"}, (script, rest)
