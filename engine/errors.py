@@ -10,6 +10,10 @@ MANY = 10**12  # steps, blocks, tokens ...: whoever asks for more has made a sli
 class UserError(Exception):
     """A mistake that the user can mend; its message is one line that says how."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it (IPython asks for this by its name): the line, without the calls behind it."""
+        return [f"error: {self}"]
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the training to end, and all processes have agreed to."""

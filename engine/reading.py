@@ -35,6 +35,9 @@ class Reading(list[Token]):
     def text(self) -> str:
         return "".join(token.text for token in self)
 
+    def __repr__(self) -> str:
+        return f"Reading({self.text!r}, {len(self)} tokens)"
+
     def _repr_html_(self, colouring: str = "") -> str:
         colouring = colouring or ("epistemic" if any(token.epistemic for token in self) else "nll")
         values = [getattr(token, colouring) or 0.0 for token in self]

@@ -4,6 +4,7 @@ from engine.run import Run
 run = Run("out/quickstart/bayes")                 # a run, a checkpoint file, a transformers folder, or "gpt2"
 run.generate_text("The old prince", max_new_tokens=50)
 run.uncertainty("The old prince looked at Napoleon.")
+run.predict("The old prince", n_samples=16).epistemic
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint import load_model, tokenizer_of
-from engine.distributed import autocast, pick_device
+from engine.distributed import autocast, pick_device, seed_micro_batch
 from engine.errors import MANY, UserError, check_ranges
 from engine.reading import Reading, Token, read, reader
 from heads import Prediction
@@ -153,6 +154,16 @@ class Run:
                     yield texts
                 if all(text.ended for text in texts):
                     return
+
+    @torch.no_grad()
+    def predict(self, prompt: str = "", n_samples: int = 0) -> Prediction:
+        """What comes next: log_probs (V,), and in nats total, aleatoric and epistemic (scalars). Of a long prompt the
+        last block_size tokens are read. n_samples: as in Sampling; the same draws each time."""
+        seed_micro_batch(0, 0)
+        idx = torch.tensor([self.encode(prompt)[-self.model.config.block_size :]], device=self.device)
+        with self.cast:
+            last = [hidden[0, -1:] for hidden in self.model.hiddens(idx, n_samples)]
+            return Prediction(*(part[0] for part in self.model.lm_head.predict(last, n_samples)))
 
     def uncertainty(self, text: str, n_samples: int = 0) -> Reading:
         """The text's tokens with what the model predicted at each, in nats: nll, total, aleatoric, epistemic, and the

@@ -65,7 +65,8 @@ class Table(NamedTuple):
 
 
 def tables(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> list[Table]:
-    """The results by group; columns that no run has are left out. rows, tallies: by the names of the runs."""
+    """The results by group; columns that no run has are left out. rows, tallies: by the names of the runs; without
+    tallies (of rows read from their files) the ratios have no standard error."""
     if not comparable(rows):
         bits = {name: f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "" for name, row in rows.items()}
         lines = [[name, bits[name], str(row["dataset"])] for name, row in rows.items()]
@@ -98,8 +99,8 @@ def comparable(rows: Mapping[str, dict]) -> bool:
 def against(name: str, first: str, rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> dict[str, float]:
     """The ratio of a run's perplexity to the first one's; its standard error, where both have resampled the same."""
     ratio = {"vs_first": exp(rows[name]["nll"] - rows[first]["nll"])}
-    units = {(row["unit"], row["n_units"]) for row in (rows[name], rows[first])}
-    if name == first or len(units) > 1 or "nll_se" not in rows[name]:
+    units = {(row.get("unit"), row.get("n_units")) for row in (rows[name], rows[first])}
+    if name == first or len(units) > 1 or "nll_se" not in rows[name] or name not in tallies:
         return ratio
     nll, of_first = (tallies[run].replicates()["nll"] for run in (name, first))
     return ratio | {"vs_first_se": spread((nll - of_first).clamp(max=700).exp())}

@@ -206,6 +206,7 @@ def test_the_error_of_a_ratio_of_perplexities_is_that_of_pairs_of_resampled_docu
         draws.append(math.exp((b - a) / n))
     assert found["vs_first"] == pytest.approx(math.exp((other["nll"] - values["nll"]).mean().item()), rel=1e-5)
     assert found["vs_first_se"] == pytest.approx(np.std(draws), rel=0.12) and found["vs_first_se"] < rows["b"]["nll_se"]
+    assert against("b", "a", rows, {}) == {"vs_first": found["vs_first"]}  # of logs alone
     rows["b"]["n_units"] += 1  # windows of another length
     assert "vs_first_se" not in against("b", "a", rows, tallies)
 

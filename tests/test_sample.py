@@ -95,6 +95,18 @@ def test_uncertainty_is_that_of_the_model_where_a_document_begins(folder):
     )  # characters have no end of text
 
 
+@pytest.mark.parametrize("n_samples", [0, -1, 4])
+def test_what_comes_next_is_the_models_last_prediction_of_all_that_fits(bayes, n_samples):
+    prompt = words(9, seed=5)
+    found, again = (bayes.predict(prompt, n_samples) for _ in range(2))
+    idx = torch.tensor([bayes.encode(prompt)[-16:]])
+    torch.manual_seed(1)
+    expected = bayes.model.log_probs(idx, n_samples if n_samples < 1 else 4000)[0, -1]
+    torch.testing.assert_close(found.log_probs.exp(), expected.exp(), rtol=0, atol=1e-6 if n_samples < 1 else 0.05)
+    assert found.total.item() == pytest.approx(-(found.log_probs.exp() * found.log_probs).sum().item(), rel=1e-4)
+    assert 0 < found.epistemic < found.total and torch.equal(found.log_probs, again.log_probs)
+
+
 def test_the_samples_of_a_batch_differ_and_the_seed_repeats_them(bayes):
     def texts(seed: int) -> list[str]:
         *_, found = bayes.stream("the ", 3, Sampling(max_new_tokens=30, seed=seed), uncertain=False)
@@ -318,6 +330,13 @@ def test_a_notebook_shows_hostile_texts_as_text():
     page = Reading([Token("<script>", 0), Token("</p>\"'", 1, 0.5, 1.0, 1.0, 0.0, (("<b>", 0.5),))])._repr_html_()
     assert "<script>" not in page and '</p>"' not in page and "<b>" not in page
     assert "&lt;script&gt;" in page and "nll 0.5" in page
+
+
+def test_what_a_user_got_wrong_is_a_line_in_a_notebook_too(bayes):
+    with pytest.raises(UserError) as error:
+        bayes.encode("Ж")
+    (line,) = error.value._render_traceback_()
+    assert line == f"error: {error.value}" and "Ж" in line
 
 
 def test_a_wrong_option_of_the_python_face_is_refused(bayes):
