@@ -136,6 +136,7 @@ def test_wandb_groups_runs_by_text_and_head_and_has_their_code(data, tmp_path, o
     options, init = [], wandb.init
     monkeypatch.setattr(wandb, "init", lambda **given: options.append(given) or init(**given))
     run(data, tmp_path / "s" / "bayes", wandb_log=True, max_iters=2, lr_decay_iters=4, weights="bayes")
+    time.sleep(1.1)  # wandb names a run's folder by the second
     run(data, tmp_path / "s" / "bayes", wandb_log=True, max_iters=4, lr_decay_iters=4, init_from="resume")
     run(data, tmp_path / "s" / "mine", wandb_log=True, max_iters=1, wandb_run_name="mine", likelihood="sigmoid")
     assert [given["name"] for given in options] == ["s/bayes", "s/bayes", "mine"]
