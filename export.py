@@ -80,8 +80,8 @@ def main() -> None:
 
 def free_folder(to: str) -> Path:
     """The folder to make, if it can be made."""
-    path = Path(to)
-    if not to or not path.name:
+    path = Path(to).resolve()  # a link's own target, and "." by its name
+    if not to:
         raise UserError("where to? --to=FOLDER, a new one")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already, and is never written over; give another --to")

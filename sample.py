@@ -21,12 +21,14 @@ from pathlib import Path
 
 from engine.config import load_config
 from engine.errors import UserError, check_ranges, run
+from engine.files import check_writable
 from engine.reading import Reading, Token, reader
 from engine.report import Document, write_page
 from engine.run import Continuation, Run, Sampling
 
 # the effective number of tokens that the model wavers between (exp of the entropy), and the colour up to there
 SHADES = ((2, 40), (5, 148), (20, 220), (100, 208), (math.inf, 196))
+TAKEN = {"sample", "text", "ended", "seed", "n_tokens", "uncertain", "tokens", "nll", "total", "epistemic"}  # in JSON
 FIGURES = ("nll", "total", "epistemic")  # that are averaged over a text
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what would steer the terminal
 
@@ -51,15 +53,22 @@ class SampleConfig:
         check_ranges(self, {"num_samples": (1, 10**6)})
         if self.interactive and (self.prompts or self.jsonl):
             raise UserError("--interactive asks for its prompts; leave --prompts and --jsonl out")
-        for path in filter(None, (self.html, self.jsonl)):
-            if Path(path).exists():
+        if self.interactive and sys.stdin is None:
+            raise UserError("--interactive asks for its prompts, and standard input is closed")
+        for path in map(Path, filter(None, (self.html, self.jsonl))):
+            if path.exists():
                 raise UserError(f"{path} is there already; delete it, or name another file")
-            if not Path(path).parent.is_dir():
-                raise UserError(f"there is no folder {Path(path).parent}; make it, or name another file")
+            if not path.parent.is_dir():
+                raise UserError(f"there is no folder {path.parent}; make it, or name another file")
+            check_writable(path.parent)
+        if self.html and Path(self.html).resolve() == Path(self.jsonl).resolve():
+            raise UserError(f"--html and --jsonl both name {self.html}; give two files")
 
 
 def main() -> None:
-    config, _ = load_config(SampleConfig, sys.argv[1:])
+    config, said = load_config(SampleConfig, sys.argv[1:])
+    if config.interactive and "num_samples" in said:
+        raise UserError("--interactive writes one text at a time; leave --num_samples out")
     model = Run(config.out_dir if config.init_from == "resume" else config.init_from, config.device, config.dtype)
     model.check(config.sampling)
     if config.compile:
@@ -67,7 +76,9 @@ def main() -> None:
     last: list[int] = []  # the ids of the newest text, its prompt among them
     prompts = asked(model, last) if config.interactive else given(model, config)
     screen, documents = Screen(config, bool(model.model.bayes_layers())), []
-    with open(config.jsonl, "x", encoding="utf-8") if config.jsonl else contextlib.nullcontext() as lines:
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(open(config.jsonl, "x", encoding="utf-8")) if config.jsonl else None
+        stack.callback(write_html, config, model.source, documents)  # of what there is, also when it is interrupted
         for i, (record, ids) in enumerate(prompts):
             sampling = replace(config.sampling, seed=config.sampling.seed + i)
             prompt = Reading(reader(model.tokenizer)(ids))
@@ -80,11 +91,14 @@ def main() -> None:
                 if config.html:
                     title = f"{record['prompt'][:40]!r}, sample {number + 1}"
                     documents.append(Document(title, {model.source: prompt + text.tokens}))
-    if config.html:
-        note = ", ".join(f"{name} = {value!r}" for name, value in vars(config.sampling).items())
-        write_page(Path(config.html), f"Texts of {model.source}", note, "", documents)
     for path in filter(None, (config.html, config.jsonl)):
         print(f"texts: {path}", file=sys.stderr)
+
+
+def write_html(config: SampleConfig, source: str, documents: list[Document]) -> None:
+    if config.html and documents:
+        note = ", ".join(f"{name} = {value!r}" for name, value in vars(config.sampling).items())
+        write_page(Path(config.html), f"Texts of {source}", note, "", documents)
 
 
 def write(
@@ -113,7 +127,7 @@ def given(model: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]:
     start = config.start
     records = [{"prompt": read_file(start.removeprefix("FILE:")) if start.startswith("FILE:") else start}]
     if config.prompts:
-        lines = [line for line in read_file(config.prompts).splitlines() if line.strip()]
+        lines = [line for line in read_file(config.prompts).split("\n") if line.strip()]  # U+2028 may stand in one
         as_json = config.prompts.endswith(".jsonl")
         records = [from_json(line, i, config.prompts) if as_json else {"prompt": line} for i, line in enumerate(lines)]
         if not records:
@@ -126,9 +140,11 @@ def from_json(line: str, i: int, path: str) -> dict:
     try:
         record = json.loads(line)
         record["prompt"].encode()
-        return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f'{path}: its prompt {i + 1} is no JSON object with a text "prompt"') from None
+    if taken := sorted(TAKEN & record.keys()):
+        raise UserError(f"{path}: its prompt {i + 1} has the field {taken[0]!r}, which the output has; rename it")
+    return record
 
 
 def asked(model: Run, last: list[int]) -> Iterator[tuple[dict, list[int]]]:
@@ -139,8 +155,13 @@ def asked(model: Run, last: list[int]) -> Iterator[tuple[dict, list[int]]]:
         try:
             prompt = input("> " if sys.stdin.isatty() else "")
             ids = list(last) if last and not prompt else model.encode(prompt)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
+            print(end="\n" if sys.stdin.isatty() else "")
             return
+        except KeyboardInterrupt:  # as in a shell: another line
+            print()
+        except UnicodeDecodeError as error:
+            print(f"error: the line is not UTF-8 ({error.reason})", file=sys.stderr)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
         else:
@@ -149,7 +170,7 @@ def asked(model: Run, last: list[int]) -> Iterator[tuple[dict, list[int]]]:
 
 def read_file(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompt {path}: {error}") from None
 
@@ -181,9 +202,10 @@ class Screen:
 
     def __init__(self, config: SampleConfig, known: bool):
         self.config, self.known, self.tty = config, known, sys.stdout.isatty()
-        self.colours = (self.tty and "NO_COLOR" not in os.environ) or "FORCE_COLOR" in os.environ
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+        self.colours = (self.tty and not plain) or "FORCE_COLOR" in os.environ
         self.silent, self.seen = bool(config.jsonl), 0
-        if config.show_uncertainty:
+        if config.show_uncertainty and self.colours:
             names = [f"{limit:.0f}" if limit < math.inf else "more" for limit, _ in SHADES]
             shown = [self._styled(name, f"38;5;{c}") for name, (_, c) in zip(names, SHADES, strict=True)]
             marked = f"above {config.sampling.max_epistemic} nats" if config.sampling.max_epistemic else "a high tenth"
@@ -199,10 +221,10 @@ class Screen:
     def show(self, text: Continuation) -> None:
         """Print what is new."""
         for token in text.tokens[self.seen :]:
-            styles, mark = [], ""
-            if self.config.show_uncertainty:
+            styles, mark, coloured = [], "", self.config.show_uncertainty
+            if coloured:
                 styles.append(f"38;5;{next(colour for limit, colour in SHADES if math.exp(token.total) <= limit)}")
-            if self._is_high(token, text.sampling):
+            if (coloured or text.sampling.abstain == "mark") and self._is_high(token, text.sampling):
                 styles.append("4")
                 mark = "" if self.colours else "[?]" * text.sampling.too_uncertain(token)
             self._print(self._styled(token.text, *styles) + mark)

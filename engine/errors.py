@@ -29,6 +29,9 @@ def run(main: Callable[[], object]) -> None:
     try:
         main()
         _leave(0)
+    except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed to it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as of SIGPIPE
     except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
         sys.exit(_say(f"error: {error}", 2))
     except KeyboardInterrupt as interrupt:

@@ -64,9 +64,8 @@ def tensors_of(gpt2: GPT) -> dict[str, torch.Tensor]:
 
 
 def with_bias(weight: torch.Tensor, bias: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """W' (V, C) of the formula above, for weight (V, C), bias (V,), g and b (C,). A constant in the bias changes no
-    softmax: less its mean, it is small."""
-    c = bias - bias.mean() + weight @ (b - g)
+    """W' (V, C) of the formula above, for weight (V, C), bias (V,), g and b (C,)."""
+    c = bias + weight @ (b - g)
     return weight * g + (c / weight.size(1)).unsqueeze(1)
 
 

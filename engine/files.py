@@ -1,9 +1,11 @@
 """Files that are whole or not there, and folders with one writer."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +33,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside, which takes the name `path` once the block is done and all is on the disk: whoever is killed
     before leaves nothing there. A failure leaves nothing at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by one that was killed an hour ago or earlier
+        if left.stat().st_mtime < time.time() - 3600:
+            shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -23,6 +23,8 @@ def on_weights(config, init_from: str, head: HeadConfig, data: TokenFile, given:
     shape, weights = checkpoint.read_weights(init_from)
     if "lm_head.bias" in weights and head.logit_bias == "auto":
         head = replace(head, logit_bias="unigram")  # a bias that is there is kept
+    if "tie_head" not in given:
+        head = replace(head, tie_head=shape.head.tie_head)
     model = GPT(on_backbone(shape, replace(config.model, head=head), given))
     data.check(model.config.vocab_size)
     new = load_state(model, weights)  # what this head has beyond the old one

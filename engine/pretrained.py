@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, warn
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # of one file, or of those that the index names
@@ -135,7 +135,11 @@ def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             state["lm_head.weights.weight" if name == "lm_head.weight" else name] = tensor
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
-    return _pick(checkpoint["model_args"], names, "the checkpoint"), _pick(state, (*ENDS, *state), "the checkpoint")
+    if odd := sorted(checkpoint["model_args"].keys() - {*names, "dropout"}):
+        raise UserError(f"the checkpoint's model_args have {odd[0]!r}, which nanoGPT's GPT-2 has not: another model")
+    found = _pick(checkpoint["model_args"], names, "the checkpoint"), _pick(state, (*ENDS, *state), "the checkpoint")
+    warn("nanoGPT's GELU is exact, ours GPT-2's own (tanh): predictions differ in the third or fourth digit")
+    return found
 
 
 def load_state(model: torch.nn.Module, state: dict) -> list[str]:
@@ -144,8 +148,11 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
     Returns the parameters that stay as initialised, which only the head's own may (a bias) and posteriors' widths.
     """
     state = _pick(state, (*ENDS, *state), "the checkpoint")
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise UserError(f"the weights diverged: {bad[0]} has values that are not finite; take an earlier checkpoint")
     positions = "transformer.wpe.weight"
-    state[positions] = state[positions][: model.config.block_size]
+    if state[positions].dim():
+        state[positions] = state[positions][: model.config.block_size]
     ours = model.state_dict()
     for name, tensor in state.items():
         if name.endswith(".log_std") and name in ours and tensor.size(1) == 1:  # a row posterior is a full one too

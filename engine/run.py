@@ -7,6 +7,7 @@ run.uncertainty("The old prince looked at Napoleon.")
 run.predict("The old prince", n_samples=16).epistemic
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint import load_model, tokenizer_of
+from engine.config import flat_fields
 from engine.distributed import autocast, pick_device, seed_micro_batch
 from engine.errors import MANY, UserError, check_ranges
 from engine.reading import Reading, Token, read, reader
@@ -36,6 +38,10 @@ class Sampling:
     seed: int = 1337  # the same seed, the same text
 
     def __post_init__(self):
+        for name, kind in flat_fields(Sampling).items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise UserError(f"{name} = {value!r} must be of type {kind.__name__}")
         check_ranges(self, {"max_new_tokens": (1, 10**6), "n_samples": (-1, 10**6), "max_epistemic": (0.0, 1e6)})
         check_ranges(self, {"temperature": (0.0, 1e6), "top_k": (0, MANY), "seed": (0, (1 << 63) - 1)})
         if not 0 < self.top_p <= 1:
@@ -47,7 +53,8 @@ class Sampling:
 
     @property
     def stops(self) -> list[str]:
-        return [text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop.split("|") if text]
+        parts = re.split(r"(<\|endoftext\|>)|\|", self.stop)  # whose own bars part nothing
+        return [text.replace("\\n", "\n").replace("\\t", "\t") for text in parts if text]
 
     def too_uncertain(self, token: Token) -> bool:
         """Whether abstaining takes the token for more than the weights know."""
@@ -95,6 +102,7 @@ class Continuation:
 
 class Run:
     """A model and its tokenizer, ready to write and to be asked. What a user gets wrong raises engine.errors.UserError.
+    Writing and asking set torch's seed, so that the same call gives the same answer.
 
     source: a run folder, a checkpoint file (ours or nanoGPT's), a transformers folder, or gpt2 ... gpt2-xl; device and
     dtype: as sample.py's options.
@@ -109,13 +117,22 @@ class Run:
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, at least one: "" and "<|endoftext|>" begin a new document."""
         if text not in ("", "<|endoftext|>"):
-            return self.tokenizer.encode(text).tolist()
+            return self._ids(text).tolist()
         if self.tokenizer.eot is None:
             raise UserError("this tokenizer has no end-of-text token to start from; give some text to start with")
         return [self.tokenizer.eot]
 
+    def _ids(self, text: str) -> np.ndarray:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text is not Unicode; is it in another encoding than UTF-8?") from None
+        return self.tokenizer.encode(text)
+
     def check(self, sampling: Sampling) -> None:
         """Refuse what this model cannot do."""
+        if sampling.n_samples and not self.model.bayes_layers():
+            raise UserError(f"{self.source} has point weights, of which there is nothing to draw: leave n_samples at 0")
         if sampling.abstain != "no" and not self.model.bayes_layers():
             raise UserError(f"{self.source} has point weights, which have no epistemic uncertainty to abstain by")
 
@@ -129,11 +146,11 @@ class Run:
         self, prompt: str | list[int], num_samples: int = 1, sampling: Sampling = Sampling(), uncertain: bool = True
     ) -> Iterator[list[Continuation]]:
         """Continuations of a prompt (text, or its ids) while they are written, in one batch: yields the same list after
-        each token. uncertain: their tokens have figures, each of the prediction that it was drawn from.
-
-        Sets torch's seed, so that the same call gives the same texts."""
+        each token. uncertain: their tokens have figures, each of the prediction that it was drawn from."""
         self.check(sampling)
         prompt = self.encode(prompt) if isinstance(prompt, str) else prompt
+        if not prompt or num_samples < 1:
+            raise UserError(f"{num_samples} texts behind {len(prompt)} tokens: at least one of both is needed")
         texts = [Continuation(sampling) for _ in range(num_samples)]
         readers = [reader(self.tokenizer) for _ in texts]
         for tokens in readers:
@@ -159,6 +176,7 @@ class Run:
     def predict(self, prompt: str = "", n_samples: int = 0) -> Prediction:
         """What comes next: log_probs (V,), and in nats total, aleatoric and epistemic (scalars). Of a long prompt the
         last block_size tokens are read. n_samples: as in Sampling; the same draws each time."""
+        self.check(Sampling(n_samples=n_samples))
         seed_micro_batch(0, 0)
         idx = torch.tensor([self.encode(prompt)[-self.model.config.block_size :]], device=self.device)
         with self.cast:
@@ -169,7 +187,8 @@ class Run:
         """The text's tokens with what the model predicted at each, in nats: nll, total, aleatoric, epistemic, and the
         likeliest tokens (see engine.reading.Token). It is read as the beginning of a document; without an end-of-text
         token to stand before it, the first token has no figures. n_samples: as in Sampling."""
-        ids, eot = self.tokenizer.encode(text), self.tokenizer.eot
+        self.check(Sampling(n_samples=n_samples))
+        ids, eot = self._ids(text), self.tokenizer.eot
         before = [] if eot is None else [eot]
         with self.cast:
             reading = read(self.model, self.tokenizer, np.concatenate([np.array(before, ids.dtype), ids]), n_samples)

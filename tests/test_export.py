@@ -1,6 +1,8 @@
 """export.py: transformers loads what it writes, and predicts, reads and writes the same with it."""
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -76,8 +78,7 @@ def test_a_softmax_head_keeps_its_log_probs_in_transformers(tmp_path, weights, l
         expected, logits = model.lm_head.logits(model.hidden(idx)), theirs(idx).logits
         assert expected.std() > 1
         torch.testing.assert_close(logits.log_softmax(-1), model.log_probs(idx), atol=1e-4, rtol=0)
-        constant = 0.0 if logit_bias == "none" else model.lm_head.bias.mean()
-        torch.testing.assert_close(logits, expected - constant, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert theirs.config.tie_word_embeddings == (tied and logit_bias == "none")
     assert theirs.config.n_positions == 16
 
@@ -277,7 +278,7 @@ def test_an_export_that_predicts_otherwise_is_noticed_and_leaves_nothing(tmp_pat
     assert "predicts otherwise" in refusal(source, tmp_path / "out")
     assert "predicts otherwise" in refusal(source, tmp_path / "out", f"--dataset={write_chars(tmp_path / 'data')}")
     monkeypatch.setattr(engine.exporting, "with_bias", lambda *parts: good(*parts) * float("nan"))
-    assert "predicts otherwise" in refusal(source, tmp_path / "out")
+    assert "values that are not finite" in refusal(source, tmp_path / "out")
 
 
 def test_whoever_stops_it_half_way_finds_nothing(tmp_path, monkeypatch):
@@ -341,3 +342,42 @@ def test_a_nanogpt_checkpoint_and_a_single_file_go_out_too(tmp_path):
     for i, source in enumerate((tmp_path / "ckpt.pt", tmp_path)):
         folder = exported(source, tmp_path / f"out{i}")
         assert torch.equal(load_model(folder).transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_the_card_says_what_a_reader_of_it_needs(tmp_path, data):
+    """The sign of the difference, what begins elsewhere, what a smooth head and padded ids leave out."""
+    run(data, tmp_path / "first", max_iters=3, vocab_size=320)
+    options = {"likelihood": "sigmoid", "init_from": tmp_path / "first", "max_iters": 3}
+    run(data, tmp_path / "second", **options)
+    text = (exported(tmp_path / "second", tmp_path / "gpt2", "--approximate") / "README.md").read_text()
+    nlls = [
+        float(line.split("|")[2]) for line in text.splitlines() if line.startswith(("| the original", "| this model"))
+    ]
+    change = float(re.search(r"nll differs by ([+-]\S+) nats", text)[1])
+    assert change == pytest.approx(nlls[1] - nlls[0], abs=2e-4) and "| begun from | first |" in text
+    assert "ids 300 to 319, which the tokenizer does not have" in text and "label smoothing" not in text
+    smooth = save(tmp_path / "smooth", tiny_gpt(likelihood="smooth"), CharTokenizer(CHARS))
+    assert "correction for label smoothing" in (exported(smooth, tmp_path / "s") / "README.md").read_text()
+
+
+def test_others_may_read_the_weights_and_dropout_goes_along(tmp_path):
+    folder = exported(save(tmp_path / "run", tiny_gpt(dropout=0.25), CharTokenizer(CHARS)), tmp_path / "gpt2")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    config = json.loads((folder / "config.json").read_text())
+    assert {config[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")} == {0.25}
+
+
+def test_text_of_another_tokenizer_is_not_measured_on(tmp_path, data):
+    source = save(tmp_path / "run", tiny_gpt(), CharTokenizer(CHARS))
+    assert "another tokenizer" in refusal(source, tmp_path / "out", f"--dataset={data}")
+
+
+def test_a_link_is_followed_and_what_a_killed_export_left_goes_in_time(tmp_path):
+    source = save(tmp_path / "run", tiny_gpt(), CharTokenizer(CHARS))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("old", "new"):
+        (tmp_path / f".real.{name}.tmp").mkdir()
+    os.utime(tmp_path / ".real.old.tmp", (0, 0))
+    exported(source, tmp_path / "link")
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert not (tmp_path / ".real.old.tmp").exists() and (tmp_path / ".real.new.tmp").exists()

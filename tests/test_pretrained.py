@@ -440,3 +440,21 @@ def test_weight_decay_acts_on_matrices_and_embeddings_alone(weights, likelihood,
     assert {n for n, value in names.items() if value == 0} == kept
     assert {value for n, value in names.items() if n not in kept} == {0.1}
     assert optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+def test_a_nanogpt_checkpoint_says_where_it_differs_and_one_of_another_model_is_refused(tmp_path, capsys):
+    write_nanogpt(tmp_path / "ckpt.pt", tiny_gpt(std=0.3), bias=False)
+    load_model(tmp_path)
+    assert "nanoGPT's GELU is exact" in capsys.readouterr().err
+    contents = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    contents["model_args"]["rope"] = True
+    torch.save(contents, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="model_args have 'rope'"):
+        load_model(tmp_path)
+
+
+def test_a_scalar_where_positions_should_be_is_refused(tmp_path):
+    model = tiny_gpt()
+    state = model.state_dict() | {"transformer.wpe.weight": torch.tensor(1.0)}
+    with pytest.raises(UserError, match=r"transformer.wpe.weight has shape \(\) in the checkpoint"):
+        load_state(model, state)

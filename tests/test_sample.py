@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.reading import Reading, Token
+from engine.reading import Reading, Token, reader
 from engine.run import Continuation, Run, Sampling
 from engine.tokenizer import BPETokenizer
+from heads import Prediction
 from tests.helpers import ROOT, flags, refused, run, words, write_bytes, write_words
 from tests.test_report import embedded
 
@@ -29,6 +31,11 @@ def folder(tmp_path_factory):
     data = write_words(root / "data")
     run(data, root / "softmax", max_iters=5)
     run(data, root / "bayes", weights="bayes")
+    shutil.copytree(root / "softmax", root / "diverged")
+    diverged = torch.load(checkpoint := root / "diverged" / "ckpt_00000005.pt", weights_only=True)
+    diverged["model"]["transformer.wte.weight"][3] = math.nan
+    torch.save(diverged, checkpoint)
+    (root / "diverged" / "SHA256SUMS").unlink()
     run(write_bytes(root / "bytes"), root / "bytes_bayes", weights="bayes", max_iters=5)
     return root
 
@@ -45,9 +52,9 @@ def sample_py(monkeypatch, folder, *more: str, **options) -> None:
         "device": "cpu",
         "dtype": "float32",
         "start": "the ",
-        "num_samples": 1,
         "max_new_tokens": 30,
     } | options
+    options |= {} if "--interactive" in more else {"num_samples": options.get("num_samples", 1)}
     monkeypatch.setattr(sys, "argv", ["sample.py", *flags(**options), *more])
     runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
 
@@ -122,8 +129,6 @@ def test_a_character_that_is_split_by_the_end_of_the_prompt_comes_out_whole():
         def token_bytes(self):
             return [bytes([i]) for i in range(256)]
 
-    from engine.reading import reader
-
     tokens = reader(Bytes())
     assert [token.text for token in tokens("é".encode()[:1])] == [""]
     assert [token.text for token in tokens("é".encode()[1:])] == ["é"]
@@ -176,6 +181,48 @@ def test_abstaining_goes_by_the_epistemic_uncertainty(bayes, abstain):
         assert bayes.generate_text("the ", max_new_tokens=40, abstain="stop", max_epistemic=limit) == text.text
 
 
+def test_end_of_text_is_a_stop_string_whose_bars_part_nothing():
+    stops = Sampling(stop=r"\n\n|<|endoftext|>|a<|endoftext|>b").stops
+    assert stops == ["\n\n", "<|endoftext|>", "a", "<|endoftext|>", "b"]
+    text = Continuation(Sampling(max_new_tokens=5, stop="<|endoftext|>"))
+    for i, piece in enumerate(["<", "endoftext", ">", "<|endoftext|>", "x"]):
+        text.add(Token(piece, i))
+    assert text.text == "<endoftext>" and text.ended == "stop"
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn(bayes, monkeypatch):
+    monkeypatch.setattr(bayes.tokenizer, "vocab_size", 3)
+    *_, (text,) = bayes.stream([0], 1, Sampling(max_new_tokens=50, temperature=100.0, top_k=0), uncertain=False)
+    assert {token.id for token in text.tokens} == {0, 1, 2}
+
+
+def test_a_text_goes_on_in_the_middle_of_its_prompts_last_character(folder, monkeypatch):
+    run_ = Run(folder / "bytes_bayes", device="cpu", dtype="float32")
+    step = torch.zeros(1, 1, 257), torch.zeros(1, 1), torch.zeros(1, 1)
+    draws = [(torch.tensor([[i]]), Prediction(*step)) for i in "é!".encode()[1:]]
+    monkeypatch.setattr(run_.model, "stream", lambda *_, **__: iter(draws))
+    *_, (text,) = run_.stream(list("é".encode()[:1]), 1, Sampling(max_new_tokens=2))
+    assert text.text == "é!"
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda run: run.generate_text("the", stop=["a"]), r"stop = \['a'\] must be of type str"),
+        (lambda run: run.generate_text("the", max_new_tokens=2.0), "max_new_tokens = 2.0 must be of type int"),
+        (lambda run: run.generate_text("\ud800"), "the text is not Unicode"),
+        (lambda run: run.uncertainty("the \ud800"), "the text is not Unicode"),
+        (lambda run: run.predict("the", n_samples=-5), "n_samples = -5 must be at least -1"),
+        (lambda run: run.uncertainty("the", n_samples=-5), "n_samples = -5 must be at least -1"),
+        (lambda run: list(run.stream("the", 0)), "at least one"),
+        (lambda run: list(run.stream([], 1)), "at least one"),
+    ],
+)
+def test_mistakes_in_python_are_errors_with_a_line(bayes, ask, message):
+    with pytest.raises(UserError, match=message):
+        ask(bayes)
+
+
 # the script
 
 
@@ -185,7 +232,8 @@ def test_the_text_stands_behind_its_prompt_and_is_plain_when_piped(folder, bayes
     assert capsys.readouterr().out == expected + "\n---------------\n"
     sample_py(monkeypatch, folder, "--show_uncertainty")
     output = capsys.readouterr().out
-    assert expected in output and "\033" not in output and re.search(r"total \d\.\d+ nats, epistemic \d\.\d+", output)
+    assert expected in output and "\033" not in output and "wavers" not in output
+    assert re.search(r"total \d\.\d+ nats, epistemic \d\.\d+", output)
 
 
 def test_colours_are_those_of_the_legend_and_a_tenth_is_underlined(folder, bayes, monkeypatch, capsys):
@@ -208,13 +256,19 @@ def test_marks_stand_behind_the_tokens_that_abstaining_takes(folder, bayes, monk
     *_, (text,) = bayes.stream("the ", 1, Sampling(max_new_tokens=30))
     limit = sorted(token.epistemic for token in text.tokens)[25]
     sample_py(monkeypatch, folder, abstain="mark", max_epistemic=limit)
+    sample_py(monkeypatch, folder, abstain="mark", max_epistemic=limit, jsonl="marked.jsonl")
+    (record,) = lines_of(folder / "marked.jsonl")
+    assert record["uncertain"] == [i for i, token in enumerate(text.tokens) if token.epistemic > limit]
+    sample_py(monkeypatch, folder, abstain="stop", max_epistemic=limit)
     marked = "".join(token.text + "[?]" * (token.epistemic > limit) for token in text.tokens)
-    assert capsys.readouterr().out.startswith("the " + marked) and marked.count("[?]") == 4
+    output = capsys.readouterr().out
+    assert output.startswith("the " + marked) and marked.count("[?]") == 4
+    assert f"[abstains: epistemic uncertainty above {limit} nats]" in output
 
 
 def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, capsys):
     prompts = [{"prompt": "the ship", "id": 7}, {"prompt": "old "}]
-    (folder / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, prompts)))
+    (folder / "prompts.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, prompts)))
     (folder / "prompts.txt").write_text("the ship\nold \n")
     for name in ("jsonl", "txt"):
         sample_py(
@@ -254,6 +308,33 @@ def test_a_conversation_goes_on_behind_its_last_text_and_outlives_mistakes(folde
     second = bayes.generate_text("the " + first, seed=1338, **sampling)
     assert output.out == "\n".join([first, second, bayes.generate_text("old ", seed=1339, **sampling), ""])
     assert "error: the character 'T' is not in this data set" in output.err
+
+
+def test_an_interrupted_batch_leaves_the_texts_that_are_done(folder, monkeypatch, capsys):
+    add, left = Continuation.add, iter([0] * 35 + [1])
+
+    def interrupted(self, token):
+        if next(left):
+            raise KeyboardInterrupt
+        add(self, token)
+
+    monkeypatch.setattr(Continuation, "add", interrupted)
+    (folder / "two.txt").write_text("the\nold")
+    with pytest.raises(SystemExit) as exit_:
+        sample_py(monkeypatch, folder, prompts="two.txt", html="some.html", jsonl="some.jsonl")
+    assert exit_.value.code == 130
+    (record,) = lines_of(folder / "some.jsonl")
+    (document,) = embedded(folder / "some.html")["documents"]
+    assert record["text"] == "".join(token[0] for token in document["runs"][0]["tokens"][3:])
+
+
+def test_a_reader_that_has_seen_enough_ends_sampling_without_a_word(folder):
+    argv = flags(out_dir=folder / "softmax", device="cpu", start="the ", num_samples=3, max_new_tokens=2000)
+    command, pipe = [sys.executable, str(ROOT / "sample.py"), *argv], subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=ROOT)
+    assert process.stdout.read(1) == b"t"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141
 
 
 def test_an_interrupt_ends_a_text_of_a_conversation_and_not_the_conversation(folder, bayes, monkeypatch, capsys):
@@ -308,6 +389,11 @@ def test_a_terminal_sees_tokens_one_by_one_and_no_character_that_steers_it(tmp_p
         ({"prompts": "there.txt"}, "there.txt has no prompts"),
         ({"prompts": "bad.jsonl", "jsonl": "new"}, 'bad.jsonl: its prompt 2 is no JSON object with a text "prompt"'),
         ({"prompts": "strange.txt", "jsonl": "new"}, "the character 'S' is not in this data set"),
+        ({"prompts": "taken.jsonl"}, "taken.jsonl: its prompt 1 has the field 'text', which the output has; rename it"),
+        ({"html": "new", "jsonl": "./new"}, "--html and --jsonl both name new; give two files"),
+        ({"interactive": True, "num_samples": 3}, "leave --num_samples out"),
+        ({"n_samples": 4, "out_dir": "softmax"}, "softmax has point weights, of which there is nothing to draw"),
+        ({"out_dir": "diverged"}, "the weights diverged: transformer.wte.weight has values that are not finite"),
         ({"interactive": True, "jsonl": "new"}, "leave --prompts and --jsonl out"),
         ({"abstain": "maybe"}, "abstain = 'maybe' is not one of: no, mark, stop"),
         ({"abstain": "stop"}, "abstain = 'stop' needs a limit: --max_epistemic=0.05"),
@@ -320,6 +406,7 @@ def test_mistakes_end_in_one_line_before_anything_is_written(folder, monkeypatch
         "there.txt": "\n",
         "bad.jsonl": '{"prompt": "the"}\n{"text": "the"}\n',
         "strange.txt": "the\nSHIP",
+        "taken.jsonl": '{"prompt": "the", "text": "mine"}',
     }.items():
         (folder / name).write_text(text)
     argv = flags(**{"out_dir": "bayes", "device": "cpu", "start": "the", "max_new_tokens": 2} | options)
