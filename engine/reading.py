@@ -63,27 +63,28 @@ def names_of(tokenizer: Tokenizer) -> list[str]:
     return ["<|endoftext|>" if i == tokenizer.eot else piece.decode(errors="replace") for i, piece in pieces]
 
 
-def reader(tokenizer: Tokenizer) -> Callable[[Iterable[int], Prediction | None], list[Token]]:
-    """A function that takes a text's ids in their order, some at a time, with the prediction (n, ...) of each of those
-    n, or None, and returns their Tokens."""
-    names, decode = names_of(tokenizer), piece_decoder(tokenizer)
+def reader(tokenizer: Tokenizer) -> Callable[..., list[Token]]:
+    """A function that takes a text's ids in their order, some at a time, with their figures() or without, and returns
+    their Tokens."""
+    decode = piece_decoder(tokenizer)
 
-    def tokens(ids: Iterable[int], prediction: Prediction | None = None) -> list[Token]:
-        ids = list(map(int, ids))
-        if prediction is None:
-            return [Token(decode(token), token) for token in ids]
-        log_probs, total, epistemic = prediction
-        nll = -log_probs.gather(-1, torch.tensor(ids, device=log_probs.device).unsqueeze(-1)).squeeze(-1)
-        best = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
-        figures = (t.tolist() for t in (nll, total, prediction.aleatoric, epistemic, *best))
-        return [
-            Token(
-                decode(token), token, *values, tuple((names[i], math.exp(p)) for p, i in zip(top, which, strict=True))
-            )
-            for token, *values, top, which in zip(ids, *figures, strict=True)
-        ]
+    def tokens(ids: Iterable[int], found: Iterable[tuple] = ()) -> list[Token]:
+        rows = found or [()] * len(ids)
+        return [Token(decode(token), token, *row) for token, row in zip(map(int, ids), rows, strict=True)]
 
     return tokens
+
+
+def figures(prediction: Prediction, ids: torch.Tensor, tokenizer: Tokenizer) -> list[tuple]:
+    """Predictions (n, ...) and the ids (n,) that came -> for each what stands in its Token behind text and id."""
+    names, log_probs = names_of(tokenizer), prediction.log_probs
+    nll = -log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    best = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
+    columns = (nll, prediction.total, prediction.aleatoric, prediction.epistemic, *best)
+    return [
+        (*values, tuple((names[i], math.exp(log_p)) for log_p, i in zip(top, which, strict=True)))
+        for *values, top, which in zip(*(column.tolist() for column in columns), strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -99,5 +100,5 @@ def read(model: torch.nn.Module, tokenizer: Tokenizer, ids: np.ndarray, n_sample
         first, end = block_size - stride if start else 0, start + length
         hiddens = [hidden[:, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
         for hidden, targets in in_pieces(hiddens, idx[None, start + first + 1 : end + 1]):
-            reading += tokens(targets.tolist(), model.lm_head.predict(hidden, n_samples))
+            reading += tokens(targets.tolist(), figures(model.lm_head.predict(hidden, n_samples), targets, tokenizer))
     return reading

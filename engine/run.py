@@ -19,7 +19,7 @@ from engine.checkpoint import load_model, tokenizer_of
 from engine.config import flat_fields
 from engine.distributed import autocast, pick_device, seed_micro_batch
 from engine.errors import MANY, UserError, check_ranges
-from engine.reading import Reading, Token, read, reader
+from engine.reading import Reading, Token, figures, read, reader
 from heads import Prediction
 
 
@@ -161,9 +161,10 @@ class Run:
         idx = torch.tensor([prompt] * num_samples, device=self.device)
         with self.cast:
             for ids, prediction in self.model.stream(idx, sampling.max_new_tokens, **options):
-                rows = [
-                    Prediction(*(part[i] for part in prediction)) if uncertain else None for i in range(num_samples)
-                ]
+                rows = [()] * num_samples
+                if uncertain:
+                    last = Prediction(*(part.squeeze(1) for part in prediction))
+                    rows = [[row] for row in figures(last, ids.squeeze(1), self.tokenizer)]
                 for text, tokens, new, row in zip(texts, readers, ids.tolist(), rows, strict=True):
                     for token in tokens(new, row):
                         text.add(token)
