@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Set
 from dataclasses import replace
@@ -16,7 +17,7 @@ from engine.budget import banner, code_line
 from engine.config import build, config_files, flatten
 from engine.distributed import Processes
 from engine.errors import UserError, warn
-from engine.files import alone, write_json
+from engine.files import alone, check_writable, write_json
 from engine.finetune import on_weights
 from engine.labels import LabelFile
 from engine.logger import Logger, environment, forget_after
@@ -199,6 +200,7 @@ def _take(out_dir: Path, stack: contextlib.ExitStack) -> None:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir") from None
+    check_writable(out_dir)
     busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
     stack.enter_context(alone(out_dir / ".lock", busy))
     (out_dir / LAUNCH).write_text(_launch())
@@ -242,4 +244,4 @@ def ending(config, progress) -> str:
     if not path.is_file():  # the weights that it began with are kept where they came from
         return best + (": training made it worse, try a lower --learning_rate" if progress.step else "")
     newest = checkpoint.all_in(path.parent)[-1] == path
-    return f"{best}: python sample.py --out_dir={path.parent if newest else path}"
+    return f"{best}: python sample.py {shlex.quote(f'--out_dir={path.parent if newest else path}')}"
