@@ -24,7 +24,7 @@ from engine.files import replace
 CHARTS = {name: name for name in ("step", "tokens", "seconds")}
 CHARTS |= {name: name.replace("_", "/") for name in ("val_nll", "val_perplexity", "val_ece")}
 CHARTS |= {"loss": "objective/train_loss", "val_loss": "objective/val_loss"}
-# tqdm's own time left would count evaluations and checkpoints
+# tqdm's own time left follows the newest records alone: it jumps at each evaluation and checkpoint
 BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -44,7 +44,8 @@ class Logger:
         self.is_main, self.tokens_per_step, self.max_iters = processes.is_main, tokens_per_step, max_iters
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(processes.device) * processes.world_size
         self.progress, self.clock = progress, time.perf_counter()
-        self.first, self.first_seconds = self.last_step, self.last_seconds = progress.step, progress.seconds
+        self.begun, self.first = self.clock, progress.step  # for the time left
+        self.last_step, self.last_seconds = progress.step, progress.seconds
         self.wandb = None
         if self.is_main:
             self.path = out_dir / "metrics.jsonl"
@@ -62,14 +63,15 @@ class Logger:
         self.clock = time.perf_counter()
 
     def training(self, loss: float, lr: float, grad_norm: float) -> None:
-        """A training record: loss is of the last step, speed of all since the record before."""
+        """A training record: loss is of the last step, speed of all since the record before. Speed is of training; the
+        time left counts evaluations and checkpoints as often as there have been so far."""
         self._tick()
         step, total = self.progress.step, self.progress.seconds
         steps, seconds = step - self.last_step, total - self.last_seconds
         self.last_step, self.last_seconds = step, total
         speed = steps * self.tokens_per_step / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
-        left = (self.max_iters - step) * (total - self.first_seconds) / (step - self.first)
+        left = (self.max_iters - step) * (self.clock - self.begun) / (step - self.first)
         if self.is_main:
             self.bar.set_postfix_str(f"{clock_time(left)} left", refresh=False)
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
@@ -118,7 +120,8 @@ class Logger:
         except Exception as error:  # a third party's service: any failure of it must not cost a training run
             self.wandb = None
             self.say(f"warning: wandb does not start ({type(error).__name__}: {error}); going on without it")
-        self.clock = time.perf_counter()  # a service that does not answer takes a minute, which is no training
+        # a service that does not answer takes a minute, which is no training
+        self.begun = self.clock = time.perf_counter()
 
     def close(self) -> None:
         if self.is_main:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+from types import SimpleNamespace
 import pytest
 import torch
 
@@ -59,6 +60,18 @@ def test_on_a_terminal_a_bar_tells_the_time_left_and_tears_no_record(data, tmp_p
 
 
 def stored(path) -> list:
+def test_the_time_left_counts_evaluations_and_the_speed_does_not(tmp_path, monkeypatch, capsys):
+    clock, progress = SimpleNamespace(now=100.0), Progress(step=2)
+    monkeypatch.setattr("engine.logger.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    log = Logger(tmp_path, Processes(torch.device("cpu")), 10, 1.0, progress, 12)
+    with log.paused():
+        clock.now += 30  # an evaluation
+    clock.now, progress.step = clock.now + 10, 4
+    log.training(1.0, 1e-3, 1.0)
+    log.close()
+    assert " 2 tokens/s | 0:02:40 left" in capsys.readouterr().out  # 20 tokens in 10 s; 2 of 10 steps in 40 s
+
+
     """The records in wandb's own file. wandb's service may still be writing it when finish() is back."""
     end = time.monotonic() + 30
     while not (found := read(path.read_bytes())) or found[-1].WhichOneof("record_type") != "exit":
