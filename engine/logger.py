@@ -105,8 +105,7 @@ class Logger:
         try:
             import wandb
 
-            has_key = os.environ.get("WANDB_API_KEY") or (wandb.api and wandb.api.api_key)
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
             known = self.progress.wandb_id or None  # a resumed run goes on in the same charts
             self.wandb = wandb.init(**about, dir=out_dir, mode=mode, id=known, resume="allow")
             self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
@@ -167,6 +166,16 @@ class Logger:
             self.next_step = record["step"]
             charts = {CHARTS.get(name, f"train/{name}"): value for name, value in record.items()}
             self.wandb.log(charts, step=record["step"])
+
+
+def _has_key(wandb) -> bool:
+    """Whether wandb can log in, in the environment or in ~/.netrc; it asks nobody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return bool(wandb.login(prompt=False))
+    except (AttributeError, TypeError):  # an older wandb, whose login would ask; newer ones warn of wandb.api
+        return bool(getattr(getattr(wandb, "api", None), "api_key", None))
 
 
 def clock_time(seconds: float) -> str:
