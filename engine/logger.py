@@ -189,11 +189,11 @@ PACKAGES = ("numpy", "tokenizers", "tiktoken")
 def environment() -> dict[str, str]:
     """What a number depends on beside the options: code ("-dirty": with changes that are not committed), versions,
     machine."""
-    try:
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
+    here, git, commit = Path(__file__), {"capture_output": True, "text": True, "cwd": Path(__file__).parent}, ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        # an unpacked copy may lie in a repository of something else, which does not know this file
+        if subprocess.run(["git", "ls-files", "--error-unmatch", here.name], **git).returncode == 0:
+            commit = subprocess.run(["git", "describe", "--always", "--dirty"], **git).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {}
     for name in PACKAGES:

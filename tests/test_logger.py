@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -192,6 +193,18 @@ def test_a_key_of_wandb_is_found_in_new_and_old_versions(monkeypatch, wandb, has
     assert _has_key(SimpleNamespace(**wandb)) == has
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert _has_key(SimpleNamespace(**wandb))
+
+
+def test_the_commit_of_another_repository_around_an_unpacked_copy_is_not_taken_for_ours(tmp_path):
+    git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True)  # noqa: E731
+    git("init", "-q")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs")
+    shutil.copytree(ROOT / "engine", tmp_path / "copy" / "engine", ignore=shutil.ignore_patterns("__pycache__"))
+    ask = [sys.executable, "-c", "from engine.logger import environment; print(environment()['commit'])"]
+    commit = lambda: subprocess.run(ask, cwd=tmp_path / "copy", check=True, capture_output=True, text=True).stdout  # noqa: E731
+    assert commit() == "unknown\n"
+    git("add", "copy/engine/logger.py")
+    assert commit() == f"{git('describe', '--always').stdout.strip()}-dirty\n"
 
 
 class Charts:
