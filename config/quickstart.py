@@ -1,7 +1,7 @@
 # What `make run` trains, five times with five heads: a small GPT on four books (data/quickstart), one epoch: 720 steps
 # of 2,048 tokens, 1.47 M tokens in all. Expect a validation nll of 4.28 to 4.35 by head (measured,
-# training_logs/quickstart; unigram: 6.4) after a minute on two CPU cores (measured: 50 to 57 s of training); 0.2 GB of
-# memory (measured).
+# training_logs/quickstart; unigram: 6.4) after a minute on two CPU cores (measured: 50 to 57 s of training); 0.57 GB of
+# memory (measured, the whole process).
 #     python data/quickstart/prepare.py
 #     python train.py config/quickstart.py
 dataset = "quickstart"

@@ -1,7 +1,7 @@
 # Row 1 of 8, softmax, and what the other rows share: a small GPT on WikiText-2 (2.42 M tokens, GPT-2's BPE), one epoch:
 # 1180 steps of 2,048 tokens. Expect a validation nll of 5.57 to 5.62 by row (measured, training_logs/wikitext2) after
-# 16 to 26 minutes on two CPU cores with bfloat16 units and other work beside (measured); 0.7 GB of memory (measured, a
-# step).
+# 16 to 26 minutes on one thread of a CPU with bfloat16 units, other work beside (measured); 1.2 to 1.4 GB of memory by
+# row (measured, the whole process of rows 1, 4 and 5).
 #     python data/wikitext/prepare.py --version=2
 #     python train.py config/train_gpt2_wikitext2_cpu.py
 dataset = "wikitext2"

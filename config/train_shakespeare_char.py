@@ -1,6 +1,6 @@
 # nanoGPT's baby GPT on Shakespeare's characters: 5000 steps of 16,384 tokens. nanoGPT publishes a best validation loss
 # of 1.4697, after 3 minutes on one A100; not run by us at this size. Estimated memory: 2 GB on a GPU; on a CPU, where
-# dropout keeps (T, T) attention, 5 GB (measured, a step).
+# dropout keeps (T, T) attention, 5 GB (measured, a step's tensors).
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/train_shakespeare_char.py
 # On a CPU take nanoGPT's small recipe: 2000 steps of 768 tokens, 70 s on two cores with bfloat16 units (measured; nll

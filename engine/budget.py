@@ -1,11 +1,13 @@
 """What training will cost, known before it begins: parameters by where they are, and the memory of a step.
 
 The memory is counted tensor by tensor for the step that this repository does: fused AdamW, attention without (T, T), a
-head in pieces (engine/linear_loss.py). What a process has for other things (Python, libraries, a CUDA context: half a
-GB) is not in it. tests/test_budget.py holds it against what steps really take.
+head in pieces (engine/linear_loss.py). What a process has for other things (Python and its libraries: 0.35 GB, measured
+on a CPU; a CUDA context) is not in it. tests/test_budget.py holds it against what steps really take.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +20,11 @@ from engine.linear_loss import BLOCK, PIECE, rows_within
 if TYPE_CHECKING:
     from model import GPT
 
-CGROUPS = (  # limit and use of a container's memory: version 2 and 1 of the kernel's interface
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+CGROUPS, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # this process's control groups
+GROUP_FILES = {  # by controller ("": version 2 of the interface): mount, limit, use, and what in it is but page cache
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 # what is there beside the tensors: gaps that malloc leaves, packed matrices; measured on a CPU, elsewhere a guess
 OVERHEAD, ELSEWHERE = {"cpu": (0.2, 20 << 20)}, (0.1, 0)
 
@@ -110,30 +113,42 @@ def _head(model: "GPT", batch_size: int, device: str, size: int) -> int:
     return states + pieces + (matrix if size == 4 else 2 * matrix) + extra * matrix
 
 
-def available(device: torch.device) -> int:
-    """Bytes that this process can still get on the device, shared with the processes beside it on a CPU; 0 where nobody
-    says."""
+def available(device: torch.device) -> int | None:
+    """Bytes that this process can still get on the device, shared with the processes beside it on a CPU; None where
+    nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = _free()
-    for limit, used in CGROUPS:
-        if Path(limit).exists() and (most := Path(limit).read_text().strip()).isdecimal():
-            free = min(free, int(most) - int(Path(used).read_text()))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = [n_bytes for n_bytes in (_free(), *_free_in_groups()) if n_bytes is not None]
+    return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if free else None
 
 
-def _free() -> int:
-    """Bytes that the machine can still give away, 0 where it does not say."""
+def _free() -> int | None:
+    """Bytes that the machine can still give away, None where it does not say."""
     if Path("/proc/meminfo").exists():
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
-def warn_if_too_much(needed: Memory, there: int, weights: int) -> None:
+def _free_in_groups() -> Iterator[int]:
+    """Bytes that each control group of this process can still give away, and each above it: containers, Slurm's jobs
+    and systemd's services have their limits at different depths."""
+    for line in CGROUPS.read_text().splitlines() if CGROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        for mount, limit, used, cache in (GROUP_FILES[name] for name in controllers.split(",") if name in GROUP_FILES):
+            group = MOUNTED / mount / path.strip("/")
+            for folder in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file; the limit "max"
+                    most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                    stat = folder / "memory.stat"
+                    told = dict(map(str.split, stat.read_text().splitlines())) if stat.exists() else {}
+                    yield most - taken + int(told.get(cache, 0))
+
+
+def warn_if_too_much(needed: Memory, there: int | None, weights: int) -> None:
     """Say before training that it will not fit, and what to lower. there: bytes that are free beside the weights, which
-    have been made already."""
-    if there and needed.total - weights > there:
+    have been made already; None where nobody says."""
+    if there is not None and needed.total - weights > there:
         warn(
             f"this run needs about {needed.total / 1e9:.1f} GB and {(there + weights) / 1e9:.1f} GB are free: lower "
             "--batch_size (and raise --gradient_accumulation_steps by as much) or --block_size, or try "
@@ -164,19 +179,29 @@ def banner(config, processes, model: "GPT", how: tuple[str, str], n_data: int, f
     micro = f"{n_micro:,} micro-batch{'es' if n_micro > 1 else ''} of {config.batch_size} blocks"
     shards = processes.world_size if config.sharding == "fsdp" else 1
     n_own = n_micro // processes.world_size
+    steps = f"{config.max_iters:,} step{'' if config.max_iters == 1 else 's'}"
     needed = memory(model, config.batch_size, n_own, how[0], shards, processes.is_main)
     there, weights = available(processes.device), sum(p.numel() * 4 for p in model.parameters()) // shards
     warn_if_too_much(needed, there, weights)
-    of = f" of {(there + weights) / 1e9:.1f} GB" if there else ""
-    parts = {"weights, gradients and AdamW": needed.state, "activations": needed.activations, "the head": needed.head}
-    parts |= {"a checkpoint's copy": needed.copy} if needed.copy else {}
     return [
         *lines,
         f"  a step       {n_tokens:,} tokens ({micro} of {config.model.block_size:,}), {flops:.1e} FLOPs",
-        f"  the run      {config.max_iters:,} steps, {_size(in_all)} tokens, {in_all / n_data:.2f} epochs, "
+        f"  the run      {steps}, {_size(in_all)} tokens, {in_all / n_data:.2f} epochs, "
         f"{flops * config.max_iters:.1e} FLOPs",
+        *memory_lines(needed, there, weights),
+    ]
+
+
+def memory_lines(needed: Memory, there: int | None, weights: int) -> list[str]:
+    """The banner's lines on memory, whose parts add up; there and weights: as in warn_if_too_much."""
+    of = f" of {(there + weights) / 1e9:.1f} GB" if there is not None else ""
+    parts = {"weights, gradients and AdamW": needed.state, "activations": needed.activations, "the head": needed.head}
+    parts |= {"a checkpoint's copy": needed.copy} if needed.copy else {}
+    parts["gaps between them"] = needed.overhead
+    return [
         f"  memory       about {needed.total / 1e9:.2f} GB{of}: "
         + ", ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in parts.items()),
+        "               (Python and its libraries come on top, about 0.35 GB on a CPU)",
     ]
 
 

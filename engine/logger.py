@@ -24,7 +24,7 @@ from engine.files import replace
 CHARTS = {name: name for name in ("step", "tokens", "seconds")}
 CHARTS |= {name: name.replace("_", "/") for name in ("val_nll", "val_perplexity", "val_ece")}
 CHARTS |= {"loss": "objective/train_loss", "val_loss": "objective/val_loss"}
-# tqdm's own time left would count evaluations and checkpoints
+# tqdm's own time left follows the newest records alone: it jumps at each evaluation and checkpoint
 BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -44,7 +44,8 @@ class Logger:
         self.is_main, self.tokens_per_step, self.max_iters = processes.is_main, tokens_per_step, max_iters
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(processes.device) * processes.world_size
         self.progress, self.clock = progress, time.perf_counter()
-        self.first, self.first_seconds = self.last_step, self.last_seconds = progress.step, progress.seconds
+        self.begun, self.first = self.clock, progress.step  # for the time left
+        self.last_step, self.last_seconds = progress.step, progress.seconds
         self.wandb = None
         if self.is_main:
             self.path = out_dir / "metrics.jsonl"
@@ -62,14 +63,15 @@ class Logger:
         self.clock = time.perf_counter()
 
     def training(self, loss: float, lr: float, grad_norm: float) -> None:
-        """A training record: loss is of the last step, speed of all since the record before."""
+        """A training record: loss is of the last step, speed of all since the record before. Speed is of training; the
+        time left counts evaluations and checkpoints as often as there have been so far."""
         self._tick()
         step, total = self.progress.step, self.progress.seconds
         steps, seconds = step - self.last_step, total - self.last_seconds
         self.last_step, self.last_seconds = step, total
         speed = steps * self.tokens_per_step / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
-        left = (self.max_iters - step) * (total - self.first_seconds) / (step - self.first)
+        left = (self.max_iters - step) * (self.clock - self.begun) / (step - self.first)
         if self.is_main:
             self.bar.set_postfix_str(f"{clock_time(left)} left", refresh=False)
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
@@ -103,8 +105,7 @@ class Logger:
         try:
             import wandb
 
-            has_key = os.environ.get("WANDB_API_KEY") or (wandb.api and wandb.api.api_key)
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
             known = self.progress.wandb_id or None  # a resumed run goes on in the same charts
             self.wandb = wandb.init(**about, dir=out_dir, mode=mode, id=known, resume="allow")
             self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
@@ -118,7 +119,8 @@ class Logger:
         except Exception as error:  # a third party's service: any failure of it must not cost a training run
             self.wandb = None
             self.say(f"warning: wandb does not start ({type(error).__name__}: {error}); going on without it")
-        self.clock = time.perf_counter()  # a service that does not answer takes a minute, which is no training
+        # a service that does not answer takes a minute, which is no training
+        self.begun = self.clock = time.perf_counter()
 
     def close(self) -> None:
         if self.is_main:
@@ -166,6 +168,16 @@ class Logger:
             self.wandb.log(charts, step=record["step"])
 
 
+def _has_key(wandb) -> bool:
+    """Whether wandb can log in, in the environment or in ~/.netrc; it asks nobody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return bool(wandb.login(prompt=False))
+    except (AttributeError, TypeError):  # an older wandb, whose login would ask; newer ones warn of wandb.api
+        return bool(getattr(getattr(wandb, "api", None), "api_key", None))
+
+
 def clock_time(seconds: float) -> str:
     """h:mm:ss"""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
@@ -177,11 +189,11 @@ PACKAGES = ("numpy", "tokenizers", "tiktoken")
 def environment() -> dict[str, str]:
     """What a number depends on beside the options: code ("-dirty": with changes that are not committed), versions,
     machine."""
-    try:
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
+    here, git, commit = Path(__file__), {"capture_output": True, "text": True, "cwd": Path(__file__).parent}, ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        # an unpacked copy may lie in a repository of something else, which does not know this file
+        if subprocess.run(["git", "ls-files", "--error-unmatch", here.name], **git).returncode == 0:
+            commit = subprocess.run(["git", "describe", "--always", "--dirty"], **git).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {}
     for name in PACKAGES:

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Set
 from dataclasses import replace
@@ -16,12 +17,12 @@ from engine.budget import banner, code_line
 from engine.config import build, config_files, flatten
 from engine.distributed import Processes
 from engine.errors import UserError, warn
-from engine.files import alone, write_json
+from engine.files import alone, check_writable, write_json
 from engine.finetune import on_weights
 from engine.labels import LabelFile
 from engine.logger import Logger, environment, forget_after
 from engine.pretrained import load_state
-from engine.snapshot import command, save_code
+from engine.snapshot import command, save_code, starts
 from engine.tokenizer import read_meta
 from engine.tokens import Batches, TokenFile, dataset_folder
 from model import GPT
@@ -164,30 +165,21 @@ def open_run(
     """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder.
 
     how: the dtype, and compiled or eager, as Processes.wrap says it."""
-    out_dir, first, meta, changed = Path(config.out_dir), progress.step, data["train"].meta, ""
+    out_dir, meta, changed = Path(config.out_dir), data["train"].meta, ""
     about = environment() | {"command": command(), "device": str(processes.device), "world_size": processes.world_size}
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     with contextlib.ExitStack() as stack:
         if processes.is_main:
-            try:
-                out_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir") from None
-            busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
-            stack.enter_context(alone(out_dir / ".lock", busy))
-            (out_dir / LAUNCH).write_text(_launch())
-            for left_by_a_killed_run in out_dir.glob("*.*.[0-9]*.tmp"):
-                left_by_a_killed_run.unlink()
-            if not (first and config.eval_only):  # to evaluate a run adds a record and leaves all others as they are
-                checkpoint.copy_tokenizer(folder := dataset_folder(config.dataset), out_dir)
-                if meta and read_meta(folder) is None:  # known by the files' headers alone
-                    write_json(out_dir / "meta.json", meta)
-                changed = save_code(out_dir, first, config_files(type(config), sys.argv[1:]))
-                write_json(out_dir / "config.json", flatten(config) | {"environment": about})
-                forget_after(out_dir / "metrics.jsonl", first)
+            _take(out_dir, stack)
+            if not (progress.step and config.eval_only):  # to evaluate a run adds a record and leaves all else as it is
+                changed = _write_down(config, meta, about, progress.step)
         log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters)
         stack.callback(log.close)
-        for line in (*banner(config, processes, model, how, len(data["train"]), first), code_line(about), changed):
+        for line in (
+            *banner(config, processes, model, how, len(data["train"]), progress.step),
+            code_line(about),
+            changed,
+        ):
             if line:
                 log.say(line)
         if meta is None:
@@ -200,6 +192,35 @@ def open_run(
         yield log
         if not config.eval_only:
             log.say(ending(config, progress))
+
+
+def _take(out_dir: Path, stack: contextlib.ExitStack) -> None:
+    """Make the folder, and keep others from training there until the stack is closed."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir") from None
+    check_writable(out_dir)
+    busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
+    stack.enter_context(alone(out_dir / ".lock", busy))
+    (out_dir / LAUNCH).write_text(_launch())
+    for left_by_a_killed_run in out_dir.glob("*.*.[0-9]*.tmp"):
+        left_by_a_killed_run.unlink()
+
+
+def _write_down(config, meta: dict | None, about: dict, step: int) -> str:
+    """Write the tokenizer, the code, and config.json with all starts of the run; a line if code has changed."""
+    out_dir, folder = Path(config.out_dir), dataset_folder(config.dataset)
+    checkpoint.copy_tokenizer(folder, out_dir)
+    if meta and read_meta(folder) is None:  # known by the files' headers alone
+        write_json(out_dir / "meta.json", meta)
+    before = starts(out_dir) if step else []
+    last = str(before[-1].get("code", "code.zip")) if before else "code.zip"
+    code, changed = save_code(out_dir, step, config_files(type(config), sys.argv[1:]), last)
+    all_starts = [*before, {"step": step, "code": code} | about]
+    write_json(out_dir / "config.json", flatten(config) | {"environment": about, "starts": all_starts})
+    forget_after(out_dir / "metrics.jsonl", step)
+    return changed
 
 
 def wandb_options(config, about: dict, n_params: int) -> dict:
@@ -223,4 +244,4 @@ def ending(config, progress) -> str:
     if not path.is_file():  # the weights that it began with are kept where they came from
         return best + (": training made it worse, try a lower --learning_rate" if progress.step else "")
     newest = checkpoint.all_in(path.parent)[-1] == path
-    return f"{best}: python sample.py --out_dir={path.parent if newest else path}"
+    return f"{best}: python sample.py {shlex.quote(f'--out_dir={path.parent if newest else path}')}"

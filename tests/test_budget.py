@@ -1,6 +1,7 @@
 """What a run says it will cost, against what it costs."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -56,6 +57,7 @@ def test_flops_are_those_that_torch_counts(tie_head):
         ("many ids", {"weights": "bayes", "dtype": "float32"}),
         ("deep", {"dtype": "float32"}),
         ("deep", {"gradient_checkpointing": True, "dtype": "float32"}),
+        ("deep", {"dropout": 0.1, "dtype": "float32", "n_head": 8, "block_size": 256}),
     ],
 )
 def test_the_estimate_is_within_a_factor_of_two_of_a_steps_peak(shape, options):
@@ -85,15 +87,70 @@ def test_what_does_not_fit_is_said_before_training_and_trains_all_the_same(data,
     assert "--sharding=fsdp" in warned
 
 
-def test_a_container_with_less_memory_than_the_machine_counts(tmp_path, monkeypatch):
-    (tmp_path / "max").write_text("5000\n")
-    (tmp_path / "current").write_text("2000\n")
-    monkeypatch.setattr(budget, "CGROUPS", [(str(tmp_path / "max"), str(tmp_path / "current"))])
-    assert budget.available(torch.device("cpu")) == 3000
+def group(folder, limit, used, cache):
+    """A control group of version 2, or of version 1 below memory/."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = "memory" in folder.parts
+    (folder / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{limit}\n")
+    (folder / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"cache 9\n{'total_' if first else ''}inactive_file {cache}\n")
+
+
+@pytest.mark.parametrize(
+    ("mount", "line"), [("", "0::/slurm/job_1\n"), ("memory", "4:cpu,memory:/slurm/job_1\n0::/\n")]
+)
+def test_the_least_that_a_control_group_or_one_above_leaves_counts_without_the_page_cache(
+    tmp_path, monkeypatch, mount, line
+):
+    (tmp_path / "cgroup").write_text(line)
+    monkeypatch.setattr(budget, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(budget, "MOUNTED", tmp_path)
+    slurm, free = tmp_path / mount / "slurm", lambda: budget.available(torch.device("cpu"))
+    group(slurm / "job_1", 9000, 4000, 1000)
+    assert free() == 6000
+    group(slurm, 5000, 2500, 500)
+    assert free() == 3000
+    group(tmp_path / mount, "max", 1, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert budget.available(torch.device("cpu")) == 1000
-    (tmp_path / "max").write_text("max\n")
-    assert budget.available(torch.device("cpu")) > 10**6
+    assert free() == 1000
+    group(slurm / "job_1", 9000, 9500, 0)
+    assert free() == 0
+    group(slurm / "job_1", "max", 9500, 0)
+    group(slurm, "max", 9500, 0)
+    assert free() > 10**6
+
+
+def test_no_free_memory_is_warned_of_and_unknown_memory_is_not(monkeypatch, tmp_path, capsys):
+    needed = budget.Memory(10, 10, 10, 10, 10)
+    budget.warn_if_too_much(needed, 0, 20)
+    assert "lower --batch_size" in capsys.readouterr().err
+    monkeypatch.setattr(budget, "CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(budget, "_free", lambda: None)
+    assert budget.available(torch.device("cpu")) is None
+    budget.warn_if_too_much(needed, None, 20)
+    assert not capsys.readouterr().err and " of " not in budget.memory_lines(needed, None, 20)[0]
+
+
+def test_the_parts_of_the_memory_add_up_to_what_the_banner_says():
+    line = budget.memory_lines(budget.memory(tiny_gpt(n_layer=8, n_embd=256), 64, 2, "float32"), None, 0)[0]
+    total, *parts = map(float, re.findall(r"\d+\.\d\d", line))
+    assert total == pytest.approx(sum(parts), abs=0.03) and len(parts) == 5 and parts[-1] > 0.03
+
+
+def test_half_precision_adds_the_casts_of_all_but_the_output_weights():
+    model = tiny_gpt()
+    n_bytes = 2 * (sum(p.numel() for p in model.parameters()) - model.lm_head.weights.weight.numel())
+    activations = budget._activations(model, 64, "cpu", 2)
+    assert budget.memory(model, 64, 1, "bfloat16").activations == activations + n_bytes
+
+
+def test_dropout_adds_scores_of_all_pairs_on_a_cpu_and_masks_elsewhere():
+    plain, dropped = (tiny_gpt(dropout=rate) for rate in (0.0, 0.1))
+    more = lambda device: budget._activations(dropped, 64, device, 4) - budget._activations(plain, 64, device, 4)  # noqa: E731
+    shape, n_tokens = dropped.config, 64 * dropped.config.block_size
+    masks = 2 * n_tokens * shape.n_layer * shape.n_embd
+    assert more("cuda") == masks
+    assert more("cpu") == 4 * masks + n_tokens * shape.n_layer * shape.n_head * shape.block_size * (4 * 4 + 8)
 
 
 def test_on_cuda_the_devices_own_memory_counts(monkeypatch):
@@ -103,13 +160,18 @@ def test_on_cuda_the_devices_own_memory_counts(monkeypatch):
 
 def test_the_banner_tells_size_step_run_memory_and_code_in_short_lines(data, tmp_path, capsys):
     model = run(data, tmp_path, weights="bayes", max_iters=4, gradient_accumulation_steps=2)
-    lines = capsys.readouterr().out.splitlines()[:6]
+    lines = capsys.readouterr().out.splitlines()[:7]
     assert lines[0] == f"{tmp_path}: bayes x categorical head, float32, eager, on 1 x cpu"
-    assert [line.split()[0] for line in lines[1:]] == ["parameters", "a", "the", "memory", "code"]
+    assert [line.split()[0] for line in lines[1:]] == ["parameters", "a", "the", "memory", "(Python", "code"]
     assert f": backbone {budget.parameters(model)['backbone']:,}, head" in lines[1]
     assert "256 tokens (2 micro-batches of 8 blocks of 16)" in lines[2]
     assert f"{4 * 256 * model.flops_per_token():.1e} FLOPs" in lines[3] and "4 steps, 1,024 tokens" in lines[3]
-    assert f"torch {torch.__version__}" in lines[5] and max(map(len, lines[1:])) < 160
+    assert f"torch {torch.__version__}" in lines[6] and max(map(len, lines[1:])) < 180
+
+
+def test_one_step_is_no_plural(data, tmp_path, capsys):
+    run(data, tmp_path, max_iters=1)
+    assert " 1 step, " in capsys.readouterr().out
 
 
 def test_eval_only_tells_of_no_training(data, tmp_path, capsys):

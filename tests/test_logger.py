@@ -3,16 +3,18 @@
 import contextlib
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.distributed import Processes
-from engine.logger import Logger
+from engine.logger import Logger, _has_key
 from tests.helpers import ROOT, TINY, flags, records, run, write_words
 from train import Progress
 
@@ -56,6 +58,18 @@ def test_on_a_terminal_a_bar_tells_the_time_left_and_tears_no_record(data, tmp_p
     assert re.search(r"\[\d\d:\d\d, \d:\d\d:\d\d left\]", bars[-1]) and max(map(len, bars)) <= 100
     found = [int(line[4:].split("/")[0]) for line in shown if line.startswith("step ") and "loss" in line]
     assert sorted(found) == sorted([8, 12, 16, *range(9, 17)])
+
+
+def test_the_time_left_counts_evaluations_and_the_speed_does_not(tmp_path, monkeypatch, capsys):
+    clock, progress = SimpleNamespace(now=100.0), Progress(step=2)
+    monkeypatch.setattr("engine.logger.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    log = Logger(tmp_path, Processes(torch.device("cpu")), 10, 1.0, progress, 12)
+    with log.paused():
+        clock.now += 30  # an evaluation
+    clock.now, progress.step = clock.now + 10, 4
+    log.training(1.0, 1e-3, 1.0)
+    log.close()
+    assert " 2 tokens/s | 0:02:40 left" in capsys.readouterr().out  # 20 tokens in 10 s; 2 of 10 steps in 40 s
 
 
 def stored(path) -> list:
@@ -146,6 +160,51 @@ def test_wandb_groups_runs_by_text_and_head_and_has_their_code(data, tmp_path, o
     first, again = sorted((tmp_path / "s" / "bayes").glob("wandb/offline-run-*"))
     assert first.name.split("-")[-1] == again.name.split("-")[-1], "a resumed run keeps its id"
     assert all((folder / "files" / "code.zip").is_file() for folder in (first, again))
+
+
+def test_without_an_account_charts_are_written_offline_and_nothing_is_deprecated(data, tmp_path, offline):
+    (tmp_path / ".netrc").write_text("machine example.com login a password b\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    options = TINY | {"dataset": data, "out_dir": tmp_path / "run", "max_iters": 1, "wandb_log": True}
+    command = [sys.executable, str(ROOT / "train.py"), *flags(**options)]
+    done = subprocess.run(
+        command, env=environment | {"NETRC": str(tmp_path / ".netrc")}, capture_output=True, text=True, check=True
+    )
+    assert "deprecated" not in done.stdout + done.stderr and "does not start" not in done.stdout
+    assert [step for step, _ in charts(tmp_path / "run")["val/nll"]] == [0, 1]
+
+
+def asks(key=None):
+    raise AssertionError("an older wandb would ask for a key")
+
+
+@pytest.mark.parametrize(
+    ("wandb", "has"),
+    [
+        ({"login": lambda prompt: True}, True),
+        ({"login": lambda prompt: False, "api": SimpleNamespace(api_key="k")}, False),
+        ({"login": asks, "api": SimpleNamespace(api_key="k")}, True),
+        ({"login": asks, "api": None}, False),
+        ({}, False),
+    ],
+)
+def test_a_key_of_wandb_is_found_in_new_and_old_versions(monkeypatch, wandb, has):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert _has_key(SimpleNamespace(**wandb)) == has
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert _has_key(SimpleNamespace(**wandb))
+
+
+def test_the_commit_of_another_repository_around_an_unpacked_copy_is_not_taken_for_ours(tmp_path):
+    git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True)  # noqa: E731
+    git("init", "-q")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs")
+    shutil.copytree(ROOT / "engine", tmp_path / "copy" / "engine", ignore=shutil.ignore_patterns("__pycache__"))
+    ask = [sys.executable, "-c", "from engine.logger import environment; print(environment()['commit'])"]
+    commit = lambda: subprocess.run(ask, cwd=tmp_path / "copy", check=True, capture_output=True, text=True).stdout  # noqa: E731
+    assert commit() == "unknown\n"
+    git("add", "copy/engine/logger.py")
+    assert commit() == f"{git('describe', '--always').stdout.strip()}-dirty\n"
 
 
 class Charts:

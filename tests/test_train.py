@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
+import shlex
 import shutil
 import sys
 import types
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,6 +315,19 @@ def test_divergence_ends_in_one_line_and_is_not_saved(data, tmp_path):
     with pytest.raises(UserError, match="val nll is nan at step 4; try a lower"):
         run(data, tmp_path, learning_rate=1e3, grad_clip=0, eval_interval=4, warmup_iters=0)
     assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_folder_that_takes_no_files_ends_in_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # as root it would take them
+    with pytest.raises(UserError, match="cannot be written to; .* name another folder"):
+        run(data, tmp_path, max_iters=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_to_sample_with_can_be_pasted_whatever_the_folder_is_called(data, tmp_path, capsys):
+    run(data, out := tmp_path / "my run's folder", max_iters=1)
+    command = capsys.readouterr().out.splitlines()[-1].split(": ", 1)[1]
+    assert shlex.split(command) == ["python", "sample.py", f"--out_dir={out}"]
 
 
 def test_training_needs_no_git(data, tmp_path, monkeypatch):
