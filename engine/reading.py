@@ -15,6 +15,7 @@ from engine.tokenizer import Tokenizer, piece_decoder, pieces_of
 from heads import Prediction
 
 N_TOP = 5  # likeliest next tokens that are kept
+AVERAGED = ("nll", "total", "epistemic")  # over a text
 
 
 class Token(NamedTuple):
@@ -35,6 +36,10 @@ class Reading(list[Token]):
     @property
     def text(self) -> str:
         return "".join(token.text for token in self)
+
+    def means(self) -> dict[str, float]:
+        """nll, total and epistemic, nats per token."""
+        return {name: sum(getattr(token, name) for token in self) / max(1, len(self)) for name in AVERAGED}
 
     def __repr__(self) -> str:
         return f"Reading({self.text!r}, {len(self)} tokens)"

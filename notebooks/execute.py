@@ -18,7 +18,9 @@ def execute(path: Path, **parameters) -> nbformat.NotebookNode:
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
     where, quiet = {"metadata": {"path": str(path.parent)}}, ["--log-level=ERROR"]
-    NotebookClient(notebook, resources=where, record_timing=False, extra_arguments=quiet).execute()
+    NotebookClient(
+        notebook, resources=where, record_timing=False, coalesce_streams=True, extra_arguments=quiet
+    ).execute()
     name = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": name, "language_info": {"name": "python"}}
     return notebook

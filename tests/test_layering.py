@@ -24,6 +24,7 @@ LEVELS = {
     "engine.card": 2,
     "engine.report": 2,
     "engine.run": 3.5,
+    "engine.screen": 3.75,
     "engine.reading": 1.5,
     "engine.examine": 3.5,
     "engine.pictures": 1,

@@ -122,3 +122,7 @@ def test_all_notebooks_are_tested_and_begin_alike():
     assert {path.stem for path in NOTEBOOKS} == NAMES
     first = {next(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "code") for p in NOTEBOOKS}
     assert len(first) == 1
+
+
+def test_play_is_kept_with_the_banner_that_runs_begin_with_today():
+    assert re.search(r"  parameters   \d.*  a step       .*  memory       about", shown(nbformat.read(NOTEBOOKS[1], 4)))
