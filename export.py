@@ -83,6 +83,8 @@ def free_folder(to: str) -> Path:
     path = Path(to).resolve()  # a link's own target, and "." by its name
     if not to:
         raise UserError("where to? --to=FOLDER, a new one")
+    if path == Path.cwd():
+        raise UserError("--to is the folder that you stand in; name a new one")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already, and is never written over; give another --to")
     check_writable(path.parent)

@@ -64,6 +64,8 @@ def main() -> None:
         raise UserError("--interactive writes one text at a time; leave --num_samples out")
     model = Run(config.out_dir if config.init_from == "resume" else config.init_from, config.device, config.dtype)
     model.check(config.sampling)
+    if config.sampling.n_samples and not model.model.bayes_layers():
+        raise UserError(f"{model.source} has point weights, of which there is nothing to draw; leave --n_samples out")
     if config.compile:
         model.model.compile_step()
     last: list[int] = []  # the ids of the newest text, its prompt among them
@@ -71,7 +73,7 @@ def main() -> None:
     screen, documents = Screen(config, bool(model.model.bayes_layers())), []
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(open(config.jsonl, "x", encoding="utf-8")) if config.jsonl else None
-        stack.callback(write_html, config, model.source, documents)  # of what there is, also when it is interrupted
+        stack.callback(finish, config, model.source, documents)  # with what there is, also when it is interrupted
         for i, (record, ids) in enumerate(prompts):
             sampling = replace(config.sampling, seed=config.sampling.seed + i)
             prompt = Reading(reader(model.tokenizer)(ids))
@@ -84,14 +86,15 @@ def main() -> None:
                 if config.html:
                     title = f"{record['prompt'][:40]!r}, sample {number + 1}"
                     documents.append(Document(title, {model.source: prompt + text.tokens}))
-    for path in filter(None, (config.html, config.jsonl)):
-        print(f"texts: {path}", file=sys.stderr)
 
 
-def write_html(config: SampleConfig, source: str, documents: list[Document]) -> None:
-    if config.html and documents:
+def finish(config: SampleConfig, source: str, documents: list[Document]) -> None:
+    """Write the page, and say where the texts are."""
+    if documents:
         note = ", ".join(f"{name} = {value!r}" for name, value in vars(config.sampling).items())
         write_page(Path(config.html), f"Texts of {source}", note, "", documents)
+    for path in filter(None, (config.html if documents else "", config.jsonl)):
+        print(f"texts: {path}", file=sys.stderr)
 
 
 def write(model: Run, prompt: Reading, sampling: Sampling, config: SampleConfig, screen: Screen) -> list[Continuation]:

@@ -7,6 +7,7 @@ on a CPU; a CUDA context) is not in it. tests/test_budget.py holds it against wh
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,16 +134,16 @@ def _free() -> int | None:
 def _free_in_groups() -> Iterator[int]:
     """Bytes that each control group of this process can still give away, and each above it: containers, Slurm's jobs
     and systemd's services have their limits at different depths."""
-    for line in CGROUPS.read_text().splitlines() if CGROUPS.exists() else []:
-        _, controllers, path = line.split(":", 2)
+    groups = re.findall(r"^\d+:(.*?):(.*)$", CGROUPS.read_text() if CGROUPS.exists() else "", re.MULTILINE)
+    for controllers, path in groups:
         for mount, limit, used, cache in (GROUP_FILES[name] for name in controllers.split(",") if name in GROUP_FILES):
             group = MOUNTED / mount / path.strip("/")
             for folder in (group, *group.parents):
                 with contextlib.suppress(OSError, ValueError):  # no such file; the limit "max"
                     most, taken = (int((folder / name).read_text()) for name in (limit, used))
                     stat = folder / "memory.stat"
-                    told = dict(map(str.split, stat.read_text().splitlines())) if stat.exists() else {}
-                    yield most - taken + int(told.get(cache, 0))
+                    told = re.search(rf"^{cache} (\d+)$", stat.read_text() if stat.exists() else "", re.MULTILINE)
+                    yield most - taken + (int(told[1]) if told else 0)
 
 
 def warn_if_too_much(needed: Memory, there: int | None, weights: int) -> None:

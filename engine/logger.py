@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -94,8 +95,11 @@ class Logger:
 
     def say(self, text: str) -> None:
         if self.is_main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # whoever read along is gone; the records are in metrics.jsonl
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def start_wandb(self, out_dir: Path, **about) -> None:
         """Open a wandb run, with the code that out_dir holds; about: options of wandb.init. What goes wrong with wandb
@@ -113,7 +117,7 @@ class Logger:
                 self.wandb.define_metric(f"{group}/*", step_metric="tokens")
             self.wandb.define_metric("val/nll", step_metric="tokens", summary="min")
             for path in sorted(out_dir.glob("code*.zip")):
-                self.wandb.save(str(path), base_path=str(out_dir), policy="now")
+                shutil.copy(path, self.wandb.dir)  # wandb.save would make a link, and warn of it
             for record in read_records(self.path):  # of a resumed run: what wandb lacks, offline all
                 self._chart(record)
         except Exception as error:  # a third party's service: any failure of it must not cost a training run
@@ -176,6 +180,8 @@ def _has_key(wandb) -> bool:
         return bool(wandb.login(prompt=False))
     except (AttributeError, TypeError):  # an older wandb, whose login would ask; newer ones warn of wandb.api
         return bool(getattr(getattr(wandb, "api", None), "api_key", None))
+    except Exception:  # a key that wandb refuses is none
+        return False
 
 
 def clock_time(seconds: float) -> str:

@@ -7,6 +7,7 @@ run.uncertainty("The old prince looked at Napoleon.")
 run.predict("The old prince", n_samples=16).epistemic
 """
 
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,9 +40,12 @@ class Sampling:
 
     def __post_init__(self):
         for name, kind in flat_fields(Sampling).items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float) if kind is float else kind):
-                raise UserError(f"{name} = {value!r} must be of type {kind.__name__}")
+            value = getattr(self, name)  # of NumPy or torch, too
+            try:
+                found = operator.index(value) if kind is int else float(value) if kind is float else "" + value
+            except (TypeError, ValueError):
+                raise UserError(f"{name} = {value!r} must be of type {kind.__name__}") from None
+            object.__setattr__(self, name, found)
         check_ranges(self, {"max_new_tokens": (1, 10**6), "n_samples": (-1, 10**6), "max_epistemic": (0.0, 1e6)})
         check_ranges(self, {"temperature": (0.0, 1e6), "top_k": (0, MANY), "seed": (0, (1 << 63) - 1)})
         if not 0 < self.top_p <= 1:
@@ -123,6 +127,8 @@ class Run:
         return [self.tokenizer.eot]
 
     def _ids(self, text: str) -> np.ndarray:
+        if not isinstance(text, str):
+            raise UserError(f"a text is wanted, not {text!r}")
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -131,15 +137,13 @@ class Run:
 
     def check(self, sampling: Sampling) -> None:
         """Refuse what this model cannot do."""
-        if sampling.n_samples and not self.model.bayes_layers():
-            raise UserError(f"{self.source} has point weights, of which there is nothing to draw: leave n_samples at 0")
         if sampling.abstain != "no" and not self.model.bayes_layers():
             raise UserError(f"{self.source} has point weights, which have no epistemic uncertainty to abstain by")
 
     def generate_text(self, prompt: str = "", **options: float | str) -> str:
         """The prompt's continuation. Options: the fields of Sampling, such as max_new_tokens, temperature, seed."""
         sampling = Sampling(**options)
-        *_, (text,) = self.stream(prompt, 1, sampling, uncertain=sampling.abstain != "no")
+        *_, (text,) = self.stream(self.encode(prompt), 1, sampling, uncertain=sampling.abstain != "no")
         return text.text
 
     def stream(
@@ -148,9 +152,11 @@ class Run:
         """Continuations of a prompt (text, or its ids) while they are written, in one batch: yields the same list after
         each token. uncertain: their tokens have figures, each of the prediction that it was drawn from."""
         self.check(sampling)
-        prompt = self.encode(prompt) if isinstance(prompt, str) else prompt
+        prompt = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not prompt or num_samples < 1:
             raise UserError(f"{num_samples} texts behind {len(prompt)} tokens: at least one of both is needed")
+        if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
+            raise UserError(f"the prompt has ids outside 0 .. {self.model.config.vocab_size - 1}")
         texts = [Continuation(sampling) for _ in range(num_samples)]
         readers = [reader(self.tokenizer) for _ in texts]
         for tokens in readers:
@@ -177,7 +183,7 @@ class Run:
     def predict(self, prompt: str = "", n_samples: int = 0) -> Prediction:
         """What comes next: log_probs (V,), and in nats total, aleatoric and epistemic (scalars). Of a long prompt the
         last block_size tokens are read. n_samples: as in Sampling; the same draws each time."""
-        self.check(Sampling(n_samples=n_samples))
+        n_samples = Sampling(n_samples=n_samples).n_samples
         seed_micro_batch(0, 0)
         idx = torch.tensor([self.encode(prompt)[-self.model.config.block_size :]], device=self.device)
         with self.cast:
@@ -188,7 +194,7 @@ class Run:
         """The text's tokens with what the model predicted at each, in nats: nll, total, aleatoric, epistemic, and the
         likeliest tokens (see engine.reading.Token). It is read as the beginning of a document; without an end-of-text
         token to stand before it, the first token has no figures. n_samples: as in Sampling."""
-        self.check(Sampling(n_samples=n_samples))
+        n_samples = Sampling(n_samples=n_samples).n_samples
         ids, eot = self._ids(text), self.tokenizer.eot
         before = [] if eot is None else [eot]
         with self.cast:

@@ -22,7 +22,7 @@ class Screen:
     """Prints texts as they grow, in colours where the terminal has some."""
 
     def __init__(self, config: "SampleConfig", known: bool):
-        self.config, self.known, self.tty = config, known, sys.stdout.isatty()
+        self.config, self.known, self.tty = config, known, bool(sys.stdout) and sys.stdout.isatty()
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
         self.colours = (self.tty and not plain) or "FORCE_COLOR" in os.environ
         self.silent, self.seen = bool(config.jsonl), 0

@@ -215,7 +215,8 @@ def _write_down(config, meta: dict | None, about: dict, step: int) -> str:
     if meta and read_meta(folder) is None:  # known by the files' headers alone
         write_json(out_dir / "meta.json", meta)
     before = starts(out_dir) if step else []
-    last = str(before[-1].get("code", "code.zip")) if before else "code.zip"
+    newest = max((path.name for path in out_dir.glob("code*.zip")), default="code.zip")
+    last = str(before[-1].get("code", newest)) if before else newest
     code, changed = save_code(out_dir, step, config_files(type(config), sys.argv[1:]), last)
     all_starts = [*before, {"step": step, "code": code} | about]
     write_json(out_dir / "config.json", flatten(config) | {"environment": about, "starts": all_starts})

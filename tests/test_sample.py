@@ -216,11 +216,30 @@ def test_a_text_goes_on_in_the_middle_of_its_prompts_last_character(folder, monk
         (lambda run: run.uncertainty("the", n_samples=-5), "n_samples = -5 must be at least -1"),
         (lambda run: list(run.stream("the", 0)), "at least one"),
         (lambda run: list(run.stream([], 1)), "at least one"),
+        (lambda run: list(run.stream([-1], 1)), "ids outside 0 .."),
+        (lambda run: run.generate_text(5), "a text is wanted, not 5"),
     ],
 )
 def test_mistakes_in_python_are_errors_with_a_line(bayes, ask, message):
     with pytest.raises(UserError, match=message):
         ask(bayes)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(bayes):
+    options = {"seed": np.int64(3), "temperature": np.float32(0.5), "n_samples": torch.tensor(2)}
+    plain = {"seed": 3, "temperature": 0.5, "n_samples": 2}
+    assert Sampling(**options) == Sampling(**plain)
+    prompt = bayes.tokenizer.encode("the ")
+    *_, (text,) = bayes.stream(prompt, 1, Sampling(max_new_tokens=5, **options))
+    assert text.text == bayes.generate_text("the ", max_new_tokens=5, **plain)
+    limit = bayes.predict("the ").epistemic
+    assert Sampling(abstain="mark", max_epistemic=limit).max_epistemic == limit.item()
+
+
+def test_point_weights_have_no_epistemic_uncertainty_in_any_number_of_draws(folder):
+    softmax = Run(folder / "softmax", device="cpu")
+    assert softmax.predict("the", n_samples=4).epistemic.abs() < 1e-5
+    assert all(token.epistemic < 1e-5 for token in softmax.uncertainty("the ship", n_samples=4)[1:])
 
 
 # the script

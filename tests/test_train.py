@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import types
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from engine.distributed import Processes
 from engine.errors import UserError
 from engine.evaluation import eval_batches, mean_loss
 from engine.tokens import TokenFile
-from tests.helpers import HEADS, TINY, difference, records, run, same_weights, write_bytes, write_words
+from tests.helpers import HEADS, ROOT, TINY, difference, flags, records, run, same_weights, write_bytes, write_words
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +285,9 @@ class FailingWandb(types.ModuleType):
     def log(self, record, step):
         self._call("log")
 
-    def save(self, *_, **__):
-        self._call("save")
+    @property
+    def dir(self):
+        return self._call("dir") and self.folder
 
     def finish(self):
         self._call("finish")
@@ -297,9 +299,11 @@ class FailingWandb(types.ModuleType):
         return self
 
 
-@pytest.mark.parametrize("broken", ["init", "define_metric", "save", "log", "finish"])
+@pytest.mark.parametrize("broken", ["init", "define_metric", "dir", "log", "finish"])
 def test_a_failing_wandb_is_said_once_and_does_not_stop_the_run(data, plain, tmp_path, monkeypatch, capsys, broken):
     wandb = FailingWandb(broken)
+    (tmp_path / "wandb").mkdir()
+    wandb.folder = tmp_path / "wandb"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert same_weights(run(data, tmp_path, wandb_log=True), plain[0])
     assert wandb.calls.count(broken) == 1
@@ -348,3 +352,14 @@ def test_fine_tuning_keeps_a_posterior_and_refuses_a_unigram_bias(data, tmp_path
     assert torch.equal(tuned.lm_head.weights.log_std, trained.lm_head.weights.log_std)
     with pytest.raises(UserError, match="give --logit_bias=uniform"):
         run(data, tmp_path / "no", weights="bayes", init_from=tmp_path / "bayes", logit_bias="unigram")
+
+
+def test_a_run_goes_on_to_its_end_when_nobody_reads_along_any_more(data, tmp_path):
+    argv = flags(**TINY | {"dataset": data, "out_dir": tmp_path / "out", "log_interval": 1})
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 0
+    assert (tmp_path / "out" / "ckpt_00000030.pt").is_file()
