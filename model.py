@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError, check_memory, check_ranges
-from engine.generation import Branches, KVCache, OneToken, draw
+from engine.generation import Branches, KVCache, OneToken, stream
 from heads import Head, HeadConfig, Prediction
 from weights import BayesLayer, BayesLinear
 
@@ -233,46 +233,11 @@ class GPT(nn.Module):
         """idx (B, T) -> (B, T + max_new_tokens): the prompt and its continuation. Options: those of stream."""
         return torch.cat([idx, *(token for token, _ in self.stream(idx, max_new_tokens, **options))], dim=1)
 
-    @torch.no_grad()
     def stream(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,  # divides the log-probabilities; 0 always takes the likeliest token
-        top_k: int = 0,  # keep the k likeliest tokens; 0 keeps all
-        top_p: float = 1.0,  # keep the likeliest tokens that together have this probability
-        n_samples: int = 0,  # draws of the output weights per prediction (0: their mean); the others stay at their mean
-        n_ids: int = 0,  # draw ids below this only (a padded vocabulary has more than its tokenizer); 0: all
-        use_cache: bool = True,  # False reads the whole context again for every token
-        uncertain: bool = False,  # tell what is not known about each token
+        self, idx: torch.Tensor, max_new_tokens: int, **options
     ) -> Iterator[tuple[torch.Tensor, Prediction | None]]:
-        """Yields each new token (B, 1) and, if uncertain, the prediction (B, 1, ...) that it was drawn from.
-
-        Past block_size the window slides by one: every token then has a new (learned) position, so nothing cached stays
-        valid, and each step reads the last block_size tokens again.
-        """
-        B, n_prompt = idx.shape
-        block_size, n_tokens = self.config.block_size, n_prompt + max_new_tokens
-        size = block_size if self.compiled_step else min(block_size, n_tokens)  # each size is a graph of its own
-        cache = KVCache(self.config.n_layer, size) if use_cache else None
-        new, text = idx, torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
-        for end in range(n_prompt, n_tokens):
-            if cache is None or cache.length in (0, block_size):
-                if cache:
-                    cache.length = 0
-                x = self.hidden(text[:, max(0, end - block_size) : end], cache)[:, -1:]
-            elif self.compiled_step:
-                torch._dynamo.mark_static_address(cache.kv)  # a CUDA graph may then write to it
-                position = torch.full((1,), cache.length, device=idx.device)
-                x = self.compiled_step(new, cache.kv, position).clone()  # the graph's next run overwrites its result
-                cache.length += 1
-            else:
-                x = self.hidden(new, cache)
-            prediction = self.lm_head.predict(x, n_samples) if uncertain else None
-            log_probs = prediction.log_probs if uncertain else self.lm_head.log_probs(x, n_samples)
-            new = draw(log_probs[:, -1, : n_ids or None], temperature, top_k, top_p)
-            text[:, end : end + 1] = new
-            yield new, prediction
+        """generate token by token: see engine.generation.stream, which also tells the options."""
+        return stream(self, idx, max_new_tokens, **options)
 
     def flops_per_token(self) -> float:
         """Of one training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B), N without what is looked up:

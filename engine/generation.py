@@ -1,6 +1,13 @@
-"""What generating and comparing texts needs beside the model: what its attention sees, and the draw of a token."""
+"""Generating and comparing texts: what the attention sees, the draw of a token, and a text token by token."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from heads import Prediction
+    from model import GPT
 
 
 class KVCache:
@@ -76,3 +83,45 @@ def draw(log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_
     u = torch.rand(len(below), 1, dtype=below.dtype, device=below.device) * total  # below total: the last one counts
     drawn = torch.searchsorted(below, u, right=True)  # the first sum above u: never a token of probability 0
     return drawn if ids is None else ids.gather(-1, drawn)
+
+
+@torch.no_grad()
+def stream(
+    model: "GPT",
+    idx: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,  # divides the log-probabilities; 0 always takes the likeliest token
+    top_k: int = 0,  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0,  # keep the likeliest tokens that together have this probability
+    n_samples: int = 0,  # draws of the output weights per prediction (0: their mean); the others stay at their mean
+    n_ids: int = 0,  # draw ids below this only (a padded vocabulary has more than its tokenizer); 0: all
+    use_cache: bool = True,  # False reads the whole context again for every token
+    uncertain: bool = False,  # tell what is not known about each token
+) -> Iterator[tuple[torch.Tensor, "Prediction | None"]]:
+    """Prompts (B, T) -> each new token (B, 1) and, if uncertain, the prediction (B, 1, ...) that it was drawn from.
+
+    Past block_size the window slides by one: every token then has a new (learned) position, so nothing cached stays
+    valid, and each step reads the last block_size tokens again.
+    """
+    B, n_prompt = idx.shape
+    block_size, n_tokens = model.config.block_size, n_prompt + max_new_tokens
+    size = block_size if model.compiled_step else min(block_size, n_tokens)  # each size is a graph of its own
+    cache = KVCache(model.config.n_layer, size) if use_cache else None
+    new, text = idx, torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
+    for end in range(n_prompt, n_tokens):
+        if cache is None or cache.length in (0, block_size):
+            if cache:
+                cache.length = 0
+            x = model.hidden(text[:, max(0, end - block_size) : end], cache)[:, -1:]
+        elif model.compiled_step:
+            torch._dynamo.mark_static_address(cache.kv)  # a CUDA graph may then write to it
+            position = torch.full((1,), cache.length, device=idx.device)
+            x = model.compiled_step(new, cache.kv, position).clone()  # the graph's next run overwrites its result
+            cache.length += 1
+        else:
+            x = model.hidden(new, cache)
+        prediction = model.lm_head.predict(x, n_samples) if uncertain else None
+        log_probs = prediction.log_probs if uncertain else model.lm_head.log_probs(x, n_samples)
+        new = draw(log_probs[:, -1, : n_ids or None], temperature, top_k, top_p)
+        text[:, end : end + 1] = new
+        yield new, prediction
