@@ -269,6 +269,9 @@ def test_what_gpt2_cannot_say_needs_a_flag_that_the_error_names(tmp_path, weight
 def test_a_bayesian_mlp_is_a_loss_too(tmp_path):
     source = save(tmp_path / "run", tiny_gpt(bayes_mlp=True), CharTokenizer(CHARS))
     assert "posterior of weights" in refusal(source, tmp_path / "out")
+    more = ("--approximate", f"--dataset={write_chars(tmp_path / 'data')}")
+    text = (exported(source, tmp_path / "gpt2", *more) / "README.md").read_text()
+    assert "| this model |" in text and "averaged" not in text  # which only draws of hidden layers could be
 
 
 def test_an_export_that_predicts_otherwise_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from engine.reading import Reading, Token, reader
 from engine.run import Continuation, Run, Sampling
 from engine.tokenizer import BPETokenizer
 from heads import Prediction
+from model import GPT
 from tests.helpers import ROOT, flags, refused, run, words, write_bytes, write_words
 from tests.test_report import embedded
 
@@ -269,6 +270,24 @@ def test_colours_are_those_of_the_legend_and_a_tenth_is_underlined(folder, bayes
         assert shade == shades["more" if limit == math.inf else str(limit)]
     marked = [token.epistemic for (_, underlined, _), token in zip(found, expected.tokens, strict=True) if underlined]
     assert 10 <= len(marked) <= 60 and min(marked) > np.median([token.epistemic for token in expected.tokens])
+
+
+@pytest.mark.parametrize("plain", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
+def test_a_terminal_has_colours_unless_it_is_told_otherwise(folder, monkeypatch, capsys, plain):
+    for name, value in ({"TERM": "xterm"} | plain).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    sample_py(monkeypatch, folder, "--show_uncertainty", max_new_tokens=3)
+    assert ("\033[38;5;" in capsys.readouterr().out) == (not plain)
+
+
+def test_compile_asks_the_model_for_it(folder, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(GPT, "compile_step", lambda self: asked.append(self))
+    sample_py(monkeypatch, folder, max_new_tokens=2)
+    assert not asked
+    sample_py(monkeypatch, folder, "--compile", max_new_tokens=2)
+    assert len(asked) == 1
 
 
 def test_marks_stand_behind_the_tokens_that_abstaining_takes(folder, bayes, monkeypatch, capsys):
