@@ -75,7 +75,7 @@ def main() -> None:
     for whose, nll in measured.rows:
         print(f"{whose}: nll {nll:.4f} on {measured.n_tokens:,} tokens")
     kind = "the nearest GPT-2" if lost else f"exact, log-probabilities within {measured.largest:.1e} nats"
-    print(f"{to}: {kind}; transformers' GPT2LMHeadModel.from_pretrained({str(to)!r}) loads it")
+    print(f"{config.to}: {kind}; transformers' GPT2LMHeadModel.from_pretrained({config.to!r}) loads it")
 
 
 def free_folder(to: str) -> Path:
@@ -86,7 +86,7 @@ def free_folder(to: str) -> Path:
     if path == Path.cwd():
         raise UserError("--to is the folder that you stand in; name a new one")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already, and is never written over; give another --to")
+        raise UserError(f"{to} exists already, and is never written over; give another --to")
     check_writable(path.parent)
     return path
 
