@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine import corpus
 from engine.config import load_config
-from engine.errors import UserError, run
+from engine.errors import MANY, UserError, check_ranges, run
 from engine.sources import Part, find, hub_texts
 from engine.splits import Corpus, with_val
 
@@ -27,6 +28,7 @@ TITLE = re.compile(r" = [^=].* = \n")
 class Options(corpus.Options):
     version: int = 103  # 103, or 2: the same val and test articles, a train split 50 times smaller
     source: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw (or .tokens); empty: the hub
+    train_articles: int = 0  # only so many of the train split, the first ones; 0: all
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
@@ -55,27 +57,30 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(article)
 
 
-def local(source: Path, name: str, errors: str) -> Part:
+def local(source: Path, name: str, errors: str, n: int | None) -> Part:
     paths = [source / f"wiki.{name}.{suffix}" for suffix in ("raw", "tokens")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError(f"{source} has neither {paths[0].name} nor {paths[1].name}")
     (part,) = find(str(path), errors=errors)
-    return corpus.part_of(part.name, lambda: articles(lines(piece.text for piece in part.pieces())), part.size)
+    return corpus.part_of(
+        part.name, lambda: islice(articles(lines(piece.text for piece in part.pieces())), n), part.size
+    )
 
 
-def from_hub(version: int, split: str) -> Part:
+def from_hub(version: int, split: str, n: int | None) -> Part:
     rows = partial(hub_texts, "Salesforce/wikitext", f"wikitext-{version}-raw-v1", split)
     return corpus.part_of(
-        f"wikitext {split}", lambda: articles(line or " \n" for line in rows())
+        f"wikitext {split}", lambda: islice(articles(line or " \n" for line in rows()), n)
     )  # "" there, " \n" here
 
 
 def wikitext(options: Options) -> Corpus:
     def part(file_name: str, split: str) -> Part:
+        n = (options.train_articles if split == "train" else 0) or None
         if options.source:
-            return local(Path(options.source), file_name, options.errors)
-        return from_hub(options.version, split)
+            return local(Path(options.source), file_name, options.errors, n)
+        return from_hub(options.version, split, n)
 
     return with_val({split: [part(*names)] for split, names in SPLITS.items()}, options.val_fraction)
 
@@ -84,6 +89,7 @@ def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
     if options.version not in (2, 103):
         raise UserError(f"--version={options.version}: there are WikiText 2 and 103")
+    check_ranges(options, {"train_articles": (0, MANY)})
     corpus.prepare(options, "wikitext" if options.version == 103 else "wikitext2", partial(wikitext, options))
 
 

@@ -1,0 +1,5 @@
+# A row of the study: Bayesian output weights and a weighted sigmoid.
+weights = "bayes"
+likelihood = "sigmoid"
+kl_weight = 0.1
+pos_weight = 2.0

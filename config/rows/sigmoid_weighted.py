@@ -1,0 +1,3 @@
+# A row of the study: sigmoid, the term of the true token weighted.
+likelihood = "sigmoid"
+pos_weight = 2.0

@@ -1,0 +1,3 @@
+# A row of the study: label-smoothed, the first epsilon of the paper.
+likelihood = "smooth"
+label_smoothing = 0.05

@@ -1,0 +1,25 @@
+# WikiText-2, a BPE of 8,192 learnt on it (2.7 M tokens), one epoch for a small GPT: 1316 steps of 2,048 tokens,
+# 2.7 M in all; the first regime of the study (training_logs/README.md), for all rows. 3 to 5 minutes on two CPU cores.
+#     python data/wikitext/prepare.py --version=2 --tokenizer=bpe --vocab_size=8192 --folder=data/wikitext2_8k
+#     python train.py config/train_wikitext2_8k.py config/rows/bayes.py --out_dir=out/bayes
+dataset = "wikitext2_8k"
+out_dir = "out/wikitext2_8k/softmax"
+block_size = 256
+n_layer = 3
+n_head = 3
+n_embd = 192
+
+batch_size = 8
+gradient_accumulation_steps = 1
+learning_rate = 4e-3
+min_lr = 2e-4
+beta2 = 0.99
+max_iters = 1316
+warmup_iters = 50
+
+eval_interval = 329  # a quarter of an epoch
+eval_iters = 40
+log_interval = 20
+compile = True
+
+logit_bias = "unigram"  # the same start for all heads

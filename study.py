@@ -1,0 +1,246 @@
+"""The study: what do smoothed, Bayesian and sigmoid heads buy, and what do they cost? (training_logs/README.md)
+
+    make study WIKITEXT=FOLDER SOTU=FILE      # or: python study.py --wikitext=FOLDER --sotu=FILE --jobs=2
+
+Rows (config/rows) on scales (config/), equal tokens, batches and seeds for all rows of a scale. Where rows are tuned
+each gets three trials of full length, whatever its head: two learning rates, then another value of its knob at the
+better one; the validation split decides, and all trials are listed in <logs>/<study>/tuning.jsonl. The best trial is
+the row's run of the first seed. Each run leaves its records in <logs>/<study>/<row>-seed<k>/; weights stay in
+out/study. Killed, the same command goes on; what has its records is not run again.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from engine.config import load_config
+from engine.errors import UserError, check_ranges, run
+from engine.files import replace
+
+ROOT = Path(__file__).resolve().parent
+MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")
+PAPER = ("softmax", "smooth_05", "smooth", "bayes", "sigmoid", "sigmoid_regularised", "sigmoid_weighted", MAIN[-1])
+SIGMOIDS = ("sigmoid", "sigmoid_regularised", "sigmoid_weighted", "bayes_sigmoid_weighted")
+SEEDS = (1337, 1338, 1339)
+TEACHER = "softmax-seed1337"
+KNOBS = {  # what the third trial changes
+    "bayes": "kl_weight",
+    "bayes_sigmoid_weighted": "kl_weight",
+    "sigmoid_regularised": "sum_penalty",
+    "sigmoid_weighted": "pos_weight",
+    "dropout": "dropout",
+}
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2"  # which, in this order
+    rows: str = ""  # only these rows, commas between; empty: all
+    wikitext: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw of WikiText-2; empty: the hub
+    sotu: str = ""  # a file with the State of the Union addresses, a blank line between them
+    logs: str = "training_logs"  # where the records go
+    train_flags: str = ""  # for train.py, spaces between: "--max_iters=20 --compile=False" tries all of it out
+    jobs: int = 1  # runs at a time, each with its share of the processors
+
+
+@dataclass(frozen=True)
+class Study:
+    """A scale, its rows, and how they are tuned."""
+
+    scale: str  # config/<scale>.py
+    foreign: str  # data set of the other kind in the scale's tokens
+    rows: tuple[str, ...] = PAPER
+    more_seeds: tuple[str, ...] = PAPER  # rows that have SEEDS; the others have the first alone
+    rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
+    knobs: dict[str, float] = field(default_factory=dict)  # the third trial's value, by knob
+    tuned_as: str = ""  # the study whose choice is taken; empty with no rates: what the config files say
+    taught: tuple[str, ...] = ()  # rows that are trained on the labels of a teacher too, the softmax of this study
+    extra: bool = False  # dropout, and a fourth seed of softmax, for an ensemble of four
+
+
+KNOB_VALUES = {"kl_weight": 0.03, "sum_penalty": 0.1, "pos_weight": 4.0, "dropout": 0.05, "weight_decay": 0.3}
+STUDIES = {
+    "wikitext2_8k": Study(
+        "train_wikitext2_8k", "sotu_by_wikitext2_8k", PAPER, PAPER, (4e-3, 2e-3), KNOB_VALUES, "", SIGMOIDS, True
+    ),
+    "wikitext2_8k_tenth": Study(
+        "train_wikitext2_8k_tenth",
+        "sotu_by_wikitext2_8k",
+        rates=(2e-3, 1e-3),
+        knobs=KNOB_VALUES | {"kl_weight": 0.3, "dropout": 0.2},
+        taught=("sigmoid", "bayes_sigmoid_weighted"),
+        extra=True,
+    ),
+    "sotu_8k": Study("train_sotu_8k", "wikitext2_by_sotu_8k", MAIN, MAIN, tuned_as="wikitext2_8k"),
+    "wikitext2": Study("train_gpt2_wikitext2_cpu", "sotu", PAPER, MAIN),
+}
+
+
+class Runner:
+    """Commands, one after the other in each of several threads; the first that fails ends them all."""
+
+    def __init__(self, config: StudyConfig):
+        self.config, self.logs, self.lock = config, Path(config.logs), threading.Lock()
+        threads = max(1, (os.cpu_count() or 1) // config.jobs)
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TERM": "dumb"}
+
+    def python(self, *arguments: str, log: Path | None = None) -> None:
+        """Run a script of ours; what it says goes to the screen, or to a file."""
+        print("python", *arguments, flush=True)
+        with log.open("a") if log else open(os.devnull, "a") as out:
+            streams = {"stdout": out, "stderr": subprocess.STDOUT} if log else {}
+            code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=self.environment, **streams).returncode
+        if code:
+            last = log.read_text().strip().splitlines()[-1:] if log else []
+            raise UserError(f"python {' '.join(arguments)}: exit code {code} {' '.join(last)}")
+
+    def prepare(self, name: str) -> None:
+        """The data set of this name, if it is not there."""
+        if (ROOT / "data" / name / "meta.json").is_file():
+            return
+        wikitext = ["data/wikitext/prepare.py", "--version=2", f"--folder=data/{name}"]
+        wikitext += [f"--source={self.config.wikitext}"] if self.config.wikitext else []
+        if "sotu" in name.split("_by_")[0] and not self.config.sotu:
+            raise UserError("--sotu=FILE: the State of the Union addresses; training_logs/README.md says where from")
+        sotu = ["data/text/prepare.py", f"--source={self.config.sotu}", r"--separator=\n\n", f"--name={name}"]
+        learnt = ["--tokenizer=bpe", "--vocab_size=8192"]
+        self.python(
+            *{
+                "wikitext2": wikitext,
+                "wikitext2_8k": wikitext + learnt,
+                "wikitext2_8k_tenth": [*wikitext, "--tokenizer=data/wikitext2_8k", "--train_articles=60"],
+                "wikitext2_by_sotu_8k": [*wikitext, "--tokenizer=data/sotu_8k"],
+                "sotu": [*sotu, "--tokenizer=gpt2"],
+                "sotu_8k": sotu + learnt,
+                "sotu_by_wikitext2_8k": [*sotu, "--tokenizer=data/wikitext2_8k"],
+            }[name]
+        )
+
+    def train(self, study: str, row: str, name: str, seed: int, flags: list[str]) -> Path:
+        """Returns the run's folder."""
+        folder = Path("out/study", study, name)
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        command = ["train.py", f"config/{STUDIES[study].scale}.py", f"config/rows/{row}.py", f"--seed={seed}"]
+        flags = [*flags, *self.config.train_flags.split()]
+        self.python(*command, *flags, f"--out_dir={folder}", "--init_from=auto", log=ROOT / folder / "train.log")
+        return folder
+
+    def evaluate(self, folder: Path, split: str, *flags: str, keep_as: str = "") -> dict:
+        """The numbers of a split; keep_as: under another name, so that those without flags keep theirs."""
+        path = ROOT / folder / f"eval_{split}{keep_as}.json"
+        if not path.is_file():
+            command = ["evaluate.py", f"--out_dir={folder}", f"--split={split}", "--report=none", *flags]
+            self.python(*command, log=ROOT / folder / "evaluate.log")
+            (ROOT / folder / f"eval_{split}.json").rename(path)
+        return json.loads(path.read_text())
+
+    def keep(self, folder: Path, study: str, name: str) -> None:
+        """Copy a finished run's records to the logs."""
+        home = self.logs / study / name
+        home.mkdir(parents=True, exist_ok=True)
+        for path in [ROOT / folder / "metrics.jsonl", ROOT / folder / "config.json", *folder.glob("eval_*.json")]:
+            replace(home / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+
+    def finish(self, study: str, row: str, name: str, folder: Path) -> None:
+        """All numbers of a trained run, and its records into the logs."""
+        foreign = f"--ood_dataset={STUDIES[study].foreign}"
+        if "bayes" in row:  # all of the posterior, not its mean alone
+            self.evaluate(folder, "test", foreign, "--n_samples=-1", keep_as="_averaged")
+        self.evaluate(folder, "val")
+        self.evaluate(folder, "test", foreign, "--continuations=100")
+        self.keep(folder, study, name)
+
+    def done(self, study: str, name: str) -> bool:
+        return (self.logs / study / name / "eval_test.json").is_file()
+
+    def row(self, study: str, row: str) -> None:
+        """Tune a row and train it with its seeds."""
+        seeds = SEEDS if row in (*STUDIES[study].more_seeds, "dropout") else SEEDS[:1]
+        seeds += (1340,) if STUDIES[study].extra and row == "softmax" else ()
+        if all(self.done(study, f"{row}-seed{seed}") for seed in seeds):
+            return
+        flags, first = self.tune(study, row)
+        for seed in seeds:
+            name = f"{row}-seed{seed}"
+            if not self.done(study, name):
+                folder = first if first and seed == seeds[0] else self.train(study, row, name, seed, flags)
+                self.finish(study, row, name, folder)
+
+    def tune(self, study: str, row: str) -> tuple[list[str], Path | None]:
+        """The flags that the validation split prefers, and the folder of the trial that had them."""
+        about = STUDIES[study]
+        if not about.rates:
+            return (self.tune(about.tuned_as, row)[0] if about.tuned_as else []), None
+        trials = [self.trial(study, row, [f"--learning_rate={rate}"]) for rate in about.rates]
+        knob = KNOBS.get(row, "weight_decay")
+        best = min(trials, key=lambda trial: trial["val_nll"])
+        trials += [self.trial(study, row, [*best["flags"], f"--{knob}={about.knobs[knob]}"])]
+        best = min(trials, key=lambda trial: trial["val_nll"])
+        return best["flags"], Path(best["folder"])
+
+    def trial(self, study: str, row: str, flags: list[str]) -> dict:
+        """Its val_nll, of the whole split at the end; from tuning.jsonl if it is there."""
+        path = self.logs / study / "tuning.jsonl"
+        with self.lock:
+            known = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        for trial in known:
+            if (trial["row"], trial["flags"]) == (row, flags):
+                return trial
+        folder = self.train(study, row, "_".join([row, *(flag.lstrip("-") for flag in flags)]), SEEDS[0], flags)
+        found = {"row": row, "flags": flags, "val_nll": self.evaluate(folder, "val")["nll"], "folder": str(folder)}
+        with self.lock:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as out:
+                out.write(json.dumps(found) + "\n")
+        return found
+
+    def teach(self, study: str, row: str) -> None:
+        """A row on a teacher's labels, half and half with the true token, all else as without them."""
+        flags, _ = self.tune(study, row)
+        for seed in SEEDS:
+            name = f"{row}_taught-seed{seed}"
+            if not self.done(study, name):
+                folder = self.train(study, row, name, seed, [*flags, "--labels=study"])
+                self.finish(study, row, name, folder)
+
+    def label(self, study: str) -> None:
+        """The teacher's labels: its four likeliest tokens at each position of the train split."""
+        teacher = self.tune(study, "softmax")[1]
+        data = f"--dataset={study}"
+        self.python("augmentation/teacher_labels.py", f"--teacher={teacher}", data, "--name=study", "--k=4")
+
+    def together(self, jobs: list[Callable[[], None]]) -> None:
+        with ThreadPoolExecutor(self.config.jobs) as pool:
+            for future in [pool.submit(job) for job in jobs]:
+                future.result()
+
+
+def main() -> None:
+    config, _ = load_config(StudyConfig, sys.argv[1:])
+    check_ranges(config, {"jobs": (1, 64)})
+    runner, wanted = Runner(config), config.rows.split(",") if config.rows else []
+    for study in config.studies.split(","):
+        if study not in STUDIES:
+            raise UserError(f"studies = {study!r} is not one of: {', '.join(STUDIES)}")
+        about = STUDIES[study]
+        for name in (study, about.foreign):
+            for base in name.split("_by_")[1:]:
+                runner.prepare(base)
+            runner.prepare(name)
+        rows = [row for row in (*about.rows, *["dropout"] * about.extra) if not wanted or row in wanted]
+        runner.together([partial(runner.row, study, row) for row in rows])
+        if about.taught:
+            runner.label(study)
+            runner.together([partial(runner.teach, study, row) for row in about.taught if not wanted or row in wanted])
+
+
+if __name__ == "__main__":
+    run(main)
