@@ -62,7 +62,7 @@ class Study:
     rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
     knobs: dict[str, float] = field(default_factory=dict)  # the third trial's value, by knob
     tuned_as: str = ""  # the study whose choice is taken; empty with no rates: what the config files say
-    taught: tuple[str, ...] = ()  # rows that are trained on the labels of a teacher too, the softmax of this study
+    taught: tuple[str, ...] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study
     extra: bool = False  # dropout, and a fourth seed of softmax, for an ensemble of four
 
 
@@ -155,7 +155,8 @@ class Runner:
         if "bayes" in row:  # all of the posterior, not its mean alone
             self.evaluate(folder, "test", foreign, "--n_samples=-1", keep_as="_averaged")
         self.evaluate(folder, "val")
-        self.evaluate(folder, "test", foreign, "--continuations=100")
+        texts = ["--continuations=100"] if name.endswith(f"seed{SEEDS[0]}") else []
+        self.evaluate(folder, "test", foreign, *texts)
         self.keep(folder, study, name)
 
     def done(self, study: str, name: str) -> bool:
@@ -205,7 +206,7 @@ class Runner:
     def teach(self, study: str, row: str) -> None:
         """A row on a teacher's labels, half and half with the true token, all else as without them."""
         flags, _ = self.tune(study, row)
-        for seed in SEEDS:
+        for seed in SEEDS if row in MAIN else SEEDS[:1]:
             name = f"{row}_taught-seed{seed}"
             if not self.done(study, name):
                 folder = self.train(study, row, name, seed, [*flags, "--labels=study"])
