@@ -43,7 +43,7 @@ KNOBS = {  # what the third trial changes
 @dataclass(frozen=True)
 class StudyConfig:
     studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2"  # which, in this order
-    rows: str = ""  # only these rows, commas between; empty: all
+    rows: str = ""  # only these, commas between, e.g. "bayes,sigmoid_taught"; empty: all
     wikitext: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw of WikiText-2; empty: the hub
     sotu: str = ""  # a file with the State of the Union addresses, a blank line between them
     logs: str = "training_logs"  # where the records go
@@ -238,9 +238,10 @@ def main() -> None:
             runner.prepare(name)
         rows = [row for row in (*about.rows, *["dropout"] * about.extra) if not wanted or row in wanted]
         runner.together([partial(runner.row, study, row) for row in rows])
-        if about.taught:
+        taught = [row for row in about.taught if not wanted or f"{row}_taught" in wanted]
+        if taught:
             runner.label(study)
-            runner.together([partial(runner.teach, study, row) for row in about.taught if not wanted or row in wanted])
+            runner.together([partial(runner.teach, study, row) for row in taught])
 
 
 if __name__ == "__main__":
