@@ -6,7 +6,8 @@ Every number comes from log_probs, the normalised distribution over the next tok
 blocks of block_size, each token predicted once. Each run gets eval_<split>.json, the comparison a folder with tables,
 pictures and report.html. `unigram` is what the training text's token frequencies alone reach. With
 --std_tolerance=0.01 --n_samples=16 a Bayesian run has a second row: its posterior as wide as costs no more than that on
-the validation split. torchrun shares the work between processes; the results are the same.
+the validation split. A+B+C names the ensemble of three runs. torchrun shares the work between
+processes; the results are the same.
 """
 
 import os
@@ -20,6 +21,7 @@ import torch
 from engine import distributed, table
 from engine.checkpoint import folder_of
 from engine.config import load_config
+from engine.ensemble import members_of
 from engine.errors import MANY, UserError, check_ranges, run
 from engine.examine import Evaluation, result_file
 from engine.files import check_writable, replace, write_json
@@ -30,7 +32,7 @@ from engine.report import Document, write_report
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    out_dir: str = "out"  # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset
+    out_dir: str = "out"  # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset; A+B
     split: str = "test"  # test | val | train
     dataset: str = ""  # another data set than the run's own (same tokenizer)
     ood_dataset: str = ""  # the same split of this one as foreign text: which doubt tells it from the run's own?
@@ -38,6 +40,7 @@ class EvaluateConfig:
     batch_size: int = 16  # windows at a time: speed and memory
     limit: int = 0  # this many windows, evenly spread over the split; 0: the whole split
     n_samples: int = 0  # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
+    mc_dropout: bool = False  # runs trained with dropout: leave it on and average n_samples passes
     std_tolerance: float = 0.0  # Bayesian: also with the widest posterior within so many nats on val; 0: do not
     labels: str = ""  # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
     continuations: int = 0  # also generate so many, behind beginnings from the split: Self-BLEU, distinct-n, repetition
@@ -57,6 +60,8 @@ class EvaluateConfig:
         check_ranges(self, {"temperature": (0.0, 1e6), "document": (0, MANY)})
         if self.report and Path(self.report).is_file():
             raise UserError(f"report = {self.report!r} is a file; name a folder")
+        if self.mc_dropout and self.n_samples < 1:
+            raise UserError("mc_dropout averages passes: give --n_samples=16, say")
         if self.std_tolerance and self.n_samples == 0:
             raise UserError("std_tolerance needs predictions that see the width: give --n_samples=16, say, or -1")
 
@@ -66,9 +71,9 @@ def main() -> None:
     sources = list(dict.fromkeys(source.rstrip("/") for source in config.out_dir.split(",") if source))
     if not sources:
         raise UserError("which runs? --out_dir=RUN or --out_dir=RUN,RUN")
-    for source in sources:  # before an hour goes into the ones that are there
-        if source not in HUB and not Path(source).exists():
-            raise UserError(f"{source} does not exist; give run folders, or one of: {', '.join(HUB)}")
+    for member in (member for source in sources for member in members_of(source)):  # before an hour goes into others
+        if member not in HUB and not Path(member).exists():
+            raise UserError(f"{member} does not exist; give run folders, or one of: {', '.join(HUB)}")
     with distributed.start(config.device, "auto") as processes:
         torch.backends.cuda.matmul.allow_tf32 = False  # start() allows it, for training; float32 here is float32
         for source in sources:
@@ -122,7 +127,8 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
     markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
     for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, tallies))):
         replace(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-    curves = {name: read_records(folder_of(source) / "metrics.jsonl") for source, name in short_names(sources).items()}
+    runs = {name: source for source, name in short_names(sources).items() if len(members_of(source)) == 1}
+    curves = {name: read_records(folder_of(source) / "metrics.jsonl") for name, source in runs.items()}
     same = table.comparable(rows)  # else pictures would compare what the tables do not
     pairs = dict.fromkeys("{block_size} tokens, {stride} apart".format(**row) for row in rows.values())
     settings = f"n_samples = {config.n_samples}, windows of {' or '.join(pairs)}"
@@ -139,7 +145,7 @@ def report_folder(sources: list[str], config: EvaluateConfig) -> Path:
 
 def short_names(sources: Iterable[str]) -> dict[str, str]:
     """source -> the last part of its path, or all of it where two share that part."""
-    last = {source: Path(source).name or source for source in sources}
+    last = {source: "+".join(Path(member).name or member for member in members_of(source)) for source in sources}
     return {source: name if list(last.values()).count(name) == 1 else source for source, name in last.items()}
 
 

@@ -109,7 +109,7 @@ class GPT(nn.Module):
         super().__init__()
         if config.vocab_size < 2:
             raise UserError("vocab_size is needed to build a model")
-        self.config, self.compiled_step = config, None
+        self.config, self.compiled_step, self.mc_dropout = config, None, False
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -201,22 +201,27 @@ class GPT(nn.Module):
         return self.lm_head.log_probs(self.hiddens(idx, n_samples), n_samples)
 
     def hiddens(self, idx: torch.Tensor, n_samples: int = 0, branches: Branches | None = None) -> list[torch.Tensor]:
-        """The hidden states (B, T, C) that n_samples draws of all weights need: one, or one per draw with bayes_mlp."""
+        """The hidden states (B, T, C) that n_samples draws of all weights need: one, or one per draw where these differ
+        (bayes_mlp, mc_dropout)."""
         read = partial(self.hidden_at, positions=branches.positions, cache=branches) if branches else self.hidden
-        if n_samples < 1 or not self.config.bayes_mlp:
+        if n_samples < 1 or not (self.config.bayes_mlp or self.mc_dropout):
             return [read(idx)]
         with self.sampling():
             return [read(idx) for _ in range(n_samples)]
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inside, the hidden Bayesian layers draw from their posterior, as they do in training."""
+        """Inside, the hidden Bayesian layers draw from their posterior, as they do in training, and with mc_dropout the
+        blocks drop out: a draw of the weights too (Gal & Ghahramani 2016)."""
+        was = self.training
+        self.train(was or self.mc_dropout)
         layers = [layer for layer in self.bayes_layers() if isinstance(layer, BayesLayer)]
         for layer in layers:
             layer.sampling = True
         try:
             yield
         finally:
+            self.train(was)
             for layer in layers:
                 layer.sampling = False
 

@@ -163,13 +163,14 @@ def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels
         "entropy": prediction.total,
         "confidence": best.values[:, 0].exp(),
     }
-    if model.bayes_layers():
+    if model.bayes_layers() or len(hiddens) > 1:
         values |= {"aleatoric": prediction.aleatoric, "mutual_information": prediction.epistemic}
-    if hasattr(head.likelihood, "desmoothed"):
-        plain = head.likelihood.desmoothed(log_p)
+    likelihood = getattr(head, "likelihood", None)  # an ensemble has none of its own
+    if hasattr(likelihood, "desmoothed"):
+        plain = likelihood.desmoothed(log_p)
         values["nll_desmoothed"] = -plain.gather(-1, index).squeeze(-1)
-    if hasattr(head.likelihood, "log_sum_sigma"):
-        values["log_sum_sigma"] = head.likelihood.log_sum_sigma(head.logits(hidden))
+    if hasattr(likelihood, "log_sum_sigma"):
+        values["log_sum_sigma"] = likelihood.log_sum_sigma(head.logits(hidden))
     if labels:
         values |= set_scores(log_p, *labels)
     return values

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint import check_tokenizer, folder_of, load_model, trained_on
+from engine.checkpoint import check_tokenizer, folder_of, trained_on
 from engine.distributed import Processes, autocast
 from engine.diversity import continuations, diversity, prompts
+from engine.ensemble import load, members_of
 from engine.errors import UserError
 from engine.evaluation import evaluate, widest_posterior, windows
 from engine.files import replace
@@ -41,8 +42,15 @@ class Evaluation:
     def __init__(self, source: str, config: "EvaluateConfig", processes: Processes):
         self.source, self.config, self.processes = source, config, processes
         self.cast, _ = autocast(processes.device, config.dtype)
-        self.model = load_model(source, processes.device)
-        self.n_samples = config.n_samples if self.model.bayes_layers() else 0
+        self.model, self.members = load(source, processes.device), members_of(source)
+        drops_out = config.mc_dropout and self.model.config.dropout > 0
+        self.n_samples = config.n_samples if self.model.bayes_layers() or drops_out else 0
+        for model in getattr(self.model, "members", [self.model]):
+            model.mc_dropout = drops_out
+        if config.mc_dropout and not drops_out and source == config.out_dir:
+            raise UserError(f"{source} was trained without dropout; leave --mc_dropout out")
+        if config.continuations and len(self.members) > 1:
+            raise UserError(f"{source} is an ensemble, which does not write; leave --continuations out")
         if config.std_tolerance and not self.model.bayes_layers() and source == config.out_dir:
             raise UserError(f"{source} has no posterior to scale; leave --std_tolerance out")
         if self.model.config.bayes_mlp and config.n_samples < 0:
@@ -51,7 +59,7 @@ class Evaluation:
             raise UserError(
                 f"stride = {config.stride} leaves tokens out: {source} reads {self.model.config.block_size}"
             )
-        self.dataset = config.dataset or trained_on(source)
+        self.dataset = config.dataset or trained_on(self.members[0])
         if self.dataset is None:
             raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
         self.foreign = self._split(config.ood_dataset, config.split) if config.ood_dataset else None
@@ -63,7 +71,7 @@ class Evaluation:
         self.val = self._split(self.dataset, "val") if widens else None
         for file in filter(None, (self.foreign, self.file, self.labels, self.val)):
             file.check(self.model.config.vocab_size)
-        folder = folder_of(source)
+        folder = folder_of(self.members[0])
         self.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else dataset_folder(self.dataset))
         eot, name = self.tokenizer.eot, f"{self.dataset}, {config.split} split, document {config.document}"
         self.shown = {name: document(self.file, eot, config.document, SHOWN)}
@@ -73,7 +81,8 @@ class Evaluation:
             self.prompts = prompts(self.file, self.tokenizer, config.continuations, config.prompt_tokens)
 
     def _split(self, dataset: str, split: str) -> TokenFile:
-        check_tokenizer(self.source, dataset_folder(dataset))
+        for member in self.members:
+            check_tokenizer(member, dataset_folder(dataset))
         return TokenFile(dataset, split)
 
     def scores(self) -> tuple[dict, Tally]:
@@ -82,14 +91,20 @@ class Evaluation:
         n_documents = 0 if self.tokenizer.eot is None else self.file.counts(n_ids)[self.tokenizer.eot].item()
         text = Text(self.tokenizer, self.train.frequencies(n_ids), n_documents, part=bool(config.limit))
         tally = self._evaluate(self.file, config.limit, self.source, text, self.labels)
-        row = {"head": f"{head.weights} x {head.likelihood}", "dataset": str(self.dataset), "split": config.split}
+        ensemble = f", ensemble of {len(self.members)}" if len(self.members) > 1 else ""
+        row = {
+            "head": f"{head.weights} x {head.likelihood}{ensemble}",
+            "dataset": str(self.dataset),
+            "split": config.split,
+        }
         row |= {"sha256": self.file.sha256, "tokenizer": self.tokenizer.describe(), "unit": text.unit}
         row |= {"block_size": self.model.config.block_size, "stride": config.stride or self.model.config.block_size}
+        row |= {"mc_dropout": True} if self.n_samples and config.mc_dropout else {}
         row |= {"n_samples": self.n_samples, "limit": config.limit, "n_words": text.n_words}
         row |= {"labels": config.labels, "k": self.labels.about["k"] + 1} if self.labels else {}
         row |= tally.result()
         row["word_perplexity"] = exp(row["nll"] * row["n_tokens"] / max(1, text.n_words))
-        if kl := float(torch.as_tensor(self.model.kl()).detach()):
+        if len(self.members) == 1 and (kl := float(torch.as_tensor(self.model.kl()).detach())):
             row |= {"kl": kl, "kl_weight": head.kl_weight}
         if self.foreign:
             foreign = self._evaluate(self.foreign, config.limit, f"{self.source}: {config.ood_dataset}")
@@ -132,8 +147,8 @@ class Evaluation:
 
 
 def result_file(source: str, config: "EvaluateConfig") -> Path:
-    """Where the numbers of a run go; those of GPT-2 by name to out/<name>."""
-    home = Path("out", source) if source in HUB else folder_of(source)
-    return home / (
-        f"eval_{config.split}_{Path(source).stem}.json" if Path(source).is_file() else f"eval_{config.split}.json"
-    )
+    """Where the numbers of a run go; those of GPT-2 by name to out/<name>, of an ensemble beside its first run's."""
+    first, *others = members_of(source)
+    home = Path("out", first) if first in HUB else folder_of(first)
+    name = f"_{Path(first).stem}" if Path(first).is_file() else ""
+    return home / f"eval_{config.split}{name}{f'_ensemble_of_{1 + len(others)}' if others else ''}.json"

@@ -99,7 +99,7 @@ def read(model: torch.nn.Module, tokenizer: Tokenizer, ids: np.ndarray, n_sample
     seed_micro_batch(0, 0)
     tokens = reader(tokenizer)
     reading, block_size = Reading(tokens(ids[:1])), model.config.block_size
-    idx = torch.from_numpy(np.asarray(ids).astype(np.int64)).to(model.transformer.wte.weight.device)
+    idx = torch.from_numpy(np.asarray(ids).astype(np.int64)).to(next(model.parameters()).device)
     stride = -(-block_size // 2)  # but for the first window, tokens have at least half a window before them
     for (start,), length in spans(len(ids) - 1, block_size, 1, 0, stride):
         first, end = block_size - stride if start else 0, start + length

@@ -23,6 +23,7 @@ LEVELS = {
     "engine.exporting": 3,
     "engine.card": 2,
     "engine.report": 2,
+    "engine.ensemble": 3.25,
     "engine.run": 3.5,
     "engine.screen": 3.75,
     "engine.reading": 1.5,
