@@ -38,6 +38,9 @@ KNOBS = {  # what the third trial changes
     "sigmoid_weighted": "pos_weight",
     "dropout": "dropout",
 }
+AVERAGED = dict.fromkeys(("bayes", "bayes_sigmoid_weighted"), ["--n_samples=-1"])  # all of the posterior, not its mean
+AVERAGED["dropout"] = ["--mc_dropout=True", "--n_samples=8"]
+MEMBERS = (*SEEDS, 1340)  # of the ensemble
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,8 @@ class Runner:
     def finish(self, study: str, row: str, name: str, folder: Path) -> None:
         """All numbers of a trained run, and its records into the logs."""
         foreign = f"--ood_dataset={STUDIES[study].foreign}"
-        if "bayes" in row:  # all of the posterior, not its mean alone
-            self.evaluate(folder, "test", foreign, "--n_samples=-1", keep_as="_averaged")
+        if averaged := AVERAGED.get(row.removesuffix("_taught")):
+            self.evaluate(folder, "test", foreign, *averaged, keep_as="_averaged")
         self.evaluate(folder, "val")
         texts = ["--continuations=100"] if name.endswith(f"seed{SEEDS[0]}") else []
         self.evaluate(folder, "test", foreign, *texts)
@@ -164,28 +167,34 @@ class Runner:
 
     def row(self, study: str, row: str) -> None:
         """Tune a row and train it with its seeds."""
-        seeds = SEEDS if row in (*STUDIES[study].more_seeds, "dropout") else SEEDS[:1]
-        seeds += (1340,) if STUDIES[study].extra and row == "softmax" else ()
-        if all(self.done(study, f"{row}-seed{seed}") for seed in seeds):
-            return
-        flags, first = self.tune(study, row)
+        about = STUDIES[study]
+        seeds = SEEDS if row in (*about.more_seeds, "dropout") else SEEDS[:1]
+        seeds = MEMBERS if about.extra and row == "softmax" else seeds
         for seed in seeds:
-            name = f"{row}-seed{seed}"
-            if not self.done(study, name):
-                folder = first if first and seed == seeds[0] else self.train(study, row, name, seed, flags)
-                self.finish(study, row, name, folder)
+            if not self.done(study, f"{row}-seed{seed}"):
+                self.finish(study, row, f"{row}-seed{seed}", self.run(study, row, seed))
+        if seeds == MEMBERS and not (self.logs / study / TEACHER / "eval_test_ensemble_of_4.json").is_file():
+            folders = [self.run(study, row, seed) for seed in seeds]
+            command = ["evaluate.py", "--out_dir=" + "+".join(map(str, folders)), "--split=test", "--report=none"]
+            self.python(*command, f"--ood_dataset={about.foreign}", log=ROOT / folders[0] / "evaluate.log")
+            self.keep(folders[0], study, TEACHER)
 
-    def tune(self, study: str, row: str) -> tuple[list[str], Path | None]:
-        """The flags that the validation split prefers, and the folder of the trial that had them."""
+    def run(self, study: str, row: str, seed: int) -> Path:
+        """A tuned row trained with a seed: the folder, at once if it has been. The best trial is the first seed's."""
+        flags = self.tune(study, row)
+        is_trial = STUDIES[study].rates and seed == SEEDS[0]
+        return self.train(study, row, trial_name(row, flags) if is_trial else f"{row}-seed{seed}", seed, flags)
+
+    def tune(self, study: str, row: str) -> list[str]:
+        """The flags that the validation split prefers."""
         about = STUDIES[study]
         if not about.rates:
-            return (self.tune(about.tuned_as, row)[0] if about.tuned_as else []), None
+            return self.tune(about.tuned_as, row) if about.tuned_as else []
         trials = [self.trial(study, row, [f"--learning_rate={rate}"]) for rate in about.rates]
         knob = KNOBS.get(row, "weight_decay")
         best = min(trials, key=lambda trial: trial["val_nll"])
         trials += [self.trial(study, row, [*best["flags"], f"--{knob}={about.knobs[knob]}"])]
-        best = min(trials, key=lambda trial: trial["val_nll"])
-        return best["flags"], Path(best["folder"])
+        return min(trials, key=lambda trial: trial["val_nll"])["flags"]
 
     def trial(self, study: str, row: str, flags: list[str]) -> dict:
         """Its val_nll, of the whole split at the end; from tuning.jsonl if it is there."""
@@ -195,8 +204,8 @@ class Runner:
         for trial in known:
             if (trial["row"], trial["flags"]) == (row, flags):
                 return trial
-        folder = self.train(study, row, "_".join([row, *(flag.lstrip("-") for flag in flags)]), SEEDS[0], flags)
-        found = {"row": row, "flags": flags, "val_nll": self.evaluate(folder, "val")["nll"], "folder": str(folder)}
+        folder = self.train(study, row, trial_name(row, flags), SEEDS[0], flags)
+        found = {"row": row, "flags": flags, "val_nll": self.evaluate(folder, "val")["nll"]}
         with self.lock:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as out:
@@ -205,7 +214,7 @@ class Runner:
 
     def teach(self, study: str, row: str) -> None:
         """A row on a teacher's labels, half and half with the true token, all else as without them."""
-        flags, _ = self.tune(study, row)
+        flags = self.tune(study, row)
         for seed in SEEDS if row in MAIN else SEEDS[:1]:
             name = f"{row}_taught-seed{seed}"
             if not self.done(study, name):
@@ -214,7 +223,7 @@ class Runner:
 
     def label(self, study: str) -> None:
         """The teacher's labels: its four likeliest tokens at each position of the train split."""
-        teacher = self.tune(study, "softmax")[1]
+        teacher = self.run(study, "softmax", SEEDS[0])
         data = f"--dataset={study}"
         self.python("augmentation/teacher_labels.py", f"--teacher={teacher}", data, "--name=study", "--k=4")
 
@@ -222,6 +231,10 @@ class Runner:
         with ThreadPoolExecutor(self.config.jobs) as pool:
             for future in [pool.submit(job) for job in jobs]:
                 future.result()
+
+
+def trial_name(row: str, flags: list[str]) -> str:
+    return "_".join([row, *(flag.lstrip("-") for flag in flags)])
 
 
 def main() -> None:
