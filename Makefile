@@ -2,6 +2,7 @@
 # make rows  the eight rows of the paper's table on WikiText-2 (python data/wikitext/prepare.py --version=2 first), an estimated
 #            90 minutes on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
 # make test  ruff and the tests
+# make results   the tables and pictures of all studies, into the pages and the notebook, from training_logs/ alone; seconds
 # make notebooks   runs the three notebooks and keeps what they show, about 4 minutes; make run first, whose runs they read
 # make bench time and memory of heads, steps, texts and evaluations, in ratios; appends to
 #            bench/results.jsonl (bench/README.md)
@@ -17,7 +18,7 @@ RUNS   := $(OUT)/softmax,$(OUT)/smooth,$(OUT)/bayes,$(OUT)/sigmoid,$(OUT)/bayes_
 SIZE   ?= wikitext2_cpu
 ROWS   := smooth_05_ smooth_ bayes_ sigmoid_ sigmoid_regularised_ sigmoid_weighted_ bayes_sigmoid_weighted_
 STUDY  := out/$(SIZE:_cpu=)
-.PHONY: run rows test notebooks bench reliability soak clean
+.PHONY: run rows test results notebooks bench reliability soak clean
 
 # a stage says what it does, does it, and says how long it took
 stage = @printf '\n== %s\n' "$(1)"; s=$$(date +%s); $(2) && printf '   (%d s)\n' $$(($$(date +%s) - s))
@@ -43,6 +44,10 @@ test: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m pytest
+
+results: .venv/.installed-dev
+	$(PY) -m engine.summary
+	$(PY) notebooks/execute.py notebooks/results.ipynb
 
 notebooks: .venv/.installed-dev
 	rm -rf out/play

@@ -26,6 +26,7 @@ OURS = {
     "bayes": {"weights": "bayes"},
     "bayes_full_sample": {"weights": "bayes", "posterior": "full", "estimator": "sample"},
     "sigmoid": {"likelihood": "sigmoid"},
+    "sigmoid_regularised": {"likelihood": "sigmoid", "sum_penalty": 1.0},
     "bayes_sigmoid": {"weights": "bayes", "likelihood": "sigmoid"},
 }
 NAIVE = ("plain_bf16", "dense_bce", "torchbnn", "torchbnn_dense_bce")

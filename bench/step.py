@@ -1,7 +1,8 @@
 """A whole training step: each head against our softmax, and against what users write.
 
     python bench/step.py                        4 layers of 256, V = 50304 (small)
-    python bench/step.py --scale=char           6 layers of 384 on 65 characters; --scale=gpt2: 124M, one block of 1024
+    python bench/step.py --scale=char           6 layers of 384 on 65 characters; --scale=gpt2: 124M, one block of 1024;
+                                                --scale=study: config/train_wikitext2_8k.py
 
 Ours run as on a CPU with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned allocator, in turns in this
 process. What users write is eager fp32 with AdamW as it comes, each in a worker process under malloc's default, which
@@ -28,10 +29,12 @@ USERS = ("plain", "transformers", "torchbnn", "dense_bce", "torchbnn_dense_bce")
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8, "vocab_size": 50304}
 CHAR = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 12, "vocab_size": 65}
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 1, "vocab_size": 50304}
+STUDY = {"n_layer": 3, "n_head": 3, "n_embd": 192, "block_size": 256, "batch_size": 8, "vocab_size": 8192}
 SCALES = {  # shapes and cases; those of 124M that fit into 24 GiB together
     "small": (SMALL, (*OURS, "plain_tuned", *USERS)),
     "char": (CHAR, (*OURS, "plain_tuned", "plain", "transformers")),
     "gpt2": (GPT2, ("softmax", "plain", "transformers")),
+    "study": (STUDY, OURS),
 }
 QUICK = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "vocab_size": 307}
 

@@ -61,7 +61,7 @@ def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]):
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return None
-    figure, axes = _panels(1, 2, 3.4, sharey=True)
+    figure, axes = panels(1, 2, 3.4, sharey=True)
     longest = max(record["seconds"] for curve in curves.values() for record in curve)
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60)
     order = list(dict.fromkeys([*rows, *curves]))  # a run looks the same in all pictures
@@ -76,7 +76,7 @@ def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]):
         axes[0, 0].set_ylim(low - (high - low) / 20, high + (high - low) / 20)
     axes[0, 0].set(xlabel="training tokens (millions)", ylabel="validation nll (nats per token)")
     axes[0, 1].set(xlabel=f"time ({unit})")
-    _legend(figure, axes[0, 0])
+    show_legend(figure, axes[0, 0])
     return figure
 
 
@@ -92,7 +92,7 @@ def reliability_figure(rows: dict[str, dict]):
         return None
     n_rows = math.ceil(len(rows) / COLUMNS)
     n_columns = math.ceil(len(rows) / n_rows)
-    figure, axes = _panels(n_rows, n_columns, 2.9 * n_rows, sharex=True, sharey=True)
+    figure, axes = panels(n_rows, n_columns, 2.9 * n_rows, sharex=True, sharey=True)
     for panel in axes.flat[len(rows) :]:
         panel.set_visible(False)
     for panel, (name, row) in zip(axes.flat, rows.items(), strict=False):
@@ -127,7 +127,7 @@ def risk_coverage_figure(rows: dict[str, dict]):
     scores = [score for score in SCORES if any(score in of_run["risk"] for of_run in risks.values())]
     if not scores:
         return None
-    figure, axes = _panels(1, len(scores), 3.4, sharey=True)
+    figure, axes = panels(1, len(scores), 3.4, sharey=True)
     for panel, score in zip(axes.flat, scores, strict=True):
         for i, (name, of_run) in enumerate(risks.items()):
             coverage, risk = of_run["coverage"], of_run["risk"].get(score, [])
@@ -136,7 +136,7 @@ def risk_coverage_figure(rows: dict[str, dict]):
         panel.set_title("by " + SCORES[score].removesuffix(" (nats)"), fontsize=10)
         panel.set(xlabel="share of tokens answered", xlim=(0, 1), xticks=(0, 0.5, 1))
     axes[0, 0].set(ylabel="error rate of the answers", ylim=(0, None))
-    _legend(figure, axes[0, 0])
+    show_legend(figure, axes[0, 0])
     return figure
 
 
@@ -146,15 +146,15 @@ def uncertainty_figure(rows: dict[str, dict]):
     scores = [score for score in SCORES if any(score in row["histograms"] for row in rows.values())]
     if not scores:
         return None
-    figure, axes = _panels(len(rows), len(scores), 0.8 + 1.4 * len(rows), sharex="col")
-    for panels, (name, row) in zip(axes, rows.items(), strict=True):
-        for panel, score in zip(panels, scores, strict=True):
+    figure, axes = panels(len(rows), len(scores), 0.8 + 1.4 * len(rows), sharex="col")
+    for line, (name, row) in zip(axes, rows.items(), strict=True):
+        for panel, score in zip(line, scores, strict=True):
             _histogram(panel, row, score)
-        panels[0].set_ylabel(_wrapped(label(name, row), 18), fontsize=9)
+        line[0].set_ylabel(_wrapped(label(name, row), 18), fontsize=9)
     for panel, score in zip(axes[-1], scores, strict=True):
         panel.set(xlabel=SCORES[score], xlim=_seen(rows, score))
     figure.supylabel("share of tokens", fontsize=10)
-    _legend(figure, *axes.flat)
+    show_legend(figure, *axes.flat)
     return figure
 
 
@@ -191,7 +191,7 @@ def _seen(rows: dict[str, dict], score: str) -> tuple[float, float]:
     return 10 ** math.floor(math.log10(low or 1e-9)), 10 ** math.ceil(math.log10(high))
 
 
-def _panels(n_rows: int, n_columns: int, height: float, **options):
+def panels(n_rows: int, n_columns: int, height: float, **options):
     """A figure and its axes (n_rows, n_columns); no pyplot, which would keep every figure and look for a screen."""
     from matplotlib.figure import Figure
 
@@ -224,7 +224,7 @@ def _wrapped(text: str, width: int) -> str:
     return wrapped.replace("\0 ", "").replace("\0", "")
 
 
-def _legend(figure, *panels) -> None:
+def show_legend(figure, *panels) -> None:
     """One legend below all panels, with each name once."""
     handles = {}
     for panel in panels:

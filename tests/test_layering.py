@@ -22,6 +22,7 @@ LEVELS = {
     "engine.endings": 2,
     "engine.exporting": 3,
     "engine.card": 2,
+    "engine.summary": 2,
     "engine.report": 2,
     "engine.ensemble": 3.25,
     "engine.run": 3.5,
