@@ -11,11 +11,12 @@ out/study. Killed, the same command goes on; what has its records is not run aga
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,6 +69,15 @@ class Study:
     taught: tuple[str, ...] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study
     extra: bool = False  # dropout, and a fourth seed of softmax, for an ensemble of four
 
+    @property
+    def dataset(self) -> str:
+        """What the scale's file names."""
+        return runpy.run_path(str(ROOT / "config" / f"{self.scale}.py"))["dataset"]
+
+    @property
+    def all_rows(self) -> list[str]:
+        return [*self.rows, *["dropout"] * self.extra, *(f"{row}_taught" for row in self.taught)]
+
 
 KNOB_VALUES = {"kl_weight": 0.03, "sum_penalty": 0.1, "pos_weight": 4.0, "dropout": 0.05, "weight_decay": 0.3}
 STUDIES = {
@@ -84,6 +94,7 @@ STUDIES = {
     ),
     "sotu_8k": Study("train_sotu_8k", "wikitext2_by_sotu_8k", MAIN, MAIN, tuned_as="wikitext2_8k"),
     "wikitext2": Study("train_gpt2_wikitext2_cpu", "sotu", PAPER, MAIN),
+    "wikitext_100m": Study("train_gpt2_wikitext_100m", "sotu", PAPER, MAIN),  # for a GPU
 }
 
 
@@ -91,41 +102,49 @@ class Runner:
     """Commands, one after the other in each of several threads; the first that fails ends them all."""
 
     def __init__(self, config: StudyConfig):
-        self.config, self.logs, self.lock = config, Path(config.logs), threading.Lock()
+        self.config, self.logs, self.lock = config, ROOT / config.logs, threading.Lock()
+        self.failed: UserError | None = None
         threads = max(1, (os.cpu_count() or 1) // config.jobs)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TERM": "dumb"}
 
-    def python(self, *arguments: str, log: Path | None = None) -> None:
-        """Run a script of ours; what it says goes to the screen, or to a file."""
+    def python(self, *arguments: str, log: Path) -> None:
+        """Run a script of ours, unless one has failed; what it says goes to a file."""
+        if self.failed:
+            raise self.failed
         print("python", *arguments, flush=True)
-        with log.open("a") if log else open(os.devnull, "a") as out:
-            streams = {"stdout": out, "stderr": subprocess.STDOUT} if log else {}
+        with log.open("a") as out:
+            streams = {"stdout": out, "stderr": subprocess.STDOUT}
             code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=self.environment, **streams).returncode
         if code:
-            last = log.read_text().strip().splitlines()[-1:] if log else []
-            raise UserError(f"python {' '.join(arguments)}: exit code {code} {' '.join(last)}")
+            last = log.read_text().strip().splitlines()[-1:]
+            self.failed = UserError(f"python {' '.join(arguments)}: exit code {code} {' '.join(last)}")
+            raise self.failed
 
-    def prepare(self, name: str) -> None:
-        """The data set of this name, if it is not there."""
-        if (ROOT / "data" / name / "meta.json").is_file():
-            return
+    def prepare(self, names: Iterable[str]) -> None:
+        """The data sets of these names that are not there."""
+        missing = [name for name in names if not (ROOT / "data" / name / "meta.json").is_file()]
+        if any("sotu" in name.split("_by_")[0] for name in missing) and not (ROOT / self.config.sotu).is_file():
+            said = f"--sotu={self.config.sotu or 'FILE'}: give the file of the State of the Union addresses"
+            raise UserError(f"{said}; training_logs/README.md says where from")
+        for name in missing:
+            (log := ROOT / "out/study/prepare.log").parent.mkdir(parents=True, exist_ok=True)
+            self.python(*self.preparation(name), log=log)
+
+    def preparation(self, name: str) -> list[str]:
         wikitext = ["data/wikitext/prepare.py", "--version=2", f"--folder=data/{name}"]
         wikitext += [f"--source={self.config.wikitext}"] if self.config.wikitext else []
-        if "sotu" in name.split("_by_")[0] and not self.config.sotu:
-            raise UserError("--sotu=FILE: the State of the Union addresses; training_logs/README.md says where from")
         sotu = ["data/text/prepare.py", f"--source={self.config.sotu}", r"--separator=\n\n", f"--name={name}"]
         learnt = ["--tokenizer=bpe", "--vocab_size=8192"]
-        self.python(
-            *{
-                "wikitext2": wikitext,
-                "wikitext2_8k": wikitext + learnt,
-                "wikitext2_8k_tenth": [*wikitext, "--tokenizer=data/wikitext2_8k", "--train_articles=60"],
-                "wikitext2_by_sotu_8k": [*wikitext, "--tokenizer=data/sotu_8k"],
-                "sotu": [*sotu, "--tokenizer=gpt2"],
-                "sotu_8k": sotu + learnt,
-                "sotu_by_wikitext2_8k": [*sotu, "--tokenizer=data/wikitext2_8k"],
-            }[name]
-        )
+        return {
+            "wikitext": ["data/wikitext/prepare.py"],  # WikiText-103, of the hub
+            "wikitext2": wikitext,
+            "wikitext2_8k": wikitext + learnt,
+            "wikitext2_8k_tenth": [*wikitext, "--tokenizer=data/wikitext2_8k", "--train_articles=60"],
+            "wikitext2_by_sotu_8k": [*wikitext, "--tokenizer=data/sotu_8k"],
+            "sotu": [*sotu, "--tokenizer=gpt2"],
+            "sotu_8k": sotu + learnt,
+            "sotu_by_wikitext2_8k": [*sotu, "--tokenizer=data/wikitext2_8k"],
+        }[name]
 
     def train(self, study: str, row: str, name: str, seed: int, flags: list[str]) -> Path:
         """Returns the run's folder."""
@@ -147,9 +166,10 @@ class Runner:
 
     def keep(self, folder: Path, study: str, name: str) -> None:
         """Copy a finished run's records to the logs."""
-        home = self.logs / study / name
+        home, folder = self.logs / study / name, ROOT / folder
         home.mkdir(parents=True, exist_ok=True)
-        for path in [ROOT / folder / "metrics.jsonl", ROOT / folder / "config.json", *folder.glob("eval_*.json")]:
+        numbers = sorted(folder.glob("eval_*.json"), reverse=True)  # eval_test.json last: by it a run is done
+        for path in [folder / "metrics.jsonl", folder / "config.json", *numbers]:
             replace(home / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
 
     def finish(self, study: str, row: str, name: str, folder: Path) -> None:
@@ -215,17 +235,21 @@ class Runner:
     def teach(self, study: str, row: str) -> None:
         """A row on a teacher's labels, half and half with the true token, all else as without them."""
         flags = self.tune(study, row)
-        for seed in SEEDS if row in MAIN else SEEDS[:1]:
+        for seed in self.untaught(study, row):
             name = f"{row}_taught-seed{seed}"
-            if not self.done(study, name):
-                folder = self.train(study, row, name, seed, [*flags, "--labels=study"])
-                self.finish(study, row, name, folder)
+            folder = self.train(study, row, name, seed, [*flags, "--labels=study"])
+            self.finish(study, row, name, folder)
+
+    def untaught(self, study: str, row: str) -> list[int]:
+        """The seeds without records of the row on labels."""
+        seeds = SEEDS if row in MAIN else SEEDS[:1]
+        return [seed for seed in seeds if not self.done(study, f"{row}_taught-seed{seed}")]
 
     def label(self, study: str) -> None:
         """The teacher's labels: its four likeliest tokens at each position of the train split."""
         teacher = self.run(study, "softmax", SEEDS[0])
-        data = f"--dataset={study}"
-        self.python("augmentation/teacher_labels.py", f"--teacher={teacher}", data, "--name=study", "--k=4")
+        command = [f"--teacher={teacher}", f"--dataset={STUDIES[study].dataset}", "--name=study", "--k=4"]
+        self.python("augmentation/teacher_labels.py", *command, log=ROOT / teacher / "labels.log")
 
     def together(self, jobs: list[Callable[[], None]]) -> None:
         with ThreadPoolExecutor(self.config.jobs) as pool:
@@ -240,21 +264,26 @@ def trial_name(row: str, flags: list[str]) -> str:
 def main() -> None:
     config, _ = load_config(StudyConfig, sys.argv[1:])
     check_ranges(config, {"jobs": (1, 64)})
-    runner, wanted = Runner(config), config.rows.split(",") if config.rows else []
-    for study in config.studies.split(","):
-        if study not in STUDIES:
-            raise UserError(f"studies = {study!r} is not one of: {', '.join(STUDIES)}")
-        about = STUDIES[study]
-        for name in (study, about.foreign):
-            for base in name.split("_by_")[1:]:
-                runner.prepare(base)
-            runner.prepare(name)
-        rows = [row for row in (*about.rows, *["dropout"] * about.extra) if not wanted or row in wanted]
-        runner.together([partial(runner.row, study, row) for row in rows])
-        taught = [row for row in about.taught if not wanted or f"{row}_taught" in wanted]
+    runner, studies = Runner(config), config.studies.split(",")
+    check_names("studies", studies, STUDIES)
+    known = dict.fromkeys(row for study in studies for row in STUDIES[study].all_rows)
+    wanted = config.rows.split(",") if config.rows else known
+    check_names("rows", wanted, known)
+    data = [name for study in studies for name in (STUDIES[study].dataset, STUDIES[study].foreign)]
+    runner.prepare(dict.fromkeys(part for name in data for part in (*name.split("_by_")[1:], name)))
+    for study in studies:
+        rows = [row for row in STUDIES[study].all_rows if row in wanted]
+        runner.together([partial(runner.row, study, row) for row in rows if not row.endswith("_taught")])
+        taught = [row for row in STUDIES[study].taught if f"{row}_taught" in rows and runner.untaught(study, row)]
         if taught:
             runner.label(study)
             runner.together([partial(runner.teach, study, row) for row in taught])
+
+
+def check_names(option: str, given: Iterable[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise UserError(f"{option} = {name!r} is not one of: {', '.join(known)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""study.py from beginning to end on a tiny study: killed, gone on with, complete. (Its rows: tests/test_rows.py.)"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import study
+from engine.tokenizer import CharTokenizer
+from tests.helpers import ROOT, TINY, contents, records, words, write_dataset, write_words
+
+ROWS, SEEDS = ("softmax", "sigmoid"), (7, 8)
+KEPT = {"softmax-seed7", "softmax-seed8", "sigmoid-seed7", "sigmoid_taught-seed7"}
+
+
+def main(home: Path, argv: list[str], put=setattr) -> None:
+    """study.py in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
+    rates, knobs = (1e-2, 1e-3), {"weight_decay": 0.0}
+    small = study.Study("small", f"{home}/foreign", ROWS, ROWS[:1], rates, knobs, taught=ROWS[1:])
+    for name, value in {"ROOT": home, "SEEDS": SEEDS, "MAIN": ROWS[:1], "STUDIES": {"small": small}}.items():
+        put(study, name, value)
+    put(sys, "argv", ["study.py", "--studies=small", *argv])
+    study.run(study.main)
+
+
+def start(home: Path, *argv: str) -> subprocess.Popen:
+    code = f"from tests.test_study import Path, main; main(Path({str(home)!r}), {list(argv)})"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, **streams)
+
+
+def commands(home: Path, *argv: str) -> list[str]:
+    """What a whole call of study.py runs."""
+    process = start(home, *argv)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return [line for line in output.splitlines() if line.startswith("python ")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a scale, its data and our scripts in it."""
+    home = tmp_path_factory.mktemp("study")
+    (home / "config").mkdir()
+    for name in ("train.py", "evaluate.py", "augmentation", "config/rows"):
+        (home / name).symlink_to(ROOT / name)
+    scale = TINY | {"dataset": str(write_words(home / "words")), "eval_interval": 4, "eval_iters": 2}
+    (home / "config/small.py").write_text("".join(f"{name} = {value!r}\n" for name, value in scale.items()))
+    tokenizer = CharTokenizer.train([words(4000)])
+    write_dataset(home / "foreign", {split: [words(200, seed=3)[::-1]] for split in ("train", "test")}, tokenizer)
+    return home
+
+
+@pytest.fixture(scope="module")
+def calls(home):
+    """Killed once a run has its records, then run to the end, then called again: the records and trials at the kill,
+    and the commands of the two calls behind it."""
+    flags = ["--jobs=2", "--logs=logs", "--train_flags=--max_iters=8 --log_interval=2"]
+    process = start(home, *flags)
+    while not (done := list(home.glob("logs/small/*/eval_test.json"))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = [contents(path.parent) for path in done], trials(home)
+    return *before, commands(home, *flags), commands(home, *flags)
+
+
+def trials(home: Path) -> list[dict]:
+    return [json.loads(line) for line in (home / "logs/small/tuning.jsonl").read_text().splitlines()]
+
+
+def test_every_row_has_three_trials_of_full_length_all_listed(home, calls):
+    for row in ROWS:
+        first, second, third = [trial for trial in trials(home) if trial["row"] == row]
+        assert [first["flags"], second["flags"]] == [["--learning_rate=0.01"], ["--learning_rate=0.001"]]
+        better = min(first, second, key=lambda trial: trial["val_nll"])
+        assert third["flags"] == [*better["flags"], "--weight_decay=0.0"]
+    assert len(trials(home)) == 6
+    runs = [path.parent for path in home.glob("out/study/small/*/metrics.jsonl")]
+    steps = [[record["step"] for record in records(path, "loss")] for path in runs]
+    assert steps == [[2, 4, 6, 8]] * 8  # six trials, softmax with another seed, the taught row
+
+
+def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home, calls):
+    assert {path.name for path in (home / "logs/small").iterdir()} == KEPT | {"tuning.jsonl"}
+    for name in KEPT:
+        kept = home / "logs/small" / name
+        names = {path.name for path in kept.iterdir()}
+        assert names >= {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
+        test = json.loads((kept / "eval_test.json").read_text())
+        assert test["ood"]["dataset"] == str(home / "foreign") and ("continuations" in test) == ("seed7" in name)
+        best = min((t for t in trials(home) if name.startswith(t["row"])), key=lambda trial: trial["val_nll"])
+        options = json.loads((kept / "config.json").read_text())
+        for flag in best["flags"]:  # all seeds, and the taught row, as the validation split chose
+            key, _, value = flag.lstrip("-").partition("=")
+            assert options[key] == float(value)
+        assert (options["seed"], options["labels"]) == (int(name[-1]), "study" if "taught" in name else "")
+        nll = json.loads((kept / "eval_val.json").read_text())["nll"]
+        assert (nll == best["val_nll"]) == (name in ("softmax-seed7", "sigmoid-seed7"))
+
+
+def test_killed_the_same_command_goes_on_and_once_complete_it_runs_nothing(home, calls):
+    done, tried, rest, again = calls
+    assert done and all(contents(Path(next(iter(files))).parent) == files for files in done)
+    assert len(tried) >= 3 and trials(home)[: len(tried)] == tried
+    for trial in tried:  # what is listed is not asked again
+        folder = study.trial_name(trial["row"], trial["flags"])
+        assert not any("--split=val" in command and f"/{folder} " in command for command in rest)
+    assert len(rest) > 3 and again == []
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--studies=small,smal"], "studies = 'smal' is not one of: small"),
+        (["--rows=softmax,bayes"], "rows = 'bayes' is not one of: softmax, sigmoid, sigmoid_taught"),
+        (["--jobs=0"], "jobs = 0 must be at least 1"),
+        (["--train_flags=--max_iter=8"], "unknown option '--max_iter'; did you mean 'max_iters'?"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(home, argv, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(home, ["--logs=nothing", *argv], monkeypatch.setattr)
+    output, errors = capsys.readouterr()
+    assert exit_.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert message in errors and not (home / "nothing").exists()
+    assert output.count("python ") == ("train_flags" in argv[0])  # the first command that fails is the last
+
+
+@pytest.mark.parametrize("given", ["", "no.txt"])
+def test_a_missing_file_of_addresses_is_said_before_anything_is_prepared(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    monkeypatch.setattr(sys, "argv", ["study.py", "--studies=wikitext2", f"--sotu={given}"])
+    with pytest.raises(SystemExit) as exit_:
+        study.run(study.main)
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.count("\n") == 1 and f"--sotu={given or 'FILE'}" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["config"]
