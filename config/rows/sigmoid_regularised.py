@@ -1,3 +1,3 @@
-# A row of the study: sigmoid, held to probabilities that sum to 1.
+# Sigmoid, held to probabilities that sum to 1.
 likelihood = "sigmoid"
 sum_penalty = 1.0

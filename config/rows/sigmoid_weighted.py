@@ -1,3 +1,3 @@
-# A row of the study: sigmoid, the term of the true token weighted.
+# Sigmoid, the true token's term weighted.
 likelihood = "sigmoid"
 pos_weight = 2.0

@@ -1,3 +1,3 @@
-# A row of the study: label-smoothed, the second epsilon of the paper.
+# Label smoothing with the paper's second epsilon.
 likelihood = "smooth"
 label_smoothing = 0.1

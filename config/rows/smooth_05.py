@@ -1,3 +1,3 @@
-# A row of the study: label-smoothed, the first epsilon of the paper.
+# Label smoothing with the paper's first epsilon.
 likelihood = "smooth"
 label_smoothing = 0.05

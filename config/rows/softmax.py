@@ -1,2 +1,2 @@
-# A row of the study, for any scale: softmax. python train.py config/train_wikitext2_8k.py config/rows/softmax.py
+# Softmax, trained with the cross-entropy: what the other rows are compared with.
 likelihood = "categorical"

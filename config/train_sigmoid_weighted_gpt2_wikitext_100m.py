@@ -1,8 +1,0 @@
-# Row 7 of 8, sigmoid, the true token's term weighted:
-# 472 M tokens, 4 epochs, an estimated 17 minutes on an H200 (not run); all else as in train_gpt2_wikitext_100m.py.
-#     python train_sigmoid.py config/train_sigmoid_weighted_gpt2_wikitext_100m.py
-from config.train_gpt2_wikitext_100m import *
-
-out_dir = "out/wikitext_100m/sigmoid_weighted"
-likelihood = "sigmoid"
-pos_weight = 2.0
