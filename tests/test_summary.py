@@ -107,3 +107,15 @@ def test_make_results_draws_the_pictures_that_pages_show(tmp_path, monkeypatch):
     summary.main()
     assert "| softmax | 3 |" in page.read_text()
     assert [path.name for path in study.glob("*.png")] == ["summary.png"]
+
+
+def decimals(text: str) -> set[float]:
+    return {float(number) for number in re.findall(r"(?<![\w.])\d*\.\d+(?![\w.]*\w)", text)}
+
+
+def test_a_decimal_in_the_studys_prose_stands_in_one_of_its_tables():
+    page = re.sub(r"`[^`]*`|\]\([^)]*\)", "", PAGES["training_logs/README.md"].read_text(encoding="utf-8"))
+    tables, prose = ("\n".join(line for line in page.splitlines() if (line[:1] == "|") == is_) for is_ in (True, False))
+    tables += "".join(line for line in PAGES["docs/results.md"].read_text().splitlines() if line.startswith("|"))
+    assert decimals(prose) - decimals(tables) == set()
+    assert decimals("of 1.25, .5 or -0.031 nats, not 2.10.3") == {1.25, 0.5, 0.031}
