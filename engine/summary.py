@@ -118,7 +118,7 @@ COLUMNS = {
         Column("seeds", lambda row, base: [len(row.seeds)], "{:.0f}"),
         of("nll", "nll", "{:.3f}", True),
         of("perplexity", "perplexity", "{:.2f}"),
-        Column("vs softmax", ratios, "{:.3f}", True),
+        Column("vs softmax", lambda row, base: [1.0] if row is base else ratios(row, base), "{:.3f}", True),
         of("de-smoothed", "perplexity_desmoothed", "{:.2f}"),
         Column("lowest val nll", lambda row, base: lowest(row), "{:.3f}"),
         of("bits per byte", "bits_per_byte", "{:.4f}"),
@@ -221,7 +221,8 @@ def summary_figure(rows: dict[str, Row]):
             panel.plot([mean(values)] if values else [], [i] * bool(values), "|", markersize=14, color=COLOURS[0])
     axes[0, 0].axvline(1.0, color=COLOURS[0], linewidth=0.8, linestyle="--")
     axes[0, 0].set_yticks(range(len(rows)), [row.label for row in rows.values()], fontsize=8)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
+    axes[0, 1].locator_params(axis="x", nbins=6)
     axes[0, 0].set_xlabel("test perplexity / softmax's, same seed")
     axes[0, 1].set_xlabel("expected calibration error")
     return figure
