@@ -51,7 +51,7 @@ class StudyConfig:
     wikitext: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw of WikiText-2; empty: the hub
     sotu: str = ""  # a file with the State of the Union addresses, a blank line between them
     logs: str = "training_logs"  # where the records go
-    train_flags: str = ""  # for train.py, spaces between: "--max_iters=20 --compile=False" tries all of it out
+    train_flags: str = ""  # to try it out, in out/tried: for train.py, spaces between: "--max_iters=20 --compile=False"
     jobs: int = 1  # runs at a time, each with its share of the processors
 
 
@@ -102,7 +102,10 @@ class Runner:
     """Commands, one after the other in each of several threads; the first that fails ends them all."""
 
     def __init__(self, config: StudyConfig):
-        self.config, self.logs, self.lock = config, ROOT / config.logs, threading.Lock()
+        self.config, self.lock = config, threading.Lock()
+        tried = config.train_flags and config.logs == StudyConfig.logs  # what is tried must not look like a result
+        self.home = Path("out/tried" if config.train_flags else "out/study")
+        self.logs = ROOT / (self.home / "logs" if tried else config.logs)
         self.failed: UserError | None = None
         threads = max(1, (os.cpu_count() or 1) // config.jobs)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TERM": "dumb"}
@@ -127,7 +130,7 @@ class Runner:
             said = f"--sotu={self.config.sotu or 'FILE'}: give the file of the State of the Union addresses"
             raise UserError(f"{said}; training_logs/README.md says where from")
         for name in missing:
-            (log := ROOT / "out/study/prepare.log").parent.mkdir(parents=True, exist_ok=True)
+            (log := ROOT / self.home / "prepare.log").parent.mkdir(parents=True, exist_ok=True)
             self.python(*self.preparation(name), log=log)
 
     def preparation(self, name: str) -> list[str]:
@@ -148,7 +151,7 @@ class Runner:
 
     def train(self, study: str, row: str, name: str, seed: int, flags: list[str]) -> Path:
         """Returns the run's folder."""
-        folder = Path("out/study", study, name)
+        folder = self.home / study / name
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         command = ["train.py", f"config/{STUDIES[study].scale}.py", f"config/rows/{row}.py", f"--seed={seed}"]
         flags = [*flags, *self.config.train_flags.split()]

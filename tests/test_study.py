@@ -82,7 +82,7 @@ def test_every_row_has_three_trials_of_full_length_all_listed(home, calls):
         better = min(first, second, key=lambda trial: trial["val_nll"])
         assert third["flags"] == [*better["flags"], "--weight_decay=0.0"]
     assert len(trials(home)) == 6
-    runs = [path.parent for path in home.glob("out/study/small/*/metrics.jsonl")]
+    runs = [path.parent for path in home.glob("out/tried/small/*/metrics.jsonl")]
     steps = [[record["step"] for record in records(path, "loss")] for path in runs]
     assert steps == [[2, 4, 6, 8]] * 8  # six trials, softmax with another seed, the taught row
 
