@@ -53,6 +53,21 @@ def write_json(path: Path, value: object) -> None:
     replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
 
 
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy or make it again") from None
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The records of a file that need not be there."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove the damaged line") from None
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder, there or not yet, that will take no files, before the work whose results go there."""
     there = next(path for path in (folder, *folder.parents) if path.exists())

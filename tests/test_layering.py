@@ -59,6 +59,7 @@ LEVELS = {
     "engine.sharding": -1,
     "engine.watch": -1,
     "engine.files": -2.5,
+    "engine.studies": -3,
     "engine.contents": -1,
     "engine.order": -1,
     "engine.row": -1,

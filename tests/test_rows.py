@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import flatten, load_config
+from engine.studies import MAIN, PAPER, STUDIES
 from heads import HeadConfig
-from study import MAIN, PAPER, STUDIES
 from tests.helpers import ROOT
 from train import TrainConfig
 
@@ -47,7 +47,7 @@ def options(scale: str, *rows: str, script: str = "train.py") -> dict:
 
 def test_the_study_has_all_scales_and_all_rows():
     assert {study.scale for study in STUDIES.values()} == set(SCALES)
-    assert sorted({*PAPER, *MAIN, "dropout"}) == ROWS and len(PAPER) == 8
+    assert {*PAPER, *MAIN, "dropout"} <= set(ROWS) and len(PAPER) == 8
 
 
 @every_scale

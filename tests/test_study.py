@@ -11,19 +11,26 @@ from pathlib import Path
 import pytest
 
 import study
+from engine import studies
 from engine.tokenizer import CharTokenizer
 from tests.helpers import ROOT, TINY, contents, records, words, write_dataset, write_words
 
-ROWS, SEEDS = ("softmax", "sigmoid"), (7, 8)
-KEPT = {"softmax-seed7", "softmax-seed8", "sigmoid-seed7", "sigmoid_taught-seed7"}
+BOTH = "bayes_sigmoid_weighted"
+ROWS, SEEDS = ("softmax", BOTH), (7, 8)
+KEPT = {"softmax-seed7", "softmax-seed8", "softmax-seed9", f"{BOTH}-seed7", f"{BOTH}_taught-seed7"}
+KNOBS = {"softmax": "--weight_decay=0.0", BOTH: "--kl_weight=0.5"}
 
 
 def main(home: Path, argv: list[str], put=setattr) -> None:
     """study.py in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
-    rates, knobs = (1e-2, 1e-3), {"weight_decay": 0.0}
-    small = study.Study("small", f"{home}/foreign", ROWS, ROWS[:1], rates, knobs, taught=ROWS[1:])
-    for name, value in {"ROOT": home, "SEEDS": SEEDS, "MAIN": ROWS[:1], "STUDIES": {"small": small}}.items():
+    knobs = {"weight_decay": 0.0, "kl_weight": 0.5}
+    small = studies.Study("small", f"{home}/foreign", ROWS, ROWS[:1], (1e-2, 1e-3), knobs, "", ROWS[1:], True, True)
+    values = {"ROOT": home, "SEEDS": SEEDS, "MEMBERS": (*SEEDS, 9), "STUDIES": {"small": small}}
+    for name, value in values.items():
         put(study, name, value)
+        if hasattr(studies, name):
+            put(studies, name, value)
+    put(study, "ENSEMBLE", "eval_test_ensemble_of_3.json")
     put(sys, "argv", ["study.py", "--studies=small", *argv])
     study.run(study.main)
 
@@ -56,19 +63,31 @@ def home(tmp_path_factory):
     return home
 
 
+FLAGS = ["--jobs=2", "--logs=logs", "--train_flags=--max_iters=8 --log_interval=2"]
+
+
+def test_ended_by_a_signal_it_ends_what_it_has_started(home):
+    process = start(home, *FLAGS)
+    assert process.stdout.readline().startswith("python train.py")
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 130 and errors.strip() == "interrupted"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 @pytest.fixture(scope="module")
 def calls(home):
     """Killed once a run has its records, then run to the end, then called again: the records and trials at the kill,
     and the commands of the two calls behind it."""
-    flags = ["--jobs=2", "--logs=logs", "--train_flags=--max_iters=8 --log_interval=2"]
-    process = start(home, *flags)
+    process = start(home, *FLAGS)
     while not (done := list(home.glob("logs/small/*/eval_test.json"))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = [contents(path.parent) for path in done], trials(home)
-    return *before, commands(home, *flags), commands(home, *flags)
+    return *before, commands(home, *FLAGS), commands(home, *FLAGS)
 
 
 def trials(home: Path) -> list[dict]:
@@ -80,11 +99,11 @@ def test_every_row_has_three_trials_of_full_length_all_listed(home, calls):
         first, second, third = [trial for trial in trials(home) if trial["row"] == row]
         assert [first["flags"], second["flags"]] == [["--learning_rate=0.01"], ["--learning_rate=0.001"]]
         better = min(first, second, key=lambda trial: trial["val_nll"])
-        assert third["flags"] == [*better["flags"], "--weight_decay=0.0"]
+        assert third["flags"] == [*better["flags"], KNOBS[row]]
     assert len(trials(home)) == 6
     runs = [path.parent for path in home.glob("out/tried/small/*/metrics.jsonl")]
     steps = [[record["step"] for record in records(path, "loss")] for path in runs]
-    assert steps == [[2, 4, 6, 8]] * 8  # six trials, softmax with another seed, the taught row
+    assert steps == [[2, 4, 6, 8]] * 9  # six trials, softmax with two more seeds, the taught row
 
 
 def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home, calls):
@@ -92,7 +111,9 @@ def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home
     for name in KEPT:
         kept = home / "logs/small" / name
         names = {path.name for path in kept.iterdir()}
-        assert names >= {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
+        assert names >= {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json", "eval_test_early.json"}
+        assert ("eval_test_averaged.json" in names) == name.startswith(BOTH)
+        assert ("eval_test_ensemble_of_3.json" in names) == (name == "softmax-seed7")
         test = json.loads((kept / "eval_test.json").read_text())
         assert test["ood"]["dataset"] == str(home / "foreign") and ("continuations" in test) == ("seed7" in name)
         best = min((t for t in trials(home) if name.startswith(t["row"])), key=lambda trial: trial["val_nll"])
@@ -102,15 +123,18 @@ def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home
             assert options[key] == float(value)
         assert (options["seed"], options["labels"]) == (int(name[-1]), "study" if "taught" in name else "")
         nll = json.loads((kept / "eval_val.json").read_text())["nll"]
-        assert (nll == best["val_nll"]) == (name in ("softmax-seed7", "sigmoid-seed7"))
+        assert (nll == best["val_nll"]) == (name in ("softmax-seed7", f"{BOTH}-seed7"))
+        curve = {record["step"]: record["val_nll"] for record in records(kept, "val_nll")}
+        early = json.loads((kept / "eval_test_early.json").read_text())["nll"]
+        assert (early == test["nll"]) == (min(curve, key=curve.get) == 8)
 
 
 def test_killed_the_same_command_goes_on_and_once_complete_it_runs_nothing(home, calls):
     done, tried, rest, again = calls
-    assert done and all(contents(Path(next(iter(files))).parent) == files for files in done)
+    assert done and all(files.items() <= contents(Path(next(iter(files))).parent).items() for files in done)
     assert len(tried) >= 3 and trials(home)[: len(tried)] == tried
     for trial in tried:  # what is listed is not asked again
-        folder = study.trial_name(trial["row"], trial["flags"])
+        folder = "_".join([trial["row"], *(flag.removeprefix("--") for flag in trial["flags"])]) + f"-seed{SEEDS[0]}"
         assert not any("--split=val" in command and f"/{folder} " in command for command in rest)
     assert len(rest) > 3 and again == []
 
@@ -119,7 +143,7 @@ def test_killed_the_same_command_goes_on_and_once_complete_it_runs_nothing(home,
     "argv, message",
     [
         (["--studies=small,smal"], "studies = 'smal' is not one of: small"),
-        (["--rows=softmax,bayes"], "rows = 'bayes' is not one of: softmax, sigmoid, sigmoid_taught"),
+        (["--rows=softmax,none"], f"rows = 'none' is not one of: softmax, {BOTH}, {BOTH}_taught, bayes"),
         (["--jobs=0"], "jobs = 0 must be at least 1"),
         (["--train_flags=--max_iter=8"], "unknown option '--max_iter'; did you mean 'max_iters'?"),
     ],

@@ -1,0 +1,80 @@
+"""What study.py trains: rows (config/rows/) on scales (config/), with which seeds, and how they are tuned."""
+
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SEEDS = (1337, 1338, 1339)
+MEMBERS = (*SEEDS, 1340)  # of an ensemble of softmax runs
+MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # rows that have all seeds everywhere
+SIGMOIDS = ("sigmoid", "sigmoid_regularised", "sigmoid_weighted", "bayes_sigmoid_weighted")
+PAPER = ("softmax", "smooth_05", "smooth", "bayes", *SIGMOIDS)  # in the order of its table
+KNOBS = {  # what the last trial changes; of all other rows weight_decay
+    "bayes": "kl_weight",
+    "bayes_sigmoid_weighted": "kl_weight",
+    "sigmoid_regularised": "sum_penalty",
+    "sigmoid_weighted": "pos_weight",
+    "dropout": "dropout",
+}
+OTHER_VALUES = {"kl_weight": 0.03, "sum_penalty": 0.1, "pos_weight": 4.0, "dropout": 0.05, "weight_decay": 0.3}
+AVERAGED = {  # rows whose predictions are also averaged over more than the mean of their weights, and how
+    "bayes": ["--n_samples=-1"],
+    "bayes_sigmoid_weighted": ["--n_samples=-1"],
+    "dropout": ["--mc_dropout=True", "--n_samples=8"],
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A scale, its rows, and how they are tuned."""
+
+    scale: str  # config/<scale>.py
+    foreign: str  # data set of the other kind in the scale's tokens
+    rows: tuple[str, ...] = PAPER
+    more_seeds: tuple[str, ...] = MAIN  # rows that have SEEDS, with labels too; the others have the first alone
+    rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
+    knobs: dict[str, float] = field(default_factory=dict)  # the last trial's value, by knob
+    tuned_as: str = ""  # the study whose choice is taken; empty with no rates: what the config files say
+    taught: tuple[str, ...] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study
+    ensemble: bool = False  # a fourth seed of softmax, and the ensemble of the four
+    early: bool = False  # also the test numbers of the checkpoint with the lowest validation nll
+
+    def dataset(self, root: Path) -> str:
+        """What the scale's file names."""
+        return runpy.run_path(str(root / "config" / f"{self.scale}.py"))["dataset"]
+
+    def all_rows(self) -> list[str]:
+        return [*self.rows, *(f"{row}_taught" for row in self.taught)]
+
+    def seeds(self, row: str) -> tuple[int, ...]:
+        if self.ensemble and row == "softmax":
+            return MEMBERS
+        return SEEDS if row.removesuffix("_taught") in self.more_seeds else SEEDS[:1]
+
+
+STUDIES = {
+    "wikitext2_8k": Study(
+        "train_wikitext2_8k",
+        "sotu_by_wikitext2_8k",
+        rows=(*PAPER, "dropout"),
+        more_seeds=(*PAPER, "dropout"),
+        rates=(4e-3, 2e-3, 1e-3),
+        knobs=OTHER_VALUES,
+        taught=("softmax", *SIGMOIDS),
+        ensemble=True,
+    ),
+    "wikitext2_8k_tenth": Study(
+        "train_wikitext2_8k_tenth",
+        "sotu_by_wikitext2_8k",
+        rows=(*PAPER, "dropout"),
+        more_seeds=(*PAPER, "dropout"),
+        rates=(2e-3, 1e-3),
+        knobs=OTHER_VALUES | {"kl_weight": 0.3, "dropout": 0.2},
+        taught=("softmax", "sigmoid", "bayes_sigmoid_weighted"),
+        ensemble=True,
+        early=True,
+    ),
+    "sotu_8k": Study("train_sotu_8k", "wikitext2_by_sotu_8k", MAIN, tuned_as="wikitext2_8k"),
+    "wikitext2": Study("train_gpt2_wikitext2_cpu", "sotu"),
+    "wikitext_100m": Study("train_gpt2_wikitext_100m", "sotu"),  # for a GPU
+}
