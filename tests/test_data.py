@@ -219,6 +219,23 @@ def test_wikitext_2_has_the_published_counts_and_every_byte(tmp_path, monkeypatc
         assert "".join(documents_of(tmp_path, split)) == (source / f"wiki.{name}.raw").read_bytes().decode()
 
 
+def test_a_part_of_wikitexts_articles_is_the_train_splits_beginning_and_leaves_val_and_test_whole(
+    tmp_path, monkeypatch
+):
+    title = " = {} = \n \n {} text . \n \n"
+    for name in ("train", "valid", "test"):
+        articles = "".join(title.format(f"{name} {i}", f"{name} {i}") for i in range(5))
+        (tmp_path / f"wiki.{name}.raw").write_text(" \n" + articles)
+    common = ("--version=2", f"--source={tmp_path}", "--tokenizer=byte")
+    prepare(monkeypatch, "wikitext", *common, f"--folder={tmp_path}/all")
+    prepare(monkeypatch, "wikitext", *common, f"--folder={tmp_path}/part", "--train_articles=2")
+    whole, part = (
+        {split: documents_of(tmp_path / name, split) for split in ("train", "val", "test")} for name in ("all", "part")
+    )
+    assert len(whole["train"]) == 5 and part["train"] == whole["train"][:2]
+    assert part["val"] == whole["val"] and part["test"] == whole["test"]
+
+
 def test_wikitext_from_the_hub_equals_wikitext_from_files(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     source, hub = shared_data("wikitext2"), tmp_path / "hub"
@@ -266,6 +283,7 @@ def test_wikitext_refuses_a_folder_without_its_files(tmp_path, monkeypatch, caps
     flags = ["--version=2", f"--source={tmp_path}", f"--folder={tmp_path}/out"]
     assert "wiki.train.raw" in refusal(monkeypatch, capsys, "wikitext", *flags)
     assert "2 and 103" in refusal(monkeypatch, capsys, "wikitext", "--version=3")
+    assert "train_articles = -1" in refusal(monkeypatch, capsys, "wikitext", "--train_articles=-1")
 
 
 def test_shakespeare_char_has_nanogpts_ids(tmp_path, monkeypatch):
