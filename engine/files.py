@@ -53,6 +53,28 @@ def write_json(path: Path, value: object) -> None:
     replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects in a file with one on each line."""
+    lines = enumerate(path.read_bytes().splitlines(), 1)
+    return [parse_json(line, f"{path}, line {i},") for i, line in lines if line.strip()]
+
+
+def parse_json(text: bytes, what: str) -> dict:
+    """The object in a JSON text; a UserError that says `what` is damaged where there is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is damaged ({error}); mend it, or copy it from its run again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is damaged (it has no object); mend it, or copy it from its run again")
+    return value
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder, there or not yet, that will take no files, before the work whose results go there."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
