@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError, run
 from engine.files import read_json, read_json_lines, replace
-from engine.studies import LABELS, NONE, Row, place, read
+from engine.study_logs import LABELS, NONE, Row, place, read
 from engine.summary_pictures import figures
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from engine.pictures import (
     uncertainty_figure,
     wrap,
 )
-from engine.studies import NONE, Row, read
+from engine.study_logs import NONE, Row, read
 
 DRAWN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid", "bayes_sigmoid_weighted")  # more would be a tangle
 

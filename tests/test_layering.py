@@ -24,7 +24,7 @@ LEVELS = {
     "engine.card": 2,
     "engine.summary": 2,
     "engine.summary_pictures": 1.75,
-    "engine.studies": 1.5,
+    "engine.study_logs": 1.5,
     "engine.report": 2,
     "engine.ensemble": 3.25,
     "engine.run": 3.5,

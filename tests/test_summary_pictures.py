@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from engine.studies import LABELS, read
+from engine.study_logs import LABELS, read
 from engine.summary_pictures import DRAWN, curves_figure, figures, summary_figure
 from tests.test_summary import NLL, write
 

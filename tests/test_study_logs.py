@@ -2,7 +2,7 @@
 
 import json
 
-from engine.studies import read
+from engine.study_logs import read
 from tests.test_summary import NLL, write
 
 
