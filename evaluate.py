@@ -62,6 +62,8 @@ class EvaluateConfig:
             raise UserError(f"report = {self.report!r} is a file; name a folder")
         if self.mc_dropout and self.n_samples < 1:
             raise UserError("mc_dropout averages passes: give --n_samples=16, say")
+        if self.mc_dropout and self.continuations:
+            raise UserError("continuations are written without dropout; leave --mc_dropout or --continuations out")
         if self.std_tolerance and self.n_samples == 0:
             raise UserError("std_tolerance needs predictions that see the width: give --n_samples=16, say, or -1")
 
@@ -74,6 +76,11 @@ def main() -> None:
     for member in (member for source in sources for member in members_of(source)):  # before an hour goes into others
         if member not in HUB and not Path(member).exists():
             raise UserError(f"{member} does not exist; give run folders, or one of: {', '.join(HUB)}")
+    files = {}
+    for source in sources:
+        if (other := files.setdefault(result_file(source, config).resolve(), source)) != source:
+            said = f"{other} and {source} would both be written to {result_file(source, config)}"
+            raise UserError(f"{said}; name each run once, and begin each ensemble with another run")
     with distributed.start(config.device, "auto") as processes:
         torch.backends.cuda.matmul.allow_tf32 = False  # start() allows it, for training; float32 here is float32
         for source in sources:

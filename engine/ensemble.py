@@ -22,9 +22,11 @@ class Ensemble(nn.Module):
     def __init__(self, members: list[GPT]):
         super().__init__()
         self.members, self.config = nn.ModuleList(members), members[0].config
-        shapes = {(member.config.block_size, member.config.vocab_size) for member in members}
-        if len(shapes) > 1:
-            raise UserError("the runs of an ensemble must have the same block_size and vocab_size")
+        alike = ("block_size", "vocab_size", "bayes_mlp")  # the last: predict() takes as many hidden states of each
+        for name in alike:
+            if len(values := {getattr(member.config, name) for member in members}) > 1:
+                said = " and ".join(map(str, sorted(values)))
+                raise UserError(f"the runs of an ensemble must have the same {name}, not {said}")
 
     @property
     def lm_head(self) -> "Ensemble":
@@ -54,5 +56,8 @@ def members_of(source: str) -> list[str]:
 
 def load(source: str, device: torch.device | str = "cpu") -> GPT | Ensemble:
     """The model of a source, ready to predict."""
-    members = [load_model(member, device) for member in members_of(source)]
+    paths = members_of(source)
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise UserError(f"{source} names a run twice; an ensemble is one of different runs")
+    members = [load_model(path, device) for path in paths]
     return members[0] if len(members) == 1 else Ensemble(members).eval()

@@ -43,12 +43,9 @@ class Evaluation:
         self.source, self.config, self.processes = source, config, processes
         self.cast, _ = autocast(processes.device, config.dtype)
         self.model, self.members = load(source, processes.device), members_of(source)
-        drops_out = config.mc_dropout and self.model.config.dropout > 0
-        self.n_samples = config.n_samples if self.model.bayes_layers() or drops_out else 0
-        for model in getattr(self.model, "members", [self.model]):
-            model.mc_dropout = drops_out
-        if config.mc_dropout and not drops_out and source == config.out_dir:
-            raise UserError(f"{source} was trained without dropout; leave --mc_dropout out")
+        self.models = list(getattr(self.model, "members", [self.model]))
+        self.drops_out = config.mc_dropout and self._drop_out()
+        self.n_samples = config.n_samples if self.model.bayes_layers() or self.drops_out else 0
         if config.continuations and len(self.members) > 1:
             raise UserError(f"{source} is an ensemble, which does not write; leave --continuations out")
         if config.std_tolerance and not self.model.bayes_layers() and source == config.out_dir:
@@ -80,6 +77,15 @@ class Evaluation:
         if config.continuations:
             self.prompts = prompts(self.file, self.tokenizer, config.continuations, config.prompt_tokens)
 
+    def _drop_out(self) -> bool:
+        """Leave dropout on, if the run (of an ensemble each one) was trained with it; whether it was."""
+        without = [name for name, model in zip(self.members, self.models, strict=True) if not model.config.dropout]
+        if without and (len(without) < len(self.models) or self.source == self.config.out_dir):
+            raise UserError(f"{without[0]} was trained without dropout; leave --mc_dropout out")
+        for model in self.models:
+            model.mc_dropout = not without
+        return not without
+
     def _split(self, dataset: str, split: str) -> TokenFile:
         for member in self.members:
             check_tokenizer(member, dataset_folder(dataset))
@@ -87,25 +93,26 @@ class Evaluation:
 
     def scores(self) -> tuple[dict, Tally]:
         """All numbers on the whole split, and what they were made of."""
-        config, head, n_ids = self.config, self.model.config.head, self.model.config.vocab_size
+        config, n_ids = self.config, self.model.config.vocab_size
+        heads = dict.fromkeys(f"{m.config.head.weights} x {m.config.head.likelihood}" for m in self.models)
         n_documents = 0 if self.tokenizer.eot is None else self.file.counts(n_ids)[self.tokenizer.eot].item()
         text = Text(self.tokenizer, self.train.frequencies(n_ids), n_documents, part=bool(config.limit))
         tally = self._evaluate(self.file, config.limit, self.source, text, self.labels)
         ensemble = f", ensemble of {len(self.members)}" if len(self.members) > 1 else ""
         row = {
-            "head": f"{head.weights} x {head.likelihood}{ensemble}",
+            "head": " + ".join(heads) + ensemble,
             "dataset": str(self.dataset),
             "split": config.split,
         }
         row |= {"sha256": self.file.sha256, "tokenizer": self.tokenizer.describe(), "unit": text.unit}
         row |= {"block_size": self.model.config.block_size, "stride": config.stride or self.model.config.block_size}
-        row |= {"mc_dropout": True} if self.n_samples and config.mc_dropout else {}
+        row |= {"mc_dropout": True} if self.drops_out else {}
         row |= {"n_samples": self.n_samples, "limit": config.limit, "n_words": text.n_words}
         row |= {"labels": config.labels, "k": self.labels.about["k"] + 1} if self.labels else {}
         row |= tally.result()
         row["word_perplexity"] = exp(row["nll"] * row["n_tokens"] / max(1, text.n_words))
         if len(self.members) == 1 and (kl := float(torch.as_tensor(self.model.kl()).detach())):
-            row |= {"kl": kl, "kl_weight": head.kl_weight}
+            row |= {"kl": kl, "kl_weight": self.model.config.head.kl_weight}
         if self.foreign:
             foreign = self._evaluate(self.foreign, config.limit, f"{self.source}: {config.ood_dataset}")
             row["ood"] = {"dataset": config.ood_dataset} | out_of_domain(tally, foreign)

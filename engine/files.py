@@ -54,18 +54,25 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); copy or make it again") from None
+    """The object in a JSON file."""
+    return parse_json(path.read_bytes(), str(path))
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The records of a file that need not be there."""
+    """The objects in a file with one on each line; none where there is no file."""
+    lines = enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1)
+    return [parse_json(line, f"{path}, line {i},") for i, line in lines if line.strip()]
+
+
+def parse_json(text: bytes, what: str) -> dict:
+    """The object in a JSON text; a UserError that says `what` is damaged where there is none."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove the damaged line") from None
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is damaged ({error}); mend it, or copy it from its run again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is damaged (it has no object); mend it, or copy it from its run again")
+    return value
 
 
 def check_writable(folder: Path) -> None:

@@ -5,6 +5,7 @@ PNG and SVG. They are made for the width of a README, 830 pixels. Rows are what 
 """
 
 import math
+import re
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -107,7 +108,7 @@ def reliability_figure(rows: dict[str, dict]):
         panel.errorbar(confidence, accuracy, error, color="black", marker="o", markersize=4, linewidth=1.2)
         panel.text(0.05, 0.92, f"ECE {row['ece']:.4f}", transform=panel.transAxes)
         panel.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=(0, 0.5, 1))
-        panel.set_title(_wrapped(label(name, row), 26), fontsize=10)
+        panel.set_title(wrap(label(name, row), 26), fontsize=10)
         panel.tick_params(labelbottom=True)  # also where the panel below is not there
     figure.supxlabel("confidence: probability of the likeliest token", fontsize=10)
     figure.supylabel("accuracy; bars: share of tokens", fontsize=10)
@@ -150,7 +151,7 @@ def uncertainty_figure(rows: dict[str, dict]):
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         for panel, score in zip(line, scores, strict=True):
             _histogram(panel, row, score)
-        line[0].set_ylabel(_wrapped(label(name, row), 18), fontsize=9)
+        line[0].set_ylabel(wrap(label(name, row), 18), fontsize=9)
     for panel, score in zip(axes[-1], scores, strict=True):
         panel.set(xlabel=SCORES[score], xlim=_seen(rows, score))
     figure.supylabel("share of tokens", fontsize=10)
@@ -216,12 +217,13 @@ def _plain(text: str) -> str:
     return (" " + text if text.startswith("_") else text).replace("$", r"\$")
 
 
-def _wrapped(text: str, width: int) -> str:
-    """In lines of about the width, what stands in brackets on its own."""
-    text = _plain(text).replace(" (", "\n(").replace("kl_weight ", "kl_weight\N{NO-BREAK SPACE}")
+def wrap(text: str, width: int) -> str:
+    """In lines of about the width, what stands in brackets on its own; an option stays whole, with its value."""
+    text = _plain(text).replace(" (", "\n(")
+    text = re.sub(r"(\w+) (?=\d)", lambda match: match[1].replace("_", "\1") + "\N{NO-BREAK SPACE}", text)
     breakable = text.replace("_", "_\0 ")  # names may be cut behind a _
     wrapped = "\n".join(textwrap.fill(line, width) for line in breakable.splitlines())
-    return wrapped.replace("\0 ", "").replace("\0", "")
+    return wrapped.replace("\0 ", "").replace("\0", "").replace("\1", "_")
 
 
 def show_legend(figure, *panels) -> None:

@@ -1,7 +1,10 @@
 """Ensembles of runs, and dropout that stays on: predictions averaged over more than the head's weights."""
 
+import itertools
 import json
 import math
+import re
+import sys
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ def runs(tmp_path_factory):
         run(data, root / f"seed{seed}", eval_interval=10, seed=seed, dropout=0.3)
     run(data, root / "plain", eval_interval=10)
     run(data, root / "longer", eval_interval=10, block_size=32)
+    run(data, root / "mlp", eval_interval=10, bayes_mlp=True, weights="bayes")
     return root
 
 
@@ -86,6 +90,36 @@ def test_monte_carlo_dropout_averages_passes_with_dropout_on_and_leaves_it_off_a
     torch.testing.assert_close(model.log_probs(IDS), model.lm_head.log_probs(model.hidden(IDS)))
 
 
+def test_monte_carlo_dropout_drops_entries_of_the_embeddings_too():
+    model = tiny_gpt(dropout=0.25)
+    model.mc_dropout, model.transformer.ln_f = True, torch.nn.Identity()
+    with torch.no_grad():
+        for block in model.transformer.h:  # the blocks add nothing: what is left is what they would read
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+        embedded, passes = model.hidden(IDS), torch.stack(model.hiddens(IDS, 40))
+    dropped = passes == 0
+    torch.testing.assert_close(passes, (embedded / 0.75).expand_as(passes).masked_fill(dropped, 0))
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_each_member_of_an_ensemble_drops_out_where_that_is_asked_for(runs, monkeypatch):
+    models, source = [], f"{runs}/seed1+{runs}/seed2"
+    monkeypatch.setattr("engine.examine.evaluate", lambda model, *_: models.append(model) or sys.exit())
+    with pytest.raises(SystemExit):
+        evaluate_py(monkeypatch, out_dir=source, mc_dropout=True, n_samples=3)
+    passes = models[0].hiddens(IDS, 3)
+    assert len(passes) == 6 and not any(torch.equal(a, b) for a, b in itertools.combinations(passes, 2))
+
+
+def test_an_ensemble_names_the_heads_of_all_its_members(runs, monkeypatch):
+    for name, bayes in (("a", "point"), ("b", "bayes")):
+        run(runs / "data", runs / name, max_iters=2, weights=bayes)
+    evaluate_py(monkeypatch, out_dir=f"{runs}/a+{runs}/b", n_samples=2, report="none", limit=2)
+    found = result(runs / "a", "eval_test_ensemble_of_2.json")
+    assert found["head"] == "point x categorical + bayes x categorical, ensemble of 2"
+
+
 def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypatch):
     rows = []
     for _ in range(2):
@@ -104,12 +138,19 @@ def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypat
         ({"out_dir": "plain", "mc_dropout": True, "n_samples": 4}, "was trained without dropout"),
         ({"out_dir": "seed1", "mc_dropout": True}, "give --n_samples"),
         ({"out_dir": "seed1+nowhere"}, "nowhere does not exist"),
-        ({"out_dir": "seed1+longer"}, "same block_size"),
+        ({"out_dir": "seed1+longer"}, "same block_size, not 16 and 32"),
+        ({"out_dir": "seed1+mlp", "n_samples": 3}, "same bayes_mlp, not False and True"),
+        ({"out_dir": "seed1+plain", "mc_dropout": True, "n_samples": 3}, "plain was trained without dropout"),
+        ({"out_dir": "seed1+seed1"}, "names a run twice"),
+        ({"out_dir": "seed1+seed2,seed1+plain"}, "eval_test_ensemble_of_2.json; name each run once, and begin each"),
+        ({"out_dir": "seed1,seed2/../seed1"}, "would both be written to"),
+        ({"out_dir": "seed1", "mc_dropout": True, "n_samples": 3, "continuations": 4}, "are written without dropout"),
         ({"out_dir": "seed1+seed2", "continuations": 4}, "does not write"),
     ],
 )
 def test_what_an_ensemble_or_dropout_cannot_do_ends_in_one_line(runs, monkeypatch, capsys, options, says):
-    source = "+".join(f"{runs}/{name}" for name in options["out_dir"].split("+"))
+    source = re.sub(r"(^|[+,])", rf"\1{runs}/", options["out_dir"])
+    monkeypatch.setattr("engine.examine.evaluate", None)  # not called
     with pytest.raises(SystemExit) as exit_:
         evaluate_py(monkeypatch, **options | {"out_dir": source})
     error = capsys.readouterr().err.strip().splitlines()

@@ -23,6 +23,8 @@ LEVELS = {
     "engine.exporting": 3,
     "engine.card": 2,
     "engine.summary": 2,
+    "engine.summary_pictures": 1.75,
+    "engine.study_logs": 1.5,
     "engine.report": 2,
     "engine.ensemble": 3.25,
     "engine.run": 3.5,

@@ -12,7 +12,6 @@ import pytest
 from scipy.stats import binomtest
 
 from engine.pictures import (
-    _wrapped,
     curves_figure,
     draw,
     label,
@@ -21,6 +20,7 @@ from engine.pictures import (
     risk_coverage_figure,
     uncertainty_figure,
     wilson,
+    wrap,
 )
 from tests.helpers import ROOT
 
@@ -193,7 +193,9 @@ def test_names_are_shown_as_they_are(tmp_path, rows):
 
 def test_a_long_name_is_cut_behind_an_underscore():
     expected = "bayes_sigmoid_\nweighted\n(kl_weight\N{NO-BREAK SPACE}0.1)"
-    assert _wrapped("bayes_sigmoid_weighted (kl_weight 0.1)", 18) == expected
+    assert wrap("bayes_sigmoid_weighted (kl_weight 0.1)", 18) == expected
+    lines = ["Bayes,", "kl_weight\xa00.03,", "sum_penalty\xa01,", "ensemble of\xa04"]
+    assert wrap("Bayes, kl_weight 0.03, sum_penalty 1, ensemble of 4", 18).splitlines() == lines
 
 
 def test_pictures_without_numbers_are_left_out(tmp_path, rows):

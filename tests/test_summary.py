@@ -25,9 +25,12 @@ def write(study, nll=NLL):
         for seed, value in seeds.items():
             folder = study / f"{row}-seed{seed}"
             folder.mkdir(parents=True)
-            numbers = {"nll": value, "perplexity": math.exp(value), "ece": seed / 100, "kl_weight": 1}
+            numbers = {"nll": value, "perplexity": math.exp(value), "ece": seed / 100, "nll_se": 0.03 * seed}
             (folder / "eval_test.json").write_text(json.dumps(numbers))
-            steps = [{"step": step, "tokens": 100 * step, "val_nll": value + 1 / (1 + step)} for step in (0, 1, 2)]
+            nlls = (
+                value + above for above in (0, 0.5, 0.25, 0.375)
+            )  # lowest before the first step, which is no result
+            steps = [{"step": step, "tokens": 100 * step, "val_nll": nll} for step, nll in enumerate(nlls)]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     return study
 
@@ -39,27 +42,86 @@ def cells(text: str) -> dict[str, list[str]]:
 
 def test_a_table_has_means_and_standard_deviations_over_seeds_and_ratios_of_the_same_seed(tmp_path):
     found = cells(summary.table(write(tmp_path / "study"), "prediction"))
-    assert found["head"] == ["seeds", "nll", "perplexity", "vs softmax", "lowest val nll", "ECE"]
+    assert found["head"] == ["seeds", "nll", "± articles", "perplexity", "vs softmax", "lowest val nll", "ECE"]
     for row, label in (("softmax", "softmax"), ("sigmoid", "sigmoid")):
         nll = np.array(list(NLL[row].values()))
         ratio = np.exp(nll - np.array(list(NLL["softmax"].values())))
-        expected = ["3", f"{nll.mean():.3f} ± {nll.std(ddof=1):.3f}", f"{np.exp(nll).mean():.2f}"]
+        expected = ["3", f"{nll.mean():.3f} ± {nll.std(ddof=1):.3f}", "0.060", f"{np.exp(nll).mean():.2f}"]
         of_ratio = "1.000" if row == "softmax" else f"{ratio.mean():.3f} ± {ratio.std(ddof=1):.3f}"
-        expected += [of_ratio, f"{nll.mean() + 1 / 3:.3f}", ".0200 ± .0100"]
+        expected += [of_ratio, f"{nll.mean() + 1 / 4:.3f}", "0.0200 ± 0.0100"]
         assert found[label] == expected
-    assert found["sigmoid, taught"] == ["1", "4.800", f"{math.exp(4.8):.2f}", f"{math.exp(-0.2):.3f}", "5.133", ".0100"]
+    taught = ["1", "4.800", "0.030", f"{math.exp(4.8):.2f}", f"{math.exp(-0.2):.3f}", "5.050", "0.0100"]
+    assert found["sigmoid, taught"] == taught
 
 
-def test_rows_keep_their_order_and_a_stranger_comes_last(tmp_path):
-    study = write(tmp_path / "study", NLL | {"bayes": {1: 5.0}, "a_new_one": {1: 5.0}})
-    assert list(summary.read(study)) == ["softmax", "bayes", "sigmoid", "sigmoid_taught", "a_new_one"]
-
-
-def test_an_ensemble_is_compared_with_the_mean_of_its_members(tmp_path):
+def test_an_ensemble_is_compared_with_softmaxs_mean_and_other_kinds_with_their_seed(tmp_path):
     study = write(tmp_path / "study")
-    (study / "softmax-seed1/eval_test_ensemble_of_4.json").write_text(json.dumps({"nll": 4.7}))
-    found = cells(summary.table(study, "prediction"))["softmax, ensemble of 4"]
-    assert found[3] == f"{math.exp(4.7 - 5.1):.3f}"
+    for kind in ("_early", "_averaged", "_ensemble_of_4"):
+        (study / f"softmax-seed2/eval_test{kind}.json").write_text(json.dumps({"nll": 4.7}))
+    found = cells(summary.table(study, "prediction"))
+    assert list(found)[2:6] == ["softmax", *(f"softmax, {k}" for k in ("stopped early", "averaged", "ensemble of 4"))]
+    for kind in ("stopped early", "averaged"):
+        assert found[f"softmax, {kind}"] == ["1", "4.700", "", "", f"{math.exp(4.7 - 5.2):.3f}", "", ""]
+    ensemble = ["", "4.700", "", "", f"{math.exp(4.7 - 5.1):.3f}", "", ""]  # no seeds, no lowest val nll of its own
+    assert found["softmax, ensemble of 4"] == ensemble
+
+
+def test_a_seed_of_one_row_alone_stays_out_of_its_means_and_a_row_of_other_seeds_keeps_its_own(tmp_path):
+    more = {"softmax": NLL["softmax"] | {4: 9.0}, "sigmoid": NLL["sigmoid"], "mine": {7: 5.0, 8: 5.2}}
+    found = cells(summary.table(write(tmp_path / "study", more), "prediction"))
+    assert found["softmax"][:2] == ["3", "5.100 ± 0.100"]
+    assert found["mine"][:2] == ["2", "5.100 ± 0.141"] and found["mine"][4] == ""  # softmax has no such seeds
+    alone = cells(summary.table(write(tmp_path / "alone", {"softmax": more["softmax"]}), "prediction"))
+    assert alone["softmax"][0] == "4"
+
+
+def test_what_the_frequencies_of_the_training_text_reach_stands_first(tmp_path):
+    study = write(tmp_path / "study")
+    (study / "sigmoid-seed1/eval_test.json").write_text(json.dumps({"nll": 4.9, "unigram_nll": 7.0}))
+    found = cells(summary.table(study, "prediction"))
+    unigram = ["", "7.000", "", f"{math.exp(7.0):.2f}", f"{math.exp(7.0 - 5.1):.3f}", "", ""]
+    assert list(found)[2] == "unigram frequencies" and found["unigram frequencies"] == unigram
+    assert "unigram" not in summary.table(study, "doubt")
+
+
+SHAPE = {"n_layer": 3, "n_embd": 192, "block_size": 256, "vocab_size": 8192}
+
+
+def write_bench(path, monkeypatch, *records):
+    """Records of bench/step.py: case, time ratio, and what else is not as usual."""
+    usual = {"bench": "step", "baseline": "softmax", "machine": "A", "memory_ratio": 1.0, "shapes": SHAPE}
+    lines = (usual | {"case": case, "time_ratio": ratio} | other for case, ratio, other in records)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(summary, "BENCH", path)
+
+
+def test_costs_are_the_latest_of_one_machine_and_of_the_studys_size(tmp_path, monkeypatch):
+    rows = ("softmax", "bayes", "smooth", "sigmoid", "bayes_sigmoid", "dropout")
+    study = write(tmp_path / "study", dict.fromkeys(rows, {1: 5.0}))
+    (study / "softmax-seed1/config.json").write_text(json.dumps(SHAPE | {"vocab_size": 8190}))
+    other = [("bayes", 9.0, {"shapes": SHAPE | {name: SHAPE[name] * 2}}) for name in SHAPE]
+    other += [("bayes", 9.0, {"bench": "heads"}), ("bayes", 9.0, {"baseline": "plain"})]
+    measured = [("smooth", 3.0, {"machine": "B"}), ("sigmoid", 3.0, {"machine": "B"})]
+    measured += [("bayes", 1.5, {}), ("sigmoid", 1.2, {}), ("bayes", 1.25, {})]
+    write_bench(tmp_path / "bench.jsonl", monkeypatch, *measured, *other)
+    found = cells(text := summary.table(study, "cost"))
+    assert {row: line[0] for row, line in list(found.items())[2:]} == {
+        "softmax": "1.00",
+        "Bayes": "1.25",
+        "sigmoid": "1.20",
+    }
+    assert text.count("\n") == 4  # nothing to note
+    (study / "softmax-seed1/config.json").write_text(json.dumps(SHAPE | {"vocab_size": 8193}))
+    assert summary.table(study, "cost") == ""  # of no record: the next multiple of 64 is another
+
+
+def test_rows_that_cost_what_another_does_have_its_measurement_and_a_note_says_so(tmp_path, monkeypatch):
+    study = write(tmp_path / "study", dict.fromkeys(("softmax", "smooth_05", "sigmoid_weighted"), {1: 5.0}))
+    (study / "softmax-seed1/config.json").write_text(json.dumps(SHAPE))
+    write_bench(tmp_path / "bench.jsonl", monkeypatch, ("smooth", 1.1, {}), ("sigmoid", 1.3, {}))
+    found = cells(text := summary.table(study, "cost"))
+    assert (found["smooth, ε = 0.05"][0], found["sigmoid weighted"][0]) == ("1.10", "1.30")
+    assert text.endswith("|\n\n" + summary.NOTE)
 
 
 def test_all_trials_are_listed_and_the_lowest_stands_out(tmp_path):
@@ -68,15 +130,41 @@ def test_all_trials_are_listed_and_the_lowest_stands_out(tmp_path):
     (tmp_path / "tuning.jsonl").write_text("".join(lines))
     found = cells(summary.table(tmp_path, "tuning"))
     assert found["softmax"] == ["learning_rate 0.1: 5.000", "**learning_rate 0.2: 4.500**"]
+    (tmp_path / "tuning.jsonl").write_text("".join(lines * 2))
+    assert len(cells(summary.table(tmp_path, "tuning"))["softmax"]) == 4
 
 
-def test_a_damaged_result_and_an_unknown_kind_of_table_are_named(tmp_path):
-    study = write(tmp_path / "study")
-    with pytest.raises(UserError, match="none of: prediction"):
-        summary.table(study, "beauty")
-    (study / "softmax-seed1/eval_test.json").write_text("{")
-    with pytest.raises(UserError, match=r"softmax-seed1/eval_test.json is damaged"):
-        summary.table(study, "prediction")
+@pytest.mark.parametrize(
+    ("file", "text", "kind", "says"),
+    [
+        ("softmax-seed1/eval_test.json", "{", "prediction", "softmax-seed1/eval_test.json is damaged"),
+        ("softmax-seed1/eval_test.json", "[]", "prediction", "softmax-seed1/eval_test.json is damaged"),
+        ("softmax-seed1/eval_test.json", '{"ece": 1}', "doubt", "softmax-seed1/eval_test.json has no nll"),
+        ("softmax-seed1/config.json", "{", "prediction", "softmax-seed1/config.json is damaged"),
+        ("tuning.jsonl", '{"row": "softmax", "fl', "tuning", "tuning.jsonl, line 1, is damaged"),
+        ("tuning.jsonl", '{"row": "softmax"}', "tuning", "tuning.jsonl: trial 1 lacks"),
+        ("softmax-seedx/eval_test.json", "{}", "prediction", "softmax-seedx is not named"),
+    ],
+)
+def test_what_is_damaged_is_named(tmp_path, file, text, kind, says):
+    path = write(tmp_path / "study") / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        summary.table(tmp_path / "study", kind)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_without_curve_or_evaluation_costs_no_more_than_its_cell(tmp_path):
+    study = write(tmp_path / "study", {"softmax": {1: 5.0, 2: 5.2}, "sigmoid": {1: 5.0, 2: 5.2}})
+    (study / "softmax-seed1/metrics.jsonl").unlink()
+    for seed in (1, 2):
+        (study / f"sigmoid-seed{seed}/metrics.jsonl").write_text('{"step": 1, "tokens": 100, "loss": 5.0}\n{"st')
+    (study / "softmax-seed3").mkdir()
+    (study / "softmax-seedx.zip").write_text("")
+    found = cells(summary.table(study, "prediction"))
+    lowest = found["head"].index("lowest val nll")
+    assert (found["softmax"][lowest], found["sigmoid"][lowest]) == ("5.450", "")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -93,8 +181,34 @@ def test_a_number_changed_by_hand_is_seen(tmp_path, monkeypatch):
     assert summary.fill(page.replace("5.037", "4.037", 1)) == page
 
 
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        (
+            "<!-- table: of-mine prediction -->\nprose\n<!-- table: of-mine doubt -->\n<!-- end -->\n",
+            "has no <!-- end -->",
+        ),
+        ("<!-- table: of-mine prediction -->\nprose\n", "has no <!-- end -->"),
+        ("<!-- table: of_mine prediction -->\n<!-- end -->", "there is no study 'of_mine'"),
+        ("<!-- table: prediction -->\n<!-- end -->", "there is no study ''"),
+        ("<!-- table: of-mine predictions -->\n<!-- end -->", "kind 'predictions' is none of: prediction, doubt"),
+    ],
+)
+def test_a_slip_in_a_pages_marker_is_said_and_no_page_written(tmp_path, monkeypatch, page, says):
+    write(tmp_path / "of-mine")
+    (good := tmp_path / "good.md").write_text("<!-- table: of-mine prediction -->\nold\n<!-- end -->\nprose")
+    (bad := tmp_path / "bad.md").write_text(page)
+    monkeypatch.setattr(summary, "LOGS", tmp_path)
+    monkeypatch.setattr(summary, "PAGES", [good, bad])
+    with pytest.raises(UserError) as error:
+        summary.main()
+    assert str(error.value).startswith(page.split("\n")[0]) and says in str(error.value)
+    assert "old" in good.read_text() and bad.read_text() == page
+    assert "| softmax | 3 |" in summary.fill(good.read_text()) and summary.fill(good.read_text()).endswith("prose")
+
+
 def test_every_study_of_the_logs_has_a_table_in_a_page():
-    asked = set(re.findall(r"<!-- table: (\w+) prediction", "".join(page.read_text() for page in PAGES.values())))
+    asked = set(re.findall(r"<!-- table: (\S+) prediction", "".join(page.read_text() for page in PAGES.values())))
     studies = {path.parts[-3] for path in summary.LOGS.glob("*/*/eval_test.json")}
     assert studies - {"quickstart"} == asked
 

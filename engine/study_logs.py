@@ -1,0 +1,127 @@
+"""What lies in a study's folder: the numbers and curves of each row, by seed.
+
+A run is training_logs/<study>/<row>-seed<k>/ with eval_test.json, and of what it has more: metrics.jsonl, config.json,
+and eval_test<kind>.json for each of KINDS.
+"""
+
+import math
+import re
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from engine.errors import UserError
+from engine.files import read_json
+from engine.logger import read_records
+from engine.table import flat
+
+LABELS = {  # of rows, in their order
+    "softmax": "softmax",
+    "smooth_05": "smooth, ε = 0.05",
+    "smooth": "smooth, ε = 0.1",
+    "bayes": "Bayes",
+    "sigmoid": "sigmoid",
+    "sigmoid_regularised": "sigmoid regularised",
+    "sigmoid_weighted": "sigmoid weighted",
+    "bayes_sigmoid": "Bayes + sigmoid",
+    "bayes_sigmoid_weighted": "Bayes + sigmoid weighted",
+    "dropout": "softmax, dropout",
+}
+TOLD = {  # options that a label tells: the value that goes without saying, and the weights or likelihood that have it
+    "kl_weight": (1, "bayes"),
+    "pos_weight": (1, "sigmoid"),
+    "sum_penalty": (0, "sigmoid"),
+    "dropout": (0, ""),
+}
+KINDS = {  # of evaluations of a run; stopped early: at the lowest validation nll
+    "": "",
+    "_early": ", stopped early",
+    "_averaged": ", averaged",
+    "_ensemble_of_4": ", ensemble of 4",
+}
+
+
+class Row(NamedTuple):
+    """A row of a study by seed: its numbers (flat names); a run's validation nll by tokens read, but for averages."""
+
+    label: str
+    seeds: dict[int, dict]
+    curves: dict[int, dict[int, float]]
+    of_all: bool = False  # a prediction that all seeds share
+
+    def values(self, name: str) -> list[float]:
+        return [numbers[name] for numbers in self.seeds.values() if name in numbers]
+
+    def ratios(self, base: "Row") -> list[float]:
+        """Perplexities over those of the same seed of the base; of what all seeds share over their mean."""
+        others = {seed: [one["nll"]] for seed, one in base.seeds.items()}
+        if self.of_all and others:
+            others = dict.fromkeys(self.seeds, base.values("nll"))
+        return [math.exp(one["nll"] - mean(others[seed])) for seed, one in self.seeds.items() if seed in others]
+
+
+NONE = Row("", {}, {})
+
+
+def read(study: Path) -> dict[str, Row]:
+    """All rows of a study's folder by name (a row's, with the kind of evaluation behind it), in order. UserError names
+    what is damaged."""
+    found: dict[str, Row] = {}
+    for row, seed, folder in runs_of(study):
+        label = label_of(row, read_json(path) if (path := folder / "config.json").is_file() else {})
+        for kind, path in evaluations(folder).items():
+            entry = found.setdefault(row + kind, Row(label + KINDS[kind], {}, {}, "ensemble" in kind))
+            entry.seeds[seed] = numbers_of(path)
+            if not kind:
+                entry.curves[seed] = curve_of(folder)
+    return found
+
+
+def runs_of(study: Path) -> list[tuple[str, int, Path]]:
+    """The evaluated runs in order: row, seed, folder. A seed that no other row has is left out of a row which shares
+    others: means are to be of the same seeds."""
+    runs, rows = [], {}
+    for folder in filter(Path.is_dir, study.glob("*-seed*")):
+        if not (match := re.fullmatch(r"(.+)-seed(\d+)", folder.name)):
+            raise UserError(f"{folder} is not named <row>-seed<number>; rename it, or move it elsewhere")
+        if evaluations(folder):
+            runs.append((match[1], int(match[2]), folder))
+            rows.setdefault(int(match[2]), set()).add(match[1])
+    sharing = {row for row, seed, _ in runs if len(rows[seed]) > 1}
+    runs = [run for run in runs if len(rows[run[1]]) > 1 or run[0] not in sharing]
+    return sorted(runs, key=lambda run: (place(run[0]), run[1]))
+
+
+def evaluations(folder: Path) -> dict[str, Path]:
+    """Those on the test split that a run has, by kind."""
+    return {kind: path for kind in KINDS if (path := folder / f"eval_test{kind}.json").is_file()}
+
+
+def place(row: str) -> tuple:
+    """Rows in their order, a taught one behind its own; unknown ones last."""
+    known, plain = list(LABELS), row.removesuffix("_taught")
+    return known.index(plain) if plain in known else len(known), plain, row != plain
+
+
+def label_of(row: str, config: dict) -> str:
+    """A row's label, with what its config.json tells of its options."""
+    plain = row.removesuffix("_taught")
+    label = LABELS.get(plain, plain)
+    head, numbers = f"{config.get('weights')} {config.get('likelihood')}", flat(config)
+    for name, (usual, of) in TOLD.items():
+        if of in head and numbers.get(name, usual) != usual:
+            label = f"{label.removesuffix(f', {name}')}, {name} {numbers[name]:g}"
+    return label + (", taught" if row != plain else "")
+
+
+def numbers_of(path: Path) -> dict:
+    if "nll" not in (numbers := flat(read_json(path))):
+        raise UserError(f"{path} has no nll; copy it from its run again")
+    return numbers
+
+
+def curve_of(folder: Path) -> dict[int, float]:
+    """Tokens read -> validation nll, of a run's evaluations but for the one before the first step."""
+    trained = [record for record in read_records(folder / "metrics.jsonl") if record["step"]]
+    points = ((record.get("tokens"), record.get("val_nll")) for record in trained)
+    return {tokens: nll for tokens, nll in points if isinstance(tokens, int) and isinstance(nll, int | float)}
