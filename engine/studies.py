@@ -68,7 +68,7 @@ STUDIES = {
         "sotu_by_wikitext2_8k",
         rows=(*PAPER, "dropout"),
         more_seeds=(*PAPER, "dropout"),
-        rates=(2e-3, 1e-3),
+        rates=(4e-3, 2e-3, 1e-3),
         knobs=OTHER_VALUES | {"kl_weight": 0.3, "dropout": 0.2},
         taught=("softmax", "sigmoid", "bayes_sigmoid_weighted"),
         ensemble=True,
