@@ -228,9 +228,16 @@ def decimals(text: str) -> set[float]:
     return {float(number) for number in re.findall(r"(?<![\w.])\d*\.\d+(?![\w.]*\w)", text)}
 
 
-def test_a_decimal_in_the_studys_prose_stands_in_one_of_its_tables():
-    page = re.sub(r"`[^`]*`|\]\([^)]*\)", "", PAGES["training_logs/README.md"].read_text(encoding="utf-8"))
-    tables, prose = ("\n".join(line for line in page.splitlines() if (line[:1] == "|") == is_) for is_ in (True, False))
-    tables += "".join(line for line in PAGES["docs/results.md"].read_text().splitlines() if line.startswith("|"))
-    assert decimals(prose) - decimals(tables) == set()
+def tables_and_prose(text: str) -> tuple[str, str]:
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+    return tuple("\n".join(line for line in text.splitlines() if (line[:1] == "|") == is_) for is_ in (True, False))
+
+
+def test_a_decimal_in_the_prose_of_the_study_and_of_the_readmes_results_stands_in_a_table():
+    texts = {name: page.read_text(encoding="utf-8") for name, page in PAGES.items()}
+    tables = decimals("\n".join(tables_and_prose(text)[0] for text in texts.values()))
+    results = texts["README.md"].partition("## What you see")[2].partition("## What now?")[0]
+    errors = [json.loads(path.read_text())["nll_se"] for path in summary.LOGS.glob("quickstart/*/eval_test.json")]
+    for prose in (texts["training_logs/README.md"], results):
+        assert decimals(tables_and_prose(prose)[1]) - tables - {round(error, 3) for error in errors} == set()
     assert decimals("of 1.25, .5 or -0.031 nats, not 2.10.3") == {1.25, 0.5, 0.031}
