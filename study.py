@@ -27,7 +27,7 @@ from engine.config import load_config
 from engine.errors import UserError, check_ranges, run
 from engine.files import check_writable, read_json, read_json_lines, replace
 from engine.logger import read_records
-from engine.studies import AVERAGED, KNOBS, MEMBERS, SEEDS, STUDIES
+from engine.studies import AVERAGED, KNOBS, MEMBERS, SEEDS, STUDIES, preparation
 
 ROOT = Path(__file__).resolve().parent
 ENSEMBLE = f"eval_test_ensemble_of_{len(MEMBERS)}.json"
@@ -99,23 +99,9 @@ class Runner:
             said = f"--sotu={self.config.sotu or 'FILE'}: give the file of the State of the Union addresses"
             raise UserError(f"{said}; training_logs/README.md says where from")
         for name in missing:
-            self.python(*self.preparation(name), log=ROOT / self.home / "prepare.log")
-
-    def preparation(self, name: str) -> list[str]:
-        wikitext = ["data/wikitext/prepare.py", "--version=2", f"--folder=data/{name}"]
-        wikitext += [f"--source={self.config.wikitext}"] if self.config.wikitext else []
-        sotu = ["data/text/prepare.py", f"--source={self.config.sotu}", r"--separator=\n\n", f"--name={name}"]
-        learnt = ["--tokenizer=bpe", "--vocab_size=8192"]
-        return {
-            "wikitext": ["data/wikitext/prepare.py"],  # WikiText-103, of the hub
-            "wikitext2": wikitext,
-            "wikitext2_8k": wikitext + learnt,
-            "wikitext2_8k_tenth": [*wikitext, "--tokenizer=data/wikitext2_8k", "--train_articles=60"],
-            "wikitext2_by_sotu_8k": [*wikitext, "--tokenizer=data/sotu_8k"],
-            "sotu": [*sotu, "--tokenizer=gpt2"],
-            "sotu_8k": sotu + learnt,
-            "sotu_by_wikitext2_8k": [*sotu, "--tokenizer=data/wikitext2_8k"],
-        }[name]
+            self.python(
+                *preparation(name, self.config.wikitext, self.config.sotu), log=ROOT / self.home / "prepare.log"
+            )
 
     def train(self, study: str, row: str, seed: int, flags: list[str]) -> Path:
         """Returns the run's folder, at once where it has been trained."""

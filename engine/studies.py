@@ -78,3 +78,21 @@ STUDIES = {
     "wikitext2": Study("train_gpt2_wikitext2_cpu", "sotu"),
     "wikitext_100m": Study("train_gpt2_wikitext_100m", "sotu"),  # for a GPU
 }
+
+
+def preparation(name: str, source: str, addresses: str) -> list[str]:
+    """The command that makes a data set; source: a folder with WikiText-2, empty for the hub's; addresses: a file."""
+    wikitext = ["data/wikitext/prepare.py", "--version=2", f"--folder=data/{name}"]
+    wikitext += [f"--source={source}"] if source else []
+    sotu = ["data/text/prepare.py", f"--source={addresses}", r"--separator=\n\n", f"--name={name}"]
+    learnt = ["--tokenizer=bpe", "--vocab_size=8192"]
+    return {
+        "wikitext": ["data/wikitext/prepare.py"],  # WikiText-103, of the hub
+        "wikitext2": wikitext,
+        "wikitext2_8k": wikitext + learnt,
+        "wikitext2_8k_tenth": [*wikitext, "--tokenizer=data/wikitext2_8k", "--train_articles=60"],
+        "wikitext2_by_sotu_8k": [*wikitext, "--tokenizer=data/sotu_8k"],
+        "sotu": [*sotu, "--tokenizer=gpt2"],
+        "sotu_8k": sotu + learnt,
+        "sotu_by_wikitext2_8k": [*sotu, "--tokenizer=data/wikitext2_8k"],
+    }[name]
