@@ -6,7 +6,7 @@ from pathlib import Path
 
 SEEDS = (1337, 1338, 1339)
 MEMBERS = (*SEEDS, 1340)  # of an ensemble of softmax runs
-MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # rows that have all seeds everywhere
+MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # rows that have SEEDS, with labels too; the others have the first alone
 SIGMOIDS = ("sigmoid", "sigmoid_regularised", "sigmoid_weighted", "bayes_sigmoid_weighted")
 PAPER = ("softmax", "smooth_05", "smooth", "bayes", *SIGMOIDS)  # in the order of its table
 KNOBS = {  # what the last trial changes; of all other rows weight_decay
@@ -31,7 +31,6 @@ class Study:
     scale: str  # config/<scale>.py
     foreign: str  # data set of the other kind in the scale's tokens
     rows: tuple[str, ...] = PAPER
-    more_seeds: tuple[str, ...] = MAIN  # rows that have SEEDS, with labels too; the others have the first alone
     rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
     knobs: dict[str, float] = field(default_factory=dict)  # the last trial's value, by knob
     tuned_as: str = ""  # the study whose choice is taken; empty with no rates: what the config files say
@@ -49,7 +48,7 @@ class Study:
     def seeds(self, row: str) -> tuple[int, ...]:
         if self.ensemble and row == "softmax":
             return MEMBERS
-        return SEEDS if row.removesuffix("_taught") in self.more_seeds else SEEDS[:1]
+        return SEEDS if row.removesuffix("_taught") in MAIN else SEEDS[:1]
 
 
 STUDIES = {
@@ -57,7 +56,6 @@ STUDIES = {
         "train_wikitext2_8k",
         "sotu_by_wikitext2_8k",
         rows=(*PAPER, "dropout"),
-        more_seeds=(*PAPER, "dropout"),
         rates=(4e-3, 2e-3, 1e-3),
         knobs=OTHER_VALUES,
         taught=("softmax", *SIGMOIDS),
@@ -67,7 +65,6 @@ STUDIES = {
         "train_wikitext2_8k_tenth",
         "sotu_by_wikitext2_8k",
         rows=(*PAPER, "dropout"),
-        more_seeds=(*PAPER, "dropout"),
         rates=(4e-3, 2e-3, 1e-3),
         knobs=OTHER_VALUES | {"kl_weight": 0.3, "dropout": 0.2},
         taught=("softmax", "sigmoid", "bayes_sigmoid_weighted"),
