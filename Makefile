@@ -39,7 +39,7 @@ study: .venv/.installed
 test: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=loadfile
 
 results: .venv/.installed-dev
 	$(PY) -m engine.summary

@@ -24,12 +24,12 @@ KNOBS = {"softmax": "--weight_decay=0.0", BOTH: "--kl_weight=0.5"}
 def main(home: Path, argv: list[str], put=setattr) -> None:
     """study.py in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
     knobs = {"weight_decay": 0.0, "kl_weight": 0.5}
-    small = studies.Study("small", f"{home}/foreign", ROWS, ROWS[:1], (1e-2, 1e-3), knobs, "", ROWS[1:], True, True)
-    values = {"ROOT": home, "SEEDS": SEEDS, "MEMBERS": (*SEEDS, 9), "STUDIES": {"small": small}}
+    small = studies.Study("small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], True, True)
+    values = {"ROOT": home, "SEEDS": SEEDS, "MEMBERS": (*SEEDS, 9), "MAIN": ROWS[:1], "STUDIES": {"small": small}}
     for name, value in values.items():
-        put(study, name, value)
-        if hasattr(studies, name):
-            put(studies, name, value)
+        for module in (study, studies):
+            if hasattr(module, name):
+                put(module, name, value)
     put(study, "ENSEMBLE", "eval_test_ensemble_of_3.json")
     put(sys, "argv", ["study.py", "--studies=small", *argv])
     study.run(study.main)
