@@ -34,7 +34,7 @@ SCALES = {  # shapes and cases; those of 124M that fit into 24 GiB together
     "small": (SMALL, (*OURS, "plain_tuned", *USERS)),
     "char": (CHAR, (*OURS, "plain_tuned", "plain", "transformers")),
     "gpt2": (GPT2, ("softmax", "plain", "transformers")),
-    "study": (STUDY, OURS),
+    "study": (STUDY, (*OURS, "dropout")),
 }
 QUICK = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "vocab_size": 307}
 
@@ -68,8 +68,9 @@ def prepare(case: str, batch_size: int, n_micro: int = 1, **shape: int) -> Step:
     torch.manual_seed(0)
     device = pick_device("auto")
     idx, targets = torch.randint(shape["vocab_size"], (2, batch_size, shape["block_size"]), device=device)
-    if case in OURS:
-        model = GPT(GPTConfig(**shape, head=HeadConfig(**OURS[case], n_data=N_DATA))).to(device)
+    if case in OURS or case == "dropout":
+        head = HeadConfig(**OURS.get(case, {}), n_data=N_DATA)
+        model = GPT(GPTConfig(**shape, head=head, dropout=0.1 if case == "dropout" else 0.0)).to(device)
         compiled, optimizer = measure.compiled(model), adamw(model, 6e-4, (0.9, 0.95), 0.1)
         return Step(model, lambda: compiled(idx, targets), optimizer, "bfloat16", n_micro)
     if case == "transformers":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 SEEDS = (1337, 1338, 1339)
 MEMBERS = (*SEEDS, 1340)  # of an ensemble of softmax runs
-MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # rows that have SEEDS, with labels too; the others have the first alone
+MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # have SEEDS, the others the first
 SIGMOIDS = ("sigmoid", "sigmoid_regularised", "sigmoid_weighted", "bayes_sigmoid_weighted")
 PAPER = ("softmax", "smooth_05", "smooth", "bayes", *SIGMOIDS)  # in the order of its table
 KNOBS = {  # what the last trial changes; of all other rows weight_decay

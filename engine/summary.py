@@ -2,8 +2,8 @@
 
     python -m engine.summary       # the tables of all pages that ask for one, the pictures in training_logs/<study>/
 
-A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is prediction, doubt, tuning or cost. Whoever
-adds a run, training_logs/<study>/<row>-seed<k>/ with metrics.jsonl and eval_test.json, finds it in them the next time.
+A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is prediction, doubt, writing, tuning or cost.
+A run that somebody adds, training_logs/<study>/<row>-seed<k>/ with metrics.jsonl and eval_test.json, is in them too.
 """
 
 import math
@@ -61,6 +61,8 @@ COLUMNS = {
         of("epistemic", "mutual_information", "{:.4f}"),
         of("AURC by epistemic", "aurc_mutual_information", "{:.4f}"),
         of("ln Σσ", "log_sum_sigma", "{:+.4f}"),
+    ),
+    "writing": (
         of("Self-BLEU", "continuations_self_bleu", "{:.2f}"),
         of("Distinct-4", "continuations_distinct_4", "{:.3f}"),
         of("repetition", "continuations_repetition", "{:.4f}"),
@@ -93,7 +95,7 @@ def table(study: Path, kind: str) -> str:
     if kind == "prediction":
         lines = [*unigram(lines), *lines]
     cells = ([row.label, *(cell(c.values(row, base), c.form, c.spread) for c in columns)] for row in lines)
-    return markdown(["head", *(column.head for column in columns)], cells)
+    return markdown(["head", *(column.head for column in columns)], (line for line in cells if any(line[1:])))
 
 
 def unigram(rows: list[Row]) -> list[Row]:

@@ -46,8 +46,8 @@ def test_heads_compares_heads_and_what_users_write_with_the_plain_one_under_both
 
 
 def test_step_compares_heads_and_what_users_write_with_our_softmax(tmp_path):
-    records = records_of("step.py", tmp_path, "--cases=bayes,plain_tuned,plain,transformers,torchbnn_dense_bce")
-    expected = {"bayes": "tuned", "plain_tuned": "tuned"}
+    records = records_of("step.py", tmp_path, "--cases=bayes,dropout,plain_tuned,plain,transformers,torchbnn_dense_bce")
+    expected = {"bayes": "tuned", "dropout": "tuned", "plain_tuned": "tuned"}
     expected |= dict.fromkeys(("plain", "transformers", "torchbnn_dense_bce"), "default")
     assert {record["case"]: record["allocator"] for record in records} == expected
     assert {(record["bench"], record["baseline"]) for record in records} == {("step", "softmax")}

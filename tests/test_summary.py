@@ -84,6 +84,13 @@ def test_what_the_frequencies_of_the_training_text_reach_stands_first(tmp_path):
     assert "unigram" not in summary.table(study, "doubt")
 
 
+def test_rows_and_columns_without_a_number_are_left_out(tmp_path):
+    study = write(tmp_path / "study")
+    assert summary.table(study, "writing") == ""
+    (study / "sigmoid-seed1/eval_test.json").write_text(json.dumps({"nll": 4.9, "continuations": {"self_bleu": 7.5}}))
+    assert summary.table(study, "writing").splitlines()[2:] == ["| sigmoid | 7.50 |"]
+
+
 SHAPE = {"n_layer": 3, "n_embd": 192, "block_size": 256, "vocab_size": 8192}
 
 
