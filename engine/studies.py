@@ -65,7 +65,7 @@ STUDIES = {
         "train_wikitext2_8k_tenth",
         "sotu_by_wikitext2_8k",
         rows=(*PAPER, "dropout"),
-        rates=(4e-3, 2e-3, 1e-3),
+        rates=(2e-3, 1e-3, 5e-4),
         knobs=OTHER_VALUES | {"kl_weight": 0.3, "dropout": 0.2},
         taught=("softmax", "sigmoid", "bayes_sigmoid_weighted"),
         ensemble=True,
