@@ -26,7 +26,6 @@ from pathlib import Path
 from engine.config import load_config
 from engine.errors import UserError, check_ranges, run
 from engine.files import check_writable, read_json, read_json_lines, replace
-from engine.logger import read_records
 from engine.studies import AVERAGED, KNOBS, MEMBERS, SEEDS, STUDIES, preparation
 
 ROOT = Path(__file__).resolve().parent
@@ -111,14 +110,13 @@ class Runner:
         self.python(*command, *flags, f"--out_dir={folder}", "--init_from=auto", log=ROOT / folder / "train.log")
         return folder
 
-    def evaluate(self, source: Path, split: str, *flags: str, keep_as: str = "") -> dict:
+    def evaluate(self, folder: Path, split: str, *flags: str, keep_as: str = "") -> dict:
         """The numbers of a split; keep_as: under another name, so that those without flags keep theirs. What is there
         is taken if it is younger than the weights."""
-        folder, stem = (source.parent, f"_{source.stem}") if source.suffix == ".pt" else (source, "")
-        path, written = (ROOT / folder / f"eval_{split}{end}.json" for end in (keep_as, stem))
+        path, written = (ROOT / folder / f"eval_{split}{end}.json" for end in (keep_as, ""))
         weights = max((file.stat().st_mtime for file in (ROOT / folder).glob("*.pt")), default=0.0)
         if not path.is_file() or path.stat().st_mtime < weights:
-            command = ["evaluate.py", f"--out_dir={source}", f"--split={split}", "--report=none", *flags]
+            command = ["evaluate.py", f"--out_dir={folder}", f"--split={split}", "--report=none", *flags]
             self.python(*command, log=ROOT / folder / "evaluate.log")
             written.rename(path)
         return read_json(path)
@@ -133,13 +131,9 @@ class Runner:
 
     def finish(self, study: str, row: str, name: str, folder: Path) -> None:
         """All numbers of a trained run, and its records into the logs."""
-        about, foreign = STUDIES[study], f"--ood_dataset={STUDIES[study].foreign}"
+        foreign = f"--ood_dataset={STUDIES[study].foreign}"
         if averaged := AVERAGED.get(row.removesuffix("_taught")):
             self.evaluate(folder, "test", foreign, *averaged, keep_as="_averaged")
-        if about.early:
-            nlls = {r["step"]: r["val_nll"] for r in read_records(ROOT / folder / "metrics.jsonl") if "val_nll" in r}
-            best = folder / f"ckpt_{min(nlls, key=nlls.get):08d}.pt"
-            self.evaluate(best, "test", foreign, keep_as="_early")
         self.evaluate(folder, "val")
         texts = ["--continuations=100"] if name.endswith(f"seed{SEEDS[0]}") else []
         self.evaluate(folder, "test", foreign, *texts)
@@ -149,7 +143,6 @@ class Runner:
         """Whether a run has all its records, with the options that the trials have chosen."""
         owed = ["config.json", "eval_val.json", LAST]
         owed += ["eval_test_averaged.json"] * (row.removesuffix("_taught") in AVERAGED)
-        owed += ["eval_test_early.json"] * STUDIES[study].early
         home = self.logs / study / f"{row}-seed{seed}"
         if not all((home / name).is_file() for name in owed):
             return False

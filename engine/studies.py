@@ -36,7 +36,6 @@ class Study:
     tuned_as: str = ""  # the study whose choice is taken; empty with no rates: what the config files say
     taught: tuple[str, ...] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study
     ensemble: bool = False  # a fourth seed of softmax, and the ensemble of the four
-    early: bool = False  # also the test numbers of the checkpoint with the lowest validation nll
 
     def dataset(self, root: Path) -> str:
         """What the scale's file names."""
@@ -69,7 +68,6 @@ STUDIES = {
         knobs=OTHER_VALUES | {"kl_weight": 0.3, "dropout": 0.2},
         taught=("softmax", "sigmoid", "bayes_sigmoid_weighted"),
         ensemble=True,
-        early=True,
     ),
     "sotu_8k": Study("train_sotu_8k", "wikitext2_by_sotu_8k", MAIN, tuned_as="wikitext2_8k"),
     "wikitext2": Study("train_gpt2_wikitext2_cpu", "sotu"),

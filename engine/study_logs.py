@@ -33,9 +33,8 @@ TOLD = {  # options that a label tells: the value that goes without saying, and 
     "sum_penalty": (0, "sigmoid"),
     "dropout": (0, ""),
 }
-KINDS = {  # of evaluations of a run; stopped early: at the lowest validation nll
+KINDS = {  # of evaluations of a run
     "": "",
-    "_early": ", stopped early",
     "_averaged": ", averaged",
     "_ensemble_of_4": ", ensemble of 4",
 }

@@ -24,7 +24,7 @@ KNOBS = {"softmax": "--weight_decay=0.0", BOTH: "--kl_weight=0.5"}
 def main(home: Path, argv: list[str], put=setattr) -> None:
     """study.py in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
     knobs = {"weight_decay": 0.0, "kl_weight": 0.5}
-    small = studies.Study("small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], True, True)
+    small = studies.Study("small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], True)
     values = {"ROOT": home, "SEEDS": SEEDS, "MEMBERS": (*SEEDS, 9), "MAIN": ROWS[:1], "STUDIES": {"small": small}}
     for name, value in values.items():
         for module in (study, studies):
@@ -111,7 +111,7 @@ def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home
     for name in KEPT:
         kept = home / "logs/small" / name
         names = {path.name for path in kept.iterdir()}
-        assert names >= {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json", "eval_test_early.json"}
+        assert names >= {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
         assert ("eval_test_averaged.json" in names) == name.startswith(BOTH)
         assert ("eval_test_ensemble_of_3.json" in names) == (name == "softmax-seed7")
         test = json.loads((kept / "eval_test.json").read_text())
@@ -124,9 +124,6 @@ def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home
         assert (options["seed"], options["labels"]) == (int(name[-1]), "study" if "taught" in name else "")
         nll = json.loads((kept / "eval_val.json").read_text())["nll"]
         assert (nll == best["val_nll"]) == (name in ("softmax-seed7", f"{BOTH}-seed7"))
-        curve = {record["step"]: record["val_nll"] for record in records(kept, "val_nll")}
-        early = json.loads((kept / "eval_test_early.json").read_text())["nll"]
-        assert (early == test["nll"]) == (min(curve, key=curve.get) == 8)
 
 
 def test_killed_the_same_command_goes_on_and_once_complete_it_runs_nothing(home, calls):

@@ -56,12 +56,11 @@ def test_a_table_has_means_and_standard_deviations_over_seeds_and_ratios_of_the_
 
 def test_an_ensemble_is_compared_with_softmaxs_mean_and_other_kinds_with_their_seed(tmp_path):
     study = write(tmp_path / "study")
-    for kind in ("_early", "_averaged", "_ensemble_of_4"):
+    for kind in ("_averaged", "_ensemble_of_4"):
         (study / f"softmax-seed2/eval_test{kind}.json").write_text(json.dumps({"nll": 4.7}))
     found = cells(summary.table(study, "prediction"))
-    assert list(found)[2:6] == ["softmax", *(f"softmax, {k}" for k in ("stopped early", "averaged", "ensemble of 4"))]
-    for kind in ("stopped early", "averaged"):
-        assert found[f"softmax, {kind}"] == ["1", "4.700", "", "", f"{math.exp(4.7 - 5.2):.3f}", "", ""]
+    assert list(found)[2:5] == ["softmax", "softmax, averaged", "softmax, ensemble of 4"]
+    assert found["softmax, averaged"] == ["1", "4.700", "", "", f"{math.exp(4.7 - 5.2):.3f}", "", ""]
     ensemble = ["", "4.700", "", "", f"{math.exp(4.7 - 5.1):.3f}", "", ""]  # no seeds, no lowest val nll of its own
     assert found["softmax, ensemble of 4"] == ensemble
 
