@@ -39,7 +39,7 @@ study: .venv/.installed
 test: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 results: .venv/.installed-dev
 	$(PY) -m engine.summary
