@@ -66,7 +66,6 @@ STUDIES = {
         rows=(*PAPER, "dropout"),
         rates=(2e-3, 1e-3, 5e-4),
         knobs=OTHER_VALUES | {"kl_weight": 0.3, "dropout": 0.2},
-        taught=("softmax", "sigmoid", "bayes_sigmoid_weighted"),
         ensemble=True,
     ),
     "sotu_8k": Study("train_sotu_8k", "wikitext2_by_sotu_8k", MAIN, tuned_as="wikitext2_8k"),

@@ -106,7 +106,7 @@ def test_what_is_kept_is_a_whole_run_light_and_of_no_machine(path):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert path.stat().st_size < 400_000
+    assert path.stat().st_size < 600_000
     assert PATH.search(shown(notebook)) is None
     assert n_pictures(notebook) >= 4
     assert notebook.metadata.kernelspec.name == "python3"
