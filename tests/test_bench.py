@@ -13,6 +13,7 @@ import torch
 
 from bench.heads import OURS
 from bench.measure import peak_memory
+from bench.step import QUICK, prepare
 from tests.helpers import ROOT
 
 KEYS = {"bench", "case", "baseline", "time_ratio", "memory_ratio", "shapes", "allocator", "machine", "date"}
@@ -51,6 +52,11 @@ def test_step_compares_heads_and_what_users_write_with_our_softmax(tmp_path):
     expected |= dict.fromkeys(("plain", "transformers", "torchbnn_dense_bce"), "default")
     assert {record["case"]: record["allocator"] for record in records} == expected
     assert {(record["bench"], record["baseline"]) for record in records} == {("step", "softmax")}
+
+
+def test_the_dropout_case_trains_with_dropout_and_the_others_without():
+    for case, rate in {"dropout": 0.1, "softmax": 0.0}.items():
+        assert prepare(case, **QUICK).model.config.dropout == rate
 
 
 def test_evaluate_compares_draws_with_one_of_them_for_both_bayesian_heads(tmp_path):
