@@ -239,11 +239,21 @@ def tables_and_prose(text: str) -> tuple[str, str]:
     return tuple("\n".join(line for line in text.splitlines() if (line[:1] == "|") == is_) for is_ in (True, False))
 
 
-def test_a_decimal_in_the_prose_of_the_study_and_of_the_readmes_results_stands_in_a_table():
+def test_a_decimal_in_a_sections_prose_stands_in_its_tables():
+    """In the study's page; a section without tables of logs, and the README's results, speak of all tables."""
     texts = {name: page.read_text(encoding="utf-8") for name, page in PAGES.items()}
-    tables = decimals("\n".join(tables_and_prose(text)[0] for text in texts.values()))
+    everywhere = decimals("\n".join(tables_and_prose(text)[0] for text in texts.values()))
+    for section in texts["training_logs/README.md"].split("\n## "):
+        tables, prose = map(decimals, tables_and_prose(section))
+        assert prose - (tables if "<!-- table:" in section else everywhere) == set(), section.partition("\n")[0]
     results = texts["README.md"].partition("## What you see")[2].partition("## What now?")[0]
     errors = [json.loads(path.read_text())["nll_se"] for path in summary.LOGS.glob("quickstart/*/eval_test.json")]
-    for prose in (texts["training_logs/README.md"], results):
-        assert decimals(tables_and_prose(prose)[1]) - tables - {round(error, 3) for error in errors} == set()
+    assert decimals(tables_and_prose(results)[1]) - everywhere - {round(error, 3) for error in errors} == set()
     assert decimals("of 1.25, .5 or -0.031 nats, not 2.10.3") == {1.25, 0.5, 0.031}
+
+
+def test_no_tuned_run_over_fits_in_nll():
+    """As the study's page says: each ends at the lowest nll of its validation curve."""
+    rows = [row for study in summary.LOGS.glob("*_8k*") for row in summary.read(study).values() if row.curves]
+    curves = [list(curve.values()) for row in rows for curve in row.curves.values()]
+    assert curves and all(curve[-1] == min(curve) for curve in curves)
