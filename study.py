@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.config import load_config
+from engine.config import flatten, load_config
 from engine.errors import UserError, check_ranges, run
 from engine.files import check_writable, read_json, read_json_lines, replace
-from engine.studies import AVERAGED, KNOBS, MEMBERS, SEEDS, STUDIES, preparation
+from engine.studies import AVERAGED, KNOBS, MEMBERS, NEEDS, OTHER_VALUES, SEEDS, STUDIES, preparation
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 ENSEMBLE = f"eval_test_ensemble_of_{len(MEMBERS)}.json"
@@ -36,22 +37,20 @@ LAST = "eval_test.json"  # copied last: by it a run is done
 @dataclass(frozen=True)
 class StudyConfig:
     studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2"  # which, in this order
-    rows: str = (
-        ""  # only these, commas between: "bayes,sigmoid_taught", or a file of your own in config/rows; empty: all
-    )
+    rows: str = ""  # only these, commas between: "bayes,sigmoid_taught", or a file of your own in config/rows
     wikitext: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw of WikiText-2; empty: the hub
     sotu: str = ""  # a file with the State of the Union addresses, a blank line between them
     logs: str = "training_logs"  # where the records go
-    train_flags: str = ""  # to try it out, in out/tried: for train.py, spaces between: "--max_iters=20 --compile=False"
+    train_flags: str = ""  # to try it out, in out/tried (delete that first): "--max_iters=20 --compile=False"
     jobs: int = 1  # runs at a time, each with its share of the processors
 
 
 class Runner:
-    """Commands, one after the other in each of several threads; the first that fails ends them all."""
+    """Commands, one after the other in each of several threads; once one has failed, none begins."""
 
     def __init__(self, config: StudyConfig):
         self.config, self.lock = config, threading.Lock()
-        tried = config.train_flags and config.logs == StudyConfig.logs  # what is tried must not look like a result
+        tried = config.train_flags and (ROOT / config.logs).resolve() == ROOT / StudyConfig.logs  # is no result
         self.home = Path("out/tried" if config.train_flags else "out/study")
         self.logs = ROOT / (self.home / "logs" if tried else config.logs)
         self.failed: BaseException | None = None
@@ -94,7 +93,7 @@ class Runner:
     def prepare(self, names: Iterable[str]) -> None:
         """The data sets of these names that are not there."""
         missing = [name for name in names if not (ROOT / "data" / name / "meta.json").is_file()]
-        if any("sotu" in name.split("_by_")[0] for name in missing) and not (ROOT / self.config.sotu).is_file():
+        if any(name.startswith("sotu") for name in missing) and not (ROOT / self.config.sotu).is_file():
             said = f"--sotu={self.config.sotu or 'FILE'}: give the file of the State of the Union addresses"
             raise UserError(f"{said}; training_logs/README.md says where from")
         for name in missing:
@@ -146,15 +145,19 @@ class Runner:
         home = self.logs / study / f"{row}-seed{seed}"
         if not all((home / name).is_file() for name in owed):
             return False
+        files = (ROOT / f"config/{name}.py" for name in (STUDIES[study].scale, f"rows/{row.removesuffix('_taught')}"))
+        flags = [*self.flags(study, row), *self.config.train_flags.split()]
+        wanted = flatten(load_config(TrainConfig, [*map(str, files), *flags])[0])
         options = read_json(home / "config.json")
-        chosen = (flag.lstrip("-").split("=") for flag in self.flags(study, row))
-        return all(options[name] == type(options[name])(value) for name, value in chosen)
+        return all(options.get(name) == wanted[name] for name in ("learning_rate", *OTHER_VALUES))
 
     def row(self, study: str, row: str) -> None:
         """Tune a row, and train it with its seeds."""
         for seed in STUDIES[study].seeds(row):
             if not self.done(study, row, seed):
                 self.finish(study, row, f"{row}-seed{seed}", self.run(study, row, seed))
+                if row == "softmax":
+                    self.ensemble_of(study).unlink(missing_ok=True)
 
     def run(self, study: str, row: str, seed: int) -> Path:
         """A tuned row trained with a seed: its folder. The best trial is the first seed's run."""
@@ -197,9 +200,12 @@ class Runner:
         command = [f"--teacher={teacher}", f"--dataset={STUDIES[study].dataset(ROOT)}", "--name=study", "--k=4"]
         self.python("augmentation/teacher_labels.py", *command, log=ROOT / teacher / "labels.log")
 
+    def ensemble_of(self, study: str) -> Path:
+        return self.logs / study / f"softmax-seed{SEEDS[0]}" / ENSEMBLE
+
     def ensemble(self, study: str) -> None:
         """The softmax runs together, beside the first one's records."""
-        kept = self.logs / study / f"softmax-seed{SEEDS[0]}" / ENSEMBLE
+        kept = self.ensemble_of(study)
         if not kept.is_file():
             folders = [self.run(study, "softmax", seed) for seed in MEMBERS]
             command = ["evaluate.py", "--out_dir=" + "+".join(map(str, folders)), "--split=test", "--report=none"]
@@ -220,7 +226,7 @@ def main() -> None:
     check_writable(runner.logs)
     about = [STUDIES[name] for study in studies for name in (study, STUDIES[study].tuned_as) if name]
     data = [name for study in about for name in (study.dataset(ROOT), study.foreign)]
-    data = dict.fromkeys(part for name in data for part in (*name.split("_by_")[1:], name))
+    data = dict.fromkeys(part for name in data for part in (NEEDS.get(name, name), name))
     runner.together([partial(runner.prepare, data)])
     for study in studies:
         rows = STUDIES[study].all_rows()
@@ -229,9 +235,11 @@ def main() -> None:
         if STUDIES[study].ensemble and "softmax" in rows:
             runner.together([partial(runner.ensemble, study)])
         taught = [row for row in rows if row.endswith("_taught")]
+        runner.together([partial(runner.tune, study, row.removesuffix("_taught")) for row in taught])
         if any(not runner.done(study, row, seed) for row in taught for seed in STUDIES[study].seeds(row)):
             runner.together([partial(runner.label, study)])
             runner.together([partial(runner.row, study, row) for row in taught])
+    print(f"all records are in {runner.logs}; tables and pictures of training_logs/: make results")
 
 
 def check_names(option: str, given: Iterable[str], known: Collection[str]) -> None:

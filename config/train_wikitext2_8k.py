@@ -12,7 +12,7 @@ n_embd = 192
 
 batch_size = 8
 gradient_accumulation_steps = 1
-learning_rate = 4e-3
+learning_rate = 2e-3  # what most rows chose of 4e-3, 2e-3 and 1e-3
 min_lr = 2e-4
 beta2 = 0.99
 max_iters = 1316

@@ -17,6 +17,11 @@ KNOBS = {  # what the last trial changes; of all other rows weight_decay
     "dropout": "dropout",
 }
 OTHER_VALUES = {"kl_weight": 0.03, "sum_penalty": 0.1, "pos_weight": 4.0, "dropout": 0.05, "weight_decay": 0.3}
+NEEDS = {  # data set -> the one whose tokenizer it has
+    "wikitext2_8k_tenth": "wikitext2_8k",
+    "sotu_by_wikitext2_8k": "wikitext2_8k",
+    "wikitext2_by_sotu_8k": "sotu_8k",
+}
 AVERAGED = {  # rows whose predictions are also averaged over more than the mean of their weights, and how
     "bayes": ["--n_samples=-1"],
     "bayes_sigmoid_weighted": ["--n_samples=-1"],

@@ -77,17 +77,13 @@ def read(study: Path) -> dict[str, Row]:
 
 
 def runs_of(study: Path) -> list[tuple[str, int, Path]]:
-    """The evaluated runs in order: row, seed, folder. A seed that no other row has is left out of a row which shares
-    others: means are to be of the same seeds."""
-    runs, rows = [], {}
+    """The evaluated runs in order: row, seed, folder."""
+    runs = []
     for folder in filter(Path.is_dir, study.glob("*-seed*")):
         if not (match := re.fullmatch(r"(.+)-seed(\d+)", folder.name)):
             raise UserError(f"{folder} is not named <row>-seed<number>; rename it, or move it elsewhere")
         if evaluations(folder):
             runs.append((match[1], int(match[2]), folder))
-            rows.setdefault(int(match[2]), set()).add(match[1])
-    sharing = {row for row, seed, _ in runs if len(rows[seed]) > 1}
-    runs = [run for run in runs if len(rows[run[1]]) > 1 or run[0] not in sharing]
     return sorted(runs, key=lambda run: (place(run[0]), run[1]))
 
 
@@ -114,8 +110,9 @@ def label_of(row: str, config: dict) -> str:
 
 
 def numbers_of(path: Path) -> dict:
-    if "nll" not in (numbers := flat(read_json(path))):
-        raise UserError(f"{path} has no nll; copy it from its run again")
+    numbers = flat(read_json(path))
+    if not isinstance(nll := numbers.get("nll"), float) or not 0 < nll < 100:
+        raise UserError(f"{path} has no nll between 0 and 100; copy it from its run again")
     return numbers
 
 

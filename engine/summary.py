@@ -24,7 +24,8 @@ PAGES = [ROOT / "README.md", LOGS / "README.md", *sorted(ROOT.glob("docs/*.md"))
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->).*?(<!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
 MEASURED_AS = {"smooth_05": "smooth", "sigmoid_weighted": "sigmoid", "bayes_sigmoid_weighted": "bayes_sigmoid"}
 RATIOS = {"time_ratio": "time of a step", "memory_ratio": "peak memory"}
-NOTE = "Weighted sigmoids were measured without pos_weight, which adds one term per token, and ε = 0.05 as 0.1."
+NOTES = dict.fromkeys(MEASURED_AS, "Weighted sigmoids were measured without pos_weight, which adds one term per token.")
+NOTES["smooth_05"] = "ε = 0.05 was measured as 0.1."
 
 
 class Column(NamedTuple):
@@ -42,11 +43,10 @@ COLUMNS = {
     "prediction": (
         Column("seeds", lambda row, base: [] if row.of_all else [len(row.seeds)], "{:.0f}"),
         of("nll", "nll", "{:.3f}", True),
-        of("± articles", "nll_se", "{:.3f}"),
+        of("± documents", "nll_se", "{:.3f}"),
         of("perplexity", "perplexity", "{:.2f}"),
         Column("vs softmax", lambda row, base: [1.0] if row is base else row.ratios(base), "{:.3f}", True),
         of("de-smoothed", "perplexity_desmoothed", "{:.2f}"),
-        Column("lowest val nll", lambda row, base: [min(c.values()) for c in row.curves.values() if c], "{:.3f}"),
         of("bits per byte", "bits_per_byte", "{:.4f}"),
         of("accuracy", "accuracy", "{:.4f}"),
         of("ECE", "ece", "{:.4f}", True),
@@ -109,7 +109,8 @@ def tuning(study: Path) -> str:
     trials: dict[str, list[dict]] = {}
     path = study / "tuning.jsonl"
     for i, trial in enumerate(read_json_lines(path), 1):
-        if not {"row", "flags", "val_nll"} <= trial.keys():
+        kinds = {"row": str, "flags": list, "val_nll": float}
+        if not all(isinstance(trial.get(name), kind) for name, kind in kinds.items()):
             raise UserError(f"{path}: trial {i} lacks its row, flags or val_nll; delete its line")
         trials.setdefault(trial["row"], []).append(trial)
     lines, n_most = [], max(map(len, trials.values()), default=0)
@@ -130,13 +131,14 @@ def cost(study: Path) -> str:
     rows = read(study)
     path = study / f"softmax-seed{min(rows.get('softmax', NONE).seeds, default=0)}" / "config.json"
     size = size_of(read_json(path)) if path.is_file() else None
-    steps = [r for r in read_json_lines(BENCH) if (r["bench"], r["baseline"]) == ("step", "softmax")]
+    steps = [r for r in read_json_lines(BENCH) if (r.get("bench"), r.get("baseline")) == ("step", "softmax")]
     steps = [record for record in steps if size_of(record["shapes"]) == size]
     latest = {record["case"]: record for record in steps if record["machine"] == steps[-1]["machine"]}
     measured = {row: latest[case] for row in rows if (case := MEASURED_AS.get(row, row)) in latest}
     lines = [[rows[row].label, *(f"{r[ratio]:.2f}" for ratio in RATIOS)] for row, r in measured.items()]
     found = markdown(["head", *RATIOS.values()], [["softmax", "1.00", "1.00"], *lines] if lines else [])
-    return found + (f"\n\n{NOTE}" if MEASURED_AS.keys() & measured.keys() else "")
+    notes = dict.fromkeys(NOTES[row] for row in measured if row in NOTES)
+    return "\n\n".join([found, *notes])
 
 
 def size_of(options: dict) -> tuple:

@@ -37,34 +37,43 @@ def summary_figure(rows: dict[str, Row]):
     """Perplexity relative to softmax, and ECE: a mark for each seed, a bar for their mean."""
     figure, axes = panels(1, 2, 0.9 + 0.3 * len(rows), sharey=True)
     base = rows.get("softmax", NONE)
-    for i, row in enumerate(rows.values()):
+    for i, (name, row) in enumerate(rows.items()):
         for panel, values in zip(axes[0], (row.ratios(base), row.values("ece")), strict=True):
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            style = {"color": COLOURS[family(name)], "marker": MARKERS[family(name) % len(MARKERS)]}
             panel.plot(values, [i] * len(values), linestyle="", markerfacecolor="none", **style)
             panel.plot([mean(values)] if values else [], [i] * bool(values), "|", markersize=14, color=COLOURS[0])
     axes[0, 0].axvline(1.0, color=COLOURS[0], linewidth=0.8, linestyle="--")
     axes[0, 0].set_yticks(range(len(rows)), [wrap(row.label, 46) for row in rows.values()], fontsize=7)
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
-    axes[0, 1].locator_params(axis="x", nbins=6)
-    axes[0, 0].set_xlabel("test perplexity / softmax's, same seed")
+    for panel in axes[0]:
+        panel.locator_params(axis="x", nbins=5)
+    axes[0, 0].set_xlabel("test perplexity / softmax's")
     axes[0, 1].set_xlabel("expected calibration error")
     return figure
+
+
+def family(name: str) -> int:
+    """By which a row is coloured: its place in DRAWN, or that of the row that its name begins with."""
+    return DRAWN.index(max((drawn for drawn in DRAWN if name.startswith(drawn)), key=len, default=DRAWN[-1]))
 
 
 def curves_figure(rows: dict[str, Row]):
     """Validation nll against tokens read, and what is left of it without softmax's of the same seed: of the rows DRAWN
     the mean over seeds, in a band from least to most. None where no run has a curve."""
     base = rows.get("softmax", NONE)
-    found = {row.label: points for name, row in rows.items() if name in DRAWN and (points := shared(row, base))}
+    found = {name: points for name, row in rows.items() if name in DRAWN and (points := shared(row, base))}
     if not found:
         return None
     figure, axes = panels(1, 2, 3.2)
-    for i, (label, points) in enumerate(found.items()):
+    for name, points in found.items():
         tokens, *of_panels = zip(*points, strict=True)
         millions = [n / 1e6 for n in tokens]
         for panel, values in zip(axes[0], of_panels, strict=True):
-            panel.plot(millions, list(map(mean, values)), label=label, **line_style(i, len(tokens)))
-            panel.fill_between(millions, list(map(min, values)), list(map(max, values)), alpha=0.15, color=COLOURS[i])
+            panel.plot(
+                millions, list(map(mean, values)), label=rows[name].label, **line_style(family(name), len(tokens))
+            )
+            band = {"alpha": 0.15, "color": COLOURS[family(name)]}
+            panel.fill_between(millions, list(map(min, values)), list(map(max, values)), **band)
             panel.set_xlabel("training tokens (millions)")
     axes[0, 0].set_ylabel("validation nll (nats per token)")
     axes[0, 1].set_ylabel("difference to softmax, same seed")

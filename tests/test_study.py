@@ -136,6 +136,41 @@ def test_killed_the_same_command_goes_on_and_once_complete_it_runs_nothing(home,
     assert len(rest) > 3 and again == []
 
 
+def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(home, calls, monkeypatch):
+    monkeypatch.setattr(study, "run", lambda main: None)
+    main(home, [], monkeypatch.setattr)
+    runner = study.Runner(study.StudyConfig(logs="logs", train_flags=FLAGS[-1].removeprefix("--train_flags=")))
+    assert runner.done("small", "softmax", 8)
+    path = home / "logs/small/softmax-seed8/config.json"
+    kept = path.read_text()
+    try:
+        for name in ("learning_rate", "weight_decay", "dropout"):
+            for options in (json.loads(kept) | {name: 0.123}, {k: v for k, v in json.loads(kept).items() if k != name}):
+                path.write_text(json.dumps(options))
+                assert not runner.done("small", "softmax", 8), name
+    finally:
+        path.write_text(kept)
+
+
+def test_every_data_set_is_prepared_behind_the_one_whose_tokenizer_it_has(tmp_path, monkeypatch):
+    (tmp_path / "sotu.txt").touch()
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    prepared = []
+    monkeypatch.setattr(study.Runner, "prepare", lambda runner, names: prepared.extend(names))
+    monkeypatch.setattr(study.Runner, "row", lambda *about: None)
+    for method in ("tune", "done", "ensemble", "label"):
+        monkeypatch.setattr(study.Runner, method, lambda *about: True)
+    for name in studies.STUDIES:
+        monkeypatch.setattr(sys, "argv", ["study.py", f"--studies={name}", "--sotu=sotu.txt"])
+        prepared.clear()
+        study.main()
+        for i, data in enumerate(prepared):
+            asked = studies.preparation(data, "", "sotu.txt")
+            tokenizers = [word.partition("=data/")[2] for word in asked if word.startswith("--tokenizer=data/")]
+            assert set(tokenizers) <= set(prepared[:i])
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
