@@ -57,6 +57,8 @@ COLUMNS = {
         of("foreign text by nll", "ood_auroc_nll_block", "{:.3f}"),
         of("by total", "ood_auroc_entropy_block", "{:.3f}", True),
         of("by epistemic", "ood_auroc_mutual_information_block", "{:.3f}", True),
+        of("token by total", "ood_auroc_entropy_token", "{:.3f}"),
+        of("token by epistemic", "ood_auroc_mutual_information_token", "{:.3f}"),
         of("total", "entropy", "{:.3f}"),
         of("epistemic", "mutual_information", "{:.4f}"),
         of("AURC by epistemic", "aurc_mutual_information", "{:.4f}"),
