@@ -53,8 +53,8 @@ def summary_figure(rows: dict[str, Row]):
 
 
 def family(name: str) -> int:
-    """By which a row is coloured: its place in DRAWN, or that of the row that its name begins with."""
-    return DRAWN.index(max((drawn for drawn in DRAWN if name.startswith(drawn)), key=len, default=DRAWN[-1]))
+    """By which a row is coloured: the last place in DRAWN of a row that its name begins with, or one behind all."""
+    return max((i for i, drawn in enumerate(DRAWN) if name.startswith(drawn)), default=len(DRAWN))
 
 
 def curves_figure(rows: dict[str, Row]):
@@ -69,9 +69,8 @@ def curves_figure(rows: dict[str, Row]):
         tokens, *of_panels = zip(*points, strict=True)
         millions = [n / 1e6 for n in tokens]
         for panel, values in zip(axes[0], of_panels, strict=True):
-            panel.plot(
-                millions, list(map(mean, values)), label=rows[name].label, **line_style(family(name), len(tokens))
-            )
+            style = {"label": rows[name].label, **line_style(family(name), len(tokens))}
+            panel.plot(millions, list(map(mean, values)), **style)
             band = {"alpha": 0.15, "color": COLOURS[family(name)]}
             panel.fill_between(millions, list(map(min, values)), list(map(max, values)), **band)
             panel.set_xlabel("training tokens (millions)")

@@ -152,6 +152,18 @@ def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(ho
         path.write_text(kept)
 
 
+def test_an_ensemble_goes_when_one_of_its_members_is_trained_anew(tmp_path, monkeypatch):
+    runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
+    (kept := runner.ensemble_of("wikitext2_8k")).parent.mkdir(parents=True)
+    kept.touch()
+    for missing, stays in ((None, True), (studies.MEMBERS[-1], False)):
+        monkeypatch.setattr(runner, "done", lambda _study, _row, seed, missing=missing: seed != missing)
+        for method in ("run", "finish"):
+            monkeypatch.setattr(runner, method, lambda *about: None)
+        runner.row("wikitext2_8k", "softmax")
+        assert kept.is_file() == stays
+
+
 def test_every_data_set_is_prepared_behind_the_one_whose_tokenizer_it_has(tmp_path, monkeypatch):
     (tmp_path / "sotu.txt").touch()
     (tmp_path / "config").symlink_to(ROOT / "config")
