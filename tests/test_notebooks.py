@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
+from engine import summary
 from notebooks.execute import execute
 from tests.helpers import ROOT, TINY, flags, run, write_bytes
 
@@ -115,6 +117,19 @@ def test_what_is_kept_is_a_whole_run_light_and_of_no_machine(path):
         last = cell.source.splitlines()[-1]
         if last.startswith(("plt.show()", "print(")) or re.fullmatch(r"\w+_figure\(.*\)|reading.*", last):
             assert cell.outputs
+
+
+def test_results_is_kept_with_the_tables_that_the_logs_make_today():
+    kept = nbformat.read(ROOT / "notebooks/results.ipynb", as_version=4)
+    shown_tables = [
+        output.data.get("text/markdown")
+        for cell in kept.cells
+        for output in cell.get("outputs", ())
+        if "data" in output
+    ]
+    for study in filter(Path.is_dir, summary.LOGS.iterdir()):
+        for kind in (*summary.COLUMNS, "tuning", "cost"):
+            assert summary.table(study, kind) in shown_tables, f"{study.name} {kind}: notebooks/execute.py"
 
 
 def test_all_notebooks_are_tested_and_begin_alike():
