@@ -6,7 +6,7 @@ from pathlib import Path
 
 SEEDS = (1337, 1338, 1339)
 MEMBERS = (*SEEDS, 1340)  # of an ensemble of softmax runs
-MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # have SEEDS, the others the first
+MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # have SEEDS where tuned
 SIGMOIDS = ("sigmoid", "sigmoid_regularised", "sigmoid_weighted", "bayes_sigmoid_weighted")
 PAPER = ("softmax", "smooth_05", "smooth", "bayes", *SIGMOIDS)  # in the order of its table
 KNOBS = {  # what the last trial changes; of all other rows weight_decay
@@ -50,9 +50,10 @@ class Study:
         return [*self.rows, *(f"{row}_taught" for row in self.taught)]
 
     def seeds(self, row: str) -> tuple[int, ...]:
+        """Several for the main rows of tuned studies, one for all else: more would be more than six hours."""
         if self.ensemble and row == "softmax":
             return MEMBERS
-        return SEEDS if row in MAIN else SEEDS[:1]
+        return SEEDS if row in MAIN and (self.rates or self.tuned_as) else SEEDS[:1]
 
 
 STUDIES = {

@@ -50,6 +50,15 @@ def test_the_study_has_all_scales_and_all_rows():
     assert {*PAPER, *MAIN, "dropout"} <= set(ROWS) and len(PAPER) == 8
 
 
+def test_main_rows_have_three_seeds_where_they_are_tuned():
+    for name, study in STUDIES.items():
+        tuned = study.rates or study.tuned_as
+        for row in study.all_rows():
+            n_members = 1 if row == "softmax" and study.ensemble else 0
+            assert len(study.seeds(row)) == (3 + n_members if row in MAIN and tuned else 1), (name, row)
+    assert [name for name, study in STUDIES.items() if study.rates] == ["wikitext2_8k", "wikitext2_8k_tenth"]
+
+
 @every_scale
 def test_the_papers_eight_rows_differ_in_the_head_alone_and_dropout_in_its_rate(scale):
     heads, found = flatten(HeadConfig()), {row: options(scale, row) for row in ROWS}
