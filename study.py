@@ -195,9 +195,9 @@ class Runner:
         return found
 
     def label(self, study: str) -> None:
-        """The teacher's labels: its four likeliest tokens at each position of the train split."""
+        """The teacher's labels: its 16 likeliest tokens at each position of the train split."""
         teacher = self.run(study, "softmax", SEEDS[0])
-        command = [f"--teacher={teacher}", f"--dataset={STUDIES[study].dataset(ROOT)}", "--name=study", "--k=4"]
+        command = [f"--teacher={teacher}", f"--dataset={STUDIES[study].dataset(ROOT)}", "--name=study", "--k=16"]
         self.python("augmentation/teacher_labels.py", *command, log=ROOT / teacher / "labels.log")
 
     def ensemble_of(self, study: str) -> Path:

@@ -54,7 +54,11 @@ def unpack(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 class LabelFile:
     """A finished label set, for training.
 
-    mode "soft": the teacher's distribution takes `weight` of a position's label, the true token keeps the rest.
+    mode "soft": the teacher's distribution takes `weight` of a position's label, the true token keeps the rest. Of the
+    likeliest K (topk) the file says how likely each is among them, not how likely it is that any of them comes. So they
+    speak only where the true token is one of them, and a label is right in expectation: with weight w,
+    E_y[label_v] = (1 - w) p_v + w P(y in K) q(v | K), which is p_v where the teacher is right. Everywhere, they would
+    get all of the teacher's share, of which it gives four of 8,192 ids a third.
     mode "set": the true token and all of the teacher's are labels of 1.
     """
 
@@ -102,7 +106,8 @@ class LabelFile:
         targets = torch.cat([y, ids], -1)
         if self.mode == "set":
             return targets, torch.cat([torch.ones_like(total), ((weights > 0) & (ids != y)).float()], -1)
-        share = self.weight * (total > 0)
+        speaks = ((ids == y) & (weights > 0)).any(-1, keepdim=True) if self.about.get("mode") == "topk" else total > 0
+        share = self.weight * speaks
         # float16 lets the total be off by some 1e-4
         return targets, torch.cat([1 - share, weights * (share / total.clamp(min=1e-6))], -1)
 

@@ -120,7 +120,7 @@ def test_stride_of_a_whole_block_labels_every_position_once(label, top):
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("mode", ["topk", "sample"])
-def test_soft_labels_are_one_hot_and_teacher_mixed(data, label, weight, mode):
+def test_soft_labels_are_one_hot_and_teacher_mixed_where_the_teacher_speaks(data, label, weight, mode):
     labels = label(f"first_{mode}", mode=mode, max_tokens=2000)
     labels.mode, labels.weight = "soft", weight
     file = TokenFile(data, "train")
@@ -137,11 +137,23 @@ def test_soft_labels_are_one_hot_and_teacher_mixed(data, label, weight, mode):
         teacher = dense(ids[positions], stored[positions], 64)
         total = teacher.sum(-1, keepdim=True)
         one_hot = torch.nn.functional.one_hot(y, 64).double()
-        expected = torch.where(total > 0, (1 - weight) * one_hot + weight * teacher / total.clamp(min=0.5), one_hot)
+        speaks = total > 0 if mode == "sample" else (teacher * one_hot).sum(-1, keepdim=True) > 0
+        expected = torch.where(speaks, (1 - weight) * one_hot + weight * teacher / total.clamp(min=0.5), one_hot)
         torch.testing.assert_close(dense(targets, weights, 64), expected, rtol=0, atol=2e-7)
         assert (weights >= 0).all() and weights.dtype == torch.float32 and targets.dtype == torch.int64
-        seen += int((total > 0).sum())
+        seen += int(speaks.sum())
     assert 0 < seen < 3 * 64 * T
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_a_label_is_in_expectation_the_truth_where_the_teacher_knows_which_of_its_ids_and_not_how_often(top, weight):
+    top.mode, top.weight, n = "soft", weight, 30
+    ids, stored = unpack(top.rows[:n])
+    q = dense(ids, stored / stored.sum(-1, keepdim=True), 64)
+    rest = torch.where(q > 0, 0.0, torch.rand(n, 64, generator=torch.Generator().manual_seed(0)).double())
+    p = 0.3 * q + 0.7 * rest / rest.sum(-1, keepdim=True)  # the truth: 0.3 of the time it is one of the K
+    of_each = [dense(*(t[0] for t in top.targets(torch.full((1, n), y), np.array([0]))), 64) for y in range(64)]
+    torch.testing.assert_close(torch.einsum("nv,vnw->nw", p, torch.stack(of_each)), p, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_perplexity": 1.5, "share": 0.5}])
