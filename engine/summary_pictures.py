@@ -3,6 +3,8 @@
 from pathlib import Path
 from statistics import mean
 
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
 from engine.files import read_json
 from engine.pictures import (
     COLOURS,
@@ -45,8 +47,11 @@ def summary_figure(rows: dict[str, Row]):
     axes[0, 0].axvline(1.0, color=COLOURS[0], linewidth=0.8, linestyle="--")
     axes[0, 0].set_yticks(range(len(rows)), [wrap(row.label, 46) for row in rows.values()], fontsize=7)
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
-    for panel in axes[0]:
-        panel.locator_params(axis="x", nbins=5)
+    axes[0, 0].locator_params(axis="x", nbins=5)
+    axes[0, 1].set_xscale("log")  # from thousandths to tenths
+    axes[0, 1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0, 1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes[0, 1].xaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_xlabel("test perplexity / softmax's")
     axes[0, 1].set_xlabel("expected calibration error")
     return figure
