@@ -5,12 +5,13 @@
 Rows (config/rows/) on scales (config/), equal tokens, batches and seeds for all rows of a scale; engine/studies.py says
 which. Where rows are tuned each gets as many trials of full length, whatever its head: learning rates, then another
 value of its knob at the best one; the validation split decides, and all trials are listed in
-<logs>/<study>/tuning.jsonl. The best trial is the row's run of the first seed. Each run leaves its records in
-<logs>/<study>/<row>-seed<k>/; weights stay in out/study. Killed, the same command goes on; what has its records is not
-run again.
+<logs>/<study>/tuning.jsonl, one that diverges as infinitely bad. The best trial is the row's run of the first seed.
+Each run leaves its records in <logs>/<study>/<row>-seed<k>/; weights stay in out/study. Killed, the same command goes
+on; what has its records is not run again.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from engine.config import flatten, load_config
-from engine.errors import UserError, check_ranges, run
+from engine.errors import Diverged, UserError, check_ranges, run
 from engine.files import check_writable, read_json, read_json_lines, replace
 from engine.studies import AVERAGED, KNOBS, MEMBERS, NEEDS, OTHER_VALUES, SEEDS, STUDIES, preparation
 from train import TrainConfig
@@ -73,7 +74,10 @@ class Runner:
             self.children.discard(child)
             if code and not self.failed:
                 last = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()[-1:]
-                self.failed = UserError(f"python {' '.join(arguments)}: exit code {code} {' '.join(last)}")
+                said = f"python {' '.join(arguments)}: exit code {code} {' '.join(last)}"
+                if code == Diverged.exit_code:
+                    raise Diverged(said)  # a trial may
+                self.failed = UserError(said)
         if code:
             raise self.failed
 
@@ -180,13 +184,17 @@ class Runner:
         return min(trials, key=lambda trial: trial["val_nll"])["flags"]
 
     def trial(self, study: str, row: str, flags: list[str]) -> dict:
-        """Its val_nll, of the whole split at the end; from tuning.jsonl if it is there."""
+        """Its val_nll, of the whole split at the end, infinite where training diverges; from tuning.jsonl if it is
+        there."""
         path = self.logs / study / "tuning.jsonl"
         for trial in read_json_lines(path):
             if (trial["row"], trial["flags"]) == (row, flags):
                 return trial
-        folder = self.train(study, row, SEEDS[0], flags)
-        found = {"row": row, "flags": flags, "val_nll": self.evaluate(folder, "val")["nll"]}
+        try:
+            nll = self.evaluate(self.train(study, row, SEEDS[0], flags), "val")["nll"]
+        except Diverged:
+            nll = math.inf
+        found = {"row": row, "flags": flags, "val_nll": nll}
         with self.lock:
             lines = [*read_json_lines(path), found]
             path.parent.mkdir(parents=True, exist_ok=True)

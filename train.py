@@ -17,7 +17,7 @@ import torch
 
 from engine import distributed
 from engine.config import load_config
-from engine.errors import MANY, UserError, check_memory, check_ranges, run
+from engine.errors import MANY, Diverged, UserError, check_memory, check_ranges, run
 from engine.evaluation import eval_batches, mean_loss
 from engine.labels import MODES
 from engine.optim import adamw, set_learning_rate
@@ -122,7 +122,7 @@ class Progress:
         """Count the steps without an update in a row; where they do not end, neither will they tomorrow."""
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if self.in_a_row == MAX_SKIPPED:
-            raise UserError(
+            raise Diverged(
                 f"{MAX_SKIPPED} steps in a row were left out up to step {self.step}: loss or gradient not finite; go "
                 "on from the last checkpoint with a lower rate, --init_from=resume --learning_rate=... "
                 "--allow_change=learning_rate, or start anew with a lower one or another --dtype"
@@ -207,7 +207,7 @@ def refuse_non_finite(scores: dict[str, float], step: int) -> None:
     for name, value in scores.items():
         if not math.isfinite(value):
             what = f"{name.replace('_', ' ')} is {value} at step {step}"
-            raise UserError(f"{what}; try a lower --learning_rate or --grad_clip")
+            raise Diverged(f"{what}; try a lower --learning_rate or --grad_clip")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,17 @@ MANY = 10**12  # steps, blocks, tokens ...: whoever asks for more has made a sli
 class UserError(Exception):
     """A mistake that the user can mend; its message is one line that says how."""
 
+    exit_code = 2
+
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows of it (IPython asks for this by its name): the line, without the calls behind it."""
         return [f"error: {self}"]
+
+
+class Diverged(UserError):
+    """A training that has come to nothing; a study of several goes on without it."""
+
+    exit_code = 3
 
 
 class Interrupted(KeyboardInterrupt):
@@ -24,8 +32,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script's main(): a UserError, OSError or lack of memory ends in one line and exit code 2, a signal in 128 +
-    its number."""
+    """Run a script's main(): a UserError, OSError or lack of memory ends in one line and exit code 2, or 3 if training
+    diverged, a signal in 128 + its number."""
     try:
         main()
         _leave(0)
@@ -33,7 +41,7 @@ def run(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as of SIGPIPE
     except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
-        sys.exit(_say(f"error: {error}", 2))
+        sys.exit(_say(f"error: {error}", getattr(error, "exit_code", 2)))
     except KeyboardInterrupt as interrupt:
         _leave(128 + interrupt.signum if isinstance(interrupt, Interrupted) else _say("interrupted", 130))
     except (MemoryError, RuntimeError) as error:

@@ -1,6 +1,8 @@
 """study.py from beginning to end on a tiny study: killed, gone on with, complete. (Its rows: tests/test_rows.py.)"""
 
+import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +14,8 @@ import pytest
 
 import study
 from engine import studies
+from engine.files import read_json_lines
+from engine.summary import tuning
 from engine.tokenizer import CharTokenizer
 from tests.helpers import ROOT, TINY, contents, records, words, write_dataset, write_words
 
@@ -150,6 +154,22 @@ def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(ho
                 assert not runner.done("small", "softmax", 8), name
     finally:
         path.write_text(kept)
+
+
+def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(home, monkeypatch):
+    monkeypatch.setattr(study, "run", lambda main: None)
+    main(home, [], monkeypatch.setattr)
+    flags = "--max_iters=8 --weight_decay=1000"  # at a rate of 1000 weights grow a million times in a step
+    runner = study.Runner(study.StudyConfig(logs="diverging", train_flags=flags))
+    runner.home = Path("out/diverging")
+    best = {}
+    small = dataclasses.replace(studies.STUDIES["small"], rates=(1000, 1e-3))
+    monkeypatch.setitem(studies.STUDIES, "small", small)
+    runner.together([lambda: best.update(softmax=runner.tune("small", "softmax"))])
+    logs = home / "diverging/small"
+    listed = {trial["flags"][0]: trial["val_nll"] for trial in read_json_lines(logs / "tuning.jsonl")}
+    assert listed["--learning_rate=1000"] == math.inf and math.isfinite(listed["--learning_rate=0.001"])
+    assert best["softmax"][0] == "--learning_rate=0.001" and "learning_rate 1000: inf" in tuning(logs)
 
 
 def test_an_ensemble_goes_when_one_of_its_members_is_trained_anew(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import train
 from engine import checkpoint, distributed
 from engine.config import load_config
-from engine.errors import UserError, run
+from engine.errors import Diverged, run
 from model import GPT
 from tests.helpers import HEADS, TINY, difference, flags, records, same_weights
 
@@ -62,7 +62,7 @@ def nan(processes, data: str, folder: Path) -> None:
     calls["bad"] = range(10**9)
     try:
         trained(processes, data, folder / "all", max_iters=100, eval_interval=100)
-    except UserError as error:
+    except Diverged as error:
         assert f"{train.MAX_SKIPPED} steps in a row were left out" in str(error) and "--learning_rate" in str(error)
         if processes.is_main:  # who writes the records
             assert records(folder / "all", "skipped")[-1]["step"] == train.MAX_SKIPPED
