@@ -49,9 +49,10 @@ def summary_figure(rows: dict[str, Row]):
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     axes[0, 0].locator_params(axis="x", nbins=5)
     axes[0, 1].set_xscale("log")  # from thousandths to tenths
-    axes[0, 1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0, 1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes[0, 1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes[0, 1].xaxis.set_minor_formatter(NullFormatter())
+    axes[0, 1].tick_params(axis="x", labelsize=7)
     axes[0, 0].set_xlabel("test perplexity / softmax's")
     axes[0, 1].set_xlabel("expected calibration error")
     return figure
