@@ -33,6 +33,7 @@ from train import TrainConfig
 ROOT = Path(__file__).resolve().parent
 ENSEMBLE = f"eval_test_ensemble_of_{len(MEMBERS)}.json"
 LAST = "eval_test.json"  # copied last: by it a run is done
+CHANGES_NOTHING = {"out_dir", "compile", "eval_interval", "eval_iters", "log_interval"}  # of a run's results
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Runner:
         """Copy a finished run's records to the logs."""
         home, folder = self.logs / study / name, ROOT / folder
         home.mkdir(parents=True, exist_ok=True)
-        numbers = sorted(folder.glob("eval_*.json"), key=lambda path: path.name == LAST)
+        numbers = [path for path in folder.glob("eval_*.json") if path.name != ENSEMBLE]
+        numbers.sort(key=lambda path: path.name == LAST)
         for path in [folder / "metrics.jsonl", folder / "config.json", *numbers]:
             replace(home / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
 
@@ -143,7 +145,7 @@ class Runner:
         self.keep(folder, study, name)
 
     def done(self, study: str, row: str, seed: int) -> bool:
-        """Whether a run has all its records, with the options that the trials have chosen."""
+        """Whether a run has all its records, with the options that its files now say and the trials have chosen."""
         owed = ["config.json", "eval_val.json", LAST]
         owed += ["eval_test_averaged.json"] * (row.removesuffix("_taught") in AVERAGED)
         home = self.logs / study / f"{row}-seed{seed}"
@@ -151,17 +153,19 @@ class Runner:
             return False
         files = (ROOT / f"config/{name}.py" for name in (STUDIES[study].scale, f"rows/{row.removesuffix('_taught')}"))
         flags = [*self.flags(study, row), *self.config.train_flags.split()]
-        wanted = flatten(load_config(TrainConfig, [*map(str, files), *flags])[0])
-        options = read_json(home / "config.json")
-        return all(options.get(name) == wanted[name] for name in ("learning_rate", *OTHER_VALUES))
+        config, given = load_config(TrainConfig, [*map(str, files), *flags])
+        wanted, options = flatten(config), read_json(home / "config.json")
+        names = {"learning_rate", *OTHER_VALUES, *given} - CHANGES_NOTHING
+        return all(options.get(name) == wanted[name] for name in names)
 
     def row(self, study: str, row: str) -> None:
         """Tune a row, and train it with its seeds."""
         for seed in STUDIES[study].seeds(row):
             if not self.done(study, row, seed):
-                self.finish(study, row, f"{row}-seed{seed}", self.run(study, row, seed))
-                if row == "softmax":
+                folder = self.run(study, row, seed)
+                if row == "softmax":  # an ensemble with the run that was there before is none of these
                     self.ensemble_of(study).unlink(missing_ok=True)
+                self.finish(study, row, f"{row}-seed{seed}", folder)
 
     def run(self, study: str, row: str, seed: int) -> Path:
         """A tuned row trained with a seed: its folder. The best trial is the first seed's run."""

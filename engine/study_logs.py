@@ -17,9 +17,13 @@ from engine.table import flat
 
 LABELS = {  # of rows, in their order
     "softmax": "softmax",
+    "softmax_two_epochs": "softmax, twice the tokens",
+    "softmax_taught_everywhere": "softmax, taught at every position",
     "smooth_05": "smooth, ε = 0.05",
     "smooth": "smooth, ε = 0.1",
     "bayes": "Bayes",
+    "bayes_stronger_prior": "Bayes, stronger prior",
+    "bayes_more_decay": "Bayes, more decay",
     "sigmoid": "sigmoid",
     "sigmoid_regularised": "sigmoid regularised",
     "sigmoid_weighted": "sigmoid weighted",
@@ -73,7 +77,18 @@ def read(study: Path) -> dict[str, Row]:
             entry.seeds[seed] = numbers_of(path)
             if not kind:
                 entry.curves[seed] = curve_of(folder)
+    leave_to_the_ensemble(found)
     return found
+
+
+def leave_to_the_ensemble(rows: dict[str, Row]) -> None:
+    """Where softmax runs make an ensemble, those of seeds that no other row has are in that alone: rows are compared
+    seed by seed."""
+    softmax = rows.get("softmax", NONE)
+    others = {seed for name, row in rows.items() if not name.startswith("softmax") for seed in row.seeds}
+    if softmax.seeds.keys() & others and any(row.of_all for row in rows.values()):
+        for seed in softmax.seeds.keys() - others:
+            del softmax.seeds[seed], softmax.curves[seed]
 
 
 def runs_of(study: Path) -> list[tuple[str, int, Path]]:

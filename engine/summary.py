@@ -169,8 +169,7 @@ def fill(page: str) -> str:
 def main() -> None:
     wanted = set()
     pages = {page: fill(page.read_text(encoding="utf-8")) for page in PAGES}
-    for page, text in pages.items():
-        replace(page, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+    for text in pages.values():
         wanted |= set(re.findall(r"([^/\s(]+)/(\w+)\.png", text))
     for study in sorted({study for study, _ in wanted if (LOGS / study).is_dir()}):
         for name, figure in figures(LOGS / study).items():
@@ -178,6 +177,8 @@ def main() -> None:
                 path = LOGS / study / f"{name}.png"
                 replace(path, lambda temporary, figure=figure: figure.savefig(temporary, format="png", dpi=200))
         print(f"{study}: tables and pictures")
+    for page, text in pages.items():
+        replace(page, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

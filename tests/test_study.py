@@ -148,7 +148,7 @@ def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(ho
     path = home / "logs/small/softmax-seed8/config.json"
     kept = path.read_text()
     try:
-        for name in ("learning_rate", "weight_decay", "dropout"):
+        for name in ("learning_rate", "weight_decay", "dropout", "max_iters", "n_embd"):  # trials, row, call, scale
             for options in (json.loads(kept) | {name: 0.123}, {k: v for k, v in json.loads(kept).items() if k != name}):
                 path.write_text(json.dumps(options))
                 assert not runner.done("small", "softmax", 8), name
