@@ -2,7 +2,7 @@
 
     python -m engine.summary       # the tables of all pages that ask for one, the pictures in training_logs/<study>/
 
-A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is prediction, doubt, writing, tuning or cost.
+A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is summary, prediction, doubt or tuning.
 A run that somebody adds, training_logs/<study>/<row>-seed<k>/ with metrics.jsonl and eval_test.json, is in them too.
 """
 
@@ -20,12 +20,10 @@ from engine.summary_pictures import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS, BENCH = ROOT / "training_logs", ROOT / "bench/results.jsonl"
-PAGES = [ROOT / "README.md", LOGS / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", LOGS / "README.md", *sorted(LOGS.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->).*?(<!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
 MEASURED_AS = {"smooth_05": "smooth", "sigmoid_weighted": "sigmoid", "bayes_sigmoid_weighted": "bayes_sigmoid"}
-RATIOS = {"time_ratio": "time of a step", "memory_ratio": "peak memory"}
-NOTES = dict.fromkeys(MEASURED_AS, "Weighted sigmoids were measured without pos_weight, which adds one term per token.")
-NOTES["smooth_05"] = "ε = 0.05 was measured as 0.1."
+RATIOS = {"time_ratio": "time of a step", "memory_ratio": "memory"}  # a training step's, relative to softmax's
 
 
 class Column(NamedTuple):
@@ -39,23 +37,37 @@ def of(head: str, name: str, form: str, spread: bool = False) -> Column:
     return Column(head, lambda row, base: row.values(name), form, spread)
 
 
+SEEDS = Column("seeds", lambda row, base: [] if row.of_all else [len(row.seeds)], "{:.0f}")
+NLL = of("nll", "nll", "{:.3f}", True)
+PERPLEXITY = of("perplexity", "perplexity", "{:.2f}")
+RATIO = Column("vs softmax", lambda row, base: [1.0] if row is base else row.ratios(base), "{:.3f}", True)
+SCORES = (of("ECE", "ece", "{:.4f}", True), of("Brier", "brier", "{:.4f}"), of("AURC", "aurc_confidence", "{:.4f}"))
+BY_TOTAL = of("by total", "ood_auroc_entropy_block", "{:.3f}", True)
 COLUMNS = {
+    "summary": (
+        SEEDS,
+        NLL,
+        PERPLEXITY,
+        RATIO,
+        *SCORES,
+        BY_TOTAL._replace(head="foreign text"),
+        of("Self-BLEU", "continuations_self_bleu", "{:.2f}"),
+        of("Distinct-4", "continuations_distinct_4", "{:.3f}"),
+    ),
     "prediction": (
-        Column("seeds", lambda row, base: [] if row.of_all else [len(row.seeds)], "{:.0f}"),
-        of("nll", "nll", "{:.3f}", True),
+        SEEDS,
+        NLL,
         of("± documents", "nll_se", "{:.3f}"),
-        of("perplexity", "perplexity", "{:.2f}"),
-        Column("vs softmax", lambda row, base: [1.0] if row is base else row.ratios(base), "{:.3f}", True),
+        PERPLEXITY,
+        RATIO,
         of("de-smoothed", "perplexity_desmoothed", "{:.2f}"),
         of("bits per byte", "bits_per_byte", "{:.4f}"),
         of("accuracy", "accuracy", "{:.4f}"),
-        of("ECE", "ece", "{:.4f}", True),
-        of("Brier", "brier", "{:.4f}"),
-        of("AURC", "aurc_confidence", "{:.4f}"),
+        *SCORES,
     ),
     "doubt": (
         of("foreign text by nll", "ood_auroc_nll_block", "{:.3f}"),
-        of("by total", "ood_auroc_entropy_block", "{:.3f}", True),
+        BY_TOTAL,
         of("by epistemic", "ood_auroc_mutual_information_block", "{:.3f}", True),
         of("token by total", "ood_auroc_entropy_token", "{:.3f}"),
         of("token by epistemic", "ood_auroc_mutual_information_token", "{:.3f}"),
@@ -63,11 +75,6 @@ COLUMNS = {
         of("epistemic", "mutual_information", "{:.4f}"),
         of("AURC by epistemic", "aurc_mutual_information", "{:.4f}"),
         of("ln Σσ", "log_sum_sigma", "{:+.4f}"),
-    ),
-    "writing": (
-        of("Self-BLEU", "continuations_self_bleu", "{:.2f}"),
-        of("Distinct-4", "continuations_distinct_4", "{:.3f}"),
-        of("repetition", "continuations_repetition", "{:.4f}"),
     ),
 }
 
@@ -88,22 +95,28 @@ def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 def table(study: Path, kind: str) -> str:
     """A table of a study in Markdown; ± is the standard deviation over seeds, ratios are of the same seed."""
-    if other := {"tuning": tuning, "cost": cost}.get(kind):
-        return other(study)
+    if kind == "tuning":
+        return tuning(study)
     if kind not in COLUMNS:
-        raise UserError(f"a table of kind {kind!r} is none of: {', '.join([*COLUMNS, 'tuning', 'cost'])}")
+        raise UserError(f"a table of kind {kind!r} is none of: {', '.join([*COLUMNS, 'tuning'])}")
     rows, columns = read(study), COLUMNS[kind]
-    base, lines = rows.get("softmax", NONE), list(rows.values())
-    if kind == "prediction":
-        lines = [*unigram(lines), *lines]
-    cells = ([row.label, *(cell(c.values(row, base), c.form, c.spread) for c in columns)] for row in lines)
-    return markdown(["head", *(column.head for column in columns)], (line for line in cells if any(line[1:])))
+    base = rows.get("softmax", NONE)
+    costs = cost(study, rows) if kind == "summary" else {}
+    if kind in ("summary", "prediction"):
+        rows = unigram(rows.values()) | rows
+    cells = (
+        [row.label, *(cell(c.values(row, base), c.form, c.spread) for c in columns), *costs.get(name, ["", ""])]
+        for name, row in rows.items()
+    )
+    header = ["head", *(column.head for column in columns), *RATIOS.values()]
+    return markdown(header, (line for line in cells if any(line[1:])))
 
 
-def unigram(rows: list[Row]) -> list[Row]:
+def unigram(rows: Iterable[Row]) -> dict[str, Row]:
     """What the training text's token frequencies alone reach, where an evaluation tells."""
-    found = [nll for row in rows for nll in row.values("unigram_nll")][:1]
-    return [Row("unigram frequencies", {0: {"nll": nll, "perplexity": math.exp(nll)}}, {}, True) for nll in found]
+    nll = next((nll for row in rows for nll in row.values("unigram_nll")), None)
+    numbers = {0: {"nll": nll, "perplexity": math.exp(nll)}} if nll else {}
+    return {"unigram": Row("unigram frequencies", numbers, {}, True)}
 
 
 def tuning(study: Path) -> str:
@@ -127,20 +140,18 @@ def tuning(study: Path) -> str:
     return markdown(["head", *(f"trial {i}" for i in range(1, n_most + 1))], lines)
 
 
-def cost(study: Path) -> str:
-    """What a step of each head takes, relative to softmax's: bench/step.py's latest record of each case for the study's
-    size, all of the machine that the latest is of. Rows that were not measured are left out."""
-    rows = read(study)
+def cost(study: Path, rows: dict[str, Row]) -> dict[str, list[str]]:
+    """By row, what its step takes relative to softmax's: bench/step.py's latest record of each head for the study's
+    size, all of the machine that the latest is of; none of what was not measured."""
     path = study / f"softmax-seed{min(rows.get('softmax', NONE).seeds, default=0)}" / "config.json"
     size = size_of(read_json(path)) if path.is_file() else None
     steps = [r for r in read_json_lines(BENCH) if (r.get("bench"), r.get("baseline")) == ("step", "softmax")]
     steps = [record for record in steps if size_of(record["shapes"]) == size]
     latest = {record["case"]: record for record in steps if record["machine"] == steps[-1]["machine"]}
+    if latest:
+        latest["softmax"] = dict.fromkeys(RATIOS, 1.0)
     measured = {row: latest[case] for row in rows if (case := MEASURED_AS.get(row, row)) in latest}
-    lines = [[rows[row].label, *(f"{r[ratio]:.2f}" for ratio in RATIOS)] for row, r in measured.items()]
-    found = markdown(["head", *RATIOS.values()], [["softmax", "1.00", "1.00"], *lines] if lines else [])
-    notes = dict.fromkeys(NOTES[row] for row in measured if row in NOTES)
-    return "\n\n".join([found, *notes])
+    return {row: [f"{record[ratio]:.2f}" for ratio in RATIOS] for row, record in measured.items()}
 
 
 def size_of(options: dict) -> tuple:

@@ -128,7 +128,7 @@ def test_results_is_kept_with_the_tables_that_the_logs_make_today():
         if "data" in output
     ]
     for study in filter(Path.is_dir, summary.LOGS.iterdir()):
-        for kind in (*summary.COLUMNS, "tuning", "cost"):
+        for kind in (*summary.COLUMNS, "tuning"):
             assert summary.table(study, kind) in shown_tables, f"{study.name} {kind}: notebooks/execute.py"
 
 

@@ -13,7 +13,10 @@ from tests.helpers import ROOT
 from train import TrainConfig
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-LINKED = [*PAGES, *(ROOT / folder / "README.md" for folder in ("training_logs", "bench", "config"))]
+LINKED = [
+    *PAGES,
+    *(page for folder in ("training_logs", "bench", "config") for page in sorted((ROOT / folder).rglob("README.md"))),
+]
 TRAIN = {path.name for path in ROOT.glob("train*.py")}
 OPTIONS = dict.fromkeys(TRAIN, TrainConfig) | {"sample.py": SampleConfig, "evaluate.py": EvaluateConfig}
 OPTIONS |= {"hellaswag.py": HellaSwagConfig, "export.py": ExportConfig}

@@ -95,9 +95,9 @@ def test_what_the_frequencies_of_the_training_text_reach_stands_first(tmp_path):
 
 def test_rows_and_columns_without_a_number_are_left_out(tmp_path):
     study = write(tmp_path / "study")
-    assert summary.table(study, "writing") == ""
-    (study / "sigmoid-seed1/eval_test.json").write_text(json.dumps({"nll": 4.9, "continuations": {"self_bleu": 7.5}}))
-    assert summary.table(study, "writing").splitlines()[2:] == ["| sigmoid | 7.50 |"]
+    assert summary.table(study, "doubt") == ""
+    (study / "sigmoid-seed1/eval_test.json").write_text(json.dumps({"nll": 4.9, "entropy": 7.5}))
+    assert summary.table(study, "doubt").splitlines()[2:] == ["| sigmoid | 7.500 |"]
 
 
 SHAPE = {"n_layer": 3, "n_embd": 192, "block_size": 256, "vocab_size": 8192}
@@ -111,6 +111,12 @@ def write_bench(path, monkeypatch, *records):
     monkeypatch.setattr(summary, "BENCH", path)
 
 
+def costs(study) -> dict[str, str]:
+    found = cells(summary.table(study, "summary"))
+    at = found["head"].index("time of a step") if "time of a step" in found["head"] else None
+    return {row: line[at] for row, line in found.items() if at and line[at] not in ("", "---", "time of a step")}
+
+
 def test_costs_are_the_latest_of_one_machine_and_of_the_studys_size(tmp_path, monkeypatch):
     rows = ("softmax", "bayes", "smooth", "sigmoid", "bayes_sigmoid", "dropout")
     study = write(tmp_path / "study", dict.fromkeys(rows, {1: 5.0}))
@@ -120,25 +126,16 @@ def test_costs_are_the_latest_of_one_machine_and_of_the_studys_size(tmp_path, mo
     measured = [("smooth", 3.0, {"machine": "B"}), ("sigmoid", 3.0, {"machine": "B"})]
     measured += [("bayes", 1.5, {}), ("sigmoid", 1.2, {}), ("bayes", 1.25, {})]
     write_bench(tmp_path / "bench.jsonl", monkeypatch, *measured, *other)
-    found = cells(text := summary.table(study, "cost"))
-    assert {row: line[0] for row, line in list(found.items())[2:]} == {
-        "softmax": "1.00",
-        "Bayes": "1.25",
-        "sigmoid": "1.20",
-    }
-    assert text.count("\n") == 4  # nothing to note
+    assert costs(study) == {"softmax": "1.00", "Bayes": "1.25", "sigmoid": "1.20"}
     (study / "softmax-seed1/config.json").write_text(json.dumps(SHAPE | {"vocab_size": 8193}))
-    assert summary.table(study, "cost") == ""  # of no record: the next multiple of 64 is another
+    assert costs(study) == {}  # of no record: the next multiple of 64 is another
 
 
-def test_rows_that_cost_what_another_does_have_its_measurement_and_a_note_says_so(tmp_path, monkeypatch):
+def test_rows_that_cost_what_another_does_have_its_measurement(tmp_path, monkeypatch):
     study = write(tmp_path / "study", dict.fromkeys(("softmax", "smooth_05", "sigmoid_weighted"), {1: 5.0}))
     (study / "softmax-seed1/config.json").write_text(json.dumps(SHAPE))
     write_bench(tmp_path / "bench.jsonl", monkeypatch, ("smooth", 1.1, {}), ("sigmoid", 1.3, {}))
-    found = cells(text := summary.table(study, "cost"))
-    assert (found["smooth, ε = 0.05"][0], found["sigmoid weighted"][0]) == ("1.10", "1.30")
-    notes = [summary.NOTES[row] for row in ("smooth_05", "sigmoid_weighted")]
-    assert text.split("\n\n")[1:] == notes
+    assert costs(study) == {"softmax": "1.00", "smooth, ε = 0.05": "1.10", "sigmoid weighted": "1.30"}
 
 
 def test_all_trials_are_listed_and_the_lowest_stands_out(tmp_path):
@@ -210,7 +207,10 @@ def test_a_number_changed_by_hand_is_seen(tmp_path, monkeypatch):
         ("<!-- table: of-mine prediction -->\nprose\n", "has no <!-- end -->"),
         ("<!-- table: of_mine prediction -->\n<!-- end -->", "there is no study 'of_mine'"),
         ("<!-- table: prediction -->\n<!-- end -->", "there is no study ''"),
-        ("<!-- table: of-mine predictions -->\n<!-- end -->", "kind 'predictions' is none of: prediction, doubt"),
+        (
+            "<!-- table: of-mine predictions -->\n<!-- end -->",
+            "kind 'predictions' is none of: summary, prediction, doubt",
+        ),
     ],
 )
 def test_a_slip_in_a_pages_marker_is_said_and_no_page_written(tmp_path, monkeypatch, page, says):
@@ -252,13 +252,16 @@ def tables_and_prose(text: str) -> tuple[str, str]:
     return tuple("\n".join(line for line in text.splitlines() if (line[:1] == "|") == is_) for is_ in (True, False))
 
 
-def test_a_decimal_in_a_sections_prose_stands_in_its_tables():
-    """In the study's page; a section without tables of logs, and the README's results, speak of all tables."""
+def test_a_decimal_in_the_studys_prose_stands_in_the_tables_beside_it():
+    """Of the same section, or of the page of its text and regime; what has no tables of logs, and the README's results,
+    speak of all tables."""
     texts = {name: page.read_text(encoding="utf-8") for name, page in PAGES.items()}
     everywhere = decimals("\n".join(made[0] for text in texts.values() for made in summary.MARKED.finditer(text)))
-    for section in texts["training_logs/README.md"].split("\n## "):
-        tables, prose = map(decimals, tables_and_prose(section))
-        assert prose - (tables if "<!-- table:" in section else everywhere) == set(), section.partition("\n")[0]
+    studies = [text for name, text in texts.items() if re.fullmatch(r"training_logs/\w+_8k\w*/README.md", name)]
+    assert len(studies) == 3
+    for part in [*texts["training_logs/README.md"].split("\n## "), *studies]:
+        tables, prose = map(decimals, tables_and_prose(part))
+        assert prose - (tables if "<!-- table:" in part else everywhere) == set(), part.partition("\n")[0]
     results = texts["README.md"].partition("## What you see")[2].partition("## What now?")[0]
     errors = [json.loads(path.read_text())["nll_se"] for path in summary.LOGS.glob("quickstart/*/eval_test.json")]
     assert decimals(tables_and_prose(results)[1]) - everywhere - {round(error, 3) for error in errors} == set()
