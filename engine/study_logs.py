@@ -124,6 +124,12 @@ def label_of(row: str, config: dict) -> str:
     return label + (", taught" if row != plain else "")
 
 
+def plain_label(name: str) -> str:
+    """Of a row of read, without options: those differ between studies."""
+    kind = next(kind for kind in reversed(KINDS) if name.endswith(kind))
+    return label_of(name.removesuffix(kind), {}) + KINDS[kind]
+
+
 def numbers_of(path: Path) -> dict:
     numbers = flat(read_json(path))
     if not isinstance(nll := numbers.get("nll"), float) or not 0 < nll < 100:

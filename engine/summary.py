@@ -2,12 +2,14 @@
 
     python -m engine.summary       # the tables of all pages that ask for one, the pictures in training_logs/<study>/
 
-A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is summary, prediction, doubt or tuning.
+A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is summary, prediction, doubt or tuning, or
+for several studies with + between them beside.
 A run that somebody adds, training_logs/<study>/<row>-seed<k>/ with metrics.jsonl and eval_test.json, is in them too.
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,7 +17,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError, run
 from engine.files import read_json, read_json_lines, replace
-from engine.study_logs import LABELS, NONE, Row, place, read
+from engine.study_logs import LABELS, NONE, Row, place, plain_label, read
 from engine.summary_pictures import figures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,10 +97,10 @@ def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 def table(study: Path, kind: str) -> str:
     """A table of a study in Markdown; ± is the standard deviation over seeds, ratios are of the same seed."""
-    if kind == "tuning":
-        return tuning(study)
+    if other := {"tuning": tuning, "beside": beside}.get(kind):
+        return other(study)
     if kind not in COLUMNS:
-        raise UserError(f"a table of kind {kind!r} is none of: {', '.join([*COLUMNS, 'tuning'])}")
+        raise UserError(f"a table of kind {kind!r} is none of: {', '.join([*COLUMNS, 'tuning', 'beside'])}")
     rows, columns = read(study), COLUMNS[kind]
     base = rows.get("softmax", NONE)
     costs = cost(study, rows) if kind == "summary" else {}
@@ -117,6 +119,25 @@ def unigram(rows: Iterable[Row]) -> dict[str, Row]:
     nll = next((nll for row in rows for nll in row.values("unigram_nll")), None)
     numbers = {0: {"nll": nll, "perplexity": math.exp(nll)}} if nll else {}
     return {"unigram": Row("unigram frequencies", numbers, {}, True)}
+
+
+def beside(studies: Path) -> str:
+    """Perplexity relative to softmax's, and ECE, in several studies (their names with + between them), of the rows that
+    two of them have."""
+    names = studies.name.split("+")
+    found = [read(studies.with_name(name)) for name in names]
+    counts = Counter(row for rows in found for row in rows)
+    lines = []
+    for name in (name for name in counts if counts[name] > 1):
+        cells = [
+            cell(column.values(rows[name], rows.get("softmax", NONE)), column.form, column.spread)
+            if name in rows
+            else ""
+            for rows in found
+            for column in (RATIO, SCORES[0])
+        ]
+        lines.append([plain_label(name), *cells])
+    return markdown(["head", *(f"{name}: {of}" for name in names for of in ("vs softmax", "ECE"))], lines)
 
 
 def tuning(study: Path) -> str:
@@ -165,8 +186,9 @@ def fill(page: str) -> str:
 
     def made(match: re.Match) -> str:
         marker, (study, _, kind), end = match[1], match[2].rpartition(" "), match[3]
-        if not (LOGS / study).is_dir() or not study:
-            raise UserError(f"{marker}: there is no study {study!r} in {LOGS}")
+        for name in study.split("+"):
+            if not (LOGS / name).is_dir() or not name:
+                raise UserError(f"{marker}: there is no study {name!r} in {LOGS}")
         if not end:
             raise UserError(f"{marker} has no <!-- end --> behind it")
         try:

@@ -93,6 +93,22 @@ def test_what_the_frequencies_of_the_training_text_reach_stands_first(tmp_path):
     assert "unigram" not in summary.table(study, "doubt")
 
 
+def test_studies_beside_each_other_show_the_rows_that_two_have_without_their_options(tmp_path):
+    write(tmp_path / "once")
+    write(tmp_path / "again", {"sigmoid": {1: 5.0}, "softmax": {1: 5.5}, "mine": {1: 4.0}})
+    (tmp_path / "again/sigmoid-seed1/eval_test_averaged.json").write_text(json.dumps({"nll": 4.9}))
+    (tmp_path / "once/sigmoid-seed1/eval_test_averaged.json").write_text(json.dumps({"nll": 4.8}))
+    options = {"weights": "point", "likelihood": "sigmoid", "pos_weight": 3.0}
+    (tmp_path / "once/sigmoid-seed1/config.json").write_text(json.dumps(options))
+    found = cells(summary.table(tmp_path / "once+again", "beside"))
+    assert found["head"] == ["once: vs softmax", "once: ECE", "again: vs softmax", "again: ECE"]
+    assert list(found)[2:] == ["softmax", "sigmoid", "sigmoid, averaged"]
+    once = summary.read(tmp_path / "once")
+    ratios = summary.cell(once["sigmoid"].ratios(once["softmax"]), "{:.3f}", True)
+    assert found["sigmoid"] == [ratios, "0.0200 ± 0.0100", f"{math.exp(-0.5):.3f}", "0.0100"]
+    assert found["sigmoid, averaged"] == [f"{math.exp(-0.2):.3f}", "", f"{math.exp(-0.6):.3f}", ""]
+
+
 def test_rows_and_columns_without_a_number_are_left_out(tmp_path):
     study = write(tmp_path / "study")
     assert summary.table(study, "doubt") == ""
@@ -207,6 +223,7 @@ def test_a_number_changed_by_hand_is_seen(tmp_path, monkeypatch):
         ("<!-- table: of-mine prediction -->\nprose\n", "has no <!-- end -->"),
         ("<!-- table: of_mine prediction -->\n<!-- end -->", "there is no study 'of_mine'"),
         ("<!-- table: prediction -->\n<!-- end -->", "there is no study ''"),
+        ("<!-- table: of-mine+of_mine beside -->\n<!-- end -->", "there is no study 'of_mine'"),
         (
             "<!-- table: of-mine predictions -->\n<!-- end -->",
             "kind 'predictions' is none of: summary, prediction, doubt",
