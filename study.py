@@ -151,12 +151,15 @@ class Runner:
         home = self.logs / study / f"{row}-seed{seed}"
         if not all((home / name).is_file() for name in owed):
             return False
+        kept, wanted = read_json(home / "config.json"), self.options(study, row, self.flags(study, row))
+        return all(kept.get(name) == value for name, value in wanted.items())
+
+    def options(self, study: str, row: str, flags: list[str]) -> dict:
+        """What the files and flags set for a run, and what rows are tuned by."""
         files = (ROOT / f"config/{name}.py" for name in (STUDIES[study].scale, f"rows/{row.removesuffix('_taught')}"))
-        flags = [*self.flags(study, row), *self.config.train_flags.split()]
-        config, given = load_config(TrainConfig, [*map(str, files), *flags])
-        wanted, options = flatten(config), read_json(home / "config.json")
+        config, given = load_config(TrainConfig, [*map(str, files), *flags, *self.config.train_flags.split()])
         names = {"learning_rate", *OTHER_VALUES, *given} - CHANGES_NOTHING
-        return all(options.get(name) == wanted[name] for name in names)
+        return {name: value for name, value in flatten(config).items() if name in names}
 
     def row(self, study: str, row: str) -> None:
         """Tune a row, and train it with its seeds."""
@@ -189,18 +192,19 @@ class Runner:
 
     def trial(self, study: str, row: str, flags: list[str]) -> dict:
         """Its val_nll, of the whole split at the end, infinite where training diverges; from tuning.jsonl if it is
-        there."""
-        path = self.logs / study / "tuning.jsonl"
+        there with these options."""
+        path, options = self.logs / study / "tuning.jsonl", self.options(study, row, flags)
         for trial in read_json_lines(path):
-            if (trial["row"], trial["flags"]) == (row, flags):
+            if (trial["row"], trial["flags"], trial.get("options")) == (row, flags, options):
                 return trial
         try:
             nll = self.evaluate(self.train(study, row, SEEDS[0], flags), "val")["nll"]
         except Diverged:
             nll = math.inf
-        found = {"row": row, "flags": flags, "val_nll": nll}
+        found = {"row": row, "flags": flags, "val_nll": nll, "options": options}
         with self.lock:
-            lines = [*read_json_lines(path), found]
+            others = [trial for trial in read_json_lines(path) if (trial["row"], trial["flags"]) != (row, flags)]
+            lines = [*others, found]
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in lines)
             replace(path, lambda temporary: temporary.write_text(text))
