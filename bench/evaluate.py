@@ -1,10 +1,11 @@
-"""What averaging over posterior draws costs in an evaluation: GPT-2 124M with a Bayesian head, 0, 1 and 16 draws.
+"""What averaging over a posterior costs in an evaluation with a Bayesian head: 0, 1, 16 and all (-1) draws.
 
-    python bench/evaluate.py                     # about two minutes on two CPU cores
+    python bench/evaluate.py                     # GPT-2 124M: about three minutes on two CPU cores
+    python bench/evaluate.py --scale=study --blocks=16    # the size of config/train_wikitext2_8k.py
     python bench/evaluate.py --cases=bayes --blocks=1 --rounds=9
 
 Random weights and tokens, the posterior's width as training starts it (logits with a std of 0.4), fp32, blocks of 1,024
-tokens one at a time. The time of a split is that of its blocks: WikiText-2's validation split has 242 of them. The aim:
+tokens (study: 256) one at a time. The time of a split is that of its blocks. The aim:
 16 draws in at most twice the time of one.
 """
 
@@ -16,20 +17,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import measure
+from bench.step import QUICK, SCALES
 from engine.distributed import Processes, keep_memory, pick_device
 from engine.evaluation import Windows, evaluate
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
 HEADS = {"bayes": "categorical", "bayes_sigmoid": "sigmoid"}
-DRAWS = (0, 1, 16)
+DRAWS = (0, 1, 16, -1)
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, rounds=5, blocks=2)
-    shape = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    if args.quick:
-        shape = {"vocab_size": 67, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    args = measure.arguments(__doc__, rounds=5, blocks=2, scale="gpt2")
+    shape = dict(QUICK if args.quick else SCALES[args.scale][0])
+    del shape["batch_size"]
     keep_memory()
     device = pick_device("auto")
     text = torch.randint(shape["vocab_size"], (args.blocks, shape["block_size"] + 1))
