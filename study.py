@@ -26,12 +26,13 @@ from pathlib import Path
 
 from engine.config import flatten, load_config
 from engine.errors import Diverged, UserError, check_ranges, run
-from engine.files import check_writable, read_json, read_json_lines, replace
-from engine.studies import AVERAGED, KNOBS, MEMBERS, NEEDS, OTHER_VALUES, SEEDS, STUDIES, preparation
+from engine.files import check_writable, read_json, replace
+from engine.studies import AVERAGED, KNOBS, NEEDS, OTHER_VALUES, SEEDS, STUDIES, preparation
+from engine.study_logs import read_trials
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
-ENSEMBLE = f"eval_test_ensemble_of_{len(MEMBERS)}.json"
+ENSEMBLE = f"eval_test_ensemble_of_{len(SEEDS)}.json"
 LAST = "eval_test.json"  # copied last: by it a run is done
 CHANGES_NOTHING = {"out_dir", "compile", "eval_interval", "eval_iters", "log_interval"}  # of a run's results
 
@@ -109,6 +110,8 @@ class Runner:
     def train(self, study: str, row: str, seed: int, flags: list[str]) -> Path:
         """Returns the run's folder, at once where it has been trained."""
         folder = self.home / study / f"{'_'.join([row, *(flag.lstrip('-') for flag in flags)])}-seed{seed}"
+        if other := self.changed(ROOT / folder, study, row, flags):
+            raise UserError(f"{folder} was trained with another {', '.join(other)}; delete it, or take back the change")
         flags = [*flags, *self.config.train_flags.split()]
         command = ["train.py", f"config/{STUDIES[study].scale}.py", f"config/rows/{row}.py", f"--seed={seed}"]
         self.python(*command, *flags, f"--out_dir={folder}", "--init_from=auto", log=ROOT / folder / "train.log")
@@ -151,8 +154,14 @@ class Runner:
         home = self.logs / study / f"{row}-seed{seed}"
         if not all((home / name).is_file() for name in owed):
             return False
-        kept, wanted = read_json(home / "config.json"), self.options(study, row, self.flags(study, row))
-        return all(kept.get(name) == value for name, value in wanted.items())
+        return not self.changed(home, study, row, self.flags(study, row))
+
+    def changed(self, home: Path, study: str, row: str, flags: list[str]) -> list[str]:
+        """The options that a run in this folder, if one is there, has otherwise."""
+        if not (path := home / "config.json").is_file():
+            return []
+        kept = read_json(path)
+        return [name for name, value in self.options(study, row, flags).items() if kept.get(name) != value]
 
     def options(self, study: str, row: str, flags: list[str]) -> dict:
         """What the files and flags set for a run, and what rows are tuned by."""
@@ -194,7 +203,7 @@ class Runner:
         """Its val_nll, of the whole split at the end, infinite where training diverges; from tuning.jsonl if it is
         there with these options."""
         path, options = self.logs / study / "tuning.jsonl", self.options(study, row, flags)
-        for trial in read_json_lines(path):
+        for trial in read_trials(path):
             if (trial["row"], trial["flags"], trial.get("options")) == (row, flags, options):
                 return trial
         try:
@@ -203,7 +212,7 @@ class Runner:
             nll = math.inf
         found = {"row": row, "flags": flags, "val_nll": nll, "options": options}
         with self.lock:
-            others = [trial for trial in read_json_lines(path) if (trial["row"], trial["flags"]) != (row, flags)]
+            others = [trial for trial in read_trials(path) if (trial["row"], trial["flags"]) != (row, flags)]
             lines = [*others, found]
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -223,7 +232,7 @@ class Runner:
         """The softmax runs together, beside the first one's records."""
         kept = self.ensemble_of(study)
         if not kept.is_file():
-            folders = [self.run(study, "softmax", seed) for seed in MEMBERS]
+            folders = [self.run(study, "softmax", seed) for seed in SEEDS]
             command = ["evaluate.py", "--out_dir=" + "+".join(map(str, folders)), "--split=test", "--report=none"]
             self.python(*command, f"--ood_dataset={STUDIES[study].foreign}", log=ROOT / folders[0] / "evaluate.log")
             replace(kept, lambda temporary: shutil.copyfile(ROOT / folders[0] / ENSEMBLE, temporary))

@@ -28,7 +28,7 @@ DRAWS = (0, 1, 16, -1)
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, rounds=5, blocks=2, scale="gpt2")
+    args = measure.arguments(__doc__, rounds=5, cases=HEADS, blocks=2, scale=("gpt2", "study"))
     shape = dict(QUICK if args.quick else SCALES[args.scale][0])
     del shape["batch_size"]
     keep_memory()

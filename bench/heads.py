@@ -70,7 +70,7 @@ def split(case: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, rounds=7, allocator="both")
+    args = measure.arguments(__doc__, cases=CASES, rounds=7, allocator="both")
     if args.allocator == "both":  # malloc is set once, before anything large is allocated
         for allocator in ("default", "tuned"):
             subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--allocator={allocator}"], check=True)

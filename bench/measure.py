@@ -17,7 +17,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -164,15 +164,21 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
-def arguments(description: str, rounds: int, **defaults: str | int) -> argparse.Namespace:
-    """The command line that the benchmarks share; defaults: further options, words or numbers."""
+def arguments(
+    description: str, rounds: int, cases: Collection[str] = (), **defaults: str | int | tuple[str, ...]
+) -> argparse.Namespace:
+    """The command line that the benchmarks share; cases: those there are; defaults: further options, words, numbers, or
+    the words to choose from, the usual one first."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: does it run?")
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds of all cases in turns")
     parser.add_argument("--cases", type=lambda words: words.split(","), help="only these, separated by commas")
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        one_of = {"choices": default, "default": default[0]} if isinstance(default, tuple) else {"default": default}
+        parser.add_argument(f"--{name}", type=type(one_of["default"]), **one_of)
     args = parser.parse_args()
+    if cases and (unknown := [case for case in args.cases or () if case not in cases]):
+        parser.error(f"--cases: {', '.join(unknown)} is not one of {', '.join(cases)}")
     args.rounds = 2 if args.quick else args.rounds
     if args.quick:  # says nothing about speed
         os.environ.setdefault("BENCH_RESULTS", os.devnull)

@@ -94,7 +94,7 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, rounds=7, scale="small")
+    args = measure.arguments(__doc__, rounds=7, cases=(*OURS, "dropout", "plain_tuned", *USERS), scale=tuple(SCALES))
     measure.use_allocator("tuned")
     shapes, names = SCALES[args.scale]
     shapes = QUICK if args.quick else shapes

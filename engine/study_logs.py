@@ -11,17 +11,19 @@ from statistics import mean
 from typing import NamedTuple
 
 from engine.errors import UserError
-from engine.files import read_json
+from engine.files import read_json, read_json_lines
 from engine.logger import read_records
 from engine.table import flat
 
 LABELS = {  # of rows, in their order
     "softmax": "softmax",
+    "softmax_again": "softmax, trained again",
     "softmax_two_epochs": "softmax, twice the tokens",
     "softmax_taught_everywhere": "softmax, taught at every position",
     "smooth_05": "smooth, ε = 0.05",
     "smooth": "smooth, ε = 0.1",
     "bayes": "Bayes",
+    "bayes_again": "Bayes, trained again",
     "bayes_stronger_prior": "Bayes, stronger prior",
     "bayes_more_decay": "Bayes, more decay",
     "sigmoid": "sigmoid",
@@ -77,18 +79,7 @@ def read(study: Path) -> dict[str, Row]:
             entry.seeds[seed] = numbers_of(path)
             if not kind:
                 entry.curves[seed] = curve_of(folder)
-    leave_to_the_ensemble(found)
     return found
-
-
-def leave_to_the_ensemble(rows: dict[str, Row]) -> None:
-    """Where softmax runs make an ensemble, those of seeds that no other row has are in that alone: rows are compared
-    seed by seed."""
-    softmax = rows.get("softmax", NONE)
-    others = {seed for name, row in rows.items() if not name.startswith("softmax") for seed in row.seeds}
-    if softmax.seeds.keys() & others and any(row.of_all for row in rows.values()):
-        for seed in softmax.seeds.keys() - others:
-            del softmax.seeds[seed], softmax.curves[seed]
 
 
 def runs_of(study: Path) -> list[tuple[str, int, Path]]:
@@ -142,3 +133,12 @@ def curve_of(folder: Path) -> dict[int, float]:
     trained = [record for record in read_records(folder / "metrics.jsonl") if record["step"]]
     points = ((record.get("tokens"), record.get("val_nll")) for record in trained)
     return {tokens: nll for tokens, nll in points if isinstance(tokens, int) and isinstance(nll, int | float)}
+
+
+def read_trials(path: Path) -> list[dict]:
+    """Of a study's tuning.jsonl: each trial's row, its flags, the val_nll that it ended with, its options."""
+    trials, kinds = read_json_lines(path), {"row": str, "flags": list, "val_nll": float}
+    for i, trial in enumerate(trials, 1):
+        if not all(isinstance(trial.get(name), kind) for name, kind in kinds.items()):
+            raise UserError(f"{path}: trial {i} lacks its row, flags or val_nll; delete its line")
+    return trials

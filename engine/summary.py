@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError, run
 from engine.files import read_json, read_json_lines, replace
-from engine.study_logs import LABELS, NONE, Row, place, plain_label, read
+from engine.study_logs import LABELS, NONE, Row, place, plain_label, read, read_trials
 from engine.summary_pictures import figures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def beside(studies: Path) -> str:
     """Perplexity relative to softmax's, and ECE, in several studies (their names with + between them), of the rows that
     two of them have."""
     names = studies.name.split("+")
-    found = [read(studies.with_name(name)) for name in names]
+    found, columns = [read(studies.with_name(name)) for name in names], (RATIO, SCORES[0])
     counts = Counter(row for rows in found for row in rows)
     lines = []
     for name in (name for name in counts if counts[name] > 1):
@@ -134,20 +134,16 @@ def beside(studies: Path) -> str:
             if name in rows
             else ""
             for rows in found
-            for column in (RATIO, SCORES[0])
+            for column in columns
         ]
         lines.append([plain_label(name), *cells])
-    return markdown(["head", *(f"{name}: {of}" for name in names for of in ("vs softmax", "ECE"))], lines)
+    return markdown(["head", *(f"{name}: {column.head}" for name in names for column in columns)], lines)
 
 
 def tuning(study: Path) -> str:
     """All trials of a study: what each changed, and the validation nll that it ended with; the lowest is taken."""
     trials: dict[str, list[dict]] = {}
-    path = study / "tuning.jsonl"
-    for i, trial in enumerate(read_json_lines(path), 1):
-        kinds = {"row": str, "flags": list, "val_nll": float}
-        if not all(isinstance(trial.get(name), kind) for name, kind in kinds.items()):
-            raise UserError(f"{path}: trial {i} lacks its row, flags or val_nll; delete its line")
+    for trial in read_trials(study / "tuning.jsonl"):
         trials.setdefault(trial["row"], []).append(trial)
     lines, n_most = [], max(map(len, trials.values()), default=0)
     for row in sorted(trials, key=place):
@@ -192,9 +188,12 @@ def fill(page: str) -> str:
         if not end:
             raise UserError(f"{marker} has no <!-- end --> behind it")
         try:
-            return f"{marker}\n{table(LOGS / study, kind)}\n{end}"
+            lines = table(LOGS / study, kind)
         except UserError as error:
             raise UserError(f"{marker}: {error}") from None
+        if not lines:
+            raise UserError(f"{marker}: the logs have nothing for this table")
+        return f"{marker}\n{lines}\n{end}"
 
     return MARKED.sub(made, page)
 

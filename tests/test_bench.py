@@ -61,7 +61,9 @@ def test_the_dropout_case_trains_with_dropout_and_the_others_without():
 
 def test_evaluate_compares_draws_with_one_of_them_for_both_bayesian_heads(tmp_path):
     records = records_of("evaluate.py", tmp_path, keys=WITHOUT_MEMORY)
-    expected = [(f"{head}, draws: {n}", f"{head}, draws: 1") for head in ("bayes", "bayes_sigmoid") for n in (0, 16, -1)]
+    expected = [
+        (f"{head}, draws: {n}", f"{head}, draws: 1") for head in ("bayes", "bayes_sigmoid") for n in (0, 16, -1)
+    ]
     assert [(record["case"], record["baseline"]) for record in records] == expected
 
 

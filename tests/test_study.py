@@ -14,6 +14,7 @@ import pytest
 
 import study
 from engine import studies
+from engine.errors import UserError
 from engine.files import read_json_lines
 from engine.summary import tuning
 from engine.tokenizer import CharTokenizer
@@ -21,20 +22,20 @@ from tests.helpers import ROOT, TINY, contents, records, words, write_dataset, w
 
 BOTH = "bayes_sigmoid_weighted"
 ROWS, SEEDS = ("softmax", BOTH), (7, 8)
-KEPT = {"softmax-seed7", "softmax-seed8", "softmax-seed9", f"{BOTH}-seed7", f"{BOTH}_taught-seed7"}
+KEPT = {"softmax-seed7", "softmax-seed8", f"{BOTH}-seed7", f"{BOTH}_taught-seed7"}
 KNOBS = {"softmax": "--weight_decay=0.0", BOTH: "--kl_weight=0.5"}
 
 
 def main(home: Path, argv: list[str], put=setattr) -> None:
     """study.py in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
     knobs = {"weight_decay": 0.0, "kl_weight": 0.5}
-    small = studies.Study("small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], True)
-    values = {"ROOT": home, "SEEDS": SEEDS, "MEMBERS": (*SEEDS, 9), "MAIN": ROWS[:1], "STUDIES": {"small": small}}
+    small = studies.Study("small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], 2, True)
+    values = {"ROOT": home, "SEEDS": SEEDS, "MAIN": ROWS[:1], "STUDIES": {"small": small}}
     for name, value in values.items():
         for module in (study, studies):
             if hasattr(module, name):
                 put(module, name, value)
-    put(study, "ENSEMBLE", "eval_test_ensemble_of_3.json")
+    put(study, "ENSEMBLE", "eval_test_ensemble_of_2.json")
     put(sys, "argv", ["study.py", "--studies=small", *argv])
     study.run(study.main)
 
@@ -107,7 +108,7 @@ def test_every_row_has_three_trials_of_full_length_all_listed(home, calls):
     assert len(trials(home)) == 6
     runs = [path.parent for path in home.glob("out/tried/small/*/metrics.jsonl")]
     steps = [[record["step"] for record in records(path, "loss")] for path in runs]
-    assert steps == [[2, 4, 6, 8]] * 9  # six trials, softmax with two more seeds, the taught row
+    assert steps == [[2, 4, 6, 8]] * 8  # six trials, softmax with another seed, the taught row
 
 
 def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home, calls):
@@ -117,7 +118,7 @@ def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home
         names = {path.name for path in kept.iterdir()}
         assert names >= {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
         assert ("eval_test_averaged.json" in names) == name.startswith(BOTH)
-        assert ("eval_test_ensemble_of_3.json" in names) == (name == "softmax-seed7")
+        assert ("eval_test_ensemble_of_2.json" in names) == (name == "softmax-seed7")
         test = json.loads((kept / "eval_test.json").read_text())
         assert test["ood"]["dataset"] == str(home / "foreign") and ("continuations" in test) == ("seed7" in name)
         best = min((t for t in trials(home) if name.startswith(t["row"])), key=lambda trial: trial["val_nll"])
@@ -156,6 +157,26 @@ def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(ho
         path.write_text(kept)
 
 
+def test_a_run_whose_scale_has_changed_is_not_gone_on_with(home, calls):
+    scale = home / "config/small.py"
+    text = scale.read_text()
+    scale.write_text(text + "n_layer = 3\n")
+    process = start(home, *FLAGS)
+    output, errors = process.communicate()
+    scale.write_text(text)
+    assert process.returncode == 2 and errors.count("\n") == 1 and "python " not in output
+    assert "small/softmax_learning_rate=0.01-seed7 was trained with another n_layer; delete it" in errors
+
+
+@pytest.mark.parametrize("line", ['{"row": "softmax", "val_nll": 1.0}', '{"flags": [], "val_nll": 1.0}', "null", "{"])
+def test_a_damaged_list_of_trials_is_named(tmp_path, line):
+    runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
+    (tmp_path / "wikitext2_8k").mkdir()
+    (tmp_path / "wikitext2_8k/tuning.jsonl").write_text(line)
+    with pytest.raises(UserError, match="wikitext2_8k/tuning.jsonl"):
+        runner.tune("wikitext2_8k", "softmax")
+
+
 def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(home, monkeypatch):
     monkeypatch.setattr(study, "run", lambda main: None)
     main(home, [], monkeypatch.setattr)
@@ -172,7 +193,7 @@ def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(hom
     assert best["softmax"][0] == "--learning_rate=0.001" and "learning_rate 1000: inf" in tuning(logs)
 
 
-def test_a_trial_of_other_options_is_made_anew_and_takes_the_old_ones_place(tmp_path, monkeypatch):
+def test_a_trial_of_other_options_is_made_anew_and_listed_instead_of_the_old_one(tmp_path, monkeypatch):
     runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
     path, flags = tmp_path / "wikitext2_8k/tuning.jsonl", ["--learning_rate=0.5"]
     monkeypatch.setattr(runner, "train", lambda *about: Path())
@@ -197,7 +218,7 @@ def test_an_ensemble_goes_when_one_of_its_members_is_trained_anew(tmp_path, monk
     runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
     (kept := runner.ensemble_of("wikitext2_8k")).parent.mkdir(parents=True)
     kept.touch()
-    for missing, stays in ((None, True), (studies.MEMBERS[-1], False)):
+    for missing, stays in ((None, True), (studies.SEEDS[-1], False)):
         monkeypatch.setattr(runner, "done", lambda _study, _row, seed, missing=missing: seed != missing)
         monkeypatch.setattr(runner, "run", lambda *about: None)
         there = []  # when the run's records come: a kill behind that must leave no old ensemble

@@ -10,7 +10,6 @@ import pytest
 
 from engine import summary
 from engine.errors import UserError
-from engine.study_logs import read
 from tests.helpers import ROOT
 
 PAGES = {str(page.relative_to(ROOT)): page for page in summary.PAGES}
@@ -53,17 +52,6 @@ def test_a_table_has_means_and_standard_deviations_over_seeds_and_ratios_of_the_
         assert found[label] == expected
     taught = ["1", "4.800", "0.030", f"{math.exp(4.8):.2f}", f"{math.exp(-0.2):.3f}", "0.0100"]
     assert found["sigmoid, taught"] == taught
-
-
-def test_softmax_runs_of_seeds_that_no_other_row_has_are_the_ensembles_alone(tmp_path):
-    study = write(tmp_path / "study", {"softmax": {1: 5.0, 2: 5.2, 3: 9.0}, "sigmoid": {1: 4.9, 2: 5.0}})
-    assert read(study)["softmax"].seeds.keys() == {1, 2, 3}
-    (study / "softmax-seed1/eval_test_ensemble_of_4.json").write_text(json.dumps({"nll": 4.7}))
-    softmax = read(study)["softmax"]
-    assert softmax.seeds.keys() == softmax.curves.keys() == {1, 2}
-    for folder in study.glob("sigmoid*"):
-        shutil.rmtree(folder)
-    assert read(study)["softmax"].seeds.keys() == {1, 2, 3}  # there is nothing to compare with
 
 
 def test_an_ensemble_is_compared_with_softmaxs_mean_and_other_kinds_with_their_seed(tmp_path):
@@ -223,6 +211,9 @@ def test_a_number_changed_by_hand_is_seen(tmp_path, monkeypatch):
         ("<!-- table: of-mine prediction -->\nprose\n", "has no <!-- end -->"),
         ("<!-- table: of_mine prediction -->\n<!-- end -->", "there is no study 'of_mine'"),
         ("<!-- table: prediction -->\n<!-- end -->", "there is no study ''"),
+        ("<!-- table: of-mine tuning -->\n<!-- end -->", "the logs have nothing for this table"),
+        ("<!-- table: of-mine beside -->\n<!-- end -->", "the logs have nothing for this table"),
+        ("<!-- table: of-mine+of-mine prediction -->\n<!-- end -->", "the logs have nothing for this table"),
         ("<!-- table: of-mine+of_mine beside -->\n<!-- end -->", "there is no study 'of_mine'"),
         (
             "<!-- table: of-mine predictions -->\n<!-- end -->",
@@ -244,7 +235,8 @@ def test_a_slip_in_a_pages_marker_is_said_and_no_page_written(tmp_path, monkeypa
 
 
 def test_every_study_of_the_logs_has_a_table_in_a_page():
-    asked = set(re.findall(r"<!-- table: (\S+) prediction", "".join(page.read_text() for page in PAGES.values())))
+    pages = "".join(page.read_text() for page in PAGES.values())
+    asked = set(re.findall(r"<!-- table: (\S+) (?:summary|prediction) ", pages))
     studies = {path.parts[-3] for path in summary.LOGS.glob("*/*/eval_test.json")}
     assert studies == asked
 
