@@ -39,7 +39,7 @@ class Study:
     knobs: dict[str, float] = field(default_factory=dict)  # the last trial's value, by knob
     tuned_as: str = ""  # the study whose choice is taken; empty with no rates: what the config files say
     taught: tuple[str, ...] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study
-    n_seeds: int = 1  # of the main rows; several for all else would be more than six hours
+    n_seeds: int = 1  # of the main rows; several for all else would double the hours
     ensemble: bool = False  # of softmax's runs
 
     def dataset(self, root: Path) -> str:
