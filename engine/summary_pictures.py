@@ -50,8 +50,8 @@ def summary_figure(rows: dict[str, Row]):
     axes[0, 0].locator_params(axis="x", nbins=5)
     found = [ece for row in rows.values() for ece in row.values("ece") if ece > 0] or [1.0]
     axes[0, 1].set_xscale("log")  # from thousandths to tenths
-    few = max(found) > 9 * min(found)
-    axes[0, 1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1, 1.5, 2, 3, 4, 5, 7)))
+    wide = max(found) > 9 * min(found)
+    axes[0, 1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7)))
     axes[0, 1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes[0, 1].xaxis.set_minor_formatter(NullFormatter())
     axes[0, 1].tick_params(axis="x", labelsize=7)

@@ -161,9 +161,11 @@ def test_a_run_whose_scale_has_changed_is_not_gone_on_with(home, calls):
     scale = home / "config/small.py"
     text = scale.read_text()
     scale.write_text(text + "n_layer = 3\n")
-    process = start(home, *FLAGS)
-    output, errors = process.communicate()
-    scale.write_text(text)
+    try:
+        process = start(home, *FLAGS)
+        output, errors = process.communicate()
+    finally:
+        scale.write_text(text)
     assert process.returncode == 2 and errors.count("\n") == 1 and "python " not in output
     assert "small/softmax_learning_rate=0.01-seed7 was trained with another n_layer; delete it" in errors
 
@@ -212,6 +214,13 @@ def test_the_kept_trials_are_of_todays_scales_so_that_none_is_made_again():
     for name in studies.STUDIES:
         for trial in read_json_lines(ROOT / f"training_logs/{name}/tuning.jsonl"):
             assert trial["options"] == runner.options(name, trial["row"], trial["flags"]), (name, trial["row"])
+
+
+@pytest.mark.parametrize("name", ["wikitext2_8k", "wikitext2_8k_tenth", "sotu_8k"])
+def test_the_kept_runs_of_the_tuned_studies_are_complete_and_what_the_code_chooses_today(name):
+    runner, about = study.Runner(study.StudyConfig()), studies.STUDIES[name]
+    assert all(runner.done(name, row, seed) for row in about.all_rows() for seed in about.seeds(row))
+    assert runner.ensemble_of(name).is_file() == about.ensemble
 
 
 def test_an_ensemble_goes_when_one_of_its_members_is_trained_anew(tmp_path, monkeypatch):
