@@ -35,7 +35,7 @@ run: .venv/.installed
 		--start="The old prince looked at" --show_uncertainty)
 
 study: .venv/.installed
-	$(PY) study.py $(if $(WIKITEXT),--wikitext='$(WIKITEXT)') $(if $(SOTU),--sotu='$(SOTU)') $(if $(JOBS),--jobs=$(JOBS)) $(FLAGS)
+	$(PY) -m study $(if $(WIKITEXT),--wikitext='$(WIKITEXT)') $(if $(SOTU),--sotu='$(SOTU)') $(if $(JOBS),--jobs=$(JOBS)) $(FLAGS)
 
 test: .venv/.installed-dev
 	.venv/bin/ruff check .
@@ -43,7 +43,7 @@ test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 results: .venv/.installed-dev
-	$(PY) -m engine.summary
+	$(PY) -m study.summary
 	$(PY) notebooks/execute.py notebooks/results.ipynb
 
 notebooks: .venv/.installed-dev

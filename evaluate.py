@@ -18,16 +18,17 @@ from pathlib import Path
 
 import torch
 
-from engine import distributed, table
-from engine.checkpoint import folder_of
-from engine.config import load_config
-from engine.ensemble import members_of
-from engine.errors import MANY, UserError, check_ranges, run
-from engine.examine import Evaluation, result_file
-from engine.files import check_writable, replace, write_json
-from engine.logger import read_records
-from engine.pretrained import HUB
-from engine.report import Document, write_report
+from engine.base import distributed
+from engine.base.errors import MANY, UserError, check_ranges, run
+from engine.base.files import check_writable, replace, write_json
+from engine.base.options import load_config
+from engine.eval import table
+from engine.eval.ensemble import members_of
+from engine.eval.examine import Evaluation, result_file
+from engine.eval.report import Document, write_report
+from engine.gpt2.loading import HUB
+from engine.runs.checkpoint import folder_of
+from engine.runs.logger import read_records
 
 
 @dataclass(frozen=True)

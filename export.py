@@ -3,7 +3,7 @@
     python export.py --out_dir=out/quickstart/softmax --to=softmax_gpt2
     python export.py --out_dir=out/quickstart/bayes --to=bayes_gpt2 --approximate
 
-Softmax heads on point weights are exported exactly, their bias per token too (engine/exporting.py). What GPT-2 cannot
+Softmax heads on point weights are exported exactly, their bias per token too (engine/gpt2/exporting.py). What it cannot
 say, a posterior or a sigmoid, is left out with --approximate alone. The folder is read back before it gets its name,
 and compared with the original on the validation split; the figures are in its README.md.
 """
@@ -15,19 +15,19 @@ from pathlib import Path
 
 import torch
 
-from engine.card import Measured, card, known_of
-from engine.checkpoint import about, check_tokenizer, folder_of, load_model, tokenizer_folder, tokenizer_of
-from engine.config import load_config
-from engine.distributed import Processes, pick_device
-from engine.errors import UserError, run
-from engine.evaluation import evaluate, in_pieces, windows
-from engine.exporting import losses, nearest_gpt2, write_model, write_tokenizer
-from engine.files import check_writable, new_folder
-from engine.logger import environment
-from engine.pretrained import read_object
-from engine.shards import splits_in
-from engine.tokenizer import read_meta
-from engine.tokens import TokenFile, dataset_folder
+from engine.base.distributed import Processes, pick_device
+from engine.base.errors import UserError, run
+from engine.base.files import check_writable, new_folder
+from engine.base.options import load_config
+from engine.data.shards import splits_in
+from engine.data.tokenizer import read_meta
+from engine.data.tokens import TokenFile, dataset_folder
+from engine.eval.evaluation import evaluate, in_pieces, windows
+from engine.gpt2.card import Measured, card, known_of
+from engine.gpt2.exporting import losses, nearest_gpt2, write_model, write_tokenizer
+from engine.gpt2.loading import read_object
+from engine.runs.checkpoint import about, check_tokenizer, folder_of, load_model, tokenizer_folder, tokenizer_of
+from engine.runs.logger import environment
 from model import GPT
 
 N_TOKENS = 20_480  # of the validation split, to measure on: both are asked about the same, a difference needs few

@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 import torch
 
-from engine.checkpoint import load_model, tokenizer_of
-from engine.config import load_config
-from engine.distributed import autocast, pick_device
-from engine.endings import encode, score_endings
-from engine.errors import UserError, run
-from engine.evaluation import abstaining
-from engine.files import check_writable, replace, write_json
-from engine.pretrained import HUB
+from engine.base.distributed import autocast, pick_device
+from engine.base.errors import UserError, run
+from engine.base.files import check_writable, replace, write_json
+from engine.base.options import load_config
+from engine.eval.endings import encode, score_endings
+from engine.eval.evaluation import abstaining
+from engine.gpt2.loading import HUB
+from engine.runs.checkpoint import load_model, tokenizer_of
 
 FIELDS = {"completion": ("ctx",), "harness": ("activity_label", "ctx_a", "ctx_b")}  # of an item, beside its endings
 

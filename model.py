@@ -15,10 +15,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import UserError, check_memory, check_ranges
-from engine.generation import Branches, KVCache, OneToken, stream
+from engine.base.errors import UserError, check_memory, check_ranges
+from engine.eval.generation import Branches, KVCache, OneToken, stream
 from heads import Head, HeadConfig, Prediction
-from weights import BayesLayer, BayesLinear
+from heads.weights import BayesLayer, BayesLinear
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class GPT(nn.Module):
     def stream(
         self, idx: torch.Tensor, max_new_tokens: int, **options
     ) -> Iterator[tuple[torch.Tensor, Prediction | None]]:
-        """generate token by token: see engine.generation.stream, which also tells the options."""
+        """generate token by token: see engine.eval.generation.stream, which also tells the options."""
         return stream(self, idx, max_new_tokens, **options)
 
     def flops_per_token(self) -> float:

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.config import load_config
-from engine.errors import UserError, check_ranges, run
-from engine.files import check_writable
-from engine.reading import AVERAGED, Reading, Token, reader
-from engine.report import Document, write_page
-from engine.run import Continuation, Run, Sampling
-from engine.screen import Screen
+from engine.base.errors import UserError, check_ranges, run
+from engine.base.files import check_writable
+from engine.base.options import load_config
+from engine.eval.reading import AVERAGED, Reading, Token, reader
+from engine.eval.report import Document, write_page
+from engine.eval.run import Continuation, Run, Sampling
+from engine.eval.terminal import Screen
 
 TAKEN = {"sample", "text", "ended", "seed", "n_tokens", "uncertain", "tokens", "nll", "total", "epistemic"}  # in JSON
 

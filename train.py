@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from engine import distributed
-from engine.config import load_config
-from engine.errors import MANY, Diverged, UserError, check_memory, check_ranges, run
-from engine.evaluation import eval_batches, mean_loss
-from engine.labels import MODES
-from engine.optim import adamw, set_learning_rate
-from engine.saver import Saver
-from engine.sharding import clip_gradients
-from engine.start import describe, open_run, start, training_batches
+from engine.base import distributed
+from engine.base.errors import MANY, Diverged, UserError, check_memory, check_ranges, run
+from engine.base.optim import adamw, set_learning_rate
+from engine.base.options import load_config
+from engine.base.sharding import clip_gradients
+from engine.data.labels import MODES
+from engine.eval.evaluation import eval_batches, mean_loss
+from engine.runs.saver import Saver
+from engine.runs.start import describe, open_run, start, training_batches
 from model import GPT, GPTConfig
 
 RANGES = {name: (1, MANY) for name in ("eval_interval", "log_interval", "eval_iters", "batch_size")}

@@ -14,12 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from engine.checkpoint import read_weights
-from engine.config import flatten, load_config
-from engine.errors import UserError, run
-from engine.labels import paths_of
-from engine.logger import read_records
-from engine.tokens import TokenFile
+from engine.base.errors import UserError, run
+from engine.base.options import flatten, load_config
+from engine.data.labels import paths_of
+from engine.data.tokens import TokenFile
+from engine.runs.checkpoint import read_weights
+from engine.runs.logger import read_records
 from train import TrainConfig
 
 

@@ -20,13 +20,13 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine.checkpoint import check_tokenizer, load_model
-from engine.config import flatten, load_config
-from engine.distributed import autocast, pick_device
-from engine.errors import MANY, UserError, check_ranges, run
-from engine.labels import LabelWriter, pack, paths_of
-from engine.tokenizer import Tokenizer, load_tokenizer
-from engine.tokens import TokenFile, dataset_folder
+from engine.base.distributed import autocast, pick_device
+from engine.base.errors import MANY, UserError, check_ranges, run
+from engine.base.options import flatten, load_config
+from engine.data.labels import LabelWriter, pack, paths_of
+from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokens import TokenFile, dataset_folder
+from engine.runs.checkpoint import check_tokenizer, load_model
 
 ROWS = 256  # positions whose log-probabilities (ROWS, V) exist at a time, and sentences that are read together
 SENTENCE = 64  # tokens of a sentence, at most, that max_perplexity looks at

@@ -18,8 +18,8 @@ import torch
 
 from bench import measure
 from bench.step import QUICK, SCALES
-from engine.distributed import Processes, keep_memory, pick_device
-from engine.evaluation import Windows, evaluate
+from engine.base.distributed import Processes, keep_memory, pick_device
+from engine.eval.evaluation import Windows, evaluate
 from heads import HeadConfig
 from model import GPT, GPTConfig
 

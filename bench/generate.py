@@ -17,7 +17,7 @@ import torch
 
 from bench import measure
 from bench.heads import OURS
-from engine.distributed import autocast, keep_memory, pick_device
+from engine.base.distributed import autocast, keep_memory, pick_device
 from heads import HeadConfig
 from model import GPT, GPTConfig
 

@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import generate, heads, measure, step
 from bench.heads import OURS
-from engine.distributed import pick_device
-from engine.errors import UserError, run
-from engine.linear_loss import PIECE, rows_within
+from engine.base.distributed import pick_device
+from engine.base.errors import UserError, run
+from heads.linear_loss import PIECE, rows_within
 
 REPEATS = 20  # of a product, so that launching it does not count
 KERNELS = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("cudnn", "flash", "efficient")}

@@ -17,7 +17,7 @@ import torch
 
 from bench import measure
 from bench.plain import N_DATA, PlainHead
-from engine.distributed import autocast, pick_device
+from engine.base.distributed import autocast, pick_device
 from heads import Head, HeadConfig
 
 OURS = {

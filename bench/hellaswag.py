@@ -1,4 +1,4 @@
-"""What a context that is read once saves: HellaSwag items by engine/endings.py, and as four separate rows.
+"""What a context that is read once saves: HellaSwag items by engine/eval/endings.py, and as four separate rows.
 
     python bench/hellaswag.py --source=hellaswag_val.jsonl             # GPT-2 124M, random weights, under two minutes
 
@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import measure
-from engine.distributed import keep_memory, pick_device
-from engine.endings import encode, score_endings
-from engine.tokenizer import ByteTokenizer, GPT2Tokenizer
+from engine.base.distributed import keep_memory, pick_device
+from engine.data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from engine.eval.endings import encode, score_endings
 from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768}

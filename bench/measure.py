@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from engine.distributed import keep_memory, peak_flops, pick_device
+from engine.base.distributed import keep_memory, peak_flops, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results.jsonl"  # or $BENCH_RESULTS

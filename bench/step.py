@@ -20,8 +20,8 @@ import torch
 from bench import measure
 from bench.heads import OURS
 from bench.plain import N_DATA, PlainGPT
-from engine.distributed import autocast, pick_device
-from engine.optim import adamw
+from engine.base.distributed import autocast, pick_device
+from engine.base.optim import adamw
 from heads import HeadConfig
 from model import GPT, GPTConfig
 

@@ -1,4 +1,4 @@
-r"""Tokens per second from text files to token files: engine/writer.py, and nanoGPT's way to do it.
+r"""Tokens per second from text files to token files: engine/data/writer.py, and nanoGPT's way to do it.
 
     python bench/tokenise.py --source=articles.txt --separator='\n\n' --repeat=8    # enwik8's articles: five minutes
 
@@ -19,10 +19,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench import measure
-from engine.encoding import available_processors
-from engine.sources import find
-from engine.tokenizer import GPT2Tokenizer
-from engine.tokens import TokenFile
+from engine.data.encoding import available_processors
+from engine.data.sources import find
+from engine.data.tokenizer import GPT2Tokenizer
+from engine.data.tokens import TokenFile
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ import torch
 
 from bench.measure import status
 from bench.step import Step
-from engine import budget
-from engine.config import build, flatten
-from engine.distributed import keep_memory
-from engine.optim import adamw
+from engine.base.distributed import keep_memory
+from engine.base.optim import adamw
+from engine.base.options import build, flatten
+from engine.runs import budget
 from model import GPT, GPTConfig
 
 

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 import train
-from engine import checkpoint
-from engine.config import load_config
-from engine.distributed import Processes
-from engine.errors import UserError, run
-from engine.logger import environment, read_records
-from engine.optim import adamw
-from engine.saver import Saver
+from engine.base.distributed import Processes
+from engine.base.errors import UserError, run
+from engine.base.optim import adamw
+from engine.base.options import load_config
+from engine.runs import checkpoint
+from engine.runs.logger import environment, read_records
+from engine.runs.saver import Saver
 from model import GPT, GPTConfig
 from tests.helpers import ROOT, TINY, flags, same_weights, words, write_words
 

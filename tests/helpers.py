@@ -17,14 +17,14 @@ import torch._dynamo
 import torch._inductor.config
 
 import train
-from engine import distributed
-from engine.config import load_config
-from engine.corpus import part_of
-from engine.evaluation import Windows, evaluate, windows
-from engine.splits import Corpus
-from engine.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
-from engine.tokens import TokenFile
-from engine.writer import install, keep_tokenizer, tokenise
+from engine.base import distributed
+from engine.base.options import load_config
+from engine.data.corpus import part_of
+from engine.data.splits import Corpus
+from engine.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from engine.data.tokens import TokenFile
+from engine.data.writer import install, keep_tokenizer, tokenise
+from engine.eval.evaluation import Windows, evaluate, windows
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
 from model import GPT, GPTConfig
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.tokenizer import BPETokenizer
+from engine.data.tokenizer import BPETokenizer
 from tests.helpers import TINY, WORDS, flags, refused, run, write_words
 
 GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 27, "n_positions": 16}

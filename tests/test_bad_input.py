@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.scan
-from engine.distributed import Processes, autocast, check_accumulation
-from engine.errors import UserError
-from engine.errors import run as run_script
-from engine.tokenizer import ByteTokenizer
+import engine.data.scan
+from engine.base.distributed import Processes, autocast, check_accumulation
+from engine.base.errors import UserError
+from engine.base.errors import run as run_script
+from engine.data.tokenizer import ByteTokenizer
 from tests.helpers import ROOT, TINY, contents, flags, refused, run, words, write_dataset, write_nanogpt, write_words
 
 CONFIGS = {
@@ -40,7 +40,7 @@ CONFIGS = {
 def prepared(tmp_path_factory) -> Iterator[Path]:
     """A folder with data sets, a run, and config files."""
     root, patch = tmp_path_factory.mktemp("prepared"), pytest.MonkeyPatch()
-    patch.setattr(engine.scan, "SETTLED", 0)  # a scan of data that was just made is remembered too
+    patch.setattr(engine.data.scan, "SETTLED", 0)  # a scan of data that was just made is remembered too
     write_words(root / "words")
     run(root / "words", root / "run", max_iters=2)
     write_nanogpt(root / "ids", {"train": [70] * 100, "val": [0] * 100})

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import budget
+from engine.runs import budget
 from tests.helpers import HEADS, ROOT, records, run, tiny_gpt, write_words
 
 SHAPES = {

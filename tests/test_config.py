@@ -1,4 +1,4 @@
-"""engine/config.py: defaults < files < flags, and every option documented."""
+"""engine/base/options.py: defaults < files < flags, and every option documented."""
 
 import inspect
 import re
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from engine.config import build, flat_fields, flatten, load_config
-from engine.errors import UserError
+from engine.base.errors import UserError
+from engine.base.options import build, flat_fields, flatten, load_config
 from evaluate import EvaluateConfig
 from sample import SampleConfig
 from tests.helpers import ROOT, write_words

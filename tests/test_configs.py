@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from engine.config import load_config
+from engine.base.options import load_config
 from tests.helpers import ROOT
 from tests.test_rows import fixed_by
 from train import TrainConfig

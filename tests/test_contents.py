@@ -1,4 +1,4 @@
-"""python -m engine.tokens: what a data folder holds."""
+"""python -m engine.data.tokens: what a data folder holds."""
 
 import json
 import os
@@ -8,17 +8,17 @@ import sys
 import numpy as np
 import pytest
 
-import engine.errors
-import engine.scan
-import engine.tokens
-from engine.tokenizer import ByteTokenizer
+import engine.base.errors
+import engine.data.scan
+import engine.data.tokens
+from engine.data.tokenizer import ByteTokenizer
 from tests.helpers import ROOT, write_dataset
 from tests.test_shards import SHARDS, TEXT, described, flip, headed
 
 
 def test_python_m_engine_tokens_says_what_a_folder_holds(tmp_path):
     told = subprocess.run(
-        [sys.executable, "-m", "engine.tokens", described(tmp_path / "d", train=SHARDS, val=[TEXT[:300]])],
+        [sys.executable, "-m", "engine.data.tokens", described(tmp_path / "d", train=SHARDS, val=[TEXT[:300]])],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -37,23 +37,23 @@ def test_python_m_engine_tokens_says_what_a_folder_holds(tmp_path):
 
 
 def contents(argv: list[str], monkeypatch) -> int:
-    """Run python -m engine.tokens here; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["engine.tokens", *argv])
+    """Run python -m engine.data.tokens here; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["engine.data.tokens", *argv])
     try:
-        engine.errors.run(engine.tokens.main)
+        engine.base.errors.run(engine.data.tokens.main)
     except SystemExit as end:
         return end.code
     return 0
 
 
 def test_the_contents_name_all_damaged_files_and_believe_no_earlier_scan(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engine.scan, "SETTLED", 0)
+    monkeypatch.setattr(engine.data.scan, "SETTLED", 0)
     folder = described(tmp_path / "d", train=SHARDS, val=[TEXT[:300]])
     assert contents([str(folder)], monkeypatch) == 0 and (folder / ".train_000003.scanned.json").is_file()
-    key = engine.scan.Reader(folder / "train_000003.bin").key(np.dtype("<u2"))
+    key = engine.data.scan.Reader(folder / "train_000003.bin").key(np.dtype("<u2"))
     for name in ("train_000003.bin", "val_000000.bin"):
         flip(folder / name, 9)
-    monkeypatch.setattr(engine.scan, "_key", lambda *_: key | {"size": os.fstat(_[0].fileno()).st_size})
+    monkeypatch.setattr(engine.data.scan, "_key", lambda *_: key | {"size": os.fstat(_[0].fileno()).st_size})
     capsys.readouterr()
     assert contents([str(folder)], monkeypatch) == 2
     out = capsys.readouterr().out

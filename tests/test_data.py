@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.tokenizer import load_tokenizer
-from engine.tokens import TokenFile
+from engine.data.tokenizer import load_tokenizer
+from engine.data.tokens import TokenFile
 from tests.conftest import shared_data
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -261,10 +261,10 @@ def test_wikitext_from_the_hub_equals_wikitext_from_files(tmp_path, monkeypatch)
 
 
 def test_openwebtext_and_fineweb_edu_name_their_hub_data_set_and_read_local_copies(tmp_path, monkeypatch, capsys):
-    import engine.corpus
+    import engine.data.corpus
 
     asked = []
-    monkeypatch.setattr(engine.corpus, "hub", lambda *name: asked.append(name) or [])
+    monkeypatch.setattr(engine.data.corpus, "hub", lambda *name: asked.append(name) or [])
     for flags in (["openwebtext"], ["fineweb_edu"], ["fineweb_edu", "--size=100BT"]):
         assert "no text" in refusal(monkeypatch, capsys, *flags, f"--folder={tmp_path}/none")
     fineweb = "HuggingFaceFW/fineweb-edu"

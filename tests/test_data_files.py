@@ -1,4 +1,4 @@
-"""engine/tokens.py and engine/scan.py: damaged token files, the one pass over them, and memory while they are read."""
+"""engine/data/tokens.py and scan.py: damaged token files, the one pass over them, and memory while they are read."""
 
 import hashlib
 import json
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine.scan
-from engine.errors import UserError
-from engine.labels import identity
-from engine.tokenizer import ByteTokenizer, GPT2Tokenizer
-from engine.tokens import Batches, TokenFile
+import engine.data.scan
+from engine.base.errors import UserError
+from engine.data.labels import identity
+from engine.data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from engine.data.tokens import Batches, TokenFile
 from tests.helpers import ROOT, run, words, write_dataset, write_nanogpt, write_words
 
 V = GPT2Tokenizer.vocab_size
@@ -23,14 +23,14 @@ TEXT = np.random.default_rng(0).zipf(1.2, 4000) % V  # ids as text has them: som
 
 @pytest.fixture(autouse=True)
 def remember_at_once(monkeypatch):
-    monkeypatch.setattr(engine.scan, "SETTLED", 0)
+    monkeypatch.setattr(engine.data.scan, "SETTLED", 0)
 
 
 @pytest.fixture
 def scans(monkeypatch) -> list[str]:
     """The sizes of the files that were read as a whole."""
-    sizes, scan = [], engine.scan._scan
-    monkeypatch.setattr(engine.scan, "_scan", lambda *a: sizes.append(a[2]["size"]) or scan(*a))
+    sizes, scan = [], engine.data.scan._scan
+    monkeypatch.setattr(engine.data.scan, "_scan", lambda *a: sizes.append(a[2]["size"]) or scan(*a))
     return sizes
 
 
@@ -111,7 +111,7 @@ def test_ids_that_are_stated_to_be_32_bits_wide_are_read_so(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_a_scan_finds_hash_and_counts_over_all_chunks(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(engine.scan, "CHUNK", 300)
+    monkeypatch.setattr(engine.data.scan, "CHUNK", 300)
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {}, "vocab_size": V, "dtype": dtype}))
     file = plain(tmp_path, TEXT, dtype)
     assert file.counts(V).tolist() == np.bincount(TEXT, minlength=V).tolist()
@@ -195,7 +195,7 @@ def test_a_refused_file_is_not_remembered(tmp_path):
 
 
 def test_a_file_that_has_just_changed_is_not_remembered_as_it_may_change_at_the_same_file_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.scan, "SETTLED", 60 * 10**9)
+    monkeypatch.setattr(engine.data.scan, "SETTLED", 60 * 10**9)
     file = plain(tmp_path, TEXT)
     file.check(V)
     assert not memory(file).exists()
@@ -227,8 +227,8 @@ def test_data_that_evaluate_py_only_counts_is_checked_too(tmp_path):
 GROWTH = """
 import sys
 import numpy as np
-from engine.labels import identity
-from engine.tokens import Batches, TokenFile
+from engine.data.labels import identity
+from engine.data.tokens import Batches, TokenFile
 
 def resident() -> float:
     lines = open("/proc/self/status").read().splitlines()

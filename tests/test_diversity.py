@@ -1,4 +1,4 @@
-"""engine/diversity.py: what is judged is the continuation alone, and its numbers are those of slow loops."""
+"""engine/eval/diversity.py: what is judged is the continuation alone, and its numbers are those of slow loops."""
 
 import json
 import math
@@ -8,10 +8,10 @@ import pytest
 import sacrebleu
 import torch
 
-from engine.diversity import continuations, distinct, diversity, ends_in_a_loop, prompts, self_bleu
-from engine.errors import UserError
-from engine.tokenizer import ByteTokenizer, CharTokenizer
-from engine.tokens import TokenFile
+from engine.base.errors import UserError
+from engine.data.tokenizer import ByteTokenizer, CharTokenizer
+from engine.data.tokens import TokenFile
+from engine.eval.diversity import continuations, distinct, diversity, ends_in_a_loop, prompts, self_bleu
 from tests.helpers import WORDS, tiny_gpt, write_dataset, write_words
 
 EOT = ByteTokenizer.eot

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal
 
-from engine import draws
-from heads import LIKELIHOODS, Head
+from heads import LIKELIHOODS, Head, draws
 from tests.helpers import HEADS, tiny_head
 from tests.test_heads import C, V, batch
 from tests.test_predicting import slow_log_probs

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.endings import by_length, encode, in_rows, score_endings
-from engine.errors import UserError
-from engine.tokenizer import ByteTokenizer, CharTokenizer
+from engine.base.errors import UserError
+from engine.data.tokenizer import ByteTokenizer, CharTokenizer
+from engine.eval.endings import by_length, encode, in_rows, score_endings
 from tests.helpers import HEADS, tiny_gpt
 
 V, BLOCK = 67, 16

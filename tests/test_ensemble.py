@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from engine.checkpoint import load_model
-from engine.ensemble import Ensemble
-from engine.tokens import TokenFile
+from engine.data.tokens import TokenFile
+from engine.eval.ensemble import Ensemble
+from engine.runs.checkpoint import load_model
 from tests.helpers import run, tiny_gpt, write_bytes
 from tests.test_evaluate import evaluate_py
 
@@ -105,7 +105,7 @@ def test_monte_carlo_dropout_drops_entries_of_the_embeddings_too():
 
 def test_each_member_of_an_ensemble_drops_out_where_that_is_asked_for(runs, monkeypatch):
     models, source = [], f"{runs}/seed1+{runs}/seed2"
-    monkeypatch.setattr("engine.examine.evaluate", lambda model, *_: models.append(model) or sys.exit())
+    monkeypatch.setattr("engine.eval.examine.evaluate", lambda model, *_: models.append(model) or sys.exit())
     with pytest.raises(SystemExit):
         evaluate_py(monkeypatch, out_dir=source, mc_dropout=True, n_samples=3)
     passes = models[0].hiddens(IDS, 3)
@@ -150,7 +150,7 @@ def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypat
 )
 def test_what_an_ensemble_or_dropout_cannot_do_ends_in_one_line(runs, monkeypatch, capsys, options, says):
     source = re.sub(r"(^|[+,])", rf"\1{runs}/", options["out_dir"])
-    monkeypatch.setattr("engine.examine.evaluate", None)  # not called
+    monkeypatch.setattr("engine.eval.examine.evaluate", None)  # not called
     with pytest.raises(SystemExit) as exit_:
         evaluate_py(monkeypatch, **options | {"out_dir": source})
     error = capsys.readouterr().err.strip().splitlines()

@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from engine.checkpoint import load_model
-from engine.table import flat
-from engine.tokenizer import ByteTokenizer, load_tokenizer
-from engine.tokens import TokenFile
+from engine.data.tokenizer import ByteTokenizer, load_tokenizer
+from engine.data.tokens import TokenFile
+from engine.eval.table import flat
+from engine.runs.checkpoint import load_model
 from tests.helpers import ROOT, flags, refused, run, scores_of, words, write_bytes, write_dataset, write_words
 
 
@@ -168,14 +168,14 @@ def test_what_an_option_lacks_is_said_before_the_evaluation(runs, tmp_path, monk
         shutil.copytree(runs / "data", tmp_path / name)
     (tmp_path / "no_val" / "val.bin").unlink()
     folders = {name: tmp_path / value for name, value in options.items() if name in ("dataset", "ood_dataset")}
-    monkeypatch.setattr("engine.evaluation.evaluate", None)  # not called
+    monkeypatch.setattr("engine.eval.evaluation.evaluate", None)  # not called
     with pytest.raises(SystemExit) as exit_:
         evaluate_py(monkeypatch, out_dir=runs / "bayes_sigmoid", **options | folders)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_folder_that_takes_no_files_is_refused_before_the_evaluation(runs, monkeypatch, capsys):
-    monkeypatch.setattr("engine.evaluation.evaluate", None)  # not called
+    monkeypatch.setattr("engine.eval.evaluation.evaluate", None)  # not called
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(SystemExit) as exit_:
         evaluate_py(monkeypatch, out_dir=runs / "softmax")

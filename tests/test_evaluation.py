@@ -1,4 +1,4 @@
-"""engine/evaluation.py against the slow formulas."""
+"""engine/eval/evaluation.py against the slow formulas."""
 
 import contextlib
 import dataclasses
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.distributed import Processes
-from engine.evaluation import NOISE, _of_tokens, eval_batches, evaluate, mean_loss, set_scores, windows
-from engine.logger import read_records
-from engine.metrics import N_BINS
-from engine.table import flat
-from engine.texts import Text
-from engine.tokenizer import CharTokenizer
-from engine.tokens import TokenFile
+from engine.base.distributed import Processes
+from engine.data.tokenizer import CharTokenizer
+from engine.data.tokens import TokenFile
+from engine.eval.evaluation import NOISE, _of_tokens, eval_batches, evaluate, mean_loss, set_scores, windows
+from engine.eval.metrics import N_BINS
+from engine.eval.table import flat
+from engine.eval.texts import Text
+from engine.runs.logger import read_records
 from heads import HeadConfig, Prediction, entropy
 from model import GPT, GPTConfig
 from tests.helpers import HEADS, scores, scores_of, write_nanogpt, write_words

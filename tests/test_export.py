@@ -11,15 +11,15 @@ import pytest
 import torch
 import transformers
 
-import engine.exporting
+import engine.gpt2.exporting
 import export
 import sample
-from engine.checkpoint import load_model, tokenizer_of
-from engine.config import flatten
-from engine.errors import UserError
-from engine.gpt2_bpe import GPT2Tokenizer
-from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
-from engine.tokens import TokenFile
+from engine.base.errors import UserError
+from engine.base.options import flatten
+from engine.data.gpt2_bpe import GPT2Tokenizer
+from engine.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from engine.data.tokens import TokenFile
+from engine.runs.checkpoint import load_model, tokenizer_of
 from model import GPT
 from tests.conftest import shared_data
 from tests.helpers import HEADS, contents, flags, refused, run, same_weights, scores_of, tiny_gpt, words, write_dataset
@@ -276,11 +276,11 @@ def test_a_bayesian_mlp_is_a_loss_too(tmp_path):
 
 def test_an_export_that_predicts_otherwise_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):
     source = save(tmp_path / "run", tiny_gpt(std=0.3, logit_bias="unigram"), CharTokenizer(CHARS))
-    good = engine.exporting.with_bias
-    monkeypatch.setattr(engine.exporting, "with_bias", lambda *parts: good(*parts) + 1e-2 * torch.eye(67, 32))
+    good = engine.gpt2.exporting.with_bias
+    monkeypatch.setattr(engine.gpt2.exporting, "with_bias", lambda *parts: good(*parts) + 1e-2 * torch.eye(67, 32))
     assert "predicts otherwise" in refusal(source, tmp_path / "out")
     assert "predicts otherwise" in refusal(source, tmp_path / "out", f"--dataset={write_chars(tmp_path / 'data')}")
-    monkeypatch.setattr(engine.exporting, "with_bias", lambda *parts: good(*parts) * float("nan"))
+    monkeypatch.setattr(engine.gpt2.exporting, "with_bias", lambda *parts: good(*parts) * float("nan"))
     assert "values that are not finite" in refusal(source, tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import checkpoint
+from engine.runs import checkpoint
 from tests import faults
 from tests.faults import OPTIONS, Run, begins_at, steps_saved, undisturbed
 from tests.helpers import ROOT, flags, records, run, same_weights, write_words
@@ -88,7 +88,7 @@ def test_torchrun_starts_anew_after_one_process_is_killed_and_ends_as_if_nothing
 
 SLOW = """
 import sys, time
-import engine.saver as saver, train
+import engine.runs.saver as saver, train
 write = saver.Saver._write_and_read_back
 def slowly(self, temporary, name, state):
     if state["step"] > 20:

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import train
-from engine import checkpoint
-from engine.config import load_config
-from engine.errors import UserError
-from engine.finetune import on_weights
-from engine.tokens import TokenFile, gather
+from engine.base.errors import UserError
+from engine.base.options import load_config
+from engine.data.tokens import TokenFile, gather
+from engine.runs import checkpoint
+from engine.runs.finetune import on_weights
 from heads import HeadConfig
-from likelihoods import linear_fit
+from heads.likelihoods import linear_fit
 from tests.helpers import HEADS, ROOT, TINY, flags, records, run, same_weights, tiny_gpt, write_words
 from tests.test_model import tiny_gpt2
 from tests.test_pretrained import write_nanogpt

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from engine.generation import KVCache, draw
+from engine.eval.generation import KVCache, draw
 from tests.helpers import HEADS, tiny_gpt
 
 V = 67

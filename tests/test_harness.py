@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from engine.tokenizer import BPETokenizer
+from engine.data.tokenizer import BPETokenizer
 from tests.conftest import shared_data
 from tests.helpers import tiny_gpt
 from tests.test_export import exported, save

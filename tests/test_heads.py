@@ -11,9 +11,9 @@ import torchbnn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from engine.errors import UserError
-from engine.linear_loss import plain_loss
+from engine.base.errors import UserError
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
+from heads.linear_loss import plain_loss
 from tests.helpers import HEADS, ROOT, compiling, records, run, tiny_head, write_words
 
 V, C = 67, 16  # of tiny_head; at C = 8 torch.compile 2.13 happens to avoid its trap (see below)

@@ -10,11 +10,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
-from engine.checkpoint import load_model
-from engine.endings import encode, score_endings
-from engine.errors import UserError
-from engine.evaluation import abstaining
-from engine.tokenizer import GPT2Tokenizer, load_tokenizer
+from engine.base.errors import UserError
+from engine.data.tokenizer import GPT2Tokenizer, load_tokenizer
+from engine.eval.endings import encode, score_endings
+from engine.eval.evaluation import abstaining
+from engine.runs.checkpoint import load_model
 from tests.conftest import shared_data
 from tests.helpers import ROOT, run, write_bytes, write_words
 

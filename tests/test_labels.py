@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from augmentation.teacher_labels import Options, Teacher, main
-from engine.checkpoint import load_model, read_newest, sha256_of
-from engine.errors import UserError
-from engine.labels import LabelFile, LabelWriter, unpack
-from engine.tokenizer import ByteTokenizer, CharTokenizer
-from engine.tokens import Batches, TokenFile
+from engine.base.errors import UserError
+from engine.data.labels import LabelFile, LabelWriter, unpack
+from engine.data.tokenizer import ByteTokenizer, CharTokenizer
+from engine.data.tokens import Batches, TokenFile
+from engine.runs.checkpoint import load_model, read_newest, sha256_of
 from tests.helpers import ROOT, flags, records, run, same_weights, words, write_dataset, write_nanogpt
 
 K, T = 5, 16

@@ -1,13 +1,12 @@
-"""engine/linear_loss.py: a piece at a time, against all logits at once, gradcheck and torch's own chunked loss."""
+"""heads/linear_loss.py: a piece at a time, against all logits at once, gradcheck and torch's own chunked loss."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import linear_loss
-from engine.linear_loss import plain_loss
-from heads import Head
+from heads import Head, linear_loss
+from heads.linear_loss import plain_loss
 from tests.helpers import HEADS, compiling, tiny_head
 from tests.test_heads import C, V, batch
 

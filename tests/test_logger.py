@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.distributed import Processes
-from engine.logger import Logger, _has_key
+from engine.base.distributed import Processes
+from engine.runs.logger import Logger, _has_key
 from tests.helpers import ROOT, TINY, flags, records, run, write_words
 from train import Progress
 
@@ -62,7 +62,7 @@ def test_on_a_terminal_a_bar_tells_the_time_left_and_tears_no_record(data, tmp_p
 
 def test_the_time_left_counts_evaluations_and_the_speed_does_not(tmp_path, monkeypatch, capsys):
     clock, progress = SimpleNamespace(now=100.0), Progress(step=2)
-    monkeypatch.setattr("engine.logger.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("engine.runs.logger.time", SimpleNamespace(perf_counter=lambda: clock.now))
     log = Logger(tmp_path, Processes(torch.device("cpu")), 10, 1.0, progress, 12)
     with log.paused():
         clock.now += 30  # an evaluation
@@ -200,10 +200,10 @@ def test_the_commit_of_another_repository_around_an_unpacked_copy_is_not_taken_f
     git("init", "-q")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs")
     shutil.copytree(ROOT / "engine", tmp_path / "copy" / "engine", ignore=shutil.ignore_patterns("__pycache__"))
-    ask = [sys.executable, "-c", "from engine.logger import environment; print(environment()['commit'])"]
+    ask = [sys.executable, "-c", "from engine.runs.logger import environment; print(environment()['commit'])"]
     commit = lambda: subprocess.run(ask, cwd=tmp_path / "copy", check=True, capture_output=True, text=True).stdout  # noqa: E731
     assert commit() == "unknown\n"
-    git("add", "copy/engine/logger.py")
+    git("add", "copy/engine/runs/logger.py")
     assert commit() == f"{git('describe', '--always').stdout.strip()}-dirty\n"
 
 

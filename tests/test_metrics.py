@@ -1,4 +1,4 @@
-"""engine/metrics.py against scikit-learn, torchmetrics and slow formulas; what a text says of itself."""
+"""engine/eval/metrics.py against scikit-learn, torchmetrics and slow formulas; what a text says of itself."""
 
 import math
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine import metrics as metrics_module
-from engine.errors import UserError
-from engine.metrics import EDGES, N_BINS, Tally, fine_values, out_of_domain, place_of, tell_apart, weights_of
-from engine.table import against, flat
-from engine.texts import Text, document
-from engine.tokenizer import ByteTokenizer
-from engine.tokens import TokenFile
+from engine.base.errors import UserError
+from engine.data.tokenizer import ByteTokenizer
+from engine.data.tokens import TokenFile
+from engine.eval import metrics as metrics_module
+from engine.eval.metrics import EDGES, N_BINS, Tally, fine_values, out_of_domain, place_of, tell_apart, weights_of
+from engine.eval.table import against, flat
+from engine.eval.texts import Text, document
 from tests.helpers import write_nanogpt
 
 metrics = pytest.importorskip("sklearn.metrics")

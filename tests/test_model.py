@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from engine.checkpoint import load_model
-from engine.errors import UserError
-from engine.optim import adamw
+from engine.base.errors import UserError
+from engine.base.optim import adamw
+from engine.runs.checkpoint import load_model
 from model import GPT, GPTConfig
 from tests.helpers import HEADS, tiny_gpt
 

@@ -9,8 +9,8 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from engine import summary
 from notebooks.execute import execute
+from study import summary
 from tests.helpers import ROOT, TINY, flags, run, write_bytes
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -21,7 +21,7 @@ PATH = re.compile(r"(?<![\w.:/<])/(tmp|work|home|root|Users|usr|opt|var|mnt)\b|s
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A working copy, so that nothing is written to this one; IPython's history goes there, too."""
-    for name in ("notebooks", "engine", "config", "training_logs", "bench"):
+    for name in ("notebooks", "engine", "heads", "study", "config", "training_logs", "bench"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)

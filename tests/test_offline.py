@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from engine.errors import UserError
-from engine.tokenizer import GPT2Tokenizer
+from engine.base.errors import UserError
+from engine.data.tokenizer import GPT2Tokenizer
 from tests.helpers import ROOT, TINY, flags, records, write_words
 
 # an audit hook sees every way to the network that Python has, whoever imported what before; unix sockets are local

@@ -1,4 +1,4 @@
-"""engine/pictures.py: the figures hold the numbers that they were given, and say what they show."""
+"""engine/eval/plots.py: the figures hold the numbers that they were given, and say what they show."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from engine.pictures import (
+from engine.eval.plots import (
     curves_figure,
     draw,
     label,

@@ -11,15 +11,15 @@ import torchbnn
 from torch.distributions import Normal, kl_divergence
 from torch.func import functional_call
 
-from engine.checkpoint import load_model
-from engine.errors import UserError
-from engine.optim import adamw
-from engine.pretrained import load_state
+from engine.base.errors import UserError
+from engine.base.optim import adamw
+from engine.gpt2.loading import load_state
+from engine.runs.checkpoint import load_model
 from heads import LIKELIHOODS, Head, HeadConfig
+from heads.weights import BayesLayer, BayesLinear
 from model import GPT, GPTConfig
 from tests.helpers import HEADS, records, run, same_weights, tiny_gpt, tiny_head, write_words
 from tests.test_heads import C, V, batch, slow_nll
-from weights import BayesLayer, BayesLinear
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 every_posterior = pytest.mark.parametrize("posterior", ["row", "full", "torchbnn"])

@@ -12,11 +12,11 @@ import torch
 from torch.distributions import Categorical, Normal
 from torch.nn import functional as F
 
-from engine.checkpoint import load_model
-from engine.evaluation import scale_posterior, widest_posterior, windows
-from engine.tokens import TokenFile
+from engine.data.tokens import TokenFile
+from engine.eval.evaluation import scale_posterior, widest_posterior, windows
+from engine.runs.checkpoint import load_model
 from heads import LIKELIHOODS, Head, HeadConfig, entropy
-from likelihoods import expected_log_sigmoid
+from heads.likelihoods import expected_log_sigmoid
 from tests.helpers import (
     HEADS,
     ROOT,
@@ -391,7 +391,7 @@ def test_compiled_gradients_of_soft_labels_are_those_of_the_eager_loss(likelihoo
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
-# engine.evaluation
+# engine.eval.evaluation
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine.encoding
-import engine.writer
-from engine.corpus import Options, is_ready, part_of, prepare
-from engine.errors import UserError
-from engine.splits import Corpus, draw, walk, with_val
-from engine.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
-from engine.tokens import TokenFile
+import engine.data.encoding
+import engine.data.writer
+from engine.base.errors import UserError
+from engine.data.corpus import Options, is_ready, part_of, prepare
+from engine.data.splits import Corpus, draw, walk, with_val
+from engine.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from engine.data.tokens import TokenFile
 from tests.conftest import shared_data
 from tests.faults import SHARD, documents, preparations, preparing, token_files
 from tests.helpers import ROOT, flags, words
@@ -76,7 +76,7 @@ def drawn() -> Corpus:
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe", "char", "byte"])
 def test_processes_write_what_one_process_writes(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.encoding, "BATCH", 5000)
+    monkeypatch.setattr(engine.data.encoding, "BATCH", 5000)
     for num_proc in (1, 3):
         options = Options(tokenizer=tokenizer, vocab_size=300, num_proc=num_proc, shard_tokens=SHARD)
         prepare(replace(options, folder=str(tmp_path / str(num_proc))), "test", drawn)
@@ -94,8 +94,8 @@ def test_a_kill_behind_each_file_costs_no_file_and_the_journal_is_all_that_is_ne
     corpus, stops = whole(documents()), 0
     options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
     prepare(replace(options, folder=str(tmp_path / "plain")), "test", lambda: corpus)
-    monkeypatch.setattr(engine.encoding, "BATCH", 3000)
-    write_json, seen = engine.writer.write_json, {}
+    monkeypatch.setattr(engine.data.encoding, "BATCH", 3000)
+    write_json, seen = engine.data.writer.write_json, {}
 
     def stop_behind_journal(path, value):
         write_json(path, value)
@@ -103,7 +103,7 @@ def test_a_kill_behind_each_file_costs_no_file_and_the_journal_is_all_that_is_ne
             raise KeyboardInterrupt
 
     while True:
-        monkeypatch.setattr(engine.writer, "write_json", stop_behind_journal)
+        monkeypatch.setattr(engine.data.writer, "write_json", stop_behind_journal)
         try:
             prepare(options, "test", lambda: corpus)
             break
@@ -204,7 +204,7 @@ def test_a_process_that_is_ended_from_outside_is_said_in_one_line_and_leaves_not
                     os.kill(int(pid), signal.SIGKILL)
                     ended.append(pid)
 
-    monkeypatch.setattr(engine.encoding, "BATCH", 5000)
+    monkeypatch.setattr(engine.data.encoding, "BATCH", 5000)
     threading.Thread(target=end_one, daemon=True).start()
     with pytest.raises(UserError, match="ended from outside.*--num_proc"):
         prepare(Options(folder=str(tmp_path / "out"), num_proc=2), "test", lambda: whole(documents()))
@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_the_same_call_goes_on(when,
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(fd)
 
-    monkeypatch.setattr(engine.encoding, "BATCH", 3000)
+    monkeypatch.setattr(engine.data.encoding, "BATCH", 3000)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises((UserError, OSError), match="No space left"):
         prepare(replace(options, folder=str(tmp_path / "out")), "test", lambda: whole(documents()))
@@ -241,7 +241,7 @@ def test_a_source_that_breaks_off_half_way_loses_nothing(tmp_path, monkeypatch):
                 raise UserError("the network is gone")
             yield text
 
-    monkeypatch.setattr(engine.encoding, "BATCH", 3000)
+    monkeypatch.setattr(engine.data.encoding, "BATCH", 3000)
     options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
     corpus = Corpus({"train": [part_of("train", until_it_breaks)]})
     with pytest.raises(UserError, match="the network is gone; .* the same command goes on"):
@@ -293,7 +293,7 @@ def test_every_document_goes_whole_to_one_split_and_an_official_split_stays_unle
 
     def splits_of(fraction: float) -> dict[str, list[str]]:
         found = {}
-        for split, text, first, _ in walk(with_val(parts, fraction), engine.writer.Position()):
+        for split, text, first, _ in walk(with_val(parts, fraction), engine.data.writer.Position()):
             assert first
             found.setdefault(split, []).append(text)
         return found
@@ -319,7 +319,7 @@ def test_the_tokenizer_of_a_run_or_a_data_set_can_be_used_again(tmp_path):
 
 
 def test_end_of_text_inside_a_text_stays_text_in_every_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.encoding, "BATCH", 50)
+    monkeypatch.setattr(engine.data.encoding, "BATCH", 50)
     texts = [f"a <|endoftext|> in document {i}" for i in range(20)]
     for kind in ("gpt2", "byte"):
         folder = tmp_path / kind
@@ -334,8 +334,8 @@ def test_memory_does_not_grow_with_the_text(num_proc, tmp_path):
     """A process of its own prepares 7 and 106 MB: its memory, and that of the largest of those that it begins."""
     code = """
 import resource, sys
-from engine.corpus import Options, part_of, prepare
-from engine.splits import Corpus
+from engine.data.corpus import Options, part_of, prepare
+from engine.data.splits import Corpus
 text = "so many words in a row, and none of them new " * 4000
 texts = lambda: (text for _ in range(int(sys.argv[1])))
 options = Options(folder=sys.argv[2], tokenizer="byte", num_proc=int(sys.argv[3]), shard_tokens=10**7)
@@ -370,7 +370,10 @@ def test_ready_means_made_of_this_and_whole(tmp_path):
 
 
 def test_a_disk_that_is_full_while_files_move_into_place_costs_nothing_either(tmp_path, monkeypatch):
-    options, write_json = Options(folder=str(tmp_path / "out"), tokenizer="byte", num_proc=1), engine.writer.write_json
+    options, write_json = (
+        Options(folder=str(tmp_path / "out"), tokenizer="byte", num_proc=1),
+        engine.data.writer.write_json,
+    )
     prepare(options, "test", lambda: whole(["AAAA"]))
     before = token_files(tmp_path / "out")
 
@@ -379,7 +382,7 @@ def test_a_disk_that_is_full_while_files_move_into_place_costs_nothing_either(tm
             raise OSError(errno.ENOSPC, "No space left on device")
         write_json(path, value)
 
-    monkeypatch.setattr(engine.writer, "write_json", full)
+    monkeypatch.setattr(engine.data.writer, "write_json", full)
     with pytest.raises(UserError, match="No space left .* the same command goes on"):
         prepare(replace(options, shard_tokens=9), "test", lambda: whole(["BBBB"]))
     assert token_files(tmp_path / "out") == before and TokenFile(tmp_path / "out", "train").check(257) is None
@@ -397,7 +400,7 @@ def test_token_files_of_another_program_are_not_written_over(tmp_path):
 
 
 def stopped_behind_a_file(options: Options, corpus: Corpus, monkeypatch) -> None:
-    write_json = engine.writer.write_json
+    write_json = engine.data.writer.write_json
 
     def stop(path, value):
         write_json(path, value)
@@ -405,8 +408,8 @@ def stopped_behind_a_file(options: Options, corpus: Corpus, monkeypatch) -> None
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.encoding, "BATCH", 3000)
-        patch.setattr(engine.writer, "write_json", stop)
+        patch.setattr(engine.data.encoding, "BATCH", 3000)
+        patch.setattr(engine.data.writer, "write_json", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(options, "test", lambda: corpus)
 
@@ -485,7 +488,7 @@ def test_the_tokenizer_of_a_run_on_data_without_meta_can_be_used_again(tmp_path)
 def test_files_that_are_gone_from_finished_work_are_said_and_made_again(tmp_path, monkeypatch):
     options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
     with monkeypatch.context() as patch:
-        patch.setattr("engine.corpus.install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("engine.data.corpus.install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(options, "test", lambda: whole(documents()))
     next(tmp_path.glob("out/.preparing-*/train_000001.bin")).unlink()

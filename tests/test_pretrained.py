@@ -12,12 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from engine.checkpoint import load_model, read, read_weights
-from engine.errors import UserError
-from engine.finetune import on_backbone
-from engine.optim import adamw, learning_rate_at
-from engine.pretrained import HUB, load_state
-from engine.tokenizer import read_meta
+from engine.base.errors import UserError
+from engine.base.optim import adamw, learning_rate_at
+from engine.data.tokenizer import read_meta
+from engine.gpt2.loading import HUB, load_state
+from engine.runs.checkpoint import load_model, read, read_weights
+from engine.runs.finetune import on_backbone
 from heads import HeadConfig
 from model import GPT, GPTConfig
 from tests.helpers import HEADS, same_weights, tiny_gpt

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from engine.config import flat_fields
+from engine.base.options import flat_fields
 from evaluate import EvaluateConfig
 from export import ExportConfig
 from hellaswag import HellaSwagConfig

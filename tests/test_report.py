@@ -1,4 +1,4 @@
-"""engine/report.py: texts read against the slow way, and report.html as a browser shows it, offline."""
+"""engine/eval/report.py: texts read against the slow way, and report.html as a browser shows it, offline."""
 
 import importlib.util
 import json
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.evaluation import ROWS
-from engine.reading import Token, read
-from engine.report import COLOURINGS, Document, best, write_report
-from engine.table import Table
-from engine.tokenizer import ByteTokenizer, CharTokenizer
+from engine.data.tokenizer import ByteTokenizer, CharTokenizer
+from engine.eval.evaluation import ROWS
+from engine.eval.reading import Token, read
+from engine.eval.report import COLOURINGS, Document, best, write_report
+from engine.eval.table import Table
 from tests.helpers import HEADS, tiny_gpt
 from tests.test_pictures import make_curve, make_row
 

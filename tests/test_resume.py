@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import train
-from engine import checkpoint, distributed
-from engine.config import load_config
-from engine.errors import UserError
-from engine.optim import set_learning_rate
-from engine.tokenizer import CharTokenizer
+from engine.base import distributed
+from engine.base.errors import UserError
+from engine.base.optim import set_learning_rate
+from engine.base.options import load_config
+from engine.data.tokenizer import CharTokenizer
+from engine.runs import checkpoint
 from tests.helpers import (
     HEADS,
     ROOT,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import flatten, load_config
-from engine.studies import MAIN, PAPER, STUDIES
+from engine.base.options import flatten, load_config
 from heads import HeadConfig
+from study.variants import MAIN, PAPER, STUDIES
 from tests.helpers import ROOT
 from train import TrainConfig
 

@@ -1,4 +1,4 @@
-"""sample.py and engine/run.py: the texts against model.generate and the slow way, how they end, where they go."""
+"""sample.py and engine/eval/run.py: the texts against model.generate and the slow way, how they end, where they go."""
 
 import io
 import json
@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import UserError
-from engine.reading import Reading, Token, reader
-from engine.run import Continuation, Run, Sampling
-from engine.tokenizer import BPETokenizer
+from engine.base.errors import UserError
+from engine.data.tokenizer import BPETokenizer
+from engine.eval.reading import Reading, Token, reader
+from engine.eval.run import Continuation, Run, Sampling
 from heads import Prediction
 from model import GPT
 from tests.helpers import ROOT, flags, refused, run, words, write_bytes, write_words

@@ -1,4 +1,4 @@
-"""engine/shards.py, row.py, order.py: splits in many files, llm.c's files, thousands of shards, and their order."""
+"""shards.py, row.py, order.py: splits in many files, llm.c's files, thousands of shards, and their order."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-import engine.row
-import engine.scan
-import engine.tokens
-from engine.errors import UserError
-from engine.evaluation import windows
-from engine.labels import LabelFile, LabelWriter, identity, pack
-from engine.order import Order
-from engine.tokens import Batches, TokenFile
+import engine.data.row
+import engine.data.scan
+import engine.data.tokens
+from engine.base.errors import UserError
+from engine.data.labels import LabelFile, LabelWriter, identity, pack
+from engine.data.order import Order
+from engine.data.tokens import Batches, TokenFile
+from engine.eval.evaluation import windows
 from tests.helpers import ROOT, TINY, records, refused, run, same_weights, scores_of, tiny_gpt, words, write_nanogpt
 
 MAGIC = {"<u2": (20240520, 1), "<u4": (20240801, 7)}
@@ -232,14 +232,14 @@ def test_a_few_shards_are_checked_and_counted_as_a_whole_at_start(tmp_path):
 @pytest.fixture
 def large(monkeypatch):
     """Any split in several files is a large one."""
-    monkeypatch.setattr(engine.row, "WHOLE", 100)
-    monkeypatch.setattr(engine.scan, "SETTLED", 0)
+    monkeypatch.setattr(engine.data.row, "WHOLE", 100)
+    monkeypatch.setattr(engine.data.scan, "SETTLED", 0)
 
 
 @pytest.mark.parametrize("what", ["damaged or another file", "holds token id 65000, outside the vocabulary"])
 def test_a_bad_shard_of_a_large_split_ends_training_by_name_when_it_is_first_read(tmp_path, large, monkeypatch, what):
-    monkeypatch.setattr(engine.tokens, "PIECES", 1)  # or the frequencies, at the start, would find the bad id
-    monkeypatch.setattr(engine.tokens, "PIECE", 9)
+    monkeypatch.setattr(engine.data.tokens, "PIECES", 1)  # or the frequencies, at the start, would find the bad id
+    monkeypatch.setattr(engine.data.tokens, "PIECE", 9)
     if "damaged" in what:
         folder = described(tmp_path / "d", train=[TEXT, TEXT], val=[TEXT])
         flip(folder / "train_000001.bin", 8)  # another letter
@@ -264,10 +264,10 @@ def test_an_id_outside_the_vocabulary_is_found_wherever_a_large_split_is_read(tm
 
 def test_frequencies_of_a_large_split_come_from_pieces_of_all_of_it(tmp_path, large, monkeypatch):
     file = TokenFile(described(tmp_path / "d", train=SHARDS), "train")
-    monkeypatch.setattr(engine.tokens, "PIECES", 10)
+    monkeypatch.setattr(engine.data.tokens, "PIECES", 10)
     n = len(TEXT) // 10 * 10
     assert file.counts(257).tolist() == np.bincount(TEXT[:n], minlength=257).tolist()
-    monkeypatch.setattr(engine.tokens, "PIECE", 7)
+    monkeypatch.setattr(engine.data.tokens, "PIECE", 7)
     pieces = TEXT[(np.arange(10) * (n // 10))[:, None] + np.arange(7)]
     assert file.counts(257).tolist() == np.bincount(pieces.ravel(), minlength=257).tolist()
 
@@ -289,7 +289,7 @@ def test_the_fingerprint_of_a_large_split_is_stated_or_seen_without_reading_it(t
 def test_a_shard_that_changes_between_two_readings_is_refused_and_one_that_is_touched_is_not(
     tmp_path, large, monkeypatch
 ):
-    monkeypatch.setattr(engine.row, "OPEN", 1)
+    monkeypatch.setattr(engine.data.row, "OPEN", 1)
     file = TokenFile(sharded(tmp_path / "d", train=[TEXT, TEXT, TEXT]), "train")
     file.check_shards(range(3))
     os.utime(file.path.with_name("train_000001.bin"), ns=(0, 0))
@@ -370,8 +370,8 @@ def test_evaluation_over_shards_is_evaluation_over_one_file(tmp_path):
 
 @pytest.mark.parametrize("is_large", [False, True])
 def test_training_on_shards_resumes_bit_for_bit_and_learns(tmp_path, is_large, monkeypatch):
-    monkeypatch.setattr(engine.row, "WHOLE", 100 if is_large else 1 << 32)
-    monkeypatch.setattr(engine.row, "OPEN", 2)
+    monkeypatch.setattr(engine.data.row, "WHOLE", 100 if is_large else 1 << 32)
+    monkeypatch.setattr(engine.data.row, "OPEN", 2)
     data = described(tmp_path / "d", train=SHARDS, val=[TEXT[:300], TEXT[300:500]])
     whole = run(data, tmp_path / "whole")
     run(data, tmp_path / "parts", max_iters=15, lr_decay_iters=30)
@@ -408,7 +408,7 @@ def test_teacher_labels_speak_of_positions_over_all_shards(tmp_path):
 LOOK = """
 import json, os, resource, sys, time
 import numpy as np
-from engine.tokens import Batches, TokenFile
+from engine.data.tokens import Batches, TokenFile
 
 def resident() -> float:
     lines = open("/proc/self/status").read().splitlines()

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from engine import snapshot
+from engine.runs import snapshot
 from tests.helpers import ROOT, TINY, flags, run, write_words
 
 
@@ -36,7 +36,7 @@ def test_a_run_keeps_code_that_runs_the_config_files_given_and_its_command(data,
     with zipfile.ZipFile(tmp_path / "run" / "code.zip") as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "again")
-    assert {"train.py", "engine/start.py", "data/text/prepare.py", "given/mine.py"} <= set(names)
+    assert {"train.py", "engine/runs/start.py", "data/text/prepare.py", "given/mine.py"} <= set(names)
     assert [name for name in names if name.startswith("config/")] == ["config/train_gpt2_wikitext2_cpu.py"]
     assert (tmp_path / "run" / "code.zip").stat().st_size < 400_000
     written = json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["command"]

@@ -1,4 +1,4 @@
-"""engine/sources.py and engine/formats.py: whatever the files are, all their text comes out, in bounded memory."""
+"""engine/data/sources.py and formats.py: whatever the files are, all their text comes out, in bounded memory."""
 
 import bz2
 import gzip
@@ -19,10 +19,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from engine import formats, sources
-from engine.errors import UserError
-from engine.sources import find, hub, hub_splits, in_pieces
-from engine.tokenizer import BPETokenizer, GPT2Tokenizer
+from engine.base.errors import UserError
+from engine.data import formats, sources
+from engine.data.sources import find, hub, hub_splits, in_pieces
+from engine.data.tokenizer import BPETokenizer, GPT2Tokenizer
 from tests.conftest import shared_data
 from tests.helpers import ROOT
 
@@ -401,7 +401,7 @@ def test_no_file_name_breaks_a_message_into_lines(tmp_path):
 
 MEASURE = """
 import resource, sys
-from engine.sources import find
+from engine.data.sources import find
 list(find(sys.argv[1])[0].pieces())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 n = sum(len(piece.text) for piece in find(sys.argv[2])[0].pieces())

@@ -1,4 +1,4 @@
-"""study.py from beginning to end on a tiny study: killed, gone on with, complete. (Its rows: tests/test_rows.py.)"""
+"""python -m study on a tiny study: killed, gone on with, complete. (Its rows: tests/test_rows.py.)"""
 
 import dataclasses
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import study
-from engine import studies
-from engine.errors import UserError
-from engine.files import read_json_lines
-from engine.summary import tuning
-from engine.tokenizer import CharTokenizer
+import study.__main__ as study
+from engine.base.errors import UserError
+from engine.base.files import read_json_lines
+from engine.data.tokenizer import CharTokenizer
+from study import variants as studies
+from study.summary import tuning
 from tests.helpers import ROOT, TINY, contents, records, words, write_dataset, write_words
 
 BOTH = "bayes_sigmoid_weighted"
@@ -27,7 +27,7 @@ KNOBS = {"softmax": "--weight_decay=0.0", BOTH: "--kl_weight=0.5"}
 
 
 def main(home: Path, argv: list[str], put=setattr) -> None:
-    """study.py in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
+    """The study in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
     knobs = {"weight_decay": 0.0, "kl_weight": 0.5}
     small = studies.Study("small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], 2, True)
     values = {"ROOT": home, "SEEDS": SEEDS, "MAIN": ROWS[:1], "STUDIES": {"small": small}}
@@ -47,7 +47,7 @@ def start(home: Path, *argv: str) -> subprocess.Popen:
 
 
 def commands(home: Path, *argv: str) -> list[str]:
-    """What a whole call of study.py runs."""
+    """What a whole call of the study runs."""
     process = start(home, *argv)
     output, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -1,8 +1,8 @@
-"""engine/study_logs.py: the rows of a study, their order and their labels."""
+"""study/logs.py: the rows of a study, their order and their labels."""
 
 import json
 
-from engine.study_logs import read
+from study.logs import read
 from tests.test_summary import NLL, write
 
 

@@ -1,4 +1,4 @@
-"""engine/summary.py: the study's tables are what the logs say, and the pages hold them."""
+"""study/summary.py: the study's tables are what the logs say, and the pages hold them."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from engine import summary
-from engine.errors import UserError
+from engine.base.errors import UserError
+from study import summary
 from tests.helpers import ROOT
 
 PAGES = {str(page.relative_to(ROOT)): page for page in summary.PAGES}

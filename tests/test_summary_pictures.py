@@ -1,12 +1,12 @@
-"""engine/summary_pictures.py: a study's figures hold the numbers of its runs."""
+"""study/plots.py: a study's figures hold the numbers of its runs."""
 
 import json
 import math
 
 import pytest
 
-from engine.study_logs import LABELS, read
-from engine.summary_pictures import DRAWN, curves_figure, figures, summary_figure
+from study.logs import LABELS, read
+from study.plots import DRAWN, curves_figure, figures, summary_figure
 from tests.test_summary import NLL, write
 
 FALL = (0.5, 0.25, 0.375)  # of write()'s curves at 100, 200 and 300 tokens

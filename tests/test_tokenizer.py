@@ -10,10 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import UserError
-from engine.exporting import merges_of, pipeline_of
-from engine.gpt2_bpe import cached_tokens
-from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer, piece_decoder
+from engine.base.errors import UserError
+from engine.data.gpt2_bpe import cached_tokens
+from engine.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    load_tokenizer,
+    piece_decoder,
+)
+from engine.gpt2.exporting import merges_of, pipeline_of
 from tests.conftest import shared_data
 from tests.helpers import ROOT, TINY, flags, run, words, write_dataset, write_nanogpt, write_words
 from tests.test_offline import run_closed
@@ -158,7 +165,7 @@ def test_a_damaged_gpt2_json_ends_in_one_line(gpt2, tmp_path, damage):
 
 def test_a_bpe_trained_twice_is_the_same_to_the_byte(tmp_path):
     code = (
-        "import sys; from engine.tokenizer import BPETokenizer; from pathlib import Path; "
+        "import sys; from engine.data.tokenizer import BPETokenizer; from pathlib import Path; "
         "BPETokenizer.train(open('text').read().split('\\n\\n'), 700).save(Path('.'))"
     )
     text = "\n\n".join(words(3000, seed) for seed in range(3)) + "".join(STRANGE)

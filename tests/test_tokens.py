@@ -1,4 +1,4 @@
-"""engine/tokens.py: token files and the order of batches."""
+"""engine/data/tokens.py: token files and the order of batches."""
 
 import json
 import pickle
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import engine.scan
-import engine.tokens
-from engine.errors import UserError
-from engine.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
-from engine.tokens import Batches, TokenFile, gather
+import engine.data.scan
+import engine.data.tokens
+from engine.base.errors import UserError
+from engine.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
+from engine.data.tokens import Batches, TokenFile, gather
 from tests.helpers import run, words, write_dataset, write_nanogpt
 
 
@@ -66,7 +66,7 @@ def test_prefetched_batches_are_those_of_the_order_one_is_read_ahead_and_none_be
 
 def test_what_goes_wrong_in_the_reader_goes_wrong_where_its_batch_is_wanted(numbered, monkeypatch):
     batches = Batches(numbered, 2, 5, seed=1)
-    monkeypatch.setattr(engine.tokens, "gather", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    monkeypatch.setattr(engine.data.tokens, "gather", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches.prefetched(range(3), torch.device("cpu")))
 
@@ -179,7 +179,7 @@ def test_a_broken_meta_json_is_refused_by_name(tmp_path):
 
 
 def test_an_id_outside_the_vocabulary_is_refused_wherever_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.scan, "CHUNK", 10)
+    monkeypatch.setattr(engine.data.scan, "CHUNK", 10)
     file = TokenFile(write_nanogpt(tmp_path / "d", {"train": [0] * 95 + [67] + [0] * 4}), "train")
     file.check(vocab_size=68)
     with pytest.raises(UserError, match=r"train\.bin holds token id 67, outside the vocabulary of 67"):
@@ -193,7 +193,7 @@ def test_a_split_shorter_than_a_block_and_its_target_is_refused_with_both_sizes(
 
 
 def test_counts_are_bincounts_and_frequencies_sum_to_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.scan, "CHUNK", 100)
+    monkeypatch.setattr(engine.data.scan, "CHUNK", 100)
     ids = np.random.default_rng(0).integers(0, 60, 999)
     file = TokenFile(write_nanogpt(tmp_path / "d", {"train": ids}), "train")
     counts = np.bincount(ids, minlength=67)
@@ -205,7 +205,7 @@ def test_counts_are_bincounts_and_frequencies_sum_to_one(tmp_path, monkeypatch):
 def test_a_missing_split_names_those_that_are_there_or_the_command_that_makes_them(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="this data set has train"):
         TokenFile(write_nanogpt(tmp_path / "d", {"train": [1, 2]}), "test")
-    monkeypatch.setattr(engine.tokens, "DATA_ROOT", tmp_path)
+    monkeypatch.setattr(engine.data.tokens, "DATA_ROOT", tmp_path)
     (tmp_path / "tales").mkdir()
     (tmp_path / "tales" / "prepare.py").touch()
     for dataset in ("tales", "nowhere"):

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint, saver
-from engine.config import flatten
-from engine.distributed import Processes
-from engine.errors import UserError
-from engine.evaluation import eval_batches, mean_loss
-from engine.tokens import TokenFile
+from engine.base.distributed import Processes
+from engine.base.errors import UserError
+from engine.base.options import flatten
+from engine.data.tokens import TokenFile
+from engine.eval.evaluation import eval_batches, mean_loss
+from engine.runs import checkpoint, saver
 from tests.helpers import HEADS, ROOT, TINY, difference, flags, records, run, same_weights, write_bytes, write_words
 
 
@@ -113,7 +113,7 @@ def test_half_precision_trains_as_float32_does(data, tmp_path, dtype, likelihood
 
 
 def test_without_a_compiler_a_run_says_so_and_goes_on_eager(data, plain, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("engine.distributed.shutil.which", lambda name: None)
+    monkeypatch.setattr("engine.base.distributed.shutil.which", lambda name: None)
     run(data, tmp_path, compile=True, max_iters=5, lr_decay_iters=30)
     assert capsys.readouterr().out.count("C++ compiler") == 1
     assert [r["loss"] for r in records(tmp_path, "loss")] == [r["loss"] for r in records(plain[1], "loss")[:5]]

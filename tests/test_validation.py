@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import heads
-from engine.distributed import Processes
-from engine.evaluation import eval_batches, mean_loss
-from engine.tokens import TokenFile, gather
-from likelihoods import of_true_token
+from engine.base.distributed import Processes
+from engine.data.tokens import TokenFile, gather
+from engine.eval.evaluation import eval_batches, mean_loss
+from heads.likelihoods import of_true_token
 from tests.helpers import HEADS, tiny_gpt, write_nanogpt
 
 CPU = Processes(torch.device("cpu"))

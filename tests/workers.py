@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 import train
-from engine import checkpoint, distributed
-from engine.config import load_config
-from engine.errors import Diverged, run
+from engine.base import distributed
+from engine.base.errors import Diverged, run
+from engine.base.options import load_config
+from engine.runs import checkpoint
 from model import GPT
 from tests.helpers import HEADS, TINY, difference, flags, records, same_weights
 

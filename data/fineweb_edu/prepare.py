@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine import corpus
-from engine.config import load_config
-from engine.errors import UserError, run
-from engine.splits import Corpus, with_val
+from engine.base.errors import UserError, run
+from engine.base.options import load_config
+from engine.data import corpus
+from engine.data.splits import Corpus, with_val
 
 SIZES = ("10BT", "100BT", "350BT", "default")
 

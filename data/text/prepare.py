@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine import corpus
-from engine.config import load_config
-from engine.errors import UserError, run
-from engine.sources import find, hub, hub_splits
-from engine.splits import Corpus, ends, lengths_of_few
+from engine.base.errors import UserError, run
+from engine.base.options import load_config
+from engine.data import corpus
+from engine.data.sources import find, hub, hub_splits
+from engine.data.splits import Corpus, ends, lengths_of_few
 
 ENOUGH_DOCUMENTS = 20
 OFFICIAL = {"train": "train", "val": "validation", "test": "test"}  # ours: the hub's

@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine import corpus
-from engine.config import load_config
-from engine.errors import MANY, UserError, check_ranges, run
-from engine.sources import Part, find, hub_texts
-from engine.splits import Corpus, with_val
+from engine.base.errors import MANY, UserError, check_ranges, run
+from engine.base.options import load_config
+from engine.data import corpus
+from engine.data.sources import Part, find, hub_texts
+from engine.data.splits import Corpus, with_val
 
 SPLITS = {"train": ("train", "train"), "val": ("valid", "validation"), "test": ("test", "test")}  # ours: file, hub
 TITLE = re.compile(r" = [^=].* = \n")

@@ -1,0 +1,235 @@
+"""The numbers that all heads share. Everything comes from log_probs, so it means the same for every head."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.base.distributed import Processes, seed_micro_batch
+from engine.base.errors import UserError
+from engine.data.tokens import TokenFile, gather
+from engine.eval.metrics import N_BINS, Tally, bins_of, exp
+from engine.eval.texts import Text
+
+MAX_SCALE = 1000.0  # of a posterior's width
+NOISE = 64  # neighbouring tokens that share their draws of the output weights' noise
+ROWS = {"cpu": 64}  # positions whose (ROWS, V) log-probabilities exist at a time: a CPU's cache is small
+
+
+def eval_batches(file: TokenFile, block_size: int, batch_size: int, n_batches: int) -> list[np.ndarray]:
+    """Block starts of the fixed batches that every evaluation of a run sees: evenly spaced over the split."""
+    n_blocks = max(1, (len(file) - 1) // block_size)
+    n = min(n_blocks, n_batches * batch_size)
+    starts = np.arange(n) * n_blocks // n * block_size
+    return [starts[i : i + batch_size] for i in range(0, n, batch_size)]
+
+
+class Windows(NamedTuple):
+    """A batch of windows of a split: x, y (B, T). Of each the targets from `first` on count."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    first: int
+    at: torch.Tensor  # (B, T - first), where in the split those targets stand
+    units: torch.Tensor  # (B, T - first), numbers of what a bootstrap resamples
+    labels: tuple[torch.Tensor, ...] = ()  # (B, T, K) each, of an engine.data.labels.LabelFile
+
+
+def windows(
+    file: TokenFile,
+    block_size: int,
+    batch_size: int,
+    limit: int = 0,
+    stride: int = 0,
+    text: Text | None = None,
+    labels=None,
+) -> Iterator[Windows]:
+    """Windows of block_size tokens that cover a split, in their order; every target counts once.
+
+    stride: each window begins so much behind the one before (0: block_size), and of all but the first one only the last
+    `stride` targets count. What is left at the end is a shorter window, alone. limit: only so many, evenly spaced."""
+    for starts, length in spans(len(file) - 1, block_size, batch_size, limit, stride or block_size):
+        x, y = gather(file, starts, length)
+        first = block_size - (stride or block_size) if starts[0] else 0
+        at = torch.from_numpy(starts)[:, None] + torch.arange(first + 1, length + 1)
+        units = at[:, :1].expand_as(at) if text is None else text.units(at, y[:, first:])
+        yield Windows(x, y, first, at, units, () if labels is None else labels.targets(y, starts))
+
+
+def spans(n: int, block_size: int, batch_size: int, limit: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The windows' starts in batches, and their length, for n targets."""
+    n_full = (n - block_size) // stride + 1 if n >= block_size else 0
+    n_taken = min(limit or n_full, n_full)
+    alone = min(n_taken, int(stride < block_size))  # all targets of the first window count: no batch with others
+    for i in itertools.chain(range(alone), range(alone, n_taken, batch_size)):
+        numbers = np.arange(i, min(i + (batch_size if i >= alone else 1), n_taken))
+        yield numbers * n_full // n_taken * stride, block_size
+    covered = (n_full - 1) * stride + block_size if n_full else 0
+    if covered < n and not 0 < limit <= n_full:
+        yield np.array([n_full * stride]), n - n_full * stride
+
+
+@torch.no_grad()
+def mean_loss(
+    model: torch.nn.Module, batches: list[np.ndarray], file: TokenFile, processes: Processes, cast
+) -> dict[str, float]:
+    """val_nll (nats of the true next token), val_perplexity and val_ece (of the likeliest token), all under the mean
+    weights, and val_loss (what training minimises, but for dropout, soft labels and the noise of Bayesian MLPs), over
+    all tokens of eval_batches.
+
+    The work is shared by all processes; the same numbers on each."""
+    model.eval()
+    totals, n = 0.0, len(batches)
+    for i in range(processes.rank, math.ceil(n / processes.world_size) * processes.world_size, processes.world_size):
+        x, y = (t.to(processes.device) for t in gather(file, batches[i % n], model.config.block_size))
+        seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
+        with cast:
+            loss, of_tokens = model.scores(x, y)
+        nll, confidence, correct = of_tokens.cpu().double()
+        gaps = torch.bincount(bins_of(confidence), confidence - correct, N_BINS)
+        sums = nll.new_tensor([nll.sum().item(), loss.item() * len(nll), len(nll)])
+        values = torch.cat([sums, gaps]) * (i < n)  # as many rounds for all, or those with shards would wait for ever
+        totals += np.array(processes.agree(values.to(processes.device, _widest(processes.device))))
+    model.train()
+    nll, loss, n_tokens, *gaps = totals.tolist()
+    nll, ece = nll / n_tokens, np.abs(gaps).sum().item() / n_tokens
+    return {"val_nll": nll, "val_perplexity": exp(nll), "val_ece": ece, "val_loss": loss / n_tokens}
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    batches: Iterable[Windows],
+    processes: Processes,
+    cast: contextlib.AbstractContextManager | None = None,
+    n_samples: int = 0,
+    text: Text | None = None,
+) -> Tally:
+    """The scores of the windows, the same on all processes, which share the work; Tally.result() names them.
+
+    Where the head has them also aleatoric, mutual_information, nll_desmoothed, log_sum_sigma; of windows with labels, a
+    set for each token, recall_at_k and lrap (see set_scores); with a text unigram_nll and its bytes. The noise of
+    n_samples draws depends on a token's place in the split alone."""
+    model.eval()
+    tally, last = Tally(), -1
+    for i, batch in enumerate(batches):
+        y, units = batch.y[:, batch.first :], batch.units.flatten()
+        tally.n_units, last = tally.n_units + len(units.unique()) - int(units[0] == last), int(units[-1])
+        if text:
+            text.count(y)
+        if i % processes.world_size == processes.rank:
+            with cast or contextlib.nullcontext():
+                values = _of_tokens(model, batch, processes.device, n_samples)
+            if not values["nll"].isfinite().all():
+                raise UserError("this model's log-probabilities are not finite; train it again, or use --dtype=float32")
+            if text:
+                values["unigram_nll"] = -text.log_frequencies[y.flatten()]
+            tally.add(values, units, text.bytes[y.flatten()] if text else torch.zeros_like(units), len(y))
+    tally.join(processes)
+    return tally
+
+
+def _of_tokens(model: torch.nn.Module, batch: Windows, device: torch.device, n_samples: int) -> dict[str, torch.Tensor]:
+    """name -> (n,), of the tokens that count."""
+    seed_micro_batch(0, 0)  # of Bayesian hidden layers: the same draws for all windows
+    hiddens = [x[:, batch.first :] for x in model.hiddens(batch.x.to(device), n_samples)]
+    of_tokens = [t[:, batch.first :].to(device) for t in (batch.y, *batch.labels)]
+    found, sizes, seeds = [], None, itertools.repeat(None)
+    if n_samples > 0:  # the output weights' noise is that of a token's place, whatever else is in the batch
+        groups = torch.arange(len(batch.at))[:, None] * (1 << 40) + batch.at // NOISE
+        seeds, sizes = (t.tolist() for t in groups.flatten().unique_consecutive(return_counts=True))
+    for seed, (pieces, targets, *labels) in zip(seeds, in_pieces(hiddens, *of_tokens, n=sizes), strict=False):
+        if seed is not None:
+            seed_micro_batch(1, seed % (1 << 40))
+        found.append(_per_token(model, pieces, targets, labels, n_samples))
+    return {name: torch.cat([values[name] for values in found]) for name in found[0]}
+
+
+def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels: list[torch.Tensor], n_samples: int):
+    """name -> (n,)."""
+    head, hidden = model.lm_head, hiddens[0]
+    prediction = head.predict(hiddens, n_samples)
+    log_p, index = prediction.log_probs, targets.unsqueeze(-1)
+    of_target, best = log_p.gather(-1, index).squeeze(-1), log_p.topk(min(5, log_p.size(-1)))
+    values = {
+        "nll": -of_target,
+        "accuracy": (best.indices[:, 0] == targets).float(),
+        "accuracy_top5": (best.indices == index).any(-1).float(),
+        "brier": torch.linalg.vector_norm(log_p.exp(), dim=-1).square() - 2 * of_target.exp() + 1,
+        "entropy": prediction.total,
+        "confidence": best.values[:, 0].exp(),
+    }
+    if model.bayes_layers() or len(hiddens) > 1:
+        values |= {"aleatoric": prediction.aleatoric, "mutual_information": prediction.epistemic}
+    likelihood = getattr(head, "likelihood", None)  # an ensemble has none of its own
+    if hasattr(likelihood, "desmoothed"):
+        plain = likelihood.desmoothed(log_p)
+        values["nll_desmoothed"] = -plain.gather(-1, index).squeeze(-1)
+    if hasattr(likelihood, "log_sum_sigma"):
+        values["log_sum_sigma"] = likelihood.log_sum_sigma(head.logits(hidden))
+    if labels:
+        values |= set_scores(log_p, *labels)
+    return values
+
+
+def set_scores(scores: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How well scores (n, V) rank the members of a set above the rest; ids (n, K), members (n, K) above 0.
+
+    recall_at_k: the share of the set among the K best. lrap: label-ranking average precision, the mean over members of
+    the share of members among all that rank as high (scikit-learn's definition).
+    """
+    of_ids, is_member = scores.gather(-1, ids), members > 0
+    rank = torch.stack([(scores >= score.unsqueeze(-1)).sum(-1) for score in of_ids.unbind(-1)], -1)
+    among_members = ((of_ids.unsqueeze(-2) >= of_ids.unsqueeze(-1)) & is_member.unsqueeze(-2)).sum(-1)
+    size = is_member.sum(-1)
+    recall = (is_member & (rank <= ids.size(-1))).sum(-1) / size
+    return {"recall_at_k": recall, "lrap": (is_member * among_members / rank).sum(-1) / size}
+
+
+def abstaining(correct: torch.Tensor, doubt: torch.Tensor) -> dict[str, float]:
+    """Is it wrong where it is in doubt? Of answers, correct (n,) and doubt (n,): the accuracy of the half with less
+    doubt and of the rest, and the area under the error rate of those given against their share, least doubt first
+    (abstaining at random: the error rate of all)."""
+    correct = correct[doubt.argsort(stable=True)].double()
+    half = (len(correct) + 1) // 2
+    error_rate = 1 - correct.cumsum(0) / torch.arange(1, len(correct) + 1)
+    rest = correct[half:] if len(correct) > 1 else correct
+    means = {"accuracy_certain_half": correct[:half], "accuracy_rest": rest, "risk_coverage_area": error_rate}
+    return {name: values.mean().item() for name, values in means.items()}
+
+
+def widest_posterior(model: torch.nn.Module, nll: Callable[[], float], tolerance: float) -> float:
+    """Scale the posterior's standard deviations by the largest factor with which nll() stays within the tolerance
+    (nats per token) of what it is now; returns the factor, to 5 %."""
+    limit, factor, step = nll() + tolerance, 1.0, 2.0
+    while step > 1.04:
+        scale_posterior(model, step)
+        if nll() <= limit and factor * step < MAX_SCALE:
+            factor *= step
+        else:
+            scale_posterior(model, 1 / step)
+            step = math.sqrt(step)
+    return factor
+
+
+@torch.no_grad()
+def scale_posterior(model: torch.nn.Module, factor: float) -> None:
+    """Multiply all standard deviations, in place."""
+    for layer in model.bayes_layers():
+        layer.log_std += math.log(factor)
+
+
+def in_pieces(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor, n: int | list[int] | None = None):
+    """(B, T, C) or (N, C) each, (B, T, ...) or (N, ...) each -> pieces (<= n, C) and (<= n, ...): all logits together
+    never exist. n: the most in a piece, or the number in each; None is what suits the device."""
+    n, last = n or ROWS.get(hiddens[0].device.type, 1024), hiddens[0].dim() - 2
+    pieces = zip(*(hidden.flatten(0, last).split(n) for hidden in hiddens), strict=True)
+    return zip(pieces, *(t.flatten(0, last).split(n) for t in of_tokens), strict=True)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

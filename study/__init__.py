@@ -1,0 +1,1 @@
+"""The study: every variant tuned, trained, evaluated and kept. python -m study"""
