@@ -36,56 +36,82 @@ class EvaluateConfig:
     out_dir: str = "out"  # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset; A+B
     split: str = "test"  # test | val | train
     dataset: str = ""  # another data set than the run's own (same tokenizer)
-    ood_dataset: str = ""  # the same split of this one as foreign text: which doubt tells it from the run's own?
+    ood_dataset: str = (
+        ""  # the same split of this one as foreign text: which doubt tells it from the run's own?
+    )
     stride: int = 0  # windows this far apart: more context for each token, more time; 0: block_size
     batch_size: int = 16  # windows at a time: speed and memory
     limit: int = 0  # this many windows, evenly spread over the split; 0: the whole split
     n_samples: int = 0  # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
     mc_dropout: bool = False  # runs trained with dropout: leave it on and average n_samples passes
-    std_tolerance: float = 0.0  # Bayesian: also with the widest posterior within so many nats on val; 0: do not
-    labels: str = ""  # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
+    std_tolerance: float = (
+        0.0  # Bayesian: also with the widest posterior within so many nats on val; 0: do not
+    )
+    labels: str = (
+        ""  # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
+    )
     continuations: int = 0  # also generate so many, behind beginnings from the split: Self-BLEU, distinct-n, repetition
     prompt_tokens: int = 32  # of each beginning
     max_new_tokens: int = 100  # of each continuation
     temperature: float = 1.0  # of the continuations; these four are the same for all runs
     top_k: int = 0  # of the continuations: draw from the k likeliest tokens; 0: from all
-    document: int = 0  # the report colours the beginning of this document of the split by uncertainty
+    document: int = (
+        0  # the report colours the beginning of this document of the split by uncertainty
+    )
     report: str = ""  # folder of tables, pictures, report.html; default: report_<split> beside the first run; none
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
         check_ranges(self, {"batch_size": (1, MANY), "limit": (0, MANY), "n_samples": (-1, 10**6)})
-        check_ranges(self, {"std_tolerance": (0.0, 1e6), "stride": (0, MANY), "continuations": (0, 10**6)})
-        check_ranges(self, {"prompt_tokens": (1, 10**6), "max_new_tokens": (1, 10**6), "top_k": (0, MANY)})
+        check_ranges(
+            self, {"std_tolerance": (0.0, 1e6), "stride": (0, MANY), "continuations": (0, 10**6)}
+        )
+        check_ranges(
+            self, {"prompt_tokens": (1, 10**6), "max_new_tokens": (1, 10**6), "top_k": (0, MANY)}
+        )
         check_ranges(self, {"temperature": (0.0, 1e6), "document": (0, MANY)})
         if self.report and Path(self.report).is_file():
             raise UserError(f"report = {self.report!r} is a file; name a folder")
         if self.mc_dropout and self.n_samples < 1:
             raise UserError("mc_dropout averages passes: give --n_samples=16, say")
         if self.mc_dropout and self.continuations:
-            raise UserError("continuations are written without dropout; leave --mc_dropout or --continuations out")
+            raise UserError(
+                "continuations are written without dropout; leave --mc_dropout or --continuations out"
+            )
         if self.std_tolerance and self.n_samples == 0:
-            raise UserError("std_tolerance needs predictions that see the width: give --n_samples=16, say, or -1")
+            raise UserError(
+                "std_tolerance needs predictions that see the width: give --n_samples=16, say, or -1"
+            )
 
 
 def main() -> None:
     config, _ = load_config(EvaluateConfig, sys.argv[1:])
-    sources = list(dict.fromkeys(source.rstrip("/") for source in config.out_dir.split(",") if source))
+    sources = list(
+        dict.fromkeys(source.rstrip("/") for source in config.out_dir.split(",") if source)
+    )
     if not sources:
         raise UserError("which runs? --out_dir=RUN or --out_dir=RUN,RUN")
-    for member in (member for source in sources for member in members_of(source)):  # before an hour goes into others
+    for member in (
+        member for source in sources for member in members_of(source)
+    ):  # before an hour goes into others
         if member not in HUB and not Path(member).exists():
-            raise UserError(f"{member} does not exist; give run folders, or one of: {', '.join(HUB)}")
+            raise UserError(
+                f"{member} does not exist; give run folders, or one of: {', '.join(HUB)}"
+            )
     files = {}
     for source in sources:
         if (other := files.setdefault(result_file(source, config).resolve(), source)) != source:
             said = f"{other} and {source} would both be written to {result_file(source, config)}"
             raise UserError(f"{said}; name each run once, and begin each ensemble with another run")
     with distributed.start(config.device, "auto") as processes:
-        torch.backends.cuda.matmul.allow_tf32 = False  # start() allows it, for training; float32 here is float32
+        torch.backends.cuda.matmul.allow_tf32 = (
+            False  # start() allows it, for training; float32 here is float32
+        )
         for source in sources:
-            Evaluation(source, config, processes)  # refuses what is wrong before hours go into the runs before it
+            Evaluation(
+                source, config, processes
+            )  # refuses what is wrong before hours go into the runs before it
         compare(config, sources, processes)
 
 
@@ -115,18 +141,24 @@ def compare(config: EvaluateConfig, sources: list[str], processes: distributed.P
             rows[scaled], tallies[scaled] = found.scores()
             rows[scaled] |= {"std_factor": factor, "std_tolerance": config.std_tolerance}
         if processes.is_main:
-            write_json(result_file(source, config), row | ({"scaled": rows[scaled]} if scaled else {}))
+            write_json(
+                result_file(source, config), row | ({"scaled": rows[scaled]} if scaled else {})
+            )
     if processes.is_main:
         report(config, sources, rows, tallies, texts)
 
 
-def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict, texts: dict) -> None:
+def report(
+    config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict, texts: dict
+) -> None:
     """The comparison on the screen and in a folder. rows, tallies: by the names of the runs; texts: of each document,
     its tokens as each run reads them."""
     tables = table.tables(rows, tallies)
     first = next(iter(rows.values()))
     units = {"stretch": "stretches"}.get(first["unit"], first["unit"] + "s")
-    of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {units}".format(**first, units=units)
+    of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {units}".format(
+        **first, units=units
+    )
     print("\n\n".join([of_what, *map(table.as_text, tables)]))
     if config.report == "none":
         return
@@ -134,27 +166,47 @@ def report(config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict
     folder.mkdir(parents=True, exist_ok=True)
     markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
     for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, tallies))):
-        replace(folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-    runs = {name: source for source, name in short_names(sources).items() if len(members_of(source)) == 1}
-    curves = {name: read_records(folder_of(source) / "metrics.jsonl") for name, source in runs.items()}
+        replace(
+            folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")
+        )
+    runs = {
+        name: source
+        for source, name in short_names(sources).items()
+        if len(members_of(source)) == 1
+    }
+    curves = {
+        name: read_records(folder_of(source) / "metrics.jsonl") for name, source in runs.items()
+    }
     same = table.comparable(rows)  # else pictures would compare what the tables do not
-    pairs = dict.fromkeys("{block_size} tokens, {stride} apart".format(**row) for row in rows.values())
+    pairs = dict.fromkeys(
+        "{block_size} tokens, {stride} apart".format(**row) for row in rows.values()
+    )
     settings = f"n_samples = {config.n_samples}, windows of {' or '.join(pairs)}"
     documents = [Document(title, tokens) for title, tokens in texts.items()]
-    write_report(folder, of_what, settings, tables, rows if same else {}, curves if same else {}, documents)
+    write_report(
+        folder, of_what, settings, tables, rows if same else {}, curves if same else {}, documents
+    )
     print(f"report: {os.path.relpath(folder / 'report.html')}")
 
 
 def report_folder(sources: list[str], config: EvaluateConfig) -> Path:
     """The one named; else in the folder of a run, of several runs beside the first."""
     home = result_file(sources[0], config).parent
-    return Path(config.report or (home if len(sources) == 1 else home.parent) / f"report_{config.split}")
+    return Path(
+        config.report or (home if len(sources) == 1 else home.parent) / f"report_{config.split}"
+    )
 
 
 def short_names(sources: Iterable[str]) -> dict[str, str]:
     """source -> the last part of its path, or all of it where two share that part."""
-    last = {source: "+".join(Path(member).name or member for member in members_of(source)) for source in sources}
-    return {source: name if list(last.values()).count(name) == 1 else source for source, name in last.items()}
+    last = {
+        source: "+".join(Path(member).name or member for member in members_of(source))
+        for source in sources
+    }
+    return {
+        source: name if list(last.values()).count(name) == 1 else source
+        for source, name in last.items()
+    }
 
 
 if __name__ == "__main__":

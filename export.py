@@ -26,7 +26,14 @@ from engine.eval.evaluation import evaluate, in_pieces, windows
 from engine.gpt2.card import Measured, card, known_of
 from engine.gpt2.exporting import losses, nearest_gpt2, write_model, write_tokenizer
 from engine.gpt2.loading import read_object
-from engine.runs.checkpoint import about, check_tokenizer, folder_of, load_model, tokenizer_folder, tokenizer_of
+from engine.runs.checkpoint import (
+    about,
+    check_tokenizer,
+    folder_of,
+    load_model,
+    tokenizer_folder,
+    tokenizer_of,
+)
 from engine.runs.logger import environment
 from model import GPT
 
@@ -59,7 +66,9 @@ def main() -> None:
     trained = about(config.out_dir)
     file = text_to_measure_on(config, trained.get("config", {}).get("dataset"), model)
     if lost and file is None:
-        raise UserError("--approximate measures what it costs, and the run's data set is not here; add --dataset=NAME")
+        raise UserError(
+            "--approximate measures what it costs, and the run's data set is not here; add --dataset=NAME"
+        )
     facts = known_of(trained, meta, of_run(config.out_dir), environment())
     with new_folder(to) as folder:
         write_model(folder, nearest_gpt2(model), tokenizer.eot if tokenizer else None)
@@ -71,11 +80,19 @@ def main() -> None:
                 f"what was written predicts otherwise than {config.out_dir}, by up to {measured.largest:.1e} nats on "
                 f"{measured.text}; nothing is exported: please report this"
             )
-        (folder / "README.md").write_text(card(to.name, model, tokenizer, lost, measured, facts), encoding="utf-8")
+        (folder / "README.md").write_text(
+            card(to.name, model, tokenizer, lost, measured, facts), encoding="utf-8"
+        )
     for whose, nll in measured.rows:
         print(f"{whose}: nll {nll:.4f} on {measured.n_tokens:,} tokens")
-    kind = "the nearest GPT-2" if lost else f"exact, log-probabilities within {measured.largest:.1e} nats"
-    print(f"{config.to}: {kind}; transformers' GPT2LMHeadModel.from_pretrained({config.to!r}) loads it")
+    kind = (
+        "the nearest GPT-2"
+        if lost
+        else f"exact, log-probabilities within {measured.largest:.1e} nats"
+    )
+    print(
+        f"{config.to}: {kind}; transformers' GPT2LMHeadModel.from_pretrained({config.to!r}) loads it"
+    )
 
 
 def free_folder(to: str) -> Path:
@@ -107,8 +124,15 @@ def measure(model: GPT, exported: GPT, file: TokenFile | None) -> Measured:
     ids."""
     block_size = model.config.block_size
     if file is None:
-        idx = torch.randint(model.config.vocab_size, (4, block_size), generator=torch.Generator().manual_seed(0))
-        return Measured((), compare(model, exported, [(idx, idx)])[1], idx.numel(), f"{idx.numel():,} random token ids")
+        idx = torch.randint(
+            model.config.vocab_size, (4, block_size), generator=torch.Generator().manual_seed(0)
+        )
+        return Measured(
+            (),
+            compare(model, exported, [(idx, idx)])[1],
+            idx.numel(),
+            f"{idx.numel():,} random token ids",
+        )
     limit = max(1, N_TOKENS // block_size)
     batches = [(w.x, w.y) for w in windows(file, block_size, 8, limit)]
     nlls, largest = compare(model, exported, batches)
@@ -118,12 +142,18 @@ def measure(model: GPT, exported: GPT, file: TokenFile | None) -> Measured:
         processes = Processes(model.transformer.wte.weight.device)
         average = evaluate(model, windows(file, block_size, 8, limit), processes, n_samples=-1)
         rows.append(("the original, averaged over its posterior", average.mean("nll")))
-    text = f"blocks of {block_size} evenly spread over the validation split of {file.path.parent.name}"
-    return Measured([*rows, ("this model", nlls[1])], largest, sum(y.numel() for _, y in batches), text)
+    text = (
+        f"blocks of {block_size} evenly spread over the validation split of {file.path.parent.name}"
+    )
+    return Measured(
+        [*rows, ("this model", nlls[1])], largest, sum(y.numel() for _, y in batches), text
+    )
 
 
 @torch.no_grad()
-def compare(a: GPT, b: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[list[float], float]:
+def compare(
+    a: GPT, b: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[list[float], float]:
     """x, y (B, T) each -> the nll of both, and by how much their log-probabilities differ at most."""
     device = a.transformer.wte.weight.device
     nll, n, largest = torch.zeros(2, dtype=torch.float64), 0, torch.zeros((), device=device)
@@ -132,7 +162,9 @@ def compare(a: GPT, b: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
         for pieces, targets in in_pieces(hiddens, y.to(device)):
             found = [model.lm_head.log_probs(h) for model, h in zip((a, b), pieces, strict=True)]
             nll -= torch.stack([p.gather(1, targets.unsqueeze(1)).sum() for p in found]).cpu()
-            largest = torch.maximum(largest, (found[0] - found[1]).abs().max())  # keeps a nan, as max() does not
+            largest = torch.maximum(
+                largest, (found[0] - found[1]).abs().max()
+            )  # keeps a nan, as max() does not
             n += len(targets)
     return (nll / n).tolist(), largest.item()
 

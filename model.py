@@ -33,20 +33,24 @@ class GPTConfig:
     dropout: float = 0.0  # 0 for pretraining; try 0.1 or more for fine-tuning or small data
     bias: bool = False  # biases in all linear and norm layers, as GPT-2 has; without is a bit better and faster
     qkv_bias: bool = False  # with bias=False: a bias in the attention's c_attn alone
-    gradient_checkpointing: bool = False  # recompute each block in backward: less memory, about a third more time
-    bayes_mlp: bool = (
-        False  # Bayesian MLPs too (any head), with the Bayesian head's options; bound draws as local there
+    gradient_checkpointing: bool = (
+        False  # recompute each block in backward: less memory, about a third more time
     )
+    bayes_mlp: bool = False  # Bayesian MLPs too (any head), with the Bayesian head's options; bound draws as local there
     head: HeadConfig = HeadConfig()
 
     def __post_init__(self):
         check_ranges(self, {"n_layer": (1, 10**4), "n_embd": (1, 10**6), "n_head": (1, 10**6)})
         check_ranges(self, {"block_size": (1, 10**9), "vocab_size": (0, 1 << 32)})
-        n_parameters = 12 * self.n_layer * self.n_embd**2 + (self.vocab_size + self.block_size) * self.n_embd
+        n_parameters = (
+            12 * self.n_layer * self.n_embd**2 + (self.vocab_size + self.block_size) * self.n_embd
+        )
         what = f"a model of {n_parameters / 1e9:.1f} billion parameters"
         check_memory(4 * n_parameters, what, "lower --n_layer, --n_embd or --block_size")
         if self.vocab_size == 1:
-            raise UserError(f"vocab_size = {self.vocab_size} must be at least 2, or 0 to take it from the data")
+            raise UserError(
+                f"vocab_size = {self.vocab_size} must be at least 2, or 0 to take it from the data"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout = {self.dropout} must lie in [0, 1)")
         if self.bayes_mlp and self.head.posterior == "torchbnn":
@@ -64,17 +68,26 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias or config.qkv_bias)
+        self.c_attn = nn.Linear(
+            config.n_embd, 3 * config.n_embd, bias=config.bias or config.qkv_bias
+        )
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | OneToken | Branches | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | OneToken | Branches | None = None
+    ) -> torch.Tensor:
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = (
+            part.view(B, T, self.n_head, -1).transpose(1, 2)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
         k, v, mask = (k, v, None) if cache is None else cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         # one new token sees everything before it; several at once start an empty cache, where plain causality is right
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+        return F.dropout(
+            self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training
+        )
 
 
 class MLP(nn.Module):
@@ -86,7 +99,9 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+        return F.dropout(
+            self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training
+        )
 
 
 class Block(nn.Module):
@@ -97,7 +112,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | OneToken | Branches | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | OneToken | Branches | None = None
+    ) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -140,9 +157,13 @@ class GPT(nn.Module):
         """idx (B, T) token ids -> final hidden states (B, T, C). With a cache, one token goes behind what it holds."""
         start = cache.length if cache else 0
         if start and idx.size(1) > 1:
-            raise ValueError("several tokens can only start a cache; behind others they go one by one")
+            raise ValueError(
+                "several tokens can only start a cache; behind others they go one by one"
+            )
         if start + idx.size(1) > self.config.block_size:
-            raise ValueError(f"{start + idx.size(1)} tokens do not fit into block_size = {self.config.block_size}")
+            raise ValueError(
+                f"{start + idx.size(1)} tokens do not fit into block_size = {self.config.block_size}"
+            )
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + idx.size(1)]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
@@ -154,7 +175,9 @@ class GPT(nn.Module):
             cache.length += idx.size(1)
         return self.transformer.ln_f(x)
 
-    def hidden_at(self, idx: torch.Tensor, positions: torch.Tensor, cache: Branches | OneToken) -> torch.Tensor:
+    def hidden_at(
+        self, idx: torch.Tensor, positions: torch.Tensor, cache: Branches | OneToken
+    ) -> torch.Tensor:
         """idx (B, T) -> (B, T, C), each token at its position, seeing what the cache shows it."""
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         for block in self.transformer.h:
@@ -175,7 +198,9 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """idx (B, T), targets (B, T) or (B, T, K) with label_weights (B, T, K) -> what training minimises, a scalar."""
         loss = self.lm_head.loss(self.hidden(idx), targets, label_weights)
-        hidden_kl = sum((layer.kl() for layer in self.bayes_layers() if layer is not self.lm_head.weights), 0.0)
+        hidden_kl = sum(
+            (layer.kl() for layer in self.bayes_layers() if layer is not self.lm_head.weights), 0.0
+        )
         return loss + self.lm_head.kl_loss(hidden_kl)
 
     def scores(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,10 +225,16 @@ class GPT(nn.Module):
         """idx (B, T) -> log p(next token) at every position, (B, T, V), normalised over V."""
         return self.lm_head.log_probs(self.hiddens(idx, n_samples), n_samples)
 
-    def hiddens(self, idx: torch.Tensor, n_samples: int = 0, branches: Branches | None = None) -> list[torch.Tensor]:
+    def hiddens(
+        self, idx: torch.Tensor, n_samples: int = 0, branches: Branches | None = None
+    ) -> list[torch.Tensor]:
         """The hidden states (B, T, C) that n_samples draws of all weights need: one, or one per draw where these differ
         (bayes_mlp, mc_dropout)."""
-        read = partial(self.hidden_at, positions=branches.positions, cache=branches) if branches else self.hidden
+        read = (
+            partial(self.hidden_at, positions=branches.positions, cache=branches)
+            if branches
+            else self.hidden
+        )
         if n_samples < 1 or not (self.config.bayes_mlp or self.mc_dropout):
             return [read(idx)]
         with self.sampling():
@@ -225,18 +256,24 @@ class GPT(nn.Module):
             for layer in layers:
                 layer.sampling = False
 
-    def start_posteriors(self, frequencies: torch.Tensor, only: Collection[str] | None = None) -> None:
+    def start_posteriors(
+        self, frequencies: torch.Tensor, only: Collection[str] | None = None
+    ) -> None:
         """Start the posteriors' widths anew for the weights that are there: all, or those of the parameters `only`.
 
         frequencies: (V,), of the training text."""
         for name, layer in self.named_modules():
             if isinstance(layer, BayesLinear) and (only is None or f"{name}.log_std" in only):
-                layer.start_from(torch.ones(len(layer.weight)) if isinstance(layer, BayesLayer) else frequencies)
+                layer.start_from(
+                    torch.ones(len(layer.weight)) if isinstance(layer, BayesLayer) else frequencies
+                )
 
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
         """idx (B, T) -> (B, T + max_new_tokens): the prompt and its continuation. Options: those of stream."""
-        return torch.cat([idx, *(token for token, _ in self.stream(idx, max_new_tokens, **options))], dim=1)
+        return torch.cat(
+            [idx, *(token for token, _ in self.stream(idx, max_new_tokens, **options))], dim=1
+        )
 
     def stream(
         self, idx: torch.Tensor, max_new_tokens: int, **options

@@ -23,24 +23,45 @@ from engine.eval.report import Document, write_page
 from engine.eval.run import Continuation, Run, Sampling
 from engine.eval.terminal import Screen
 
-TAKEN = {"sample", "text", "ended", "seed", "n_tokens", "uncertain", "tokens", "nll", "total", "epistemic"}  # in JSON
+TAKEN = {
+    "sample",
+    "text",
+    "ended",
+    "seed",
+    "n_tokens",
+    "uncertain",
+    "tokens",
+    "nll",
+    "total",
+    "epistemic",
+}  # in JSON
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     init_from: str = "resume"  # resume: the newest checkpoint in out_dir | gpt2* | a run folder or checkpoint file
     out_dir: str = "out"  # with init_from=resume: the run, or one of its checkpoint files
-    start: str = "\n"  # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
+    start: str = (
+        "\n"  # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
+    )
     prompts: str = ""  # a file of prompts: one in each line, or .jsonl with a field "prompt"
-    interactive: bool = False  # ask for prompts; an empty one goes on with the text, Ctrl-C ends a text, Ctrl-D all
+    interactive: bool = (
+        False  # ask for prompts; an empty one goes on with the text, Ctrl-C ends a text, Ctrl-D all
+    )
     num_samples: int = 10  # continuations of each prompt; with --interactive 1
     sampling: Sampling = Sampling()
-    show_uncertainty: bool = False  # colour the tokens by uncertainty, and give figures with --jsonl
-    html: str = ""  # write all texts there, a page coloured by uncertainty with figures under the pointer
+    show_uncertainty: bool = (
+        False  # colour the tokens by uncertainty, and give figures with --jsonl
+    )
+    html: str = (
+        ""  # write all texts there, a page coloured by uncertainty with figures under the pointer
+    )
     jsonl: str = ""  # write all texts there, a JSON object per line, instead of to the screen
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
-    compile: bool = False  # one compiled graph per token (on CUDA a CUDA graph): for long texts on a GPU
+    compile: bool = (
+        False  # one compiled graph per token (on CUDA a CUDA graph): for long texts on a GPU
+    )
 
     def __post_init__(self):
         check_ranges(self, {"num_samples": (1, 10**6)})
@@ -62,18 +83,28 @@ def main() -> None:
     config, said = load_config(SampleConfig, sys.argv[1:])
     if config.interactive and "num_samples" in said:
         raise UserError("--interactive writes one text at a time; leave --num_samples out")
-    model = Run(config.out_dir if config.init_from == "resume" else config.init_from, config.device, config.dtype)
+    model = Run(
+        config.out_dir if config.init_from == "resume" else config.init_from,
+        config.device,
+        config.dtype,
+    )
     model.check(config.sampling)
     if config.sampling.n_samples and not model.model.bayes_layers():
-        raise UserError(f"{model.source} has point weights, of which there is nothing to draw; leave --n_samples out")
+        raise UserError(
+            f"{model.source} has point weights, of which there is nothing to draw; leave --n_samples out"
+        )
     if config.compile:
         model.model.compile_step()
     last: list[int] = []  # the ids of the newest text, its prompt among them
     prompts = asked(model, last) if config.interactive else given(model, config)
     screen, documents = Screen(config, bool(model.model.bayes_layers())), []
     with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(open(config.jsonl, "x", encoding="utf-8")) if config.jsonl else None
-        stack.callback(finish, config, model.source, documents)  # with what there is, also when it is interrupted
+        lines = (
+            stack.enter_context(open(config.jsonl, "x", encoding="utf-8")) if config.jsonl else None
+        )
+        stack.callback(
+            finish, config, model.source, documents
+        )  # with what there is, also when it is interrupted
         for i, (record, ids) in enumerate(prompts):
             sampling = replace(config.sampling, seed=config.sampling.seed + i)
             prompt = Reading(reader(model.tokenizer)(ids))
@@ -97,7 +128,9 @@ def finish(config: SampleConfig, source: str, documents: list[Document]) -> None
         print(f"texts: {path}", file=sys.stderr)
 
 
-def write(model: Run, prompt: Reading, sampling: Sampling, config: SampleConfig, screen: Screen) -> list[Continuation]:
+def write(
+    model: Run, prompt: Reading, sampling: Sampling, config: SampleConfig, screen: Screen
+) -> list[Continuation]:
     """Write a prompt's continuations: the first one appears while it is drawn, the others when all are done."""
     n, texts = 1 if config.interactive else config.num_samples, [Continuation(sampling)]
     uncertain = config.show_uncertainty or bool(config.html) or sampling.abstain != "no"
@@ -119,11 +152,18 @@ def write(model: Run, prompt: Reading, sampling: Sampling, config: SampleConfig,
 def given(model: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]:
     """The prompts of the options, all checked before the first is used: what is known of each, and its ids."""
     start = config.start
-    records = [{"prompt": read_file(start.removeprefix("FILE:")) if start.startswith("FILE:") else start}]
+    records = [
+        {"prompt": read_file(start.removeprefix("FILE:")) if start.startswith("FILE:") else start}
+    ]
     if config.prompts:
-        lines = [line for line in read_file(config.prompts).split("\n") if line.strip()]  # U+2028 may stand in one
+        lines = [
+            line for line in read_file(config.prompts).split("\n") if line.strip()
+        ]  # U+2028 may stand in one
         as_json = config.prompts.endswith(".jsonl")
-        records = [from_json(line, i, config.prompts) if as_json else {"prompt": line} for i, line in enumerate(lines)]
+        records = [
+            from_json(line, i, config.prompts) if as_json else {"prompt": line}
+            for i, line in enumerate(lines)
+        ]
         if not records:
             raise UserError(f"{config.prompts} has no prompts")
     return [(record, model.encode(record["prompt"])) for record in records]
@@ -135,9 +175,13 @@ def from_json(line: str, i: int, path: str) -> dict:
         record = json.loads(line)
         record["prompt"].encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f'{path}: its prompt {i + 1} is no JSON object with a text "prompt"') from None
+        raise UserError(
+            f'{path}: its prompt {i + 1} is no JSON object with a text "prompt"'
+        ) from None
     if taken := sorted(TAKEN & record.keys()):
-        raise UserError(f"{path}: its prompt {i + 1} has the field {taken[0]!r}, which the output has; rename it")
+        raise UserError(
+            f"{path}: its prompt {i + 1} has the field {taken[0]!r}, which the output has; rename it"
+        )
     return record
 
 
@@ -172,7 +216,12 @@ def read_file(path: str) -> str:
 def as_record(text: Continuation, with_tokens: bool) -> dict:
     """A text as it stands in the .jsonl file."""
     tokens, sampling = text.tokens, text.sampling
-    record = {"text": text.text, "ended": text.ended, "seed": sampling.seed, "n_tokens": len(tokens)}
+    record = {
+        "text": text.text,
+        "ended": text.ended,
+        "seed": sampling.seed,
+        "n_tokens": len(tokens),
+    }
     if sampling.abstain == "mark":
         record["uncertain"] = [i for i, token in enumerate(tokens) if sampling.too_uncertain(token)]
     if with_tokens:

@@ -27,9 +27,16 @@ from engine.runs.start import describe, open_run, start, training_batches
 from model import GPT, GPTConfig
 
 RANGES = {name: (1, MANY) for name in ("eval_interval", "log_interval", "eval_iters", "batch_size")}
-RANGES |= {name: (0, MANY) for name in ("save_interval", "max_iters", "warmup_iters", "lr_decay_iters", "patience")}
+RANGES |= {
+    name: (0, MANY)
+    for name in ("save_interval", "max_iters", "warmup_iters", "lr_decay_iters", "patience")
+}
 RANGES |= {name: (0.0, 1e3) for name in ("learning_rate", "min_lr", "weight_decay")}
-RANGES |= {"gradient_accumulation_steps": (1, 10**9), "grad_clip": (0.0, 1e9), "label_weight": (0.0, 1.0)}
+RANGES |= {
+    "gradient_accumulation_steps": (1, 10**9),
+    "grad_clip": (0.0, 1e9),
+    "label_weight": (0.0, 1.0),
+}
 RANGES |= {"seed": (0, (1 << 63) - 1), "hang_timeout": (0.0, 1e6)}
 MAX_SKIPPED = 25  # steps in a row; float16's loss scale comes from 65536 to 1 in 16
 
@@ -41,27 +48,35 @@ class TrainConfig:
     out_dir: str = "out"  # the run's folder: checkpoints, metrics.jsonl, config.json
     eval_interval: int = 2000  # steps between evaluations; the last step always has one
     log_interval: int = 1  # steps between training records
-    eval_iters: int = 200  # batches of the validation split in an evaluation, the same ones each time
+    eval_iters: int = (
+        200  # batches of the validation split in an evaluation, the same ones each time
+    )
     eval_only: bool = False  # evaluate once and end
     patience: int = 0  # end after so many eval_intervals without a lower validation nll (early stop); 0: at max_iters
-    always_save_checkpoint: bool = True  # False: save only when the validation nll is the lowest yet
+    always_save_checkpoint: bool = (
+        True  # False: save only when the validation nll is the lowest yet
+    )
     save_interval: int = 0  # steps between checkpoints; 0: as eval_interval
-    init_from: str = (
-        "scratch"  # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
-    )
-    allow_change: str = (
-        ""  # with resume: options, by commas, that may differ from the run's own (dataset: other tokens)
-    )
+    init_from: str = "scratch"  # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
+    allow_change: str = ""  # with resume: options, by commas, that may differ from the run's own (dataset: other tokens)
     seed: int = 1337  # of weights, data order, dropout and noise
     wandb_log: bool = False  # log to Weights & Biases as well (offline without an account); val/ compares heads there
     wandb_project: str = "owt"  # project name there
-    wandb_run_name: str = ""  # run name there; empty: out_dir (nanoGPT's default, gpt2, would name all heads alike)
-    dataset: str = "openwebtext"  # a folder in data/, or the path of a folder with train.bin and val.bin
-    labels: str = ""  # teacher labels to train on, by their --name in augmentation/teacher_labels.py
+    wandb_run_name: str = (
+        ""  # run name there; empty: out_dir (nanoGPT's default, gpt2, would name all heads alike)
+    )
+    dataset: str = (
+        "openwebtext"  # a folder in data/, or the path of a folder with train.bin and val.bin
+    )
+    labels: str = (
+        ""  # teacher labels to train on, by their --name in augmentation/teacher_labels.py
+    )
     label_mode: str = "soft"  # soft: the teacher shares in the true token's label | set: all are labels of 1 (sigmoid)
     label_weight: float = 0.5  # soft: the teacher's share where there are labels, in [0, 1]
     gradient_accumulation_steps: int = 40  # micro-batches in a step, counted over all processes
-    batch_size: int = 12  # blocks in a micro-batch; lower it when memory runs out, and accumulate more
+    batch_size: int = (
+        12  # blocks in a micro-batch; lower it when memory runs out, and accumulate more
+    )
     model: GPTConfig = GPTConfig()
     learning_rate: float = 6e-4  # peak; small models take more: 1e-3 and above
     max_iters: int = 600000  # steps in all
@@ -70,26 +85,40 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW's memory of its square; 0.99 where a step has few tokens
     grad_clip: float = 1.0  # clip the gradient's norm; 0 does not
     decay_lr: bool = True  # False: a constant learning rate
-    warmup_iters: int = 2000  # steps of linear warm-up, of the learning rate and of a Bayesian head's KL
+    warmup_iters: int = (
+        2000  # steps of linear warm-up, of the learning rate and of a Bayesian head's KL
+    )
     lr_decay_iters: int = 0  # steps to decay over; 0: max_iters
     min_lr: float = 6e-5  # where the cosine ends; about learning_rate / 10
-    sharding: str = (
-        "none"  # none: each process has all weights (DDP) | fsdp: in pieces over all processes (fully_shard)
+    sharding: str = "none"  # none: each process has all weights (DDP) | fsdp: in pieces over all processes (fully_shard)
+    hang_timeout: float = (
+        600.0  # seconds without progress after which a process shows its stacks and ends; 0: never
     )
-    hang_timeout: float = 600.0  # seconds without progress after which a process shows its stacks and ends; 0: never
     backend: str = "auto"  # of torch.distributed: nccl | gloo | auto: nccl on CUDA, else gloo
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto: the best there is
-    dtype: str = "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 where the hardware is fast at it
-    compile: bool = torch.cuda.is_available()  # torch.compile: starts a minute later; on a CPU it pays at 50,000 ids
+    dtype: str = (
+        "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 where the hardware is fast at it
+    )
+    compile: bool = (
+        torch.cuda.is_available()
+    )  # torch.compile: starts a minute later; on a CPU it pays at 50,000 ids
 
     def __post_init__(self):
         check_ranges(self, RANGES)
-        n_bytes = 2 * self.batch_size * self.model.block_size * self.model.n_embd  # of one hidden state of many
-        check_memory(n_bytes, f"a micro-batch of batch_size = {self.batch_size}", "lower it, and accumulate more")
+        n_bytes = (
+            2 * self.batch_size * self.model.block_size * self.model.n_embd
+        )  # of one hidden state of many
+        check_memory(
+            n_bytes,
+            f"a micro-batch of batch_size = {self.batch_size}",
+            "lower it, and accumulate more",
+        )
         if self.sharding not in ("none", "fsdp"):
             raise UserError(f"sharding = {self.sharding!r} is not one of: none, fsdp")
         if self.sharding == "fsdp" and self.dtype == "float16":
-            raise UserError("dtype = 'float16' has a loss scale, which shards do not share; use --dtype=bfloat16")
+            raise UserError(
+                "dtype = 'float16' has a loss scale, which shards do not share; use --dtype=bfloat16"
+            )
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
         if self.label_mode not in MODES:
@@ -140,7 +169,9 @@ def main(**fixed: str) -> None:
     run(from_command_line)
 
 
-def train(config: TrainConfig, processes: distributed.Processes, given: Set[str] = frozenset()) -> GPT:
+def train(
+    config: TrainConfig, processes: distributed.Processes, given: Set[str] = frozenset()
+) -> GPT:
     """Train until max_iters and return the model; given: the options that were set on purpose."""
     config, data, bare, state = start(config, given, processes)
     device, n_micro = processes.device, config.gradient_accumulation_steps
@@ -150,14 +181,22 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
     optimizer = adamw(bare, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     batches = training_batches(config, data["train"], state)
-    val_batches = eval_batches(data["val"], config.model.block_size, config.batch_size, config.eval_iters)
+    val_batches = eval_batches(
+        data["val"], config.model.block_size, config.batch_size, config.eval_iters
+    )
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
     saver = Saver(processes, progress, bare, optimizer, scaler, describe(config, data, batches))
     saver.restore(state)
-    mine = range(progress.step * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size)
+    mine = range(
+        progress.step * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size
+    )
     ahead = batches.prefetched(mine, device)
 
-    with open_run(config, data, processes, bare, (dtype, how), progress) as log, processes.watch.watching(), saver:
+    with (
+        open_run(config, data, processes, bare, (dtype, how), progress) as log,
+        processes.watch.watching(),
+        saver,
+    ):
         for step in range(progress.step, config.max_iters + 1):
             bare.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
             last, improved = step == config.max_iters or config.eval_only, False
@@ -166,8 +205,12 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
                     scores = mean_loss(bare, val_batches, data["val"], processes, cast)
                 improved = progress.improves(scores)
                 log.evaluation(scores)
-                last = last or 0 < config.patience * config.eval_interval <= step - progress.best_step
-            due = (last or step % (config.save_interval or config.eval_interval) == 0) and config.always_save_checkpoint
+                last = (
+                    last or 0 < config.patience * config.eval_interval <= step - progress.best_step
+                )
+            due = (
+                last or step % (config.save_interval or config.eval_interval) == 0
+            ) and config.always_save_checkpoint
             if (due or improved) and not config.eval_only:
                 with log.paused():
                     saver.save()
@@ -185,7 +228,9 @@ def train(config: TrainConfig, processes: distributed.Processes, given: Set[str]
                     # gradients are averaged over the processes, so each divides by the micro-batches of its own
                     scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
                 loss += micro_loss.detach() / n_micro
-            (loss,) = processes.agree(loss)  # from here on the step is either done or left out, by all processes
+            (loss,) = processes.agree(
+                loss
+            )  # from here on the step is either done or left out, by all processes
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(bare.parameters(), config.grad_clip)
             if finite := math.isfinite(loss) and math.isfinite(grad_norm):

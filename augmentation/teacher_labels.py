@@ -30,7 +30,13 @@ from engine.runs.checkpoint import check_tokenizer, load_model
 
 ROWS = 256  # positions whose log-probabilities (ROWS, V) exist at a time, and sentences that are read together
 SENTENCE = 64  # tokens of a sentence, at most, that max_perplexity looks at
-FREE = ("teacher", "dataset", "name", "batch_size", "device")  # may change when an interrupted run goes on
+FREE = (
+    "teacher",
+    "dataset",
+    "name",
+    "batch_size",
+    "device",
+)  # may change when an interrupted run goes on
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,9 @@ class Options:
     mode: str = "topk"  # topk: the likeliest, renormalised | sample: draws of 1 / k each, in expectation the teacher
     share: float = 1.0  # share of the positions that get labels
     max_tokens: int = 0  # label this many positions only, the first ones; 0: all
-    max_perplexity: float = 0.0  # drop a label that gives its sentence more under the teacher; slow; 0: keep all
+    max_perplexity: float = (
+        0.0  # drop a label that gives its sentence more under the teacher; slow; 0: keep all
+    )
     stride: int = 0  # positions labelled per window; 0: half the teacher's block_size; all of it is twice as fast
     batch_size: int = 16  # windows at a time: speed and memory
     seed: int = 1337  # of share and sample
@@ -55,10 +63,20 @@ class Options:
             raise UserError(f"mode = {self.mode!r} is not one of: topk, sample")
         if not 0 < self.share <= 1:
             raise UserError(f"share = {self.share} must lie in (0, 1]")
-        check_ranges(self, {"k": (1, 1 << 16), "batch_size": (1, MANY), "max_tokens": (0, MANY), "stride": (0, MANY)})
+        check_ranges(
+            self,
+            {
+                "k": (1, 1 << 16),
+                "batch_size": (1, MANY),
+                "max_tokens": (0, MANY),
+                "stride": (0, MANY),
+            },
+        )
         check_ranges(self, {"seed": (0, (1 << 63) - 1)})
         if not (self.max_perplexity == 0 or 1 < self.max_perplexity < math.inf):
-            raise UserError(f"max_perplexity = {self.max_perplexity} must be above 1, or 0 for no filter")
+            raise UserError(
+                f"max_perplexity = {self.max_perplexity} must be above 1, or 0 for no filter"
+            )
 
 
 class Teacher:
@@ -72,15 +90,22 @@ class Teacher:
         check_tokenizer(options.teacher, dataset_folder(options.dataset))
         self.model = load_model(options.teacher, self.device)
         self.file, self.T = file, self.model.config.block_size
-        self.n_ids = min(file.vocab_size, self.model.config.vocab_size)  # a padded vocabulary has more than the text
+        self.n_ids = min(
+            file.vocab_size, self.model.config.vocab_size
+        )  # a padded vocabulary has more than the text
         file.check(self.n_ids)
         if self.n_ids > 1 << 16:
             raise UserError(f"the vocabulary has {self.n_ids:,} ids, but a label has 16 bits")
-        for name, most, what in (("k", self.n_ids, "the vocabulary"), ("stride", self.T, "the teacher's block_size")):
+        for name, most, what in (
+            ("k", self.n_ids, "the vocabulary"),
+            ("stride", self.T, "the teacher's block_size"),
+        ):
             if getattr(options, name) > most:
                 raise UserError(f"{name} = {getattr(options, name)} is above {most}, {what}")
         self.stride = options.stride or max(1, self.T // 2)
-        self.n_positions = min(options.max_tokens or len(file), len(file) - 1)  # nothing follows the last token
+        self.n_positions = min(
+            options.max_tokens or len(file), len(file) - 1
+        )  # nothing follows the last token
         self.n_windows = 1 + math.ceil(max(0, self.n_positions - self.T) / self.stride)
         if options.max_perplexity:
             self.ends = sentence_ends(load_tokenizer(dataset_folder(options.dataset)))
@@ -101,23 +126,41 @@ class Teacher:
     @torch.no_grad()
     def label(self, windows: range) -> tuple[int, np.ndarray, dict]:
         """The first position that these windows label, rows (n, 2, K) from there on, and what to count of them."""
-        begins, seed, k = np.array(windows)[:, None] * self.stride, self.options.seed, self.options.k
+        begins, seed, k = (
+            np.array(windows)[:, None] * self.stride,
+            self.options.seed,
+            self.options.k,
+        )
         positions = begins + np.arange(self.T)  # (B, T)
-        owned = (positions < self.n_positions) & ((positions - begins >= self.T - self.stride) | (begins == 0))
-        chance = np.stack([np.random.default_rng((seed, w)).random((self.T, 1 + k), np.float32) for w in windows])
+        owned = (positions < self.n_positions) & (
+            (positions - begins >= self.T - self.stride) | (begins == 0)
+        )
+        chance = np.stack(
+            [np.random.default_rng((seed, w)).random((self.T, 1 + k), np.float32) for w in windows]
+        )
         chosen = owned & (chance[:, :, 0] < self.options.share)
-        tokens = self.file.ids[np.minimum(positions, len(self.file) - 1)]  # what lies behind the end labels nothing
+        tokens = self.file.ids[
+            np.minimum(positions, len(self.file) - 1)
+        ]  # what lies behind the end labels nothing
         with self.cast:
-            hidden = self.model.hidden(self.to_device(tokens.astype(np.int64)))[self.to_device(chosen)]
+            hidden = self.model.hidden(self.to_device(tokens.astype(np.int64)))[
+                self.to_device(chosen)
+            ]
             ids, weights, mass = self.pick(hidden, self.to_device(chance[chosen][:, 1:]))
         if self.options.max_perplexity and chosen.any():
             weights = self.filtered(positions[chosen], ids, weights)
         first, rows = positions[owned].min(), np.zeros((owned.sum(), 2, k), "<u2")
         rows[positions[chosen] - first] = pack(ids, weights)
-        counts = {"chosen": int(chosen.sum()), "labelled": int(rows[:, 1].any(-1).sum()), "mass": mass}
+        counts = {
+            "chosen": int(chosen.sum()),
+            "labelled": int(rows[:, 1].any(-1).sum()),
+            "mass": mass,
+        }
         return int(first), rows, counts
 
-    def pick(self, hidden: torch.Tensor, uniforms: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float]:
+    def pick(
+        self, hidden: torch.Tensor, uniforms: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray, float]:
         """hidden (n, C), uniforms (n, K) -> ids (n, K), weights (n, K) of sum 1, and the sum of the top K's mass."""
         all_ids, all_weights, mass, k = [], [], 0.0, self.options.k
         for x, u in zip(hidden.split(ROWS), uniforms.split(ROWS), strict=True):
@@ -126,8 +169,12 @@ class Teacher:
             weights, mass = values.softmax(-1), mass + values.exp().sum().item()
             if self.options.mode == "sample":
                 cumulative = log_probs.exp().cumsum(-1)
-                ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=self.n_ids - 1)
-                same = ids.unsqueeze(-1) == ids.unsqueeze(-2)  # what is drawn twice stands once, with the weight of two
+                ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(
+                    max=self.n_ids - 1
+                )
+                same = ids.unsqueeze(-1) == ids.unsqueeze(
+                    -2
+                )  # what is drawn twice stands once, with the weight of two
                 weights = same.float().mean(-1) * ~same.tril(-1).any(-1)
             all_ids.append(ids.cpu().numpy())
             all_weights.append(weights.cpu().numpy())
@@ -159,7 +206,9 @@ class Teacher:
         result = []
         for i in range(0, len(sentences), ROWS):
             some = [torch.from_numpy(sentence) for sentence in sentences[i : i + ROWS]]
-            tokens = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=-1).to(self.device)
+            tokens = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=-1).to(
+                self.device
+            )
             real = tokens[:, 1:] >= 0
             with self.cast:
                 hidden = self.model.hidden(tokens[:, :-1].clamp(min=0))[real].split(ROWS)
@@ -168,7 +217,9 @@ class Teacher:
                     self.model.lm_head.log_probs(x).gather(-1, y.unsqueeze(-1)).squeeze(-1)
                     for x, y in zip(hidden, targets, strict=True)
                 ]
-            nll = torch.zeros(real.shape, device=self.device).masked_scatter(real, -torch.cat(log_probs))
+            nll = torch.zeros(real.shape, device=self.device).masked_scatter(
+                real, -torch.cat(log_probs)
+            )
             result.append((nll.sum(-1) / real.sum(-1)).exp().cpu().numpy())
         return np.concatenate(result)
 
@@ -178,7 +229,9 @@ class Teacher:
 
 def sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
     """(V,) bool: the tokens that end a sentence; end-of-text, which has no bytes, is one."""
-    return np.array([not piece or any(end in piece for end in b".!?\n") for piece in tokenizer.token_bytes()])
+    return np.array(
+        [not piece or any(end in piece for end in b".!?\n") for piece in tokenizer.token_bytes()]
+    )
 
 
 def main() -> None:
@@ -192,7 +245,13 @@ def main() -> None:
     if progress["done"] == n:
         print(f"{writer.path} is complete already; nothing to do")
     started = time.perf_counter() - progress["seconds"]
-    bar = tqdm(total=n, initial=progress["done"], desc=options.name, leave=False, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        total=n,
+        initial=progress["done"],
+        desc=options.name,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
     for begin in range(progress["done"], n, options.batch_size):
         windows = range(begin, min(begin + options.batch_size, n))
         first, rows, counts = teacher.label(windows)

@@ -37,8 +37,13 @@ def main() -> None:
     at = torch.arange(shape["block_size"])[None]
     blocks = [Windows(block[None, :-1], block[None, 1:], 0, at, at) for block in text]
     for head in args.cases or HEADS:
-        model = GPT(GPTConfig(**shape, head=HeadConfig("bayes", HEADS[head], n_data=10**8))).to(device)
-        cases = {f"{head}, draws: {n}": partial(evaluate, model, blocks, Processes(device), n_samples=n) for n in DRAWS}
+        model = GPT(GPTConfig(**shape, head=HeadConfig("bayes", HEADS[head], n_data=10**8))).to(
+            device
+        )
+        cases = {
+            f"{head}, draws: {n}": partial(evaluate, model, blocks, Processes(device), n_samples=n)
+            for n in DRAWS
+        }
         seconds, baseline = measure.in_turns(cases, args.rounds), f"{head}, draws: 1"
         n_tokens, shapes = text[:, 1:].numel(), shape | {"blocks": len(blocks)}
         measure.report("evaluate", seconds, baseline, n_tokens=n_tokens, shapes=shapes)

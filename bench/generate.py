@@ -39,16 +39,28 @@ def main() -> None:
         idx = torch.randint(shape["vocab_size"], (batch, n_prompt), device=device)
         about = {"shapes": shape | {"n_prompt": n_prompt, "n_new": n_new, "batch": batch}}
         for name, model in models.items():
-            cases = {name: ours(model, idx, n_new, fast), "uncached": ours(model, idx, n_new, fast, use_cache=False)}
-            measure.report("generate", measure.in_turns(cases, args.rounds), "uncached", dtype=fast, **about)
+            cases = {
+                name: ours(model, idx, n_new, fast),
+                "uncached": ours(model, idx, n_new, fast, use_cache=False),
+            }
+            measure.report(
+                "generate", measure.in_turns(cases, args.rounds), "uncached", dtype=fast, **about
+            )
         cases = {
             "softmax": ours(models["softmax"], idx, n_new, "float32"),
             "transformers": transformers_generate(idx, n_new, **shape),
             "uncached": ours(models["softmax"], idx, n_new, "float32", use_cache=False),
         }
-        measure.report("generate", measure.in_turns(cases, args.rounds), "uncached", dtype="float32", **about)
-        draws = {f"bayes, draws: {n}": ours(models["bayes"], idx, n_new, fast, n_samples=n) for n in (DRAWS, 1)}
-        measure.report("generate", measure.in_turns(draws, args.rounds), "bayes, draws: 1", dtype=fast, **about)
+        measure.report(
+            "generate", measure.in_turns(cases, args.rounds), "uncached", dtype="float32", **about
+        )
+        draws = {
+            f"bayes, draws: {n}": ours(models["bayes"], idx, n_new, fast, n_samples=n)
+            for n in (DRAWS, 1)
+        }
+        measure.report(
+            "generate", measure.in_turns(draws, args.rounds), "bayes, draws: 1", dtype=fast, **about
+        )
 
 
 def gpt(name: str, shape: dict[str, int]) -> GPT:
@@ -67,11 +79,15 @@ def ours(model: GPT, idx: torch.Tensor, n_new: int, dtype: str, **generation) ->
     return case
 
 
-def transformers_generate(idx: torch.Tensor, n_new: int, block_size: int, **shape: int) -> Callable[[], object]:
+def transformers_generate(
+    idx: torch.Tensor, n_new: int, block_size: int, **shape: int
+) -> Callable[[], object]:
     """A text of transformers' GPT-2 in the same shape, cached as is its default, that no token ends."""
     import transformers
 
-    config = transformers.GPT2Config(**shape, n_positions=block_size, bos_token_id=None, eos_token_id=None)
+    config = transformers.GPT2Config(
+        **shape, n_positions=block_size, bos_token_id=None, eos_token_id=None
+    )
     model = transformers.GPT2LMHeadModel(config).eval().to(idx.device)
     given = SAMPLING | {"do_sample": True, "max_new_tokens": n_new, "pad_token_id": 0}
     return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), **given)

@@ -30,8 +30,14 @@ from engine.base.errors import UserError, run
 from heads.linear_loss import PIECE, rows_within
 
 REPEATS = 20  # of a product, so that launching it does not count
-KERNELS = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("cudnn", "flash", "efficient")}
-BACKENDS = {"default": [*KERNELS.values(), SDPBackend.MATH], **KERNELS}  # default: what PyTorch picks
+KERNELS = {
+    name: getattr(SDPBackend, f"{name.upper()}_ATTENTION")
+    for name in ("cudnn", "flash", "efficient")
+}
+BACKENDS = {
+    "default": [*KERNELS.values(), SDPBackend.MATH],
+    **KERNELS,
+}  # default: what PyTorch picks
 DRAWS = (1, 8, 32)
 
 
@@ -49,11 +55,17 @@ def attention(shape: dict[str, int], rounds: int, device: torch.device) -> None:
             raise
         except RuntimeError as error:  # not for this device, dtype or shape
             print(f"  attention has no {name} kernel here: {error}")
-    flops = dict.fromkeys(cases, 7 * B * T**2 * C)  # two products forward, five backward, half of each masked
-    measure.report("gpu_attention", measure.in_turns(cases, rounds), "default", flops=flops, shapes=shape)
+    flops = dict.fromkeys(
+        cases, 7 * B * T**2 * C
+    )  # two products forward, five backward, half of each masked
+    measure.report(
+        "gpu_attention", measure.in_turns(cases, rounds), "default", flops=flops, shapes=shape
+    )
 
 
-def attend(qkv: torch.Tensor, gradient: torch.Tensor, n_head: int, backends: SDPBackend | list[SDPBackend]) -> None:
+def attend(
+    qkv: torch.Tensor, gradient: torch.Tensor, n_head: int, backends: SDPBackend | list[SDPBackend]
+) -> None:
     """qkv (B, T, 3 C), gradient (B, T, C) by the attention's output."""
     B, T, C = gradient.shape
     with sdpa_kernel(backends):
@@ -68,11 +80,22 @@ def products(shape: dict[str, int], rounds: int, device: torch.device) -> None:
     n, C, V = shape["batch_size"] * shape["block_size"], shape["n_embd"], shape["vocab_size"]
     x = torch.randn(n, C, dtype=torch.bfloat16, device=device)
     piece, cases, flops = x[: rows_within(PIECE, x, V)], {}, {}
-    shapes = {"c_attn": (x, 3 * C), "c_fc": (x, 4 * C), "attn.c_proj": (x, C), "head": (x, V), "head_piece": (piece, V)}
+    shapes = {
+        "c_attn": (x, 3 * C),
+        "c_fc": (x, 4 * C),
+        "attn.c_proj": (x, C),
+        "head": (x, V),
+        "head_piece": (piece, V),
+    }
     for name, (rows, width) in shapes.items():
-        product = partial(F.linear, rows, torch.randn(width, C, dtype=torch.bfloat16, device=device))
+        product = partial(
+            F.linear, rows, torch.randn(width, C, dtype=torch.bfloat16, device=device)
+        )
         cases[name], flops[name] = partial(repeat, product), 2 * len(rows) * C * width
-    seconds = {name: [t / REPEATS for t in times] for name, times in measure.in_turns(cases, rounds).items()}
+    seconds = {
+        name: [t / REPEATS for t in times]
+        for name, times in measure.in_turns(cases, rounds).items()
+    }
     measure.report("gpu_products", seconds, "head", flops=flops, shapes=shape)
 
 
@@ -97,21 +120,37 @@ def heads_alone(shape: dict[str, int], rounds: int, device: torch.device) -> Non
     """The heads on one micro-batch of hidden states, against F.linear and F.cross_entropy under the same autocast."""
     n, C, V = shape["batch_size"] * shape["block_size"], shape["n_embd"], shape["vocab_size"]
     shapes = {"n_tokens": n, "n_embd": C, "vocab_size": V}
-    cases = {name: heads.prepare(name, **shapes) for name in ("plain_bf16", *(f"{name}_bf16" for name in OURS))}
+    cases = {
+        name: heads.prepare(name, **shapes)
+        for name in ("plain_bf16", *(f"{name}_bf16" for name in OURS))
+    }
     seconds = measure.in_turns(cases, rounds)
     memory = {name: measure.peak_memory(case) for name, case in cases.items()}
-    measure.report("gpu_heads", seconds, "plain_bf16", memory, n, dict.fromkeys(cases, 6 * n * C * V), shapes=shapes)
+    measure.report(
+        "gpu_heads",
+        seconds,
+        "plain_bf16",
+        memory,
+        n,
+        dict.fromkeys(cases, 6 * n * C * V),
+        shapes=shapes,
+    )
 
 
 def decode(shape: dict[str, int], rounds: int, device: torch.device) -> None:
     """Texts of the Bayesian head that averages draws for each token, the backbone eager and as one compiled graph."""
     shape = {name: size for name, size in shape.items() if name != "batch_size"}
     n_new = shape["block_size"] // 4
-    torch._dynamo.config.recompile_limit = 64  # one code for two models, and for caches that may lie elsewhere
+    torch._dynamo.config.recompile_limit = (
+        64  # one code for two models, and for caches that may lie elsewhere
+    )
     for batch in (1, 32):
         models = {how: generate.gpt("bayes", shape).to(device) for how in ("eager", "compiled")}
         models["compiled"].compile_step()
-        idx, cases = torch.randint(shape["vocab_size"], (batch, n_new // 16 or 1), device=device), {}
+        idx, cases = (
+            torch.randint(shape["vocab_size"], (batch, n_new // 16 or 1), device=device),
+            {},
+        )
         for how, model in models.items():
             for n in DRAWS:
                 case = generate.ours(model, idx, n_new, "bfloat16", n_samples=n)
@@ -119,17 +158,27 @@ def decode(shape: dict[str, int], rounds: int, device: torch.device) -> None:
         seconds, shapes = measure.in_turns(cases, rounds), shape | {"batch": batch, "n_new": n_new}
         for how in models:
             group = {name: times for name, times in seconds.items() if name.startswith(how)}
-            measure.report("gpu_decode", group, next(iter(group)), n_tokens=batch * n_new, shapes=shapes)
+            measure.report(
+                "gpu_decode", group, next(iter(group)), n_tokens=batch * n_new, shapes=shapes
+            )
 
 
-PARTS = {"attention": attention, "products": products, "steps": steps, "heads": heads_alone, "decode": decode}
+PARTS = {
+    "attention": attention,
+    "products": products,
+    "steps": steps,
+    "heads": heads_alone,
+    "decode": decode,
+}
 
 
 def main() -> None:
     args = measure.arguments(__doc__, rounds=5, batch_size=32)
     device = pick_device("auto")
     if device.type != "cuda" and not args.quick:
-        raise UserError(f"bench/gpu.py needs a CUDA GPU, the device is {device.type}; --quick runs tiny shapes on it")
+        raise UserError(
+            f"bench/gpu.py needs a CUDA GPU, the device is {device.type}; --quick runs tiny shapes on it"
+        )
     names = args.cases or list(PARTS)
     if len(names) > 1 and not args.quick:  # a part that fails does not end the others
         commands = [[sys.executable, __file__, *sys.argv[1:], f"--cases={name}"] for name in names]
@@ -137,7 +186,11 @@ def main() -> None:
     measure.use_allocator("tuned")
     torch.backends.cuda.matmul.allow_tf32 = True  # as training has it
     for name in names:
-        PARTS[name](step.QUICK if args.quick else step.GPT2 | {"batch_size": args.batch_size}, args.rounds, device)
+        PARTS[name](
+            step.QUICK if args.quick else step.GPT2 | {"batch_size": args.batch_size},
+            args.rounds,
+            device,
+        )
 
 
 if __name__ == "__main__":

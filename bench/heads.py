@@ -30,7 +30,14 @@ OURS = {
     "bayes_sigmoid": {"weights": "bayes", "likelihood": "sigmoid"},
 }
 NAIVE = ("plain_bf16", "dense_bce", "torchbnn", "torchbnn_dense_bce")
-CASES = ("plain", *OURS, *(f"{name}_bf16" for name in OURS), "softmax_eager", "sigmoid_eager", *NAIVE)
+CASES = (
+    "plain",
+    *OURS,
+    *(f"{name}_bf16" for name in OURS),
+    "softmax_eager",
+    "sigmoid_eager",
+    *NAIVE,
+)
 SHAPES = {"n_tokens": 2048, "n_embd": 256, "vocab_size": 50304}
 QUICK = {"n_tokens": 512, "n_embd": 8, "vocab_size": 5003}
 
@@ -73,16 +80,29 @@ def main() -> None:
     args = measure.arguments(__doc__, cases=CASES, rounds=7, allocator="both")
     if args.allocator == "both":  # malloc is set once, before anything large is allocated
         for allocator in ("default", "tuned"):
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--allocator={allocator}"], check=True)
+            subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], f"--allocator={allocator}"], check=True
+            )
         return
     measure.use_allocator(args.allocator)
     shapes = QUICK if args.quick else SHAPES
-    cases = {name: prepare(name, **shapes) for name in dict.fromkeys(["plain", *(args.cases or CASES)])}
+    cases = {
+        name: prepare(name, **shapes) for name in dict.fromkeys(["plain", *(args.cases or CASES)])
+    }
     seconds = measure.in_turns(cases, args.rounds)
     memory = None  # under the tuned allocator a peak says what the process grew to, not what a call needs
     if args.allocator == "default":
-        memory = {name: measure.peak_of("bench.heads", name, args.allocator, **shapes) for name in cases}
-    measure.report("heads", seconds, "plain", memory, allocators=dict.fromkeys(cases, args.allocator), shapes=shapes)
+        memory = {
+            name: measure.peak_of("bench.heads", name, args.allocator, **shapes) for name in cases
+        }
+    measure.report(
+        "heads",
+        seconds,
+        "plain",
+        memory,
+        allocators=dict.fromkeys(cases, args.allocator),
+        shapes=shapes,
+    )
 
 
 if __name__ == "__main__":

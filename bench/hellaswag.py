@@ -27,10 +27,19 @@ def main() -> None:
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32} if args.quick else SHAPE
     tokenizer = ByteTokenizer() if args.quick else GPT2Tokenizer()
     keep_memory()
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, bias=True, **shape)).to(pick_device("auto")).eval()
-    lines = Path(args.source).read_text().splitlines()  # short items first: take them from everywhere
+    model = (
+        GPT(GPTConfig(vocab_size=tokenizer.vocab_size, bias=True, **shape))
+        .to(pick_device("auto"))
+        .eval()
+    )
+    lines = (
+        Path(args.source).read_text().splitlines()
+    )  # short items first: take them from everywhere
     items = [json.loads(line) for line in lines[:: max(1, len(lines) // args.items)]][: args.items]
-    texts = [encode(tokenizer, item["ctx"], [" " + ending for ending in item["endings"]]) for item in items]
+    texts = [
+        encode(tokenizer, item["ctx"], [" " + ending for ending in item["endings"]])
+        for item in items
+    ]
     apart = [(context, [ending]) for context, endings in texts for ending in endings]
     cases = {
         "shared": lambda: score_endings(model, texts),
@@ -47,9 +56,14 @@ def main() -> None:
 def four_rows(model: GPT, context: list[int], endings: list[list[int]]) -> list[float]:
     """The sum of log p of each ending."""
     rows = [torch.tensor(context + ids) for ids in endings]
-    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.transformer.wte.weight.device)
+    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(
+        model.transformer.wte.weight.device
+    )
     of_next = model.log_probs(idx[:, :-1]).gather(-1, idx[:, 1:, None]).squeeze(-1)
-    return [x[len(context) - 1 : len(row) - 1].sum().item() for x, row in zip(of_next, rows, strict=True)]
+    return [
+        x[len(context) - 1 : len(row) - 1].sum().item()
+        for x, row in zip(of_next, rows, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def peak_memory(case: Callable[[], object]) -> int:
         case()
         return torch.cuda.max_memory_allocated() - before
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left free would hide what this one needs
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what earlier calls left free would hide what this one needs
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
     case()
@@ -103,7 +105,9 @@ def _call_kept() -> None:
 
 def compiled(function: Callable) -> Callable:
     """torch.compile for a function that a process compiles for many models."""
-    torch._dynamo.config.recompile_limit = 64  # by default a ninth version of one code is given up, for eager
+    torch._dynamo.config.recompile_limit = (
+        64  # by default a ninth version of one code is given up, for eager
+    )
     return torch.compile(function, dynamic=False)
 
 
@@ -143,7 +147,9 @@ def report(
             line += "  peak {peak_mib:.0f} MiB  x {memory_ratio:.3f}".format(**found)
         if flops:
             rates = {"tflops": flops[name] / median / 1e12, "of_peak": flops[name] / median / peak}
-            found |= {rate: round(value, 4) for rate, value in rates.items() if value == value}  # nan: unknown device
+            found |= {
+                rate: round(value, 4) for rate, value in rates.items() if value == value
+            }  # nan: unknown device
             line += "  {tflops:.4g} TFLOP/s, {of_peak:.3f} of the data sheet's".format(**rates)
         if allocators:
             found["allocator"] = allocators[name]
@@ -155,7 +161,11 @@ def report(
 
 def _record(found: dict) -> None:
     """Append to bench/results.jsonl, with the machine and the date."""
-    found |= {"machine": machine(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    found |= {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
     with open(os.environ.get("BENCH_RESULTS") or RESULTS, "a") as file:
         file.write(json.dumps(found) + "\n")
 
@@ -165,16 +175,27 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def arguments(
-    description: str, rounds: int, cases: Collection[str] = (), **defaults: str | int | tuple[str, ...]
+    description: str,
+    rounds: int,
+    cases: Collection[str] = (),
+    **defaults: str | int | tuple[str, ...],
 ) -> argparse.Namespace:
     """The command line that the benchmarks share; cases: those there are; defaults: further options, words, numbers, or
     the words to choose from, the usual one first."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes and two rounds: does it run?"
+    )
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds of all cases in turns")
-    parser.add_argument("--cases", type=lambda words: words.split(","), help="only these, separated by commas")
+    parser.add_argument(
+        "--cases", type=lambda words: words.split(","), help="only these, separated by commas"
+    )
     for name, default in defaults.items():
-        one_of = {"choices": default, "default": default[0]} if isinstance(default, tuple) else {"default": default}
+        one_of = (
+            {"choices": default, "default": default[0]}
+            if isinstance(default, tuple)
+            else {"default": default}
+        )
         parser.add_argument(f"--{name}", type=type(one_of["default"]), **one_of)
     args = parser.parse_args()
     if cases and (unknown := [case for case in args.cases or () if case not in cases]):
@@ -191,7 +212,9 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    units = next((unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags), "")
+    units = next(
+        (unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags), ""
+    )
     return f"{os.cpu_count()} cores {platform.machine()} {units}".strip()
 
 

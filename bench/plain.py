@@ -19,7 +19,10 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
-        heads = [t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(C, dim=2)]
+        heads = [
+            t.view(B, T, self.n_head, -1).transpose(1, 2)
+            for t in self.c_attn(self.ln_1(x)).split(C, dim=2)
+        ]
         y = F.scaled_dot_product_attention(*heads, is_causal=True)
         x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
@@ -28,7 +31,9 @@ class Block(nn.Module):
 class PlainGPT(nn.Module):
     """A GPT in the way of nanoGPT. head: plain | dense_bce | torchbnn | torchbnn_dense_bce, as in PlainHead."""
 
-    def __init__(self, n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int, head: str):
+    def __init__(
+        self, n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int, head: str
+    ):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
         self.h = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
@@ -64,7 +69,11 @@ class PlainHead(nn.Module):
 
     def forward(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = self.nll(self.linear(x).flatten(0, 1), targets.flatten())
-        return loss if self.divergence is None else loss + self.divergence(self.linear).squeeze() / N_DATA
+        return (
+            loss
+            if self.divergence is None
+            else loss + self.divergence(self.linear).squeeze() / N_DATA
+        )
 
 
 def dense_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

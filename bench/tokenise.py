@@ -49,22 +49,38 @@ def main() -> None:
 
 
 def ours(documents: Path, folder: str, num_proc: int) -> int:
-    with tempfile.TemporaryDirectory(dir=folder) as out:  # a process of its own: those it starts import its main module
-        options = {"source": documents, "folder": out, "num_proc": num_proc, "val_fraction": 0, "test_fraction": 0}
-        command = [sys.executable, ROOT / "data" / "text" / "prepare.py", *(f"--{n}={v}" for n, v in options.items())]
+    with tempfile.TemporaryDirectory(
+        dir=folder
+    ) as out:  # a process of its own: those it starts import its main module
+        options = {
+            "source": documents,
+            "folder": out,
+            "num_proc": num_proc,
+            "val_fraction": 0,
+            "test_fraction": 0,
+        }
+        command = [
+            sys.executable,
+            ROOT / "data" / "text" / "prepare.py",
+            *(f"--{n}={v}" for n, v in options.items()),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         return len(TokenFile(out, "train"))
 
 
 def datasets_map(documents: Path, folder: str, num_proc: int) -> int:
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        rows = datasets.load_dataset("json", data_files=str(documents), split="train", cache_dir=out)
+        rows = datasets.load_dataset(
+            "json", data_files=str(documents), split="train", cache_dir=out
+        )
         tokenised = rows.map(_encode, remove_columns=["text"], num_proc=num_proc)
         n = int(np.sum(tokenised["len"], dtype=np.uint64))
         ids, at = np.memmap(Path(out) / "train.bin", dtype=np.uint16, mode="w+", shape=(n,)), 0
         n_shards = min(1024, len(tokenised))
         for i in range(n_shards):
-            part = np.concatenate(tokenised.shard(n_shards, i, contiguous=True).with_format("numpy")["ids"])
+            part = np.concatenate(
+                tokenised.shard(n_shards, i, contiguous=True).with_format("numpy")["ids"]
+            )
             ids[at : at + len(part)] = part
             at += len(part)
         ids.flush()

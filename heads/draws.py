@@ -16,14 +16,22 @@ if TYPE_CHECKING:
     from heads.likelihoods import Categorical, Sigmoid
 
 N_AT_ONCE = 16  # draws whose noise (N_AT_ONCE, V) exists at a time
-BLOCK = {"cpu": 1 << 18}  # logits of a draw that are worked on at a time: the half dozen of such arrays fit a CPU's L2
+BLOCK = {
+    "cpu": 1 << 18
+}  # logits of a draw that are worked on at a time: the half dozen of such arrays fit a CPU's L2
 LOWEST = -70.0  # of a logarithm whose number is added up as it is: fp32 ends at -87, and ln(2 V) must lie between
 
-Part = tuple[torch.Tensor, torch.Tensor | None, float]  # log mean p, mean entropy, the share of all draws
+Part = tuple[
+    torch.Tensor, torch.Tensor | None, float
+]  # log mean p, mean entropy, the share of all draws
 
 
 def in_parts(
-    likelihood: "Categorical | Sigmoid", mean: torch.Tensor, std: torch.Tensor | None, n: int, entropies: bool
+    likelihood: "Categorical | Sigmoid",
+    mean: torch.Tensor,
+    std: torch.Tensor | None,
+    n: int,
+    entropies: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, int]]:
     """n draws: yields the log of their mean probability, their mean entropy and their number, some draws at a time.
 
@@ -33,15 +41,21 @@ def in_parts(
         yield log_probs, entropy(log_probs) if entropies else None, n
         return
     for start in range(0, n, N_AT_ONCE):
-        noise = torch.randn(min(N_AT_ONCE, n - start), mean.size(-1), dtype=mean.dtype, device=mean.device)
+        noise = torch.randn(
+            min(N_AT_ONCE, n - start), mean.size(-1), dtype=mean.dtype, device=mean.device
+        )
         rows = max(1, BLOCK.get(mean.device.type, mean.numel()) // mean.size(-1))
         blocks = zip(*(t.reshape(-1, t.size(-1)).split(rows) for t in (mean, std)), strict=True)
-        log_probs, of_draws = zip(*(_average(likelihood, *block, noise, entropies) for block in blocks), strict=True)
+        log_probs, of_draws = zip(
+            *(_average(likelihood, *block, noise, entropies) for block in blocks), strict=True
+        )
         of_draws = torch.cat(of_draws).view(mean.shape[:-1]) if entropies else None
         yield torch.cat(log_probs).view_as(mean), of_draws, len(noise)
 
 
-def _average(likelihood, mean, std, noise, entropies: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _average(
+    likelihood, mean, std, noise, entropies: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """mean, std (N, V), noise (S, V) -> log mean p (N, V), the draws' mean entropy (N,)."""
     centred = likelihood.centred(mean)
     # a logit moves by `reach` at most, and so does the normaliser
@@ -52,7 +66,9 @@ def _average(likelihood, mean, std, noise, entropies: bool) -> tuple[torch.Tenso
     return mixture((draw, entropy(draw) if entropies else None, 1 / len(noise)) for draw in drawn)
 
 
-def _average_of_numbers(likelihood, centred, std, noise, entropies: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _average_of_numbers(
+    likelihood, centred, std, noise, entropies: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """_average with one exp per logit, for probabilities that are all well above the least fp32 number."""
     of_tokens, of_draws = torch.zeros_like(centred), 0.0
     for eps in noise:
@@ -72,7 +88,9 @@ def mixture(parts: Iterable[Part]) -> tuple[torch.Tensor, torch.Tensor | None]:
         log_probs = log_probs + math.log(share) if share < 1 else log_probs
         log_sum = log_probs if log_sum is None else torch.logaddexp(log_sum, log_probs)
         if of_draws is not None:
-            mean_entropy = share * of_draws if mean_entropy is None else mean_entropy + share * of_draws
+            mean_entropy = (
+                share * of_draws if mean_entropy is None else mean_entropy + share * of_draws
+            )
     return log_sum, mean_entropy
 
 

@@ -20,7 +20,14 @@ import torch.nn as nn
 
 from engine.base.errors import UserError, check_ranges
 from heads.draws import Part, entropy, in_parts, mixture
-from heads.likelihoods import Categorical, Sigmoid, SmoothCategorical, linear_fit, of_true_token, weighted_sum
+from heads.likelihoods import (
+    Categorical,
+    Sigmoid,
+    SmoothCategorical,
+    linear_fit,
+    of_true_token,
+    weighted_sum,
+)
 from heads.linear_loss import PIECE, linear_loss, plain_loss, rows_within
 from heads.weights import BayesLinear, PointLinear, bayes_linear
 
@@ -31,21 +38,19 @@ class HeadConfig:
 
     weights: str = "point"  # point | bayes
     likelihood: str = "categorical"  # categorical | smooth | sigmoid
-    tie_head: bool = True  # the output weights (for bayes: their means) are the token embedding, as in GPT-2
-    logit_bias: str = (
-        "auto"  # unigram | uniform | none | auto: sigmoid unigram (on a model without bias uniform), else none
+    tie_head: bool = (
+        True  # the output weights (for bayes: their means) are the token embedding, as in GPT-2
     )
+    logit_bias: str = "auto"  # unigram | uniform | none | auto: sigmoid unigram (on a model without bias uniform), else none
     label_smoothing: float = 0.1  # smooth: probability spread over the V - 1 other tokens
-    pos_weight: float = (
-        1.0  # sigmoid: weight of the true token's term; undone in predictions, which use z - ln pos_weight
-    )
+    pos_weight: float = 1.0  # sigmoid: weight of the true token's term; undone in predictions, which use z - ln pos_weight
     sum_penalty: float = 0.0  # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
     posterior: str = "row"  # bayes: row (a std per token, almost free) | full (per weight) | torchbnn (its own layer)
-    estimator: str = (
-        "bound"  # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
-    )
+    estimator: str = "bound"  # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
     prior_mean: float = 0.0  # bayes: of the prior N(prior_mean, prior_std^2) of every weight
-    prior_std: float | str = "empirical"  # bayes: a number, or "empirical": fit to the posterior as that moves
+    prior_std: float | str = (
+        "empirical"  # bayes: a number, or "empirical": fit to the posterior as that moves
+    )
     kl_weight: float = 1.0  # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, for data below 1e9 tokens
     n_data: int = 0  # bayes: training tokens in the data set, the N of KL / N; train.py reads it from the data
 
@@ -59,21 +64,31 @@ class HeadConfig:
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise UserError(f"{name} = {getattr(self, name)!r} is not one of: {', '.join(known)}")
+                raise UserError(
+                    f"{name} = {getattr(self, name)!r} is not one of: {', '.join(known)}"
+                )
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
         if not 1e-6 <= self.pos_weight <= 1e6:
             raise UserError(f"pos_weight = {self.pos_weight} must be above 0, within 1e-6 .. 1e6")
         for name in ("sum_penalty", "kl_weight"):
             if not 0 <= getattr(self, name) <= 1e6:
-                raise UserError(f"{name} = {getattr(self, name)} must not be negative, nor above 1e6")
-        if self.prior_std != "empirical" and (isinstance(self.prior_std, str) or not 1e-6 <= self.prior_std <= 1e6):
-            raise UserError(f"prior_std = {self.prior_std!r} must be a number above 0 (1e-6 .. 1e6), or 'empirical'")
+                raise UserError(
+                    f"{name} = {getattr(self, name)} must not be negative, nor above 1e6"
+                )
+        if self.prior_std != "empirical" and (
+            isinstance(self.prior_std, str) or not 1e-6 <= self.prior_std <= 1e6
+        ):
+            raise UserError(
+                f"prior_std = {self.prior_std!r} must be a number above 0 (1e-6 .. 1e6), or 'empirical'"
+            )
         if not abs(self.prior_mean) <= 1e6:
             raise UserError(f"prior_mean = {self.prior_mean} must lie within -1e6 .. 1e6")
         check_ranges(self, {"n_data": (0, 10**15)})
         if self.posterior == "torchbnn" and self.estimator == "local":
-            raise UserError("posterior = 'torchbnn' draws whole matrices; estimator = 'local' needs --posterior=full")
+            raise UserError(
+                "posterior = 'torchbnn' draws whole matrices; estimator = 'local' needs --posterior=full"
+            )
 
 
 class Prediction(NamedTuple):
@@ -81,7 +96,9 @@ class Prediction(NamedTuple):
 
     log_probs: torch.Tensor  # (..., V), normalised
     total: torch.Tensor  # (...), entropy of the prediction
-    epistemic: torch.Tensor  # (...), mutual information of token and weights: what the weights do not know
+    epistemic: (
+        torch.Tensor
+    )  # (...), mutual information of token and weights: what the weights do not know
 
     @property
     def aleatoric(self) -> torch.Tensor:
@@ -91,7 +108,9 @@ class Prediction(NamedTuple):
 
 WEIGHTS = {"point": PointLinear, "bayes": bayes_linear}
 LIKELIHOODS = {"categorical": Categorical, "smooth": SmoothCategorical, "sigmoid": Sigmoid}
-CACHED = {"cpu": 1 << 20}  # bytes of log-probabilities that exist at a time in scores(): what a cache holds
+CACHED = {
+    "cpu": 1 << 20
+}  # bytes of log-probabilities that exist at a time in scores(): what a cache holds
 
 
 class Head(nn.Module):
@@ -117,22 +136,31 @@ class Head(nn.Module):
                 self.bias.copy_(self.likelihood.base_rate_logits(frequencies))
 
     @torch.no_grad()
-    def take_over(self, old: HeadConfig, hidden: Callable[[], torch.Tensor]) -> torch.Tensor | float:
+    def take_over(
+        self, old: HeadConfig, hidden: Callable[[], torch.Tensor]
+    ) -> torch.Tensor | float:
         """Have weights and bias that come from a head with the options `old` predict here what they did there.
 
         A sigmoid's logits are log-probabilities, softmax's are so but for their log-normaliser. That is close to linear
         in x: fitted to hidden(), (n, C) states of the training text, it is taken off weights and bias. Returns what the
         weights (C,) of every token have lost, or 0.
         """
-        theirs, ours = LIKELIHOODS[old.likelihood](old, len(self.weights.weight)).level, self.likelihood.level
+        theirs, ours = (
+            LIKELIHOODS[old.likelihood](old, len(self.weights.weight)).level,
+            self.likelihood.level,
+        )
         if ours is None or theirs == ours:
             return 0.0
         if self.bias is None:
-            raise UserError("a sigmoid head on these weights needs a bias; leave logit_bias = 'none' out")
+            raise UserError(
+                "a sigmoid head on these weights needs a bias; leave logit_bias = 'none' out"
+            )
         slope = 0.0
         if theirs is None:
             x = hidden()
-            slope, theirs = linear_fit(x, torch.cat([self.logits(part).logsumexp(-1) for part in x.split(64)]))
+            slope, theirs = linear_fit(
+                x, torch.cat([self.logits(part).logsumexp(-1) for part in x.split(64)])
+            )
         self.weights.weight -= slope
         self.bias -= theirs - ours
         return slope
@@ -142,7 +170,9 @@ class Head(nn.Module):
         logits = self.weights.logits(x)
         return logits if self.bias is None else logits + self.bias
 
-    def loss(self, x: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None) -> torch.Tensor:
+    def loss(
+        self, x: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x (B, T, C), targets (B, T), or (B, T, K) with label_weights (B, T, K) -> scalar, what training minimises:
         nats per token + kl_weight * KL / n_data."""
         data_loss, mean_square = self._data_loss(x, targets, label_weights)
@@ -176,18 +206,26 @@ class Head(nn.Module):
 
     def scores(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """x (B, T, C), targets (B, T) -> (3, B * T), see of_true_token; under the mean weights."""
-        n, n_cached = (rows_within(budget, x, len(self.weights.weight)) for budget in (PIECE, CACHED))
+        n, n_cached = (
+            rows_within(budget, x, len(self.weights.weight)) for budget in (PIECE, CACHED)
+        )
         found = []  # a product is fast with many rows, what follows with few
-        for piece, of_piece in zip(x.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):
+        for piece, of_piece in zip(
+            x.flatten(0, 1).split(n), targets.flatten().split(n), strict=True
+        ):
             blocks = zip(self.logits(piece).split(n_cached), of_piece.split(n_cached), strict=True)
-            found += [of_true_token(self.likelihood.log_probs(logits), ids) for logits, ids in blocks]
+            found += [
+                of_true_token(self.likelihood.log_probs(logits), ids) for logits, ids in blocks
+            ]
         return torch.cat(found, dim=1)
 
     def kl_loss(self, kl: torch.Tensor | float) -> torch.Tensor:
         """The prior's part, nats per token: kl_weight * kl_ramp * KL / n_data, of a KL in nats."""
         return self.kl_ramp * kl * (self.config.kl_weight / max(1, self.config.n_data))
 
-    def log_probs(self, x: torch.Tensor | Sequence[torch.Tensor], n_samples: int = 0) -> torch.Tensor:
+    def log_probs(
+        self, x: torch.Tensor | Sequence[torch.Tensor], n_samples: int = 0
+    ) -> torch.Tensor:
         """x (..., C) -> log p(next token) (..., V), normalised over V, fp32.
 
         n_samples = 0 uses the mean weights; S > 0 averages the probabilities of S draws of the logits; -1 averages
@@ -195,7 +233,11 @@ class Head(nn.Module):
         states, one for each draw. All positions share the noise of a draw: see heads/draws.py.
         """
         xs = [x] if isinstance(x, torch.Tensor) else x
-        return self._sampled(xs, n_samples, False)[0] if n_samples > 0 else self._without_draws(xs[0], n_samples)[0]
+        return (
+            self._sampled(xs, n_samples, False)[0]
+            if n_samples > 0
+            else self._without_draws(xs[0], n_samples)[0]
+        )
 
     def predict(self, x: torch.Tensor | Sequence[torch.Tensor], n_samples: int = 0) -> Prediction:
         """log_probs(x, n_samples) with its uncertainty.
@@ -220,7 +262,10 @@ class Head(nn.Module):
 
     def _without_draws(self, x: torch.Tensor, n_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction of the mean weights (0) or the sampling-free average (-1), and the logits' mean (..., V)."""
-        logits, variance = self.logits(x).float(), self.weights.variance(x) if n_samples < 0 else None
+        logits, variance = (
+            self.logits(x).float(),
+            self.weights.variance(x) if n_samples < 0 else None,
+        )
         if variance is None:
             return self.likelihood.log_probs(logits), logits
         return self.likelihood.average(logits, variance), logits
@@ -232,10 +277,14 @@ class Head(nn.Module):
 
         def parts() -> Iterator[Part]:
             for i, x in enumerate(xs[:n_samples]):
-                n = 1 if i < len(xs) - 1 else n_samples - i  # the last hidden states serve all draws that are left
+                n = (
+                    1 if i < len(xs) - 1 else n_samples - i
+                )  # the last hidden states serve all draws that are left
                 logits, variance = self.logits(x).float(), self.weights.variance(x)
                 std = None if variance is None else variance.sqrt()
-                for log_probs, of_draws, n_drawn in in_parts(self.likelihood, logits, std, n, entropies):
+                for log_probs, of_draws, n_drawn in in_parts(
+                    self.likelihood, logits, std, n, entropies
+                ):
                     yield log_probs, of_draws, n_drawn / n_samples
 
         return mixture(parts())

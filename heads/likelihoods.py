@@ -66,7 +66,9 @@ class Categorical:
         own = logits.float() + variance / 2  # ln E[exp(z_v)]
         log_all = own.logsumexp(-1, keepdim=True)
         log_others = log_all + torch.log1p(-torch.exp((own - log_all).clamp(max=-1e-6)))
-        return F.log_softmax(expected_log_sigmoid(logits.float() - log_others, variance.sqrt()), dim=-1)
+        return F.log_softmax(
+            expected_log_sigmoid(logits.float() - log_others, variance.sqrt()), dim=-1
+        )
 
     def base_rate_logits(self, frequencies: Tensor) -> Tensor:
         """The logits that predict these frequencies (V,)."""
@@ -87,7 +89,9 @@ class SmoothCategorical(Categorical):
         self.on_all = config.label_smoothing * vocab_size / (vocab_size - 1)
         self.on_labels = 1 - self.on_all
         if self.on_labels < 0:
-            raise UserError(f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one")
+            raise UserError(
+                f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one"
+            )
         self.floor = config.label_smoothing / (vocab_size - 1)
 
     def desmoothed(self, log_probs: Tensor) -> Tensor:
@@ -148,13 +152,18 @@ class Sigmoid:
 
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """As Categorical.average: each sigmoid's expectation, normalised."""
-        return F.log_softmax(expected_log_sigmoid(self._unweighted(logits), variance.sqrt()), dim=-1)
+        return F.log_softmax(
+            expected_log_sigmoid(self._unweighted(logits), variance.sqrt()), dim=-1
+        )
 
     def base_rate_logits(self, frequencies: Tensor) -> Tensor:
         return torch.logit(frequencies) + math.log(self.pos_weight)
 
     def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
-        return torch.addcmul(probs, probs, probs, value=-1) * torch.sigmoid(-self._unweighted(logits)).square()
+        return (
+            torch.addcmul(probs, probs, probs, value=-1)
+            * torch.sigmoid(-self._unweighted(logits)).square()
+        )
 
     def log_sum_sigma(self, logits: Tensor) -> Tensor:
         """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""
@@ -195,7 +204,9 @@ class _SumSoftplus(torch.autograd.Function):
         e = torch.exp(-logits.abs())
         s = e / (2 + e)
         series = reduce(lambda rest, k: 1 / k + s * s * rest, range(11, 0, -2), 1 / 13)
-        return (logits.clamp(min=0) + 2 * s * series).sum(-1), torch.where(logits > 0, 1.0, e) / (1 + e)
+        return (logits.clamp(min=0) + 2 * s * series).sum(-1), torch.where(logits > 0, 1.0, e) / (
+            1 + e
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -210,10 +221,15 @@ class _SumSoftplus(torch.autograd.Function):
 def expected_log_sigmoid(mean: Tensor, std: Tensor) -> Tensor:
     """ln E[sigmoid(z)] for z ~ N(mean, std^2), by Gauss-Hermite quadrature with three nodes."""
     nodes = ((0.0, 2 / 3), (math.sqrt(3), 1 / 6), (-math.sqrt(3), 1 / 6))
-    return reduce(torch.logaddexp, (F.logsigmoid(mean + node * std) + math.log(share) for node, share in nodes))
+    return reduce(
+        torch.logaddexp,
+        (F.logsigmoid(mean + node * std) + math.log(share) for node, share in nodes),
+    )
 
 
-def linear_fit(x: torch.Tensor, y: torch.Tensor, ridge: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_fit(
+    x: torch.Tensor, y: torch.Tensor, ridge: float = 0.1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x (n, C), y (n,) -> slope (C,) and constant: least squares, with a penalty of `ridge` on the slope of x at unit
     variance, so that a few positions are enough."""
     x, y = x.double(), y.double()

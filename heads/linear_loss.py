@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 # bytes of fp32 logits at a time: on a CPU as few as keep a matrix product fast, elsewhere as many as keep it busy
 PIECE = {"cpu": 1 << 26}
-BLOCK = {"cpu": 1 << 24}  # of those that become gradients at a time where nothing is compiled: what a cache holds
+BLOCK = {
+    "cpu": 1 << 24
+}  # of those that become gradients at a time where nothing is compiled: what a cache holds
 ELSEWHERE = 1 << 27
 
 
@@ -54,25 +56,41 @@ def linear_loss(
     likelihood: normaliser(logits (n, V)) -> (n,) and of_labels(logits (n, K), label_weights) -> (n,), both in fp32.
     Under autocast the products are in its dtype; bias, sums over pieces and an `added` of one column are not.
     """
-    added_x, added_weight = (None, None) if added is None else (added.x.flatten(0, -2), added.weight)
+    added_x, added_weight = (
+        (None, None) if added is None else (added.x.flatten(0, -2), added.weight)
+    )
     factors = (x.flatten(0, -2), weight, bias, added_x, added_weight)
-    tokens = (targets.flatten(0, -2), None if label_weights is None else label_weights.flatten(0, -2))
+    tokens = (
+        targets.flatten(0, -2),
+        None if label_weights is None else label_weights.flatten(0, -2),
+    )
     options = (likelihood, torch.compiler.is_compiling(), torch.is_grad_enabled(), center)
     return _apply(*options, *tokens, *factors)
 
 
 def plain_loss(
-    likelihood, logits: torch.Tensor, targets: torch.Tensor, label_weights: torch.Tensor | None = None
+    likelihood,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    label_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same of logits (..., V) that are at hand -> (...)."""
-    return likelihood.normaliser(logits) + likelihood.of_labels(logits.gather(-1, targets), label_weights)
+    return likelihood.normaliser(logits) + likelihood.of_labels(
+        logits.gather(-1, targets), label_weights
+    )
 
 
 def rows_within(budget: dict[str, int], x: torch.Tensor, vocab_size: int) -> int:
     """How many rows of logits the device's budget allows: a power of two, so that pieces are alike. In half the
     precision four times as many: there the sum over pieces, in fp32, is a pass of its own for each."""
-    most = budget.get(x.device.type, ELSEWHERE) // (vocab_size * 4) * (4 if x.element_size() < 4 else 1)
-    most = min(most, 1 << 12) if x.dtype == torch.float16 else most  # more rows' slopes may add up beyond its range
+    most = (
+        budget.get(x.device.type, ELSEWHERE)
+        // (vocab_size * 4)
+        * (4 if x.element_size() < 4 else 1)
+    )
+    most = (
+        min(most, 1 << 12) if x.dtype == torch.float16 else most
+    )  # more rows' slopes may add up beyond its range
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -98,13 +116,24 @@ class _LinearLoss(torch.autograd.Function):
         # gradients are those of the sum over positions (in float16 those of the mean would vanish), and wide
         wanted = [with_grad and t is not None and t.requires_grad for t in given]
         grads = _Factors(
-            *(torch.empty_like(t, dtype=wide(t[:0]).dtype) if w else None for t, w in zip(given, wanted, strict=True))
+            *(
+                torch.empty_like(t, dtype=wide(t[:0]).dtype) if w else None
+                for t, w in zip(given, wanted, strict=True)
+            )
         )
         x, weight, bias, added_x, added_weight = _in_product_dtype(given)
-        total, n, narrow = 0.0, rows_within(PIECE, x, len(weight)), added_x is not None and added_x.size(1) == 1
-        joined = None  # gradients of what joins the logits later: bias (V,), and added_weight (V, 1)
+        total, n, narrow = (
+            0.0,
+            rows_within(PIECE, x, len(weight)),
+            added_x is not None and added_x.size(1) == 1,
+        )
+        joined = (
+            None  # gradients of what joins the logits later: bias (V,), and added_weight (V, 1)
+        )
         if grads.bias is not None or (narrow and grads.added_weight is not None):
-            joined = torch.empty(1 + narrow, len(given.weight), dtype=wide(given.weight[:0]).dtype, device=x.device)
+            joined = torch.empty(
+                1 + narrow, len(given.weight), dtype=wide(given.weight[:0]).dtype, device=x.device
+            )
         # one buffer: malloc's default gives memory of this size back, and a new one has its pages faulted in
         buffer = x.new_empty(min(n, len(x)), len(weight))
         with torch.autocast(x.device.type, enabled=False):
@@ -117,7 +146,14 @@ class _LinearLoss(torch.autograd.Function):
                     logits.addmm_(added_x[piece], added_weight.t())
                 labels = targets[piece], None if label_weights is None else label_weights[piece]
                 part, slopes, by_added = _slopes(
-                    likelihood, compiled, any(wanted), len(given.weight), logits, bias, added, *labels
+                    likelihood,
+                    compiled,
+                    any(wanted),
+                    len(given.weight),
+                    logits,
+                    bias,
+                    added,
+                    *labels,
                 )
                 total = total + part
                 if grads.x is not None:
@@ -128,9 +164,13 @@ class _LinearLoss(torch.autograd.Function):
                     _add(grads.weight, slopes.t(), x[piece], first=i == 0)
                 if grads.added_weight is not None and not narrow:
                     _add(grads.added_weight, slopes.t(), added_x[piece], first=i == 0)
-                if joined is not None:  # a product: sum(0, dtype=float32) of bf16 takes seven times as long
+                if (
+                    joined is not None
+                ):  # a product: sum(0, dtype=float32) of bf16 takes seven times as long
                     ones = torch.ones(len(slopes), 1, dtype=slopes.dtype, device=slopes.device)
-                    columns = torch.cat([ones, added_x[piece].to(slopes.dtype)], 1) if narrow else ones
+                    columns = (
+                        torch.cat([ones, added_x[piece].to(slopes.dtype)], 1) if narrow else ones
+                    )
                     _add(joined, columns.t(), slopes, first=i == 0)
                 del slopes  # before the next come
         if grads.bias is not None:
@@ -150,10 +190,14 @@ class _LinearLoss(torch.autograd.Function):
         for name, total in zip(_Factors._fields, sums, strict=True):
             if name == "weight" and ctx.center is not None and total is not None:
                 scaled = _compiled(_scaled) if ctx.compiled else _scaled
-                grads.append(scaled(total, scale, weight, ctx.center, by_square * 2 / weight.numel()))
+                grads.append(
+                    scaled(total, scale, weight, ctx.center, by_square * 2 / weight.numel())
+                )
             else:
                 grads.append(None if total is None else total * scale)
-        return *[None] * 6, *(None if t is None else t.to(dtype) for t, dtype in zip(grads, ctx.dtypes, strict=True))
+        return *[None] * 6, *(
+            None if t is None else t.to(dtype) for t, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
 
 
 def _in_product_dtype(given: _Factors) -> _Factors:
@@ -186,7 +230,9 @@ def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> 
         total += (a @ b)[:rows, :columns]
 
 
-def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, targets, label_weights):
+def _slopes(
+    likelihood, compiled, with_grad, vocab_size, logits, bias, added, targets, label_weights
+):
     """The loss of a piece, summed over its positions, and the gradients of that by its logits (n, V), which they give
     their memory to, and by added.x (n, 1)."""
     rows = torch.arange(len(targets), device=targets.device).unsqueeze(-1)
@@ -200,7 +246,9 @@ def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, ta
     for i in range(0, len(logits), n):
         block = logits[i : i + n]
         added_block = (None, None) if added is None else (added.x[i : i + n], added.weight)
-        slopes, by_added_block, part = normaliser(likelihood, with_grad, vocab_size, block, bias, *added_block)
+        slopes, by_added_block, part = normaliser(
+            likelihood, with_grad, vocab_size, block, bias, *added_block
+        )
         by_added.append(by_added_block)
         total = total + part
         if with_grad and n >= len(logits):
@@ -210,7 +258,9 @@ def _slopes(likelihood, compiled, with_grad, vocab_size, logits, bias, added, ta
     if with_grad:
         logits.index_put_((rows, targets), slopes_at_labels.to(logits.dtype), accumulate=True)
         if added is not None:
-            by_labels = (slopes_at_labels * F.embedding(targets, added.weight).squeeze(-1)).sum(-1, keepdim=True)
+            by_labels = (slopes_at_labels * F.embedding(targets, added.weight).squeeze(-1)).sum(
+                -1, keepdim=True
+            )
             return total, logits, torch.cat(by_added) + by_labels
     return total, logits, None
 
@@ -226,7 +276,9 @@ def _normaliser(likelihood, with_grad, vocab_size, logits, bias, added_x, added_
 
     if not with_grad:
         return None, None, total(logits, added_x)
-    slopes, value = torch.func.grad_and_value(total, (0,) if added_x is None else (0, 1))(logits, added_x)
+    slopes, value = torch.func.grad_and_value(total, (0,) if added_x is None else (0, 1))(
+        logits, added_x
+    )
     return slopes[0], None if added_x is None else slopes[1], value
 
 

@@ -25,7 +25,9 @@ def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     ever gets probability, and no other code knows of them.
     """
     vocab_size, padding = len(weight), -len(weight) % 64
-    if x.numel() == weight.size(1) and not torch.is_grad_enabled():  # one token: in bf16, mv takes 2/3 of mm's time
+    if (
+        x.numel() == weight.size(1) and not torch.is_grad_enabled()
+    ):  # one token: in bf16, mv takes 2/3 of mm's time
         return (weight @ x.flatten()).view(*x.shape[:-1], vocab_size)
     if not (x.is_cuda and padding):
         return F.linear(x, weight)
@@ -35,7 +37,9 @@ def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class PointLinear(nn.Module):
     """One weight matrix (V, C); also the interface of all output weights."""
 
-    noise_in_logits = False  # whether noisy_logits(x) -> (..., V), not for_loss, says what the loss is taken of
+    noise_in_logits = (
+        False  # whether noisy_logits(x) -> (..., V), not for_loss, says what the loss is taken of
+    )
 
     def __init__(self, config: "HeadConfig", vocab_size: int, n_embd: int):
         super().__init__()
@@ -74,7 +78,9 @@ class BayesLinear(PointLinear):
         if config.n_data < 1:
             raise UserError("Bayesian weights need n_data, the number of training tokens")
         self.config, self.noise_in_logits = config, config.estimator == "local"
-        self.log_std = nn.Parameter(torch.empty(vocab_size, 1 if config.posterior == "row" else n_embd))
+        self.log_std = nn.Parameter(
+            torch.empty(vocab_size, 1 if config.posterior == "row" else n_embd)
+        )
         self.start_from(torch.full((vocab_size,), 1 / vocab_size))
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +142,9 @@ class BayesLinear(PointLinear):
         if self.config.prior_std == "empirical":
             return 0.5 * n * (second_moment.log() - log_variance)
         prior_variance = self.config.prior_std**2
-        return 0.5 * n * (second_moment / prior_variance - 1 - log_variance + math.log(prior_variance))
+        return (
+            0.5 * n * (second_moment / prior_variance - 1 - log_variance + math.log(prior_variance))
+        )
 
     @torch.no_grad()
     def start_from(self, frequencies: torch.Tensor) -> None:
@@ -152,17 +160,24 @@ class BayesLinear(PointLinear):
 
     def to_torchbnn(self) -> dict[str, torch.Tensor]:
         """The state_dict of the torchbnn.BayesLinear(..., bias=False) with this posterior."""
-        return {"weight_mu": self.weight.detach(), "weight_log_sigma": self.log_std.detach().expand_as(self.weight)}
+        return {
+            "weight_mu": self.weight.detach(),
+            "weight_log_sigma": self.log_std.detach().expand_as(self.weight),
+        }
 
     @torch.no_grad()
     def from_torchbnn(self, state: dict[str, torch.Tensor]) -> None:
         """Take over the posterior in a torchbnn.BayesLinear's state_dict; needs posterior = full, and no bias there."""
         if odd := state.keys() ^ {"weight_mu", "weight_log_sigma"}:
-            raise UserError(f"{', '.join(sorted(odd))}: ours is a torchbnn.BayesLinear(..., bias=False), unfrozen")
+            raise UserError(
+                f"{', '.join(sorted(odd))}: ours is a torchbnn.BayesLinear(..., bias=False), unfrozen"
+            )
         pairs = [(self.weight, state["weight_mu"]), (self.log_std, state["weight_log_sigma"])]
         for ours, theirs in pairs:
             if ours.shape != theirs.shape:
-                raise UserError(f"torchbnn has a shape of {tuple(theirs.shape)}, posterior = full {tuple(ours.shape)}")
+                raise UserError(
+                    f"torchbnn has a shape of {tuple(theirs.shape)}, posterior = full {tuple(ours.shape)}"
+                )
         for ours, theirs in pairs:
             ours.copy_(theirs)
 
@@ -171,9 +186,15 @@ class BayesLinear(PointLinear):
 
         K = C, or 1 where the weights of a token share a std: then the mean square, since the sum overflows float16.
         """
-        squares, variances, n_embd = wide(x).square(), torch.exp(2 * self.log_std), self.weight.size(1)
+        squares, variances, n_embd = (
+            wide(x).square(),
+            torch.exp(2 * self.log_std),
+            self.weight.size(1),
+        )
         return (
-            (squares, variances) if self.log_std.size(1) > 1 else (squares.mean(-1, keepdim=True), n_embd * variances)
+            (squares, variances)
+            if self.log_std.size(1) > 1
+            else (squares.mean(-1, keepdim=True), n_embd * variances)
         )
 
 
@@ -207,27 +228,39 @@ class TorchBNNLinear(BayesLinear):
         import torchbnn
 
         if config.prior_std == "empirical":
-            raise UserError('posterior = torchbnn needs a prior_std that is a number; "empirical" is ours')
+            raise UserError(
+                'posterior = torchbnn needs a prior_std that is a number; "empirical" is ours'
+            )
         super().__init__(config, vocab_size, n_embd)
         self.noise_in_logits = True
         with torch.device("meta"):  # its own parameters are never used
-            layer = torchbnn.BayesLinear(config.prior_mean, config.prior_std, n_embd, vocab_size, bias=False)
-        object.__setattr__(self, "_layer", layer)  # not a submodule: its parameters would be a second pair
+            layer = torchbnn.BayesLinear(
+                config.prior_mean, config.prior_std, n_embd, vocab_size, bias=False
+            )
+        object.__setattr__(
+            self, "_layer", layer
+        )  # not a submodule: its parameters would be a second pair
 
     def noisy_logits(self, x: torch.Tensor) -> torch.Tensor:
         parameters = {"weight_mu": self.weight, "weight_log_sigma": self.log_std}
-        with torch.autocast(x.device.type, enabled=False):  # it adds the noise to the weight, where bf16 swallows it
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # it adds the noise to the weight, where bf16 swallows it
             return torch.func.functional_call(self._layer, parameters, (x.float(),))
 
     def kl(self, mean_square: torch.Tensor | None = None) -> torch.Tensor:
         from torchbnn.functional import _kl_loss  # what bayesian_kl_loss(reduction="sum") adds up
 
-        return _kl_loss(self.weight, self.log_std, self._layer.prior_mu, self._layer.prior_log_sigma)
+        return _kl_loss(
+            self.weight, self.log_std, self._layer.prior_mu, self._layer.prior_log_sigma
+        )
 
 
 def bayes_linear(config: "HeadConfig", vocab_size: int, n_embd: int) -> BayesLinear:
     """Bayesian output weights with the posterior that the options name."""
-    return (TorchBNNLinear if config.posterior == "torchbnn" else BayesLinear)(config, vocab_size, n_embd)
+    return (TorchBNNLinear if config.posterior == "torchbnn" else BayesLinear)(
+        config, vocab_size, n_embd
+    )
 
 
 class BayesLayer(BayesLinear):
@@ -247,4 +280,6 @@ class BayesLayer(BayesLinear):
         mean = F.linear(x, self.weight, self.bias)
         if not (self.training or self.sampling):
             return mean
-        return mean + self.noise(x, whole=self.sampling or self.config.estimator == "sample").to(mean.dtype)
+        return mean + self.noise(x, whole=self.sampling or self.config.estimator == "sample").to(
+            mean.dtype
+        )

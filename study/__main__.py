@@ -34,7 +34,13 @@ from train import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 ENSEMBLE = f"eval_test_ensemble_of_{len(SEEDS)}.json"
 LAST = "eval_test.json"  # copied last: by it a run is done
-CHANGES_NOTHING = {"out_dir", "compile", "eval_interval", "eval_iters", "log_interval"}  # of a run's results
+CHANGES_NOTHING = {
+    "out_dir",
+    "compile",
+    "eval_interval",
+    "eval_iters",
+    "log_interval",
+}  # of a run's results
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,9 @@ class StudyConfig:
     wikitext: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw of WikiText-2; empty: the hub
     sotu: str = ""  # a file with the State of the Union addresses, a blank line between them
     logs: str = "training_logs"  # where the records go
-    train_flags: str = ""  # to try it out, in out/tried (delete that first): "--max_iters=20 --compile=False"
+    train_flags: str = (
+        ""  # to try it out, in out/tried (delete that first): "--max_iters=20 --compile=False"
+    )
     jobs: int = 1  # runs at a time, each with its share of the processors
 
 
@@ -53,7 +61,9 @@ class Runner:
 
     def __init__(self, config: StudyConfig):
         self.config, self.lock = config, threading.Lock()
-        tried = config.train_flags and (ROOT / config.logs).resolve() == ROOT / StudyConfig.logs  # is no result
+        tried = (
+            config.train_flags and (ROOT / config.logs).resolve() == ROOT / StudyConfig.logs
+        )  # is no result
         self.home = Path("out/tried" if config.train_flags else "out/study")
         self.logs = ROOT / (self.home / "logs" if tried else config.logs)
         self.failed: BaseException | None = None
@@ -69,7 +79,9 @@ class Runner:
                 raise self.failed
             print("python", *arguments, flush=True)
             begin, streams = out.seek(0, os.SEEK_END), {"stdout": out, "stderr": subprocess.STDOUT}
-            child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=self.environment, **streams)
+            child = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=self.environment, **streams
+            )
             self.children.add(child)
         code = child.wait()
         with self.lock:
@@ -99,22 +111,43 @@ class Runner:
     def prepare(self, names: Iterable[str]) -> None:
         """The data sets of these names that are not there."""
         missing = [name for name in names if not (ROOT / "data" / name / "meta.json").is_file()]
-        if any(name.startswith("sotu") for name in missing) and not (ROOT / self.config.sotu).is_file():
+        if (
+            any(name.startswith("sotu") for name in missing)
+            and not (ROOT / self.config.sotu).is_file()
+        ):
             said = f"--sotu={self.config.sotu or 'FILE'}: give the file of the State of the Union addresses"
             raise UserError(f"{said}; training_logs/README.md says where from")
         for name in missing:
             self.python(
-                *preparation(name, self.config.wikitext, self.config.sotu), log=ROOT / self.home / "prepare.log"
+                *preparation(name, self.config.wikitext, self.config.sotu),
+                log=ROOT / self.home / "prepare.log",
             )
 
     def train(self, study: str, row: str, seed: int, flags: list[str]) -> Path:
         """Returns the run's folder, at once where it has been trained."""
-        folder = self.home / study / f"{'_'.join([row, *(flag.lstrip('-') for flag in flags)])}-seed{seed}"
+        folder = (
+            self.home
+            / study
+            / f"{'_'.join([row, *(flag.lstrip('-') for flag in flags)])}-seed{seed}"
+        )
         if other := self.changed(ROOT / folder, study, row, flags):
-            raise UserError(f"{folder} was trained with another {', '.join(other)}; delete it, or take back the change")
+            raise UserError(
+                f"{folder} was trained with another {', '.join(other)}; delete it, or take back the change"
+            )
         flags = [*flags, *self.config.train_flags.split()]
-        command = ["train.py", f"config/{STUDIES[study].scale}.py", f"config/rows/{row}.py", f"--seed={seed}"]
-        self.python(*command, *flags, f"--out_dir={folder}", "--init_from=auto", log=ROOT / folder / "train.log")
+        command = [
+            "train.py",
+            f"config/{STUDIES[study].scale}.py",
+            f"config/rows/{row}.py",
+            f"--seed={seed}",
+        ]
+        self.python(
+            *command,
+            *flags,
+            f"--out_dir={folder}",
+            "--init_from=auto",
+            log=ROOT / folder / "train.log",
+        )
         return folder
 
     def evaluate(self, folder: Path, split: str, *flags: str, keep_as: str = "") -> dict:
@@ -123,7 +156,13 @@ class Runner:
         path, written = (ROOT / folder / f"eval_{split}{end}.json" for end in (keep_as, ""))
         weights = max((file.stat().st_mtime for file in (ROOT / folder).glob("*.pt")), default=0.0)
         if not path.is_file() or path.stat().st_mtime < weights:
-            command = ["evaluate.py", f"--out_dir={folder}", f"--split={split}", "--report=none", *flags]
+            command = [
+                "evaluate.py",
+                f"--out_dir={folder}",
+                f"--split={split}",
+                "--report=none",
+                *flags,
+            ]
             self.python(*command, log=ROOT / folder / "evaluate.log")
             written.rename(path)
         return read_json(path)
@@ -161,12 +200,21 @@ class Runner:
         if not (path := home / "config.json").is_file():
             return []
         kept = read_json(path)
-        return [name for name, value in self.options(study, row, flags).items() if kept.get(name) != value]
+        return [
+            name
+            for name, value in self.options(study, row, flags).items()
+            if kept.get(name) != value
+        ]
 
     def options(self, study: str, row: str, flags: list[str]) -> dict:
         """What the files and flags set for a run, and what rows are tuned by."""
-        files = (ROOT / f"config/{name}.py" for name in (STUDIES[study].scale, f"rows/{row.removesuffix('_taught')}"))
-        config, given = load_config(TrainConfig, [*map(str, files), *flags, *self.config.train_flags.split()])
+        files = (
+            ROOT / f"config/{name}.py"
+            for name in (STUDIES[study].scale, f"rows/{row.removesuffix('_taught')}")
+        )
+        config, given = load_config(
+            TrainConfig, [*map(str, files), *flags, *self.config.train_flags.split()]
+        )
         names = {"learning_rate", *OTHER_VALUES, *given} - CHANGES_NOTHING
         return {name: value for name, value in flatten(config).items() if name in names}
 
@@ -175,7 +223,9 @@ class Runner:
         for seed in STUDIES[study].seeds(row):
             if not self.done(study, row, seed):
                 folder = self.run(study, row, seed)
-                if row == "softmax":  # an ensemble with the run that was there before is none of these
+                if (
+                    row == "softmax"
+                ):  # an ensemble with the run that was there before is none of these
                     self.ensemble_of(study).unlink(missing_ok=True)
                 self.finish(study, row, f"{row}-seed{seed}", folder)
 
@@ -212,7 +262,11 @@ class Runner:
             nll = math.inf
         found = {"row": row, "flags": flags, "val_nll": nll, "options": options}
         with self.lock:
-            others = [trial for trial in read_trials(path) if (trial["row"], trial["flags"]) != (row, flags)]
+            others = [
+                trial
+                for trial in read_trials(path)
+                if (trial["row"], trial["flags"]) != (row, flags)
+            ]
             lines = [*others, found]
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -222,7 +276,12 @@ class Runner:
     def label(self, study: str) -> None:
         """The teacher's labels: its 16 likeliest tokens at each position of the train split."""
         teacher = self.run(study, "softmax", SEEDS[0])
-        command = [f"--teacher={teacher}", f"--dataset={STUDIES[study].dataset(ROOT)}", "--name=study", "--k=16"]
+        command = [
+            f"--teacher={teacher}",
+            f"--dataset={STUDIES[study].dataset(ROOT)}",
+            "--name=study",
+            "--k=16",
+        ]
         self.python("augmentation/teacher_labels.py", *command, log=ROOT / teacher / "labels.log")
 
     def ensemble_of(self, study: str) -> Path:
@@ -233,9 +292,20 @@ class Runner:
         kept = self.ensemble_of(study)
         if not kept.is_file():
             folders = [self.run(study, "softmax", seed) for seed in SEEDS]
-            command = ["evaluate.py", "--out_dir=" + "+".join(map(str, folders)), "--split=test", "--report=none"]
-            self.python(*command, f"--ood_dataset={STUDIES[study].foreign}", log=ROOT / folders[0] / "evaluate.log")
-            replace(kept, lambda temporary: shutil.copyfile(ROOT / folders[0] / ENSEMBLE, temporary))
+            command = [
+                "evaluate.py",
+                "--out_dir=" + "+".join(map(str, folders)),
+                "--split=test",
+                "--report=none",
+            ]
+            self.python(
+                *command,
+                f"--ood_dataset={STUDIES[study].foreign}",
+                log=ROOT / folders[0] / "evaluate.log",
+            )
+            replace(
+                kept, lambda temporary: shutil.copyfile(ROOT / folders[0] / ENSEMBLE, temporary)
+            )
 
 
 def main() -> None:
@@ -249,19 +319,29 @@ def main() -> None:
     wanted = config.rows.split(",") if config.rows else []
     check_names("rows", wanted, known)
     check_writable(runner.logs)
-    about = [STUDIES[name] for study in studies for name in (study, STUDIES[study].tuned_as) if name]
+    about = [
+        STUDIES[name] for study in studies for name in (study, STUDIES[study].tuned_as) if name
+    ]
     data = [name for study in about for name in (study.dataset(ROOT), study.foreign)]
     data = dict.fromkeys(part for name in data for part in (NEEDS.get(name, name), name))
     runner.together([partial(runner.prepare, data)])
     for study in studies:
         rows = STUDIES[study].all_rows()
         rows = [row for row in dict.fromkeys([*rows, *own]) if row in wanted] if wanted else rows
-        runner.together([partial(runner.row, study, row) for row in rows if not row.endswith("_taught")])
+        runner.together(
+            [partial(runner.row, study, row) for row in rows if not row.endswith("_taught")]
+        )
         if STUDIES[study].ensemble and "softmax" in rows:
             runner.together([partial(runner.ensemble, study)])
         taught = [row for row in rows if row.endswith("_taught")]
-        runner.together([partial(runner.tune, study, row.removesuffix("_taught")) for row in taught])
-        if any(not runner.done(study, row, seed) for row in taught for seed in STUDIES[study].seeds(row)):
+        runner.together(
+            [partial(runner.tune, study, row.removesuffix("_taught")) for row in taught]
+        )
+        if any(
+            not runner.done(study, row, seed)
+            for row in taught
+            for seed in STUDIES[study].seeds(row)
+        ):
             runner.together([partial(runner.label, study)])
             runner.together([partial(runner.row, study, row) for row in taught])
     print(f"all records are in {runner.logs}; tables and pictures of training_logs/: make results")

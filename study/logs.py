@@ -62,7 +62,11 @@ class Row(NamedTuple):
         others = {seed: [one["nll"]] for seed, one in base.seeds.items()}
         if self.of_all and others:
             others = dict.fromkeys(self.seeds, base.values("nll"))
-        return [math.exp(one["nll"] - mean(others[seed])) for seed, one in self.seeds.items() if seed in others]
+        return [
+            math.exp(one["nll"] - mean(others[seed]))
+            for seed, one in self.seeds.items()
+            if seed in others
+        ]
 
 
 NONE = Row("", {}, {})
@@ -75,7 +79,9 @@ def read(study: Path) -> dict[str, Row]:
     for row, seed, folder in runs_of(study):
         label = label_of(row, read_json(path) if (path := folder / "config.json").is_file() else {})
         for kind, path in evaluations(folder).items():
-            entry = found.setdefault(row + kind, Row(label + KINDS[kind], {}, {}, "ensemble" in kind))
+            entry = found.setdefault(
+                row + kind, Row(label + KINDS[kind], {}, {}, "ensemble" in kind)
+            )
             entry.seeds[seed] = numbers_of(path)
             if not kind:
                 entry.curves[seed] = curve_of(folder)
@@ -87,7 +93,9 @@ def runs_of(study: Path) -> list[tuple[str, int, Path]]:
     runs = []
     for folder in filter(Path.is_dir, study.glob("*-seed*")):
         if not (match := re.fullmatch(r"(.+)-seed(\d+)", folder.name)):
-            raise UserError(f"{folder} is not named <row>-seed<number>; rename it, or move it elsewhere")
+            raise UserError(
+                f"{folder} is not named <row>-seed<number>; rename it, or move it elsewhere"
+            )
         if evaluations(folder):
             runs.append((match[1], int(match[2]), folder))
     return sorted(runs, key=lambda run: (place(run[0]), run[1]))
@@ -132,7 +140,11 @@ def curve_of(folder: Path) -> dict[int, float]:
     """Tokens read -> validation nll, of a run's evaluations but for the one before the first step."""
     trained = [record for record in read_records(folder / "metrics.jsonl") if record["step"]]
     points = ((record.get("tokens"), record.get("val_nll")) for record in trained)
-    return {tokens: nll for tokens, nll in points if isinstance(tokens, int) and isinstance(nll, int | float)}
+    return {
+        tokens: nll
+        for tokens, nll in points
+        if isinstance(tokens, int) and isinstance(nll, int | float)
+    }
 
 
 def read_trials(path: Path) -> list[dict]:

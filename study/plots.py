@@ -18,7 +18,14 @@ from engine.eval.plots import (
 )
 from study.logs import NONE, Row, read
 
-DRAWN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid", "bayes_sigmoid_weighted")  # more would be a tangle
+DRAWN = (
+    "softmax",
+    "smooth",
+    "bayes",
+    "sigmoid",
+    "bayes_sigmoid",
+    "bayes_sigmoid_weighted",
+)  # more would be a tangle
 
 
 def figures(study: Path) -> dict:
@@ -26,12 +33,23 @@ def figures(study: Path) -> dict:
     rows = read(study)
     if "softmax" not in rows:
         return {}
-    drawn = {row.label: study / f"{name}-seed{min(row.seeds)}" for name, row in rows.items() if name in DRAWN}
+    drawn = {
+        row.label: study / f"{name}-seed{min(row.seeds)}"
+        for name, row in rows.items()
+        if name in DRAWN
+    }
     first = {label: read_json(folder / "eval_test.json") for label, folder in drawn.items()}
     foreign = {label: row for label, row in first.items() if "ood" in row}
-    doubts = {label: row for label, row in foreign.items() if "aleatoric" in row or row is next(iter(foreign.values()))}
+    doubts = {
+        label: row
+        for label, row in foreign.items()
+        if "aleatoric" in row or row is next(iter(foreign.values()))
+    }
     found = {"summary": summary_figure(rows), "val_nll": curves_figure(rows)}
-    found |= {"reliability": reliability_figure(first), "uncertainty": uncertainty_figure(doubts) if doubts else None}
+    found |= {
+        "reliability": reliability_figure(first),
+        "uncertainty": uncertainty_figure(doubts) if doubts else None,
+    }
     return {name: figure for name, figure in found.items() if figure}
 
 
@@ -43,15 +61,25 @@ def summary_figure(rows: dict[str, Row]):
         for panel, values in zip(axes[0], (row.ratios(base), row.values("ece")), strict=True):
             style = {"color": COLOURS[family(name)], "marker": MARKERS[family(name) % len(MARKERS)]}
             panel.plot(values, [i] * len(values), linestyle="", markerfacecolor="none", **style)
-            panel.plot([mean(values)] if values else [], [i] * bool(values), "|", markersize=14, color=COLOURS[0])
+            panel.plot(
+                [mean(values)] if values else [],
+                [i] * bool(values),
+                "|",
+                markersize=14,
+                color=COLOURS[0],
+            )
     axes[0, 0].axvline(1.0, color=COLOURS[0], linewidth=0.8, linestyle="--")
-    axes[0, 0].set_yticks(range(len(rows)), [wrap(row.label, 46) for row in rows.values()], fontsize=7)
+    axes[0, 0].set_yticks(
+        range(len(rows)), [wrap(row.label, 46) for row in rows.values()], fontsize=7
+    )
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     axes[0, 0].locator_params(axis="x", nbins=5)
     found = [ece for row in rows.values() for ece in row.values("ece") if ece > 0] or [1.0]
     axes[0, 1].set_xscale("log")  # from thousandths to tenths
     wide = max(found) > 9 * min(found)
-    axes[0, 1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7)))
+    axes[0, 1].xaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7))
+    )
     axes[0, 1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes[0, 1].xaxis.set_minor_formatter(NullFormatter())
     axes[0, 1].tick_params(axis="x", labelsize=7)
@@ -69,7 +97,11 @@ def curves_figure(rows: dict[str, Row]):
     """Validation nll against tokens read, and what is left of it without softmax's of the same seed: of the rows DRAWN
     the mean over seeds, in a band from least to most. None where no run has a curve."""
     base = rows.get("softmax", NONE)
-    found = {name: points for name, row in rows.items() if name in DRAWN and (points := shared(row, base))}
+    found = {
+        name: points
+        for name, row in rows.items()
+        if name in DRAWN and (points := shared(row, base))
+    }
     if not found:
         return None
     figure, axes = panels(1, 2, 3.2)
@@ -91,6 +123,17 @@ def curves_figure(rows: dict[str, Row]):
 def shared(row: Row, base: Row) -> list[tuple[int, list[float], list[float]]]:
     """Tokens read, where each run of the row and the base's of its seed has an evaluation; there the runs' validation
     nlls, and what they are above the base's. Runs without a curve are left out."""
-    pairs = [(curve, base.curves[seed]) for seed, curve in row.curves.items() if curve and base.curves.get(seed)]
-    tokens = sorted(set.intersection(*(curve.keys() & of_base.keys() for curve, of_base in pairs))) if pairs else []
-    return [(at, [curve[at] for curve, _ in pairs], [curve[at] - of[at] for curve, of in pairs]) for at in tokens]
+    pairs = [
+        (curve, base.curves[seed])
+        for seed, curve in row.curves.items()
+        if curve and base.curves.get(seed)
+    ]
+    tokens = (
+        sorted(set.intersection(*(curve.keys() & of_base.keys() for curve, of_base in pairs)))
+        if pairs
+        else []
+    )
+    return [
+        (at, [curve[at] for curve, _ in pairs], [curve[at] - of[at] for curve, of in pairs])
+        for at in tokens
+    ]

@@ -22,10 +22,22 @@ from study.plots import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS, BENCH = ROOT / "training_logs", ROOT / "bench/results.jsonl"
-PAGES = [ROOT / "README.md", LOGS / "README.md", *sorted(LOGS.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    LOGS / "README.md",
+    *sorted(LOGS.glob("*/README.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->).*?(<!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
-MEASURED_AS = {"smooth_05": "smooth", "sigmoid_weighted": "sigmoid", "bayes_sigmoid_weighted": "bayes_sigmoid"}
-RATIOS = {"time_ratio": "time of a step", "memory_ratio": "memory"}  # a training step's, relative to softmax's
+MEASURED_AS = {
+    "smooth_05": "smooth",
+    "sigmoid_weighted": "sigmoid",
+    "bayes_sigmoid_weighted": "bayes_sigmoid",
+}
+RATIOS = {
+    "time_ratio": "time of a step",
+    "memory_ratio": "memory",
+}  # a training step's, relative to softmax's
 
 
 class Column(NamedTuple):
@@ -42,8 +54,14 @@ def of(head: str, name: str, form: str, spread: bool = False) -> Column:
 SEEDS = Column("seeds", lambda row, base: [] if row.of_all else [len(row.seeds)], "{:.0f}")
 NLL = of("nll", "nll", "{:.3f}", True)
 PERPLEXITY = of("perplexity", "perplexity", "{:.2f}")
-RATIO = Column("vs softmax", lambda row, base: [1.0] if row is base else row.ratios(base), "{:.3f}", True)
-SCORES = (of("ECE", "ece", "{:.4f}", True), of("Brier", "brier", "{:.4f}"), of("AURC", "aurc_confidence", "{:.4f}"))
+RATIO = Column(
+    "vs softmax", lambda row, base: [1.0] if row is base else row.ratios(base), "{:.3f}", True
+)
+SCORES = (
+    of("ECE", "ece", "{:.4f}", True),
+    of("Brier", "brier", "{:.4f}"),
+    of("AURC", "aurc_confidence", "{:.4f}"),
+)
 BY_TOTAL = of("by total", "ood_auroc_entropy_block", "{:.3f}", True)
 COLUMNS = {
     "summary": (
@@ -84,7 +102,9 @@ COLUMNS = {
 def cell(values: list[float], form: str, spread: bool) -> str:
     if not values:
         return ""
-    return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if spread and len(values) > 1 else "")
+    return form.format(mean(values)) + (
+        f" ± {form.format(stdev(values))}" if spread and len(values) > 1 else ""
+    )
 
 
 def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -92,7 +112,9 @@ def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     rows = [list(header), *map(list, lines)]
     kept = [i for i in range(len(rows[0])) if i == 0 or any(row[i] for row in rows[1:])]
     rows = [[row[i] for i in kept] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(kept), *rows[1:]] if rows[1:])
+    return "\n".join(
+        f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(kept), *rows[1:]] if rows[1:]
+    )
 
 
 def table(study: Path, kind: str) -> str:
@@ -100,14 +122,20 @@ def table(study: Path, kind: str) -> str:
     if other := {"tuning": tuning, "beside": beside}.get(kind):
         return other(study)
     if kind not in COLUMNS:
-        raise UserError(f"a table of kind {kind!r} is none of: {', '.join([*COLUMNS, 'tuning', 'beside'])}")
+        raise UserError(
+            f"a table of kind {kind!r} is none of: {', '.join([*COLUMNS, 'tuning', 'beside'])}"
+        )
     rows, columns = read(study), COLUMNS[kind]
     base = rows.get("softmax", NONE)
     costs = cost(study, rows) if kind == "summary" else {}
     if kind in ("summary", "prediction"):
         rows = unigram(rows.values()) | rows
     cells = (
-        [row.label, *(cell(c.values(row, base), c.form, c.spread) for c in columns), *costs.get(name, ["", ""])]
+        [
+            row.label,
+            *(cell(c.values(row, base), c.form, c.spread) for c in columns),
+            *costs.get(name, ["", ""]),
+        ]
         for name, row in rows.items()
     )
     header = ["head", *(column.head for column in columns), *RATIOS.values()]
@@ -137,7 +165,9 @@ def beside(studies: Path) -> str:
             for column in columns
         ]
         lines.append([plain_label(name), *cells])
-    return markdown(["head", *(f"{name}: {column.head}" for name in names for column in columns)], lines)
+    return markdown(
+        ["head", *(f"{name}: {column.head}" for name in names for column in columns)], lines
+    )
 
 
 def tuning(study: Path) -> str:
@@ -162,9 +192,15 @@ def cost(study: Path, rows: dict[str, Row]) -> dict[str, list[str]]:
     size, all of the machine that the latest is of; none of what was not measured."""
     path = study / f"softmax-seed{min(rows.get('softmax', NONE).seeds, default=0)}" / "config.json"
     size = size_of(read_json(path)) if path.is_file() else None
-    steps = [r for r in read_json_lines(BENCH) if (r.get("bench"), r.get("baseline")) == ("step", "softmax")]
+    steps = [
+        r
+        for r in read_json_lines(BENCH)
+        if (r.get("bench"), r.get("baseline")) == ("step", "softmax")
+    ]
     steps = [record for record in steps if size_of(record["shapes"]) == size]
-    latest = {record["case"]: record for record in steps if record["machine"] == steps[-1]["machine"]}
+    latest = {
+        record["case"]: record for record in steps if record["machine"] == steps[-1]["machine"]
+    }
     if latest:
         latest["softmax"] = dict.fromkeys(RATIOS, 1.0)
     measured = {row: latest[case] for row in rows if (case := MEASURED_AS.get(row, row)) in latest}
@@ -207,7 +243,12 @@ def main() -> None:
         for name, figure in figures(LOGS / study).items():
             if (study, name) in wanted:
                 path = LOGS / study / f"{name}.png"
-                replace(path, lambda temporary, figure=figure: figure.savefig(temporary, format="png", dpi=200))
+                replace(
+                    path,
+                    lambda temporary, figure=figure: figure.savefig(
+                        temporary, format="png", dpi=200
+                    ),
+                )
         print(f"{study}: tables and pictures")
     for page, text in pages.items():
         replace(page, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))

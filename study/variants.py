@@ -15,7 +15,13 @@ KNOBS = {  # what the last trial changes; of all other rows weight_decay
     "sigmoid_weighted": "pos_weight",
     "dropout": "dropout",
 }
-OTHER_VALUES = {"kl_weight": 0.03, "sum_penalty": 0.1, "pos_weight": 4.0, "dropout": 0.05, "weight_decay": 0.3}
+OTHER_VALUES = {
+    "kl_weight": 0.03,
+    "sum_penalty": 0.1,
+    "pos_weight": 4.0,
+    "dropout": 0.05,
+    "weight_decay": 0.3,
+}
 NEEDS = {  # data set -> the one whose tokenizer it has
     "wikitext2_8k_tenth": "wikitext2_8k",
     "sotu_by_wikitext2_8k": "wikitext2_8k",
@@ -37,8 +43,12 @@ class Study:
     rows: tuple[str, ...] = PAPER
     rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
     knobs: dict[str, float] = field(default_factory=dict)  # the last trial's value, by knob
-    tuned_as: str = ""  # the study whose choice is taken; empty with no rates: what the config files say
-    taught: tuple[str, ...] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study
+    tuned_as: str = (
+        ""  # the study whose choice is taken; empty with no rates: what the config files say
+    )
+    taught: tuple[
+        str, ...
+    ] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study
     n_seeds: int = 1  # of the main rows; several for all else would double the hours
     ensemble: bool = False  # of softmax's runs
 
@@ -73,7 +83,9 @@ STUDIES = {
         n_seeds=4,
         ensemble=True,
     ),
-    "sotu_8k": Study("train_sotu_8k", "wikitext2_by_sotu_8k", MAIN, tuned_as="wikitext2_8k", n_seeds=3),
+    "sotu_8k": Study(
+        "train_sotu_8k", "wikitext2_by_sotu_8k", MAIN, tuned_as="wikitext2_8k", n_seeds=3
+    ),
     "wikitext2": Study("train_gpt2_wikitext2_cpu", "sotu"),
     "wikitext_100m": Study("train_gpt2_wikitext_100m", "sotu"),  # for a GPU
 }

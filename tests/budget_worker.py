@@ -24,7 +24,9 @@ from model import GPT, GPTConfig
 def step_of(batch_size: int, dtype: str, n_micro: int, **options) -> Step:
     model = GPT(build(GPTConfig, flatten(GPTConfig()) | {"n_data": 10**6} | options))
     idx, targets = torch.randint(options["vocab_size"], (2, batch_size, options["block_size"]))
-    return Step(model, lambda: model(idx, targets), adamw(model, 6e-4, (0.9, 0.95), 0.1), dtype, n_micro)
+    return Step(
+        model, lambda: model(idx, targets), adamw(model, 6e-4, (0.9, 0.95), 0.1), dtype, n_micro
+    )
 
 
 def measured(options: dict) -> int:
@@ -39,7 +41,9 @@ def measured(options: dict) -> int:
     step = step_of(**options)
     for _ in range(3):
         step()
-    found = budget.memory(step.model, options["batch_size"], options["n_micro"], options["dtype"], saving=False)
+    found = budget.memory(
+        step.model, options["batch_size"], options["n_micro"], options["dtype"], saving=False
+    )
     print(json.dumps(asdict(found) | {"total": found.total, "measured": status("VmHWM") - before}))
 
 

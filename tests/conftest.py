@@ -18,7 +18,9 @@ def shared_data(name: str = "") -> Path:
     root = Path(__file__).resolve().parents[1]
     path = Path(os.environ.get("SHARED_DATA") or root.parent / "shared" / "data") / name
     if not path.exists():
-        (pytest.fail if os.environ.get("REQUIRE_SHARED_DATA") == "1" else pytest.skip)(f"{path} is not here")
+        (pytest.fail if os.environ.get("REQUIRE_SHARED_DATA") == "1" else pytest.skip)(
+            f"{path} is not here"
+        )
     return path
 
 

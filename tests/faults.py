@@ -39,8 +39,19 @@ from model import GPT, GPTConfig
 from tests.helpers import ROOT, TINY, flags, same_weights, words, write_words
 
 # a step takes some 10 ms, a third of a run is evaluation, a checkpoint is always being written
-OPTIONS = TINY | {"gradient_accumulation_steps": 2, "batch_size": 4, "dropout": 0.1, "weights": "bayes"}
-OPTIONS |= {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 10, "eval_iters": 20, "save_interval": 1}
+OPTIONS = TINY | {
+    "gradient_accumulation_steps": 2,
+    "batch_size": 4,
+    "dropout": 0.1,
+    "weights": "bayes",
+}
+OPTIONS |= {
+    "max_iters": 400,
+    "lr_decay_iters": 400,
+    "eval_interval": 10,
+    "eval_iters": 20,
+    "save_interval": 1,
+}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=5"]
 SHARD = 20_000  # tokens of a file that preparations() writes
 LAST_WORDS = 100.0  # seconds until a run that does not end counts as hung
@@ -60,9 +71,13 @@ class FaultConfig:
 class Run:
     """train.py as a process of its own, or two of them under torchrun, which goes on with what is in its folder."""
 
-    def __init__(self, data: Path, out_dir: Path, processes: int = 1, log: Path | None = None, **options):
+    def __init__(
+        self, data: Path, out_dir: Path, processes: int = 1, log: Path | None = None, **options
+    ):
         launch = [sys.executable, *(TORCHRUN if processes > 1 else [])]
-        argv = flags(**OPTIONS | {"dataset": data, "out_dir": out_dir, "init_from": "auto"} | options)
+        argv = flags(
+            **OPTIONS | {"dataset": data, "out_dir": out_dir, "init_from": "auto"} | options
+        )
         self.log = log or out_dir.with_suffix(".log")
         self.at = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "a") as log:
@@ -117,7 +132,9 @@ class Run:
             return self.process.wait(LAST_WORDS), time.monotonic() - started
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"it did not end in {LAST_WORDS} s:\n{self.output[-2000:]}") from None
+            raise AssertionError(
+                f"it did not end in {LAST_WORDS} s:\n{self.output[-2000:]}"
+            ) from None
 
 
 def steps_saved(out_dir: Path) -> list[int]:
@@ -134,12 +151,18 @@ def begins_at(started: Run) -> int:
 def finished(data: Path, out_dir: Path, reference, processes: int = 1) -> bool:
     """Let a run go on to its end: whether it has the weights of the undisturbed one, and left no rubbish."""
     code, _ = Run(data, out_dir, processes, save_interval=50).ended()
-    return code == 0 and same_weights(checkpoint.load_model(out_dir), reference) and not list(out_dir.glob("*.tmp"))
+    return (
+        code == 0
+        and same_weights(checkpoint.load_model(out_dir), reference)
+        and not list(out_dir.glob("*.tmp"))
+    )
 
 
 def undisturbed(data: Path, folder: Path, processes: int = 1, **options):
     """The model of a run that nothing happens to."""
-    code, _ = Run(data, folder, processes, save_interval=1000, eval_interval=1000, **options).ended()
+    code, _ = Run(
+        data, folder, processes, save_interval=1000, eval_interval=1000, **options
+    ).ended()
     assert code == 0, (folder.with_suffix(".log")).read_text()[-2000:]
     return checkpoint.load_model(folder)
 
@@ -168,7 +191,12 @@ def kills(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
         resumed += begins_at(started) == newest
     started.ended()
     same += same_weights(checkpoint.load_model(out_dir), reference)
-    return {"kills": n, "resumed": resumed, "runs_finished": ended + 1, "with_the_undisturbed_weights": same}
+    return {
+        "kills": n,
+        "resumed": resumed,
+        "runs_finished": ended + 1,
+        "with_the_undisturbed_weights": same,
+    }
 
 
 def corruptions(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
@@ -182,13 +210,16 @@ def corruptions(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
     for i in range(n):
         at = rng.randrange(len(good))
         newest.write_bytes(
-            good[:at] if i % 2 else good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :]
+            good[:at]
+            if i % 2
+            else good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :]
         )
         said = folder / "said"
         with open(said, "w") as file, contextlib.redirect_stderr(file):
             state = checkpoint.read_newest(newest.parent)
         one_line = (
-            said.read_text().count("\n") == 1 and f"warning: {newest} is not a good checkpoint" in said.read_text()
+            said.read_text().count("\n") == 1
+            and f"warning: {newest} is not a good checkpoint" in said.read_text()
         )
         passed_over += one_line and state["step"] == whole["step"]
         try:
@@ -196,15 +227,24 @@ def corruptions(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
         except UserError:
             refused += 1
     code, _ = Run(data, folder / "run", max_iters=30, lr_decay_iters=400).ended()
-    same = code == 0 and same_weights(*(checkpoint.load_model(folder / name) for name in ("run", "reference")))
-    return {"corruptions": n, "passed_over": passed_over, "refused_by_name": refused, "same_end": same}
+    same = code == 0 and same_weights(
+        *(checkpoint.load_model(folder / name) for name in ("run", "reference"))
+    )
+    return {
+        "corruptions": n,
+        "passed_over": passed_over,
+        "refused_by_name": refused,
+        "same_end": same,
+    }
 
 
 def signals(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
     """SIGTERM or SIGINT at random instants, to one process, to torchrun, or to one of its two processes: how often the
     checkpoint is of the last step, and how long the end takes."""
     ok, times, same = 0, [], []
-    references = {k: undisturbed(data, folder / f"reference_{k}", k) for k in {1, 2 if n > 1 else 1}}
+    references = {
+        k: undisturbed(data, folder / f"reference_{k}", k) for k in {1, 2 if n > 1 else 1}
+    }
     for i in range(n):
         processes = 1 + i % 2
         out_dir = folder / f"signalled_{processes}"
@@ -223,7 +263,9 @@ def signals(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
             assert started.wait_for("interrupted at step|step 400/400 . val"), started.output
             started.process.send_signal(signal.SIGTERM)
             code, seconds = started.ended()
-        steps = [record["step"] for record in read_records(out_dir / "metrics.jsonl") if "loss" in record]
+        steps = [
+            record["step"] for record in read_records(out_dir / "metrics.jsonl") if "loss" in record
+        ]
         last, newest = max(steps, default=0), max(steps_saved(out_dir), default=0)
         good = last - newest in (0, 1) or newest > last
         ok += good and (code != 0 or newest == OPTIONS["max_iters"])
@@ -239,7 +281,10 @@ def signals(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
     return {
         "signals": n,
         "checkpoint_at_most_one_step_old": ok,
-        "seconds_to_end": {"median": round(sorted(times)[n // 2], 2), "longest": round(max(times), 2)},
+        "seconds_to_end": {
+            "median": round(sorted(times)[n // 2], 2),
+            "longest": round(max(times), 2),
+        },
         "runs_finished": len(same),
         "with_the_undisturbed_weights": sum(same),
     }
@@ -254,12 +299,20 @@ def documents(n: int = 400) -> list[str]:
 def preparing(source: Path, folder: Path, **options) -> list[str]:
     """The command that prepares a text of documents() on two processes."""
     options = {"source": source, "folder": folder, "num_proc": 2, "shard_tokens": SHARD} | options
-    return [sys.executable, str(ROOT / "data" / "text" / "prepare.py"), "--separator=\\n\\n", *flags(**options)]
+    return [
+        sys.executable,
+        str(ROOT / "data" / "text" / "prepare.py"),
+        "--separator=\\n\\n",
+        *flags(**options),
+    ]
 
 
 def token_files(folder: Path) -> dict[str, str]:
     """Every token file and its hash."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.bin"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*.bin"))
+    }
 
 
 def journals(folder: Path) -> list[str]:
@@ -273,10 +326,14 @@ def preparations(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
     and whether the token files are in the end those of an undisturbed one."""
     source, out, pipe = folder / "tales.txt", folder / "killed", subprocess.PIPE
     source.write_text("\n\n".join([*documents() * 100, words(100_000)]))
-    subprocess.run(preparing(source, folder / "calm", shard_tokens=100_000), check=True, capture_output=True)
+    subprocess.run(
+        preparing(source, folder / "calm", shard_tokens=100_000), check=True, capture_output=True
+    )
     killed, behind_a_file, untouched, ended, same, whole = 0, 0, 0, 0, 0, {}
     while killed < n or not ended:
-        process = subprocess.Popen(preparing(source, out, shard_tokens=100_000), stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(
+            preparing(source, out, shard_tokens=100_000), stdout=pipe, stderr=pipe, text=True
+        )
         if rng.random() < 0.8:  # the others while it starts
             before = journals(out)
             while process.poll() is None and before == journals(out):
@@ -294,18 +351,32 @@ def preparations(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
             killed += 1
             earlier, whole = whole, {}
             for journal in journals(out):
-                shards = [shard for split in json.loads(journal)["splits"].values() for shard in split["shards"]]
-                paths = [path for shard in shards for path in out.glob(f".preparing-*/{shard['file']}")]
+                shards = [
+                    shard
+                    for split in json.loads(journal)["splits"].values()
+                    for shard in split["shards"]
+                ]
+                paths = [
+                    path for shard in shards for path in out.glob(f".preparing-*/{shard['file']}")
+                ]
                 whole = {path: path.stat().st_mtime_ns for path in paths}
             if earlier:
                 behind_a_file += 1
-                all_done = not list(out.glob(".preparing-*")) or list(out.glob(".preparing-*/meta.json"))
+                all_done = not list(out.glob(".preparing-*")) or list(
+                    out.glob(".preparing-*/meta.json")
+                )
                 untouched += bool(all_done or earlier.items() <= whole.items())
-    found = {"kills": killed, "behind_a_whole_file": behind_a_file, "which_stayed_untouched": untouched}
+    found = {
+        "kills": killed,
+        "behind_a_whole_file": behind_a_file,
+        "which_stayed_untouched": untouched,
+    }
     return found | {"preparations_finished": ended, "with_the_undisturbed_files": same}
 
 
-def stalls(n: int, data: Path, folder: Path, rng: random.Random, shape: GPTConfig | None = None) -> dict:
+def stalls(
+    n: int, data: Path, folder: Path, rng: random.Random, shape: GPTConfig | None = None
+) -> dict:
     """Seconds that saving a 124M model and its optimiser keeps the loop, seconds until it is on the disk, and how much
     longer matrix products take meanwhile."""
     model = GPT(shape or GPTConfig(vocab_size=50257))
@@ -334,7 +405,10 @@ def stalls(n: int, data: Path, folder: Path, rng: random.Random, shape: GPTConfi
             written.append(time.perf_counter() - started)
             slower.append(steps_per_second(lambda seconds: seconds > 5) / busy)
     size = (folder / checkpoint.name_of(n)).stat().st_size
-    median = {name: round(sorted(v)[n // 2], 3) for name, v in (("held", held), ("until_written", written))}
+    median = {
+        name: round(sorted(v)[n // 2], 3)
+        for name, v in (("held", held), ("until_written", written))
+    }
     return {
         "saves": n,
         "bytes": size,
@@ -347,14 +421,20 @@ def soak(seconds: int, data: Path, folder: Path, rng: random.Random, apart: int 
     """Two processes under torchrun for so long, with kills and signals to one or all; beside them two that nothing
     happens to, whose weights are kept every `apart` steps to compare with."""
     events = {"kill one": 0, "kill all": 0, "SIGTERM": 0, "SIGINT": 0}
-    end, out_dir, options = time.monotonic() + seconds, folder / "soak", {"max_iters": 10**6, "save_interval": 5}
+    end, out_dir, options = (
+        time.monotonic() + seconds,
+        folder / "soak",
+        {"max_iters": 10**6, "save_interval": 5},
+    )
     calm = {"max_iters": 10**6, "save_interval": apart, "eval_interval": 10**6}
     kept, reference = folder / "kept", Run(data, folder / "reference", 2, **calm)
     for pid in (reference.process.pid, *reference.workers()):
         os.setpriority(os.PRIO_PROCESS, pid, 10)  # what it starts inherits that
     kept.mkdir()
     enough = threading.Event()
-    keeper = threading.Thread(target=keep_all, args=(folder / "reference", kept, enough), daemon=True)
+    keeper = threading.Thread(
+        target=keep_all, args=(folder / "reference", kept, enough), daemon=True
+    )
     keeper.start()
     started = Run(data, out_dir, 2, **options)
     while time.monotonic() < end:
@@ -378,13 +458,22 @@ def soak(seconds: int, data: Path, folder: Path, rng: random.Random, apart: int 
     started.process.send_signal(signal.SIGTERM)
     started.ended()
     steps = -(-max(steps_saved(out_dir)) // apart) * apart
-    code, _ = Run(data, out_dir, 2, **options | {"max_iters": steps, "save_interval": apart}).ended()
+    code, _ = Run(
+        data, out_dir, 2, **options | {"max_iters": steps, "save_interval": apart}
+    ).ended()
     while not (kept / checkpoint.name_of(steps)).exists() and reference.process.poll() is None:
         time.sleep(0.2)
     enough.set()
     reference.kill()
-    same = code == 0 and same_weights(*(checkpoint.load_model(f / checkpoint.name_of(steps)) for f in (out_dir, kept)))
-    return {"seconds": seconds, "events": events, "steps": steps, "same_weights_as_undisturbed": same}
+    same = code == 0 and same_weights(
+        *(checkpoint.load_model(f / checkpoint.name_of(steps)) for f in (out_dir, kept))
+    )
+    return {
+        "seconds": seconds,
+        "events": events,
+        "steps": steps,
+        "same_weights_as_undisturbed": same,
+    }
 
 
 def keep_all(folder: Path, kept: Path, enough: threading.Event) -> None:
@@ -406,8 +495,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 data, started = write_words(Path(folder) / "words"), time.time()
                 counted = campaign(n, data, Path(folder), random.Random(config.seed))
-            counted |= {"minutes": round((time.time() - started) / 60, 1), "date": str(datetime.date.today())}
-            found[campaign.__name__] = counted | {name: environment()[name] for name in ("commit", "torch", "cores")}
+            counted |= {
+                "minutes": round((time.time() - started) / 60, 1),
+                "date": str(datetime.date.today()),
+            }
+            found[campaign.__name__] = counted | {
+                name: environment()[name] for name in ("commit", "torch", "cores")
+            }
             path.write_text(json.dumps(found, indent=1) + "\n")
             print(campaign.__name__, json.dumps(counted))
 

@@ -32,7 +32,20 @@ torch.set_num_threads(1)  # tiny tensors lose more to the threads than they win
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = [(weights, likelihood) for weights in WEIGHTS for likelihood in LIKELIHOODS]
-WORDS = ["the", "old", "blue", "sea", "ship", "wind", "sail", "storm", "captain", "harbour", "of", "and"]
+WORDS = [
+    "the",
+    "old",
+    "blue",
+    "sea",
+    "ship",
+    "wind",
+    "sail",
+    "storm",
+    "captain",
+    "harbour",
+    "of",
+    "and",
+]
 TINY = {
     "n_layer": 1,
     "n_head": 2,
@@ -59,7 +72,10 @@ def compiling() -> Iterator[None]:
         pytest.skip("torch.compile on CPU needs a C++ compiler")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with torch._inductor.config.patch(compile_threads=1), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with (
+        torch._inductor.config.patch(compile_threads=1),
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+    ):
         yield
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
@@ -70,12 +86,18 @@ def words(n: int, seed: int = 0) -> str:
 
 
 def write_dataset(
-    folder: Path, splits: Mapping[str, Iterable[str]], tokenizer: Tokenizer, shard_tokens: int = 1 << 40
+    folder: Path,
+    splits: Mapping[str, Iterable[str]],
+    tokenizer: Tokenizer,
+    shard_tokens: int = 1 << 40,
 ) -> dict:
     """A data set of these documents, as the prepare scripts write it; returns its meta.json."""
     (work := Path(folder) / ".preparing-0").mkdir(parents=True, exist_ok=True)
     keep_tokenizer(tokenizer, work)
-    parts = {split: [part_of(split, lambda documents=documents: documents)] for split, documents in splits.items()}
+    parts = {
+        split: [part_of(split, lambda documents=documents: documents)]
+        for split, documents in splits.items()
+    }
     tokenise(Corpus(parts), tokenizer, work, shard_tokens, num_proc=1, about={})
     install(work, Path(folder))
     return json.loads((Path(folder) / "meta.json").read_text())
@@ -122,7 +144,11 @@ def records(out_dir: Path, key: str) -> list[dict]:
 
 def contents(folder: Path) -> dict[str, int]:
     """All that lies in a folder, and when it was written."""
-    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    return {
+        str(path): path.lstat().st_mtime_ns
+        for path in folder.rglob("*")
+        if "__pycache__" not in path.parts
+    }
 
 
 def refused(script: str, argv: list[str], folder: Path, monkeypatch, capsys) -> str:
@@ -139,20 +165,28 @@ def refused(script: str, argv: list[str], folder: Path, monkeypatch, capsys) -> 
     return output.err
 
 
-def scores(model: GPT, *batches: tuple[torch.Tensor, torch.Tensor], cast=None, n_samples: int = 0) -> dict:
+def scores(
+    model: GPT, *batches: tuple[torch.Tensor, torch.Tensor], cast=None, n_samples: int = 0
+) -> dict:
     """What evaluate() finds on x, y (B, T) each, as if they followed one another in a text."""
     found, end = [], 0
     for x, y in batches:
         at = end + torch.arange(x.numel()).view_as(x)
         found.append(Windows(x, y, 0, at, at))
         end += x.numel()
-    return evaluate(model, found, distributed.Processes(torch.device("cpu")), cast, n_samples).result()
+    return evaluate(
+        model, found, distributed.Processes(torch.device("cpu")), cast, n_samples
+    ).result()
 
 
-def scores_of(model: GPT, file: TokenFile, batch_size: int = 8, n_samples: int = 0, **options) -> dict:
+def scores_of(
+    model: GPT, file: TokenFile, batch_size: int = 8, n_samples: int = 0, **options
+) -> dict:
     """What evaluate() finds on a split."""
     batches = windows(file, model.config.block_size, batch_size, **options)
-    return evaluate(model, batches, distributed.Processes(torch.device("cpu")), n_samples=n_samples).result()
+    return evaluate(
+        model, batches, distributed.Processes(torch.device("cpu")), n_samples=n_samples
+    ).result()
 
 
 def same_weights(a: GPT, b: GPT) -> bool:
@@ -170,7 +204,11 @@ def difference(a: GPT, b: GPT) -> float:
 def tiny_head(weights: str = "point", likelihood: str = "categorical", **options) -> Head:
     """A head with 67 tokens on hidden states of 16, its parameters far from their symmetric start."""
     torch.manual_seed(0)
-    head = Head(HeadConfig(**{"weights": weights, "likelihood": likelihood, "n_data": 1000} | options), 67, 16)
+    head = Head(
+        HeadConfig(**{"weights": weights, "likelihood": likelihood, "n_data": 1000} | options),
+        67,
+        16,
+    )
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             noise = torch.randn_like(parameter)
@@ -178,7 +216,9 @@ def tiny_head(weights: str = "point", likelihood: str = "categorical", **options
     return head
 
 
-def tiny_gpt(weights: str = "point", likelihood: str = "categorical", std: float = 0.0, **options) -> GPT:
+def tiny_gpt(
+    weights: str = "point", likelihood: str = "categorical", std: float = 0.0, **options
+) -> GPT:
     """A GPT of 2 layers with 67 tokens and 16 positions, in eval mode.
 
     std > 0 redraws every matrix and bias with it, for predictions that depend on the context.
@@ -191,5 +231,7 @@ def tiny_gpt(weights: str = "point", likelihood: str = "categorical", std: float
     model = GPT(GPTConfig(**shape, head=HeadConfig(weights, likelihood, **of_head)))
     for name, parameter in model.named_parameters():
         if std and not name.endswith("log_std"):
-            torch.nn.init.normal_(parameter, mean=float("ln_" in name and name.endswith("weight")), std=std)
+            torch.nn.init.normal_(
+                parameter, mean=float("ln_" in name and name.endswith("weight")), std=std
+            )
     return model.eval()

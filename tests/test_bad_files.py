@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 from engine.data.tokenizer import BPETokenizer
 from tests.helpers import TINY, WORDS, flags, refused, run, write_words
 
-GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 27, "n_positions": 16}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 32,
+    "vocab_size": 27,
+    "n_positions": 16,
+}
 LABELS = {"k": 8, "vocab_size": 27, "windows": 1, "done": 1}
 
 
@@ -45,27 +52,51 @@ COMMANDS = {
     "resume": [*TRAIN, "--init_from=resume", "--out_dir=words_run"],
 }
 META, RUN_META, TOKENIZER = "words/meta.json", "words_run/meta.json", "bpe_run/tokenizer.json"
-CONFIG, WEIGHTS, ABOUT = "openai/config.json", "openai/model.safetensors", "words/train.top.labels.json"
+CONFIG, WEIGHTS, ABOUT = (
+    "openai/config.json",
+    "openai/model.safetensors",
+    "words/train.top.labels.json",
+)
 NESTED = b"[" * 100_000
 NO_META, NO_LABELS = "does not describe a data set", "does not describe labels"
 
 # file, its new contents (fields of a JSON object, or bytes; None: a folder in its place), who reads it, the message
 CASES = [
-    *((META, changes, "data", NO_META) for changes in ({"vocab_size": "65"}, {"dtype": ["uint16"]}, {"splits": [1]})),
+    *(
+        (META, changes, "data", NO_META)
+        for changes in ({"vocab_size": "65"}, {"dtype": ["uint16"]}, {"splits": [1]})
+    ),
     *((META, {"splits": {"train": about}}, "data", NO_META) for about in (5, {"tokens": "many"})),
     *((META, {"tokenizer": about}, "data", NO_META) for about in ("char", {"kind": "char"})),
-    *((META, {"tokenizer": {"kind": "char", "chars": c, "eot": False}}, "data", NO_META) for c in (5, [1], ["\ud800"])),
+    *(
+        (META, {"tokenizer": {"kind": "char", "chars": c, "eot": False}}, "data", NO_META)
+        for c in (5, [1], ["\ud800"])
+    ),
     *((META, contents, "data", NO_META) for contents in (b"[]", b"", b"\xff\xfe", NESTED)),
     (META, {"vocab_size": 1 << 31}, "data", "takes .* GB, this machine has|of 2147483648"),
     (META, None, "data", "Is a directory: 'words/meta.json'"),
     (RUN_META, {"tokenizer": {"kind": "none"}}, "run", "names an unknown tokenizer 'none'"),
     (RUN_META, {"tokenizer": {"kind": ["char"]}}, "run", "names an unknown tokenizer"),
-    *((TOKENIZER, contents, "bpe", "is no byte-level BPE") for contents in (b"", b"{}", b"\xff", NESTED)),
-    (TOKENIZER, {"model": {"type": "BPE", "vocab": {"\u65e5": 0}, "merges": []}}, "evaluate", "is no byte-level BPE"),
+    *(
+        (TOKENIZER, contents, "bpe", "is no byte-level BPE")
+        for contents in (b"", b"{}", b"\xff", NESTED)
+    ),
+    (
+        TOKENIZER,
+        {"model": {"type": "BPE", "vocab": {"\u65e5": 0}, "merges": []}},
+        "evaluate",
+        "is no byte-level BPE",
+    ),
     (TOKENIZER, None, "bpe", "tokenizer.json is missing; prepare the data set again"),
-    *((ABOUT, changes, "labels", NO_LABELS) for changes in ({"k": 0}, {"k": "8"}, {"done": -1}, {"windows": None})),
+    *(
+        (ABOUT, changes, "labels", NO_LABELS)
+        for changes in ({"k": 0}, {"k": "8"}, {"done": -1}, {"windows": None})
+    ),
     *((ABOUT, contents, "labels", NO_LABELS) for contents in (b"[]", b"\xff", NESTED)),
-    *((CONFIG, contents, "openai", "is not JSON of a model") for contents in (b"[]", b"", b"\xff", NESTED)),
+    *(
+        (CONFIG, contents, "openai", "is not JSON of a model")
+        for contents in (b"[]", b"", b"\xff", NESTED)
+    ),
     (CONFIG, {"model_type": "llama"}, "openai", "has model_type = 'llama'"),
     (CONFIG, {"n_layer": -1}, "openai", "has n_layer = -1, which must be a whole number"),
     (
@@ -83,15 +114,31 @@ CASES = [
 CHECKPOINTS = [
     ({"model": 5}, "run", "is not a good checkpoint: its model is of another kind"),
     ({"model": {"a": 1}}, "from run", "is not a good checkpoint: its a is of another kind"),
-    ({"model": {}}, "run", "the checkpoint does not describe a GPT-2: it has no transformer.wte.weight"),
+    (
+        {"model": {}},
+        "run",
+        "the checkpoint does not describe a GPT-2: it has no transformer.wte.weight",
+    ),
     ({"model_config": 5}, "from run", "its model_config is of another kind"),
     ({"model_config": {"n_layer": "x"}}, "run", "n_layer wants int, got 'x', a str"),
     ({"model_config": {"weights": [1]}}, "from run", "weights wants str"),
-    ({"model_config": {"n_embd": 2**18, "n_head": 1}}, "run", "a model of .* parameters takes .* GB, this machine has"),
+    (
+        {"model_config": {"n_embd": 2**18, "n_head": 1}},
+        "run",
+        "a model of .* parameters takes .* GB, this machine has",
+    ),
     ({"step": "x"}, "resume", "its step is of another kind"),
     ({"optimizer": 5}, "resume", "its optimizer is of another kind"),
-    ({"optimizer": ...}, "resume", "holds a model without the state of its training; start from its weights"),
-    ({"model_config": ..., "model_args": {}}, "run", "the checkpoint does not describe a GPT-2: it has no "),
+    (
+        {"optimizer": ...},
+        "resume",
+        "holds a model without the state of its training; start from its weights",
+    ),
+    (
+        {"model_config": ..., "model_args": {}},
+        "run",
+        "the checkpoint does not describe a GPT-2: it has no ",
+    ),
     ({"model_config": ..., "model_args": 5}, "run", "its model_args is of another kind"),
 ]
 
@@ -104,7 +151,9 @@ def folder(good, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("name", "change", "reader", "message"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)]
 )
-def test_a_damaged_file_is_named_in_one_line(folder, monkeypatch, capsys, name, change, reader, message):
+def test_a_damaged_file_is_named_in_one_line(
+    folder, monkeypatch, capsys, name, change, reader, message
+):
     path = folder / name
     if change is None:
         path.unlink()
@@ -118,9 +167,13 @@ def test_a_damaged_file_is_named_in_one_line(folder, monkeypatch, capsys, name, 
 
 
 @pytest.mark.parametrize(("changes", "reader", "message"), CHECKPOINTS)
-def test_a_checkpoint_with_other_contents_is_refused_in_one_line(folder, monkeypatch, capsys, changes, reader, message):
+def test_a_checkpoint_with_other_contents_is_refused_in_one_line(
+    folder, monkeypatch, capsys, changes, reader, message
+):
     (path,) = (folder / "words_run").glob("ckpt_*.pt")
-    (folder / "words_run" / "SHA256SUMS").unlink()  # whoever writes such a file writes no sum, or a right one
+    (
+        folder / "words_run" / "SHA256SUMS"
+    ).unlink()  # whoever writes such a file writes no sum, or a right one
     state = torch.load(path, weights_only=True) | changes
     torch.save({name: part for name, part in state.items() if part is not ...}, path)
     script, *argv = COMMANDS[reader]

@@ -17,7 +17,18 @@ from engine.base.distributed import Processes, autocast, check_accumulation
 from engine.base.errors import UserError
 from engine.base.errors import run as run_script
 from engine.data.tokenizer import ByteTokenizer
-from tests.helpers import ROOT, TINY, contents, flags, refused, run, words, write_dataset, write_nanogpt, write_words
+from tests.helpers import (
+    ROOT,
+    TINY,
+    contents,
+    flags,
+    refused,
+    run,
+    words,
+    write_dataset,
+    write_nanogpt,
+    write_words,
+)
 
 CONFIGS = {
     "unknown.py": b"n_layers = 3\n",
@@ -40,7 +51,9 @@ CONFIGS = {
 def prepared(tmp_path_factory) -> Iterator[Path]:
     """A folder with data sets, a run, and config files."""
     root, patch = tmp_path_factory.mktemp("prepared"), pytest.MonkeyPatch()
-    patch.setattr(engine.data.scan, "SETTLED", 0)  # a scan of data that was just made is remembered too
+    patch.setattr(
+        engine.data.scan, "SETTLED", 0
+    )  # a scan of data that was just made is remembered too
     write_words(root / "words")
     run(root / "words", root / "run", max_iters=2)
     write_nanogpt(root / "ids", {"train": [70] * 100, "val": [0] * 100})
@@ -80,7 +93,11 @@ NUMBERS = [
     ("max_iters", HUGE, "must be at most 1,000,000,000,000"),
     ("n_data", "-1", "n_data = -1 must be at least 0"),
     ("gradient_accumulation_steps", HUGE, "must be at most"),
-    ("batch_size", "1000000000000", "a micro-batch of batch_size = 1000000000000 takes .* GB, this machine has"),
+    (
+        "batch_size",
+        "1000000000000",
+        "a micro-batch of batch_size = 1000000000000 takes .* GB, this machine has",
+    ),
     ("block_size", "1000000000000", "block_size = 1000000000000 must be at most"),
     (
         "n_embd",
@@ -156,7 +173,11 @@ TEXT = ["--source=text.txt", "--folder=new_data", "--tokenizer=char"]
 CASES = [
     # options
     ("train.py", [*TRAIN, "--n_layers=3"], "unknown option '--n_layers'; did you mean 'n_layer'?"),
-    ("train.py", ["unknown.py", *TRAIN], "unknown.py: unknown option 'n_layers'; did you mean 'n_layer'?"),
+    (
+        "train.py",
+        ["unknown.py", *TRAIN],
+        "unknown.py: unknown option 'n_layers'; did you mean 'n_layer'?",
+    ),
     ("train.py", [*TRAIN, "--n_layer=three"], "--n_layer wants int, got 'three'"),
     ("train.py", ["mistyped.py", *TRAIN], "mistyped.py: n_layer wants int, got 'three', a str"),
     ("train.py", ["broken.py", *TRAIN], "broken.py, line 2: SyntaxError"),
@@ -184,35 +205,73 @@ CASES = [
     ("train.py", [*TRAIN, "--prior_std=0"], "prior_std = 0.0 must be a number above 0"),
     ("train.py", [*TRAIN, "--kl_weight=-1"], "kl_weight = -1.0 must not be negative"),
     ("train.py", [*TRAIN, "--logit_bias=zero"], "is not one of: auto, unigram, uniform, none"),
-    ("train.py", [*TRAIN, "--dtype=int8"], "dtype = 'int8' is not one of: auto, float32, bfloat16, float16"),
+    (
+        "train.py",
+        [*TRAIN, "--dtype=int8"],
+        "dtype = 'int8' is not one of: auto, float32, bfloat16, float16",
+    ),
     ("train.py", [*TRAIN, "--gradient_accumulation_steps=0"], "must be at least 1"),
     ("sample.py", [*SAMPLE, "--top_p=0"], "top_p = 0.0 must lie in (0, 1]"),
     ("sample.py", [*SAMPLE, "--num_samples=0"], "num_samples = 0 must be at least 1"),
     ("sample.py", [*SAMPLE, "--dtype=half"], "is not one of"),
     ("evaluate.py", [*EVALUATE, "--batch_size=0"], "batch_size = 0 must be at least 1"),
     *(("train.py", [*TRAIN, f"--{name}={value}"], message) for name, value, message in NUMBERS),
-    *(("sample.py", [*SAMPLE, f"--{name}={value}"], message) for name, value, message in SAMPLE_NUMBERS),
-    ("evaluate.py", [*EVALUATE, "--n_samples=1000000000000"], "n_samples = 1000000000000 must be at most 1,000,000"),
+    *(
+        ("sample.py", [*SAMPLE, f"--{name}={value}"], message)
+        for name, value, message in SAMPLE_NUMBERS
+    ),
+    (
+        "evaluate.py",
+        [*EVALUATE, "--n_samples=1000000000000"],
+        "n_samples = 1000000000000 must be at most 1,000,000",
+    ),
     ("evaluate.py", [*EVALUATE, "--std_tolerance=1e400"], "std_tolerance = inf must be at most"),
     # devices
-    ("train.py", [*TRAIN, "--device=cuda:99"], "device = 'cuda:99' is not there: this machine has .*--device=auto"),
+    (
+        "train.py",
+        [*TRAIN, "--device=cuda:99"],
+        "device = 'cuda:99' is not there: this machine has .*--device=auto",
+    ),
     ("train.py", [*TRAIN, "--device=tpu"], "device = 'tpu' is not a device; use auto, cpu, cuda"),
-    ("train.py", [*TRAIN, "--device=meta"], "device = 'meta' is not supported; use auto, cpu, cuda"),
+    (
+        "train.py",
+        [*TRAIN, "--device=meta"],
+        "device = 'meta' is not supported; use auto, cpu, cuda",
+    ),
     ("sample.py", [*SAMPLE, "--device=cuda:99"], "--device=auto"),
     ("evaluate.py", [*EVALUATE, "--device=cuda:99"], "--device=auto"),
     # config files
     *(("train.py", [*TRAIN, name], message) for name, message in CONFIG_MISTAKES),
     ("train_bayes.py", [*TRAIN, "array.py"], "array.py: this script fixes weights = 'bayes'"),
     # other scripts
-    *(("augmentation/teacher_labels.py", [*TEACHER, f"--{flag}"], message) for flag, message in TEACHER_MISTAKES),
+    *(
+        ("augmentation/teacher_labels.py", [*TEACHER, f"--{flag}"], message)
+        for flag, message in TEACHER_MISTAKES
+    ),
     *(("data/text/prepare.py", [*TEXT, f"--{flag}"], message) for flag, message in TEXT_MISTAKES),
-    ("evaluate.py", [*EVALUATE, "--report=latin.txt"], "report = 'latin.txt' is a file; name a folder"),
+    (
+        "evaluate.py",
+        [*EVALUATE, "--report=latin.txt"],
+        "report = 'latin.txt' is a file; name a folder",
+    ),
     ("evaluate.py", [*EVALUATE, "--stride=17"], "stride = 17 leaves tokens out"),
-    ("evaluate.py", [*EVALUATE, "--ood_dataset=words"], "ood_dataset = 'words' is the run's own text"),
+    (
+        "evaluate.py",
+        [*EVALUATE, "--ood_dataset=words"],
+        "ood_dataset = 'words' is the run's own text",
+    ),
     ("evaluate.py", [*EVALUATE, "--ood_dataset=nowhere"], r"test\.bin is missing"),
-    ("evaluate.py", ["--device=cpu", "--out_dir=run,nowhere"], "nowhere does not exist; give run folders"),
+    (
+        "evaluate.py",
+        ["--device=cpu", "--out_dir=run,nowhere"],
+        "nowhere does not exist; give run folders",
+    ),
     # data
-    ("train.py", [*TRAIN, "--dataset=nowhere"], r"train\.bin is missing; run one of: .*python data/text/prepare\.py"),
+    (
+        "train.py",
+        [*TRAIN, "--dataset=nowhere"],
+        r"train\.bin is missing; run one of: .*python data/text/prepare\.py",
+    ),
     ("train.py", [*TRAIN, "--dataset=train_only"], r"val\.bin is missing; this data set has train"),
     (
         "train.py",
@@ -221,9 +280,21 @@ CASES = [
     ),
     ("train.py", [*TRAIN, "--dataset=odd"], r"val\.bin has 3 bytes.*prepare it again"),
     ("train.py", [*TRAIN, "--vocab_size=5"], "outside the vocabulary of 5; .*--vocab_size"),
-    ("train.py", [*TRAIN, "--block_size=5000"], r"val\.bin has .* too few for one block of 5000 .*--block_size="),
-    ("evaluate.py", [*EVALUATE, "--split=nonsense"], r"nonsense\.bin is missing; this data set has test, train, val"),
-    ("evaluate.py", [*EVALUATE, "--dataset=ids", "--split=train"], r"holds token id 70, outside the vocabulary"),
+    (
+        "train.py",
+        [*TRAIN, "--block_size=5000"],
+        r"val\.bin has .* too few for one block of 5000 .*--block_size=",
+    ),
+    (
+        "evaluate.py",
+        [*EVALUATE, "--split=nonsense"],
+        r"nonsense\.bin is missing; this data set has test, train, val",
+    ),
+    (
+        "evaluate.py",
+        [*EVALUATE, "--dataset=ids", "--split=train"],
+        r"holds token id 70, outside the vocabulary",
+    ),
     # checkpoints and folders
     (
         "train.py",
@@ -236,8 +307,16 @@ CASES = [
         [*TRAIN, "--out_dir=run", "--init_from=resume", "--n_layer=2"],
         "n_layer = 2, but the run to resume has 1",
     ),
-    ("train.py", [*TRAIN, "--init_from=nowhere"], "nowhere does not exist; give a run folder.*gpt2"),
-    ("train.py", [*TRAIN, "--init_from=run", "--n_embd=64"], "n_embd = 64, but the weights to start from have 32"),
+    (
+        "train.py",
+        [*TRAIN, "--init_from=nowhere"],
+        "nowhere does not exist; give a run folder.*gpt2",
+    ),
+    (
+        "train.py",
+        [*TRAIN, "--init_from=run", "--n_embd=64"],
+        "n_embd = 64, but the weights to start from have 32",
+    ),
     ("train.py", [*TRAIN, "--out_dir=latin.txt"], "cannot make the folder latin.txt: .*--out_dir"),
     (
         "sample.py",
@@ -247,14 +326,30 @@ CASES = [
     ("sample.py", [*SAMPLE, "--out_dir=nowhere"], "nowhere does not exist; give a run folder"),
     ("sample.py", [*SAMPLE, "--init_from=damaged/ckpt_00000001.pt"], "is not a good checkpoint"),
     ("evaluate.py", [*EVALUATE, "--out_dir=empty"], "there is no checkpoint in empty"),
-    ("evaluate.py", [*EVALUATE, "--out_dir=damaged"], "is not a good checkpoint.*no other one in damaged"),
-    ("evaluate.py", [*EVALUATE, "--continuations=2", "--prompt_tokens=0"], "prompt_tokens = 0 must be at least 1"),
+    (
+        "evaluate.py",
+        [*EVALUATE, "--out_dir=damaged"],
+        "is not a good checkpoint.*no other one in damaged",
+    ),
+    (
+        "evaluate.py",
+        [*EVALUATE, "--continuations=2", "--prompt_tokens=0"],
+        "prompt_tokens = 0 must be at least 1",
+    ),
     ("evaluate.py", [*EVALUATE, "--out_dir=,"], "which runs"),
     # exports
     ("export.py", ["--out_dir=run", "--device=cpu"], "where to? --to=FOLDER, a new one"),
-    ("export.py", [*EXPORT, "--to=run"], "run exists already, and is never written over; give another --to"),
+    (
+        "export.py",
+        [*EXPORT, "--to=run"],
+        "run exists already, and is never written over; give another --to",
+    ),
     ("export.py", [*EXPORT, "--to=text.txt"], "text.txt exists already"),
-    ("export.py", [*EXPORT, "--to=text.txt/new"], "text.txt/new cannot be written to|text.txt cannot be written to"),
+    (
+        "export.py",
+        [*EXPORT, "--to=text.txt/new"],
+        "text.txt/new cannot be written to|text.txt cannot be written to",
+    ),
     ("export.py", [*EXPORT, "--out_dir=nowhere"], "nowhere does not exist; give a run folder"),
     ("export.py", [*EXPORT, "--out_dir=damaged"], "is not a good checkpoint"),
     ("export.py", [*EXPORT, "--dataset=nowhere"], r"val\.bin is missing"),
@@ -265,12 +360,18 @@ CASES = [
     ("sample.py", [*SAMPLE, "--start=FILE:missing.txt"], "cannot read the prompt missing.txt: "),
     ("sample.py", [*SAMPLE, "--start=FILE:latin.txt"], "cannot read the prompt latin.txt: "),
     ("sample.py", [*SAMPLE, "--start=THE"], "the character 'T' is not in this data set's"),
-    ("sample.py", [*SAMPLE, "--start="], "no end-of-text token to start from; give some text to start with"),
+    (
+        "sample.py",
+        [*SAMPLE, "--start="],
+        "no end-of-text token to start from; give some text to start with",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "message"), CASES, ids=[f"{c[0]}-{c[1][-1]}-{i}" for i, c in enumerate(CASES)]
+    ("script", "argv", "message"),
+    CASES,
+    ids=[f"{c[0]}-{c[1][-1]}-{i}" for i, c in enumerate(CASES)],
 )
 def test_a_mistake_is_one_line_with_a_way_out(prepared, monkeypatch, capsys, script, argv, message):
     error = refused(script, argv, prepared, monkeypatch, capsys)
@@ -282,10 +383,14 @@ def test_a_mistake_is_one_line_with_a_way_out(prepared, monkeypatch, capsys, scr
 def test_without_a_gpu_the_device_cuda_is_refused(prepared, monkeypatch, capsys):
     argv = [*TRAIN, "--device=cuda"]
     message = "device = 'cuda' is not there: this machine has 0 CUDA devices; try --device=auto"
-    test_a_mistake_is_one_line_with_a_way_out(prepared, monkeypatch, capsys, "train.py", argv, message)
+    test_a_mistake_is_one_line_with_a_way_out(
+        prepared, monkeypatch, capsys, "train.py", argv, message
+    )
 
 
-def test_a_run_of_nothing_but_damaged_checkpoints_names_each_and_then_what_to_do(prepared, monkeypatch, capsys):
+def test_a_run_of_nothing_but_damaged_checkpoints_names_each_and_then_what_to_do(
+    prepared, monkeypatch, capsys
+):
     monkeypatch.chdir(prepared)
     monkeypatch.setattr(sys, "argv", ["sample.py", *SAMPLE, "--out_dir=two_damaged"])
     with pytest.raises(SystemExit) as exit_:
@@ -300,15 +405,23 @@ def test_a_run_of_nothing_but_damaged_checkpoints_names_each_and_then_what_to_do
     ("steps", "world_size", "near"),
     [(40, 3, "39 and 42"), (5, 8, "8"), (0, 1, "1"), (0, 4, "4"), (-3, 2, "2"), (7, 2, "6 and 8")],
 )
-def test_an_accumulation_that_processes_cannot_share_names_the_nearest_that_they_can(steps, world_size, near):
-    with pytest.raises(UserError, match=rf"= {steps} .* {world_size}; the nearest valid values are {near}$"):
+def test_an_accumulation_that_processes_cannot_share_names_the_nearest_that_they_can(
+    steps, world_size, near
+):
+    with pytest.raises(
+        UserError, match=rf"= {steps} .* {world_size}; the nearest valid values are {near}$"
+    ):
         check_accumulation(steps, world_size)
 
 
 @pytest.mark.parametrize(("steps", "world_size"), [(1, 1), (40, 8), (8, 8)])
-def test_an_accumulation_that_processes_share_evenly_passes_and_every_micro_batch_has_one_owner(steps, world_size):
+def test_an_accumulation_that_processes_share_evenly_passes_and_every_micro_batch_has_one_owner(
+    steps, world_size
+):
     check_accumulation(steps, world_size)
-    shares = [Processes(torch.device("cpu"), rank, world_size).share(steps) for rank in range(world_size)]
+    shares = [
+        Processes(torch.device("cpu"), rank, world_size).share(steps) for rank in range(world_size)
+    ]
     assert len({len(share) for share in shares}) == 1
     assert sorted(micro for share in shares for micro in share) == list(range(steps))
 
@@ -353,13 +466,25 @@ TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_
         ({"WORLD_SIZE": "abc"}, "WORLD_SIZE = 'abc' in the environment must be 1 to"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment must be 1 to"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE = '' in the environment must be 1 to"),
-        ({"WORLD_SIZE": "2"}, "RANK = '' in the environment must be 0 to 1; start with torchrun, or unset WORLD_SIZE"),
+        (
+            {"WORLD_SIZE": "2"},
+            "RANK = '' in the environment must be 0 to 1; start with torchrun, or unset WORLD_SIZE",
+        ),
         ({"RANK": "1"}, "RANK = '1' in the environment must be 0 to 0"),
         (TORCHRUN | {"RANK": "2"}, "RANK = '2' in the environment must be 0 to 1"),
         (TORCHRUN | {"RANK": "-1"}, "RANK = '-1' in the environment must be 0 to 1"),
-        (TORCHRUN | {"MASTER_PORT": "port"}, "MASTER_PORT = 'port' in the environment must be 1 to 65535"),
-        (TORCHRUN | {"MASTER_ADDR": ""}, "WORLD_SIZE is set and MASTER_ADDR is not; start with torchrun"),
-        (TORCHRUN | {"BACKEND": "nccl"}, "backend = 'nccl' needs CUDA, but the device is cpu; use --backend=gloo"),
+        (
+            TORCHRUN | {"MASTER_PORT": "port"},
+            "MASTER_PORT = 'port' in the environment must be 1 to 65535",
+        ),
+        (
+            TORCHRUN | {"MASTER_ADDR": ""},
+            "WORLD_SIZE is set and MASTER_ADDR is not; start with torchrun",
+        ),
+        (
+            TORCHRUN | {"BACKEND": "nccl"},
+            "backend = 'nccl' needs CUDA, but the device is cpu; use --backend=gloo",
+        ),
     ],
 )
 def test_processes_that_torchrun_did_not_start_are_told_what_is_missing(
@@ -370,21 +495,30 @@ def test_processes_that_torchrun_did_not_start_are_told_what_is_missing(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     backend = environment.get("BACKEND", "gloo")
-    assert message in refused("train.py", [*TRAIN, f"--backend={backend}"], prepared, monkeypatch, capsys)
+    assert message in refused(
+        "train.py", [*TRAIN, f"--backend={backend}"], prepared, monkeypatch, capsys
+    )
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read and write everything")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0, reason="root may read and write everything"
+)
 def test_files_and_folders_without_permission_are_named(prepared, tmp_path, monkeypatch, capsys):
     data = shutil.copytree(prepared / "words", tmp_path / "words")
     (tmp_path / "closed").mkdir(mode=0o500)
     argv = [*TRAIN, "--out_dir=closed/run"]
-    assert "cannot make the folder closed/run" in refused("train.py", argv, tmp_path, monkeypatch, capsys)
+    assert "cannot make the folder closed/run" in refused(
+        "train.py", argv, tmp_path, monkeypatch, capsys
+    )
     (data / "train.bin").chmod(0)
     assert "words/train.bin" in refused("train.py", TRAIN, tmp_path, monkeypatch, capsys)
 
 
 def test_when_memory_runs_out_the_line_says_what_to_lower(capsys):
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")):
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ):
 
         def main(error=error):
             raise error
@@ -392,7 +526,11 @@ def test_when_memory_runs_out_the_line_says_what_to_lower(capsys):
         with pytest.raises(SystemExit) as exit_:
             run_script(main)
         line = capsys.readouterr().err
-        assert exit_.value.code == 2 and line.startswith("error: out of memory (") and "lower --batch_size" in line
+        assert (
+            exit_.value.code == 2
+            and line.startswith("error: out of memory (")
+            and "lower --batch_size" in line
+        )
 
 
 def test_an_error_of_ours_keeps_its_traceback():

@@ -16,7 +16,17 @@ from bench.measure import peak_memory
 from bench.step import QUICK, prepare
 from tests.helpers import ROOT
 
-KEYS = {"bench", "case", "baseline", "time_ratio", "memory_ratio", "shapes", "allocator", "machine", "date"}
+KEYS = {
+    "bench",
+    "case",
+    "baseline",
+    "time_ratio",
+    "memory_ratio",
+    "shapes",
+    "allocator",
+    "machine",
+    "date",
+}
 WITHOUT_MEMORY = KEYS - {"memory_ratio", "allocator"}
 
 
@@ -32,22 +42,36 @@ def records_of(script: str, tmp_path: Path, *flags: str, keys: Set[str] = KEYS) 
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     for record in records:
-        in_tuned_heads = record["bench"] == "heads" and record["allocator"] == "tuned"  # where a peak says little
+        in_tuned_heads = (
+            record["bench"] == "heads" and record["allocator"] == "tuned"
+        )  # where a peak says little
         assert record.keys() >= (keys - {"memory_ratio"} if in_tuned_heads else keys)
-        assert all(math.isfinite(record[name]) and record[name] > 0 for name in record if name.endswith("ratio"))
+        assert all(
+            math.isfinite(record[name]) and record[name] > 0
+            for name in record
+            if name.endswith("ratio")
+        )
         assert f"  {record['case']} " in done.stdout
     return records
 
 
-def test_heads_compares_heads_and_what_users_write_with_the_plain_one_under_both_allocators(tmp_path):
+def test_heads_compares_heads_and_what_users_write_with_the_plain_one_under_both_allocators(
+    tmp_path,
+):
     records = records_of("heads.py", tmp_path, "--cases=softmax,bayes_bf16,torchbnn_dense_bce")
     cases = ["softmax", "bayes_bf16", "torchbnn_dense_bce"]
-    assert [(r["allocator"], r["case"]) for r in records] == [(a, c) for a in ("default", "tuned") for c in cases]
+    assert [(r["allocator"], r["case"]) for r in records] == [
+        (a, c) for a in ("default", "tuned") for c in cases
+    ]
     assert {(r["bench"], r["baseline"]) for r in records} == {("heads", "plain")}
 
 
 def test_step_compares_heads_and_what_users_write_with_our_softmax(tmp_path):
-    records = records_of("step.py", tmp_path, "--cases=bayes,dropout,plain_tuned,plain,transformers,torchbnn_dense_bce")
+    records = records_of(
+        "step.py",
+        tmp_path,
+        "--cases=bayes,dropout,plain_tuned,plain,transformers,torchbnn_dense_bce",
+    )
     expected = {"bayes": "tuned", "dropout": "tuned", "plain_tuned": "tuned"}
     expected |= dict.fromkeys(("plain", "transformers", "torchbnn_dense_bce"), "default")
     assert {record["case"]: record["allocator"] for record in records} == expected
@@ -62,7 +86,9 @@ def test_the_dropout_case_trains_with_dropout_and_the_others_without():
 def test_evaluate_compares_draws_with_one_of_them_for_both_bayesian_heads(tmp_path):
     records = records_of("evaluate.py", tmp_path, keys=WITHOUT_MEMORY)
     expected = [
-        (f"{head}, draws: {n}", f"{head}, draws: 1") for head in ("bayes", "bayes_sigmoid") for n in (0, 16, -1)
+        (f"{head}, draws: {n}", f"{head}, draws: 1")
+        for head in ("bayes", "bayes_sigmoid")
+        for n in (0, 16, -1)
     ]
     assert [(record["case"], record["baseline"]) for record in records] == expected
 
@@ -80,10 +106,18 @@ def test_generate_compares_heads_draws_and_transformers_at_two_batch_sizes(tmp_p
 
 
 def test_hellaswag_compares_contexts_read_once_with_endings_apart_and_with_four_rows(tmp_path):
-    item = {"ctx": "Two women sit in a canoe.", "endings": ["They row.", "They fly away.", "It barks.", "No."]}
+    item = {
+        "ctx": "Two women sit in a canoe.",
+        "endings": ["They row.", "They fly away.", "It barks.", "No."],
+    }
     (tmp_path / "items.jsonl").write_text(f"{json.dumps(item)}\n" * 3)
-    records = records_of("hellaswag.py", tmp_path, "--source=items.jsonl", "--items=2", keys=WITHOUT_MEMORY)
-    assert [(r["case"], r["baseline"]) for r in records] == [("shared", "separate"), ("shared", "four_rows")]
+    records = records_of(
+        "hellaswag.py", tmp_path, "--source=items.jsonl", "--items=2", keys=WITHOUT_MEMORY
+    )
+    assert [(r["case"], r["baseline"]) for r in records] == [
+        ("shared", "separate"),
+        ("shared", "four_rows"),
+    ]
 
 
 def test_gpu_runs_its_five_parts_at_tiny_shapes_and_without_them_asks_for_a_gpu(tmp_path):
@@ -96,7 +130,9 @@ def test_gpu_runs_its_five_parts_at_tiny_shapes_and_without_them_asks_for_a_gpu(
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "CUDA" in done.stderr
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="peak memory is read from Linux's /proc"
+)
 def test_peak_memory_is_what_a_call_needs_the_second_time_too():
     def case():
         a = torch.ones(16 << 20)  # 64 MiB

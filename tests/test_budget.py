@@ -17,7 +17,14 @@ from tests.helpers import HEADS, ROOT, records, run, tiny_gpt, write_words
 SHAPES = {
     "quickstart": {"n_layer": 3, "n_head": 3, "n_embd": 192, "block_size": 256, "vocab_size": 2048},
     "many ids": {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 50257},
-    "deep": {"n_layer": 8, "n_head": 4, "n_embd": 256, "block_size": 128, "vocab_size": 307, "batch_size": 16},
+    "deep": {
+        "n_layer": 8,
+        "n_head": 4,
+        "n_embd": 256,
+        "block_size": 128,
+        "vocab_size": 307,
+        "batch_size": 16,
+    },
 }
 
 
@@ -26,7 +33,9 @@ def data(tmp_path_factory):
     return write_words(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_head": False}, {"bias": True}, {"bayes_mlp": True, "posterior": "full"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_head": False}, {"bias": True}, {"bayes_mlp": True, "posterior": "full"}]
+)
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 def test_backbone_head_and_posterior_add_up_to_all_parameters(weights, likelihood, options):
     model = tiny_gpt(weights, likelihood, **options)
@@ -40,11 +49,18 @@ def test_backbone_head_and_posterior_add_up_to_all_parameters(weights, likelihoo
 def test_flops_are_those_that_torch_counts(tie_head):
     model = tiny_gpt(n_embd=64, tie_head=tie_head).train()
     idx = torch.randint(67, (3, 16))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # flash computes scores twice
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # flash computes scores twice
         model(idx, idx).backward()
     gains = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # not in matrix products
-    in_place = 2 * model.lm_head.weights.weight.numel()  # addmm_, of the output weights' gradient: torch passes it over
-    assert counter.get_total_flops() == idx.numel() * (model.flops_per_token() - 6 * gains - in_place)
+    in_place = (
+        2 * model.lm_head.weights.weight.numel()
+    )  # addmm_, of the output weights' gradient: torch passes it over
+    assert counter.get_total_flops() == idx.numel() * (
+        model.flops_per_token() - 6 * gains - in_place
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -75,14 +91,21 @@ def test_checkpointing_accumulating_and_sharding_move_the_estimate_as_they_move_
     assert of(plain, shards=4).state == of(plain).state // 4
 
 
-def test_what_does_not_fit_is_said_before_training_and_trains_all_the_same(data, tmp_path, monkeypatch, capsys):
+def test_what_does_not_fit_is_said_before_training_and_trains_all_the_same(
+    data, tmp_path, monkeypatch, capsys
+):
     run(data, tmp_path / "fits", max_iters=1)
     assert "GB are free" not in capsys.readouterr().err
     monkeypatch.setattr(budget, "available", lambda device: 1000)
     run(data, tmp_path / "out", max_iters=1)
     warned = capsys.readouterr().err
     assert warned.count("\n") == 1 and records(tmp_path / "out", "loss")
-    for option in ("--batch_size", "--gradient_accumulation_steps", "--block_size", "--gradient_checkpointing"):
+    for option in (
+        "--batch_size",
+        "--gradient_accumulation_steps",
+        "--block_size",
+        "--gradient_checkpointing",
+    ):
         assert option in warned
     assert "--sharding=fsdp" in warned
 
@@ -93,7 +116,9 @@ def group(folder, limit, used, cache):
     first = "memory" in folder.parts
     (folder / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{limit}\n")
     (folder / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"cache 9\n{'total_' if first else ''}inactive_file {cache}\n")
+    (folder / "memory.stat").write_text(
+        f"cache 9\n{'total_' if first else ''}inactive_file {cache}\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,25 +157,33 @@ def test_no_free_memory_is_warned_of_and_unknown_memory_is_not(monkeypatch, tmp_
 
 
 def test_the_parts_of_the_memory_add_up_to_what_the_banner_says():
-    line = budget.memory_lines(budget.memory(tiny_gpt(n_layer=8, n_embd=256), 64, 2, "float32"), None, 0)[0]
+    line = budget.memory_lines(
+        budget.memory(tiny_gpt(n_layer=8, n_embd=256), 64, 2, "float32"), None, 0
+    )[0]
     total, *parts = map(float, re.findall(r"\d+\.\d\d", line))
     assert total == pytest.approx(sum(parts), abs=0.03) and len(parts) == 5 and parts[-1] > 0.03
 
 
 def test_half_precision_adds_the_casts_of_all_but_the_output_weights():
     model = tiny_gpt()
-    n_bytes = 2 * (sum(p.numel() for p in model.parameters()) - model.lm_head.weights.weight.numel())
+    n_bytes = 2 * (
+        sum(p.numel() for p in model.parameters()) - model.lm_head.weights.weight.numel()
+    )
     activations = budget._activations(model, 64, "cpu", 2)
     assert budget.memory(model, 64, 1, "bfloat16").activations == activations + n_bytes
 
 
 def test_dropout_adds_scores_of_all_pairs_on_a_cpu_and_masks_elsewhere():
     plain, dropped = (tiny_gpt(dropout=rate) for rate in (0.0, 0.1))
-    more = lambda device: budget._activations(dropped, 64, device, 4) - budget._activations(plain, 64, device, 4)  # noqa: E731
+    more = lambda device: (
+        budget._activations(dropped, 64, device, 4) - budget._activations(plain, 64, device, 4)
+    )  # noqa: E731
     shape, n_tokens = dropped.config, 64 * dropped.config.block_size
     masks = 2 * n_tokens * shape.n_layer * shape.n_embd
     assert more("cuda") == masks
-    assert more("cpu") == 4 * masks + n_tokens * shape.n_layer * shape.n_head * shape.block_size * (4 * 4 + 8)
+    assert more("cpu") == 4 * masks + n_tokens * shape.n_layer * shape.n_head * shape.block_size * (
+        4 * 4 + 8
+    )
 
 
 def test_on_cuda_the_devices_own_memory_counts(monkeypatch):
@@ -162,10 +195,20 @@ def test_the_banner_tells_size_step_run_memory_and_code_in_short_lines(data, tmp
     model = run(data, tmp_path, weights="bayes", max_iters=4, gradient_accumulation_steps=2)
     lines = capsys.readouterr().out.splitlines()[:7]
     assert lines[0] == f"{tmp_path}: bayes x categorical head, float32, eager, on 1 x cpu"
-    assert [line.split()[0] for line in lines[1:]] == ["parameters", "a", "the", "memory", "(Python", "code"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "parameters",
+        "a",
+        "the",
+        "memory",
+        "(Python",
+        "code",
+    ]
     assert f": backbone {budget.parameters(model)['backbone']:,}, head" in lines[1]
     assert "256 tokens (2 micro-batches of 8 blocks of 16)" in lines[2]
-    assert f"{4 * 256 * model.flops_per_token():.1e} FLOPs" in lines[3] and "4 steps, 1,024 tokens" in lines[3]
+    assert (
+        f"{4 * 256 * model.flops_per_token():.1e} FLOPs" in lines[3]
+        and "4 steps, 1,024 tokens" in lines[3]
+    )
     assert f"torch {torch.__version__}" in lines[6] and max(map(len, lines[1:])) < 180
 
 

@@ -81,7 +81,11 @@ def test_a_value_may_begin_with_a_minus_sign_or_hold_an_equals_sign():
 
 def test_nested_options_have_flat_names_and_flatten_undoes_build():
     config, _ = load_config(TrainConfig, ["--prior_std=0.1", "--n_layer=3", "--dropout=0"])
-    assert (config.model.head.prior_std, config.model.n_layer, config.model.dropout) == (0.1, 3, 0.0)
+    assert (config.model.head.prior_std, config.model.n_layer, config.model.dropout) == (
+        0.1,
+        3,
+        0.0,
+    )
     assert build(TrainConfig, flatten(config)) == config
 
 
@@ -89,7 +93,9 @@ def test_nested_options_have_flat_names_and_flatten_undoes_build():
 def test_no_option_name_occurs_twice(cls):
     def count(cls: type) -> int:
         hints = inspect.get_annotations(cls)
-        return sum(count(hint) if hasattr(hint, "__dataclass_fields__") else 1 for hint in hints.values())
+        return sum(
+            count(hint) if hasattr(hint, "__dataclass_fields__") else 1 for hint in hints.values()
+        )
 
     assert count(cls) == len(flat_fields(cls))
 
@@ -165,7 +171,10 @@ def test_config_files_do_not_see_each_other_or_the_script(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("steps = 3\nsize = = 4\n", "SyntaxError"), ("steps = 3\nsize = 1 / 0\n", "ZeroDivisionError")],
+    [
+        ("steps = 3\nsize = = 4\n", "SyntaxError"),
+        ("steps = 3\nsize = 1 / 0\n", "ZeroDivisionError"),
+    ],
 )
 def test_an_error_in_a_config_file_is_one_line_that_names_the_line(tmp_path, text, what):
     assert f"line 2: {what}" in refusal([write(tmp_path / "a.py", text)])
@@ -180,7 +189,9 @@ def test_what_a_script_fixes_cannot_be_overridden_from_anywhere(tmp_path):
     fixed = {"weights": "bayes", "likelihood": "categorical"}
     assert "train.py --likelihood=sigmoid" in refusal(["--likelihood=sigmoid"], TrainConfig, fixed)
     assert "fixes" in refusal([write(tmp_path / "a.py", "weights = 'point'")], TrainConfig, fixed)
-    config, _ = load_config(TrainConfig, ["--weights=bayes"], fixed)  # saying the same is no contradiction
+    config, _ = load_config(
+        TrainConfig, ["--weights=bayes"], fixed
+    )  # saying the same is no contradiction
     assert (config.model.head.weights, config.model.head.likelihood) == ("bayes", "categorical")
 
 
@@ -325,7 +336,9 @@ def test_every_option_of_nanogpts_train_py_is_one_of_ours_with_the_same_type():
         bool: "eval_only always_save_checkpoint wandb_log bias decay_lr compile",
     }
     ours = flat_fields(TrainConfig)
-    assert {name: type_ for type_, names in nanogpt.items() for name in names.split()}.items() <= ours.items()
+    assert {
+        name: type_ for type_, names in nanogpt.items() for name in names.split()
+    }.items() <= ours.items()
 
 
 @pytest.mark.parametrize("option", flat_fields(TrainConfig))
@@ -334,13 +347,19 @@ def test_torchrun_passes_every_option_on(option):
         [f"--{option}=1"],
         [f"--{option}", "1"],
     ):  # it ends the program where a flag abbreviates two of its own
-        arguments = get_args_parser().parse_args(["--standalone", "--nproc_per_node=2", "train.py", *argv])
+        arguments = get_args_parser().parse_args(
+            ["--standalone", "--nproc_per_node=2", "train.py", *argv]
+        )
         assert arguments.training_script_args == argv
 
 
 def test_no_option_begins_a_flag_of_torchruns_own():
     own = [flag.lstrip("-").replace("-", "_") for flag in get_args_parser()._option_string_actions]
-    assert [option for option in flat_fields(TrainConfig) if any(flag.startswith(option) for flag in own)] == []
+    assert [
+        option
+        for option in flat_fields(TrainConfig)
+        if any(flag.startswith(option) for flag in own)
+    ] == []
 
 
 def test_a_config_of_five_lines_is_enough_to_train(tmp_path, monkeypatch, capsys):

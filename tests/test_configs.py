@@ -14,7 +14,8 @@ PATHS = sorted(ROOT.glob("config/*.py"))
 TABLE = {
     cells[0].strip("`"): cells[1:]
     for line in (ROOT / "config/README.md").read_text().splitlines()
-    if re.match(r"\| `\w+\.py`", line) and (cells := [cell.strip() for cell in line.strip("|").split("|")])
+    if re.match(r"\| `\w+\.py`", line)
+    and (cells := [cell.strip() for cell in line.strip("|").split("|")])
 }
 UNITS = {"": 1, "M": 1e6, "B": 1e9}
 every_file = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -23,7 +24,9 @@ every_file = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def comment(path) -> str:
     """The comment that the file begins with, in one line."""
     lines = path.read_text().replace(" \\\n", "\n").splitlines()
-    return " ".join(line.lstrip("# ") for line in lines[: [line[:1] == "#" for line in lines].index(False)])
+    return " ".join(
+        line.lstrip("# ") for line in lines[: [line[:1] == "#" for line in lines].index(False)]
+    )
 
 
 def options(path) -> TrainConfig:
@@ -55,7 +58,9 @@ def test_a_file_says_how_long_it_takes_and_who_says_so(path):
     text, (*_, nll, time, memory) = comment(path), TABLE[path.name]
     assert re.search(r"\b(\d+ s|seconds|minutes?|hours|days)\b", text)
     assert re.search(r"measured|publish|[Nn]ot run", text)
-    assert re.search(r"measured|published|estimated", time) and re.search(r"GB \((measured|estimated)\)", memory)
+    assert re.search(r"measured|published|estimated", time) and re.search(
+        r"GB \((measured|estimated)\)", memory
+    )
     assert re.search(r"measured|published|not run|by text|by row", nll)
 
 
@@ -74,8 +79,19 @@ def test_the_tokens_that_a_file_and_the_table_name_are_its_own(path):
 
 def test_the_sizes_of_gpt2_differ_from_124m_in_size_batch_and_rate_alone():
     base = vars(load_config(TrainConfig, [str(ROOT / "config/train_gpt2.py")])[0])
-    changed = {"out_dir", "model", "batch_size", "gradient_accumulation_steps", "learning_rate", "min_lr"}
-    for name, shape in {"medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}.items():
+    changed = {
+        "out_dir",
+        "model",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "min_lr",
+    }
+    for name, shape in {
+        "medium": (24, 16, 1024),
+        "large": (36, 20, 1280),
+        "xl": (48, 25, 1600),
+    }.items():
         config = load_config(TrainConfig, [str(ROOT / f"config/train_gpt2_{name}.py")])[0]
         assert {key for key, value in vars(config).items() if value != base[key]} == changed
         assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == shape

@@ -65,7 +65,10 @@ Table of winds.
 This file should be named sea.txt
 def g(): pass
 """
-DOCUMENTS = [f"Document {i}: naïve café, 東京.\n\nSecond <|endoftext|> paragraph of {i}.\n" * 3 for i in range(40)]
+DOCUMENTS = [
+    f"Document {i}: naïve café, 東京.\n\nSecond <|endoftext|> paragraph of {i}.\n" * 3
+    for i in range(40)
+]
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> None:
@@ -74,7 +77,9 @@ def prepare(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> None:
     runpy.run_path(str(DATA / name / "prepare.py"), run_name="__main__")
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, *flags: str) -> str:
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, *flags: str
+) -> str:
     """The one line on stderr with which the script refuses."""
     with pytest.raises(SystemExit) as exit_:
         prepare(monkeypatch, name, *flags)
@@ -119,8 +124,12 @@ def test_quickstart_gives_every_chapter_to_exactly_one_split_and_one_in_ten_to_v
 def test_quickstart_refuses_another_text(tmp_path, monkeypatch, capsys):
     (tmp_path / "big.txt").write_text(BIG)
     folder = f"--folder={tmp_path}"
-    assert "sha256" in refusal(monkeypatch, capsys, "quickstart", f"--source={tmp_path}/big.txt", folder)
-    assert "does not exist" in refusal(monkeypatch, capsys, "quickstart", f"--source={tmp_path}/none.txt", folder)
+    assert "sha256" in refusal(
+        monkeypatch, capsys, "quickstart", f"--source={tmp_path}/big.txt", folder
+    )
+    assert "does not exist" in refusal(
+        monkeypatch, capsys, "quickstart", f"--source={tmp_path}/none.txt", folder
+    )
 
 
 def test_quickstart_without_the_package_index_names_the_way_out(tmp_path, monkeypatch, capsys):
@@ -154,8 +163,19 @@ def test_text_of_few_documents_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path
 
 def test_text_takes_lists_globs_and_separators(tmp_path, monkeypatch):
     source = write_files(tmp_path / "in", ["a\n\n\nb\n\n\n", "c", "c"])
-    flags = [f"--source={source}/000.txt,{source}/00[01].txt", "--separator=\\n\\n\\n", "--val_fraction=0"]
-    prepare(monkeypatch, "text", *flags, "--test_fraction=0", "--tokenizer=byte", f"--folder={tmp_path}/out")
+    flags = [
+        f"--source={source}/000.txt,{source}/00[01].txt",
+        "--separator=\\n\\n\\n",
+        "--val_fraction=0",
+    ]
+    prepare(
+        monkeypatch,
+        "text",
+        *flags,
+        "--test_fraction=0",
+        "--tokenizer=byte",
+        f"--folder={tmp_path}/out",
+    )
     assert documents_of(tmp_path / "out", "train") == ["a", "b", "c"]  # each file once
     assert not (tmp_path / "out" / "val.bin").exists()
 
@@ -176,7 +196,9 @@ def test_text_refuses_bad_input_in_one_line(tmp_path, monkeypatch, capsys):
     assert "no file of a known format" in refused("no_text")
     assert "unknown tokenizer" in refused("good.txt", "--tokenizer=words")
     assert "vocab_size" in refused("good.txt", "--tokenizer=bpe", "--vocab_size=100")
-    assert "leave something for train" in refused("good.txt", "--val_fraction=0.6", "--test_fraction=0.4")
+    assert "leave something for train" in refused(
+        "good.txt", "--val_fraction=0.6", "--test_fraction=0.4"
+    )
     assert "--name" in refused("good.txt", "--name=wikitext")
     assert not (tmp_path / "out").exists()
 
@@ -216,7 +238,10 @@ def test_wikitext_2_has_the_published_counts_and_every_byte(tmp_path, monkeypatc
     ):
         about = TokenFile(tmp_path, split).meta["splits"][split]
         assert (about["documents"], about["tokens"]) == (n_documents, n_tokens)
-        assert "".join(documents_of(tmp_path, split)) == (source / f"wiki.{name}.raw").read_bytes().decode()
+        assert (
+            "".join(documents_of(tmp_path, split))
+            == (source / f"wiki.{name}.raw").read_bytes().decode()
+        )
 
 
 def test_a_part_of_wikitexts_articles_is_the_train_splits_beginning_and_leaves_val_and_test_whole(
@@ -230,7 +255,8 @@ def test_a_part_of_wikitexts_articles_is_the_train_splits_beginning_and_leaves_v
     prepare(monkeypatch, "wikitext", *common, f"--folder={tmp_path}/all")
     prepare(monkeypatch, "wikitext", *common, f"--folder={tmp_path}/part", "--train_articles=2")
     whole, part = (
-        {split: documents_of(tmp_path / name, split) for split in ("train", "val", "test")} for name in ("all", "part")
+        {split: documents_of(tmp_path / name, split) for split in ("train", "val", "test")}
+        for name in ("all", "part")
     )
     assert len(whole["train"]) == 5 and part["train"] == whole["train"][:2]
     assert part["val"] == whole["val"] and part["test"] == whole["test"]
@@ -240,10 +266,16 @@ def test_wikitext_from_the_hub_equals_wikitext_from_files(tmp_path, monkeypatch)
     datasets = pytest.importorskip("datasets")
     source, hub = shared_data("wikitext2"), tmp_path / "hub"
     hub.mkdir()
-    for split, name in (("train", "valid"), ("validation", "valid"), ("test", "test")):  # a short train split will do
+    for split, name in (
+        ("train", "valid"),
+        ("validation", "valid"),
+        ("test", "test"),
+    ):  # a short train split will do
         lines = (source / f"wiki.{name}.raw").read_bytes().decode().split("\n")[:-1]
         rows = [line + "\n" if line.strip() else "" for line in lines]  # the hub's form
-        datasets.Dataset.from_dict({"text": rows}).to_parquet(hub / f"{split}-00000-of-00001.parquet")
+        datasets.Dataset.from_dict({"text": rows}).to_parquet(
+            hub / f"{split}-00000-of-00001.parquet"
+        )
         (tmp_path / f"wiki.{name}.raw").write_bytes((source / f"wiki.{name}.raw").read_bytes())
     (tmp_path / "wiki.train.raw").write_bytes((source / "wiki.valid.raw").read_bytes())
     named, builder = [], datasets.load_dataset_builder
@@ -256,11 +288,15 @@ def test_wikitext_from_the_hub_equals_wikitext_from_files(tmp_path, monkeypatch)
     prepare(monkeypatch, "wikitext", f"--folder={tmp_path}/from_hub")
     prepare(monkeypatch, "wikitext", f"--source={tmp_path}", f"--folder={tmp_path}/from_files")
     for split in ("train", "val", "test"):
-        assert documents_of(tmp_path / "from_hub", split) == documents_of(tmp_path / "from_files", split)
+        assert documents_of(tmp_path / "from_hub", split) == documents_of(
+            tmp_path / "from_files", split
+        )
     assert set(named) == {("Salesforce/wikitext", "wikitext-103-raw-v1")}
 
 
-def test_openwebtext_and_fineweb_edu_name_their_hub_data_set_and_read_local_copies(tmp_path, monkeypatch, capsys):
+def test_openwebtext_and_fineweb_edu_name_their_hub_data_set_and_read_local_copies(
+    tmp_path, monkeypatch, capsys
+):
     import engine.data.corpus
 
     asked = []
@@ -268,7 +304,11 @@ def test_openwebtext_and_fineweb_edu_name_their_hub_data_set_and_read_local_copi
     for flags in (["openwebtext"], ["fineweb_edu"], ["fineweb_edu", "--size=100BT"]):
         assert "no text" in refusal(monkeypatch, capsys, *flags, f"--folder={tmp_path}/none")
     fineweb = "HuggingFaceFW/fineweb-edu"
-    assert asked == [("Skylion007/openwebtext@refs/pr/22", ""), (fineweb, "sample-10BT"), (fineweb, "sample-100BT")]
+    assert asked == [
+        ("Skylion007/openwebtext@refs/pr/22", ""),
+        (fineweb, "sample-10BT"),
+        (fineweb, "sample-100BT"),
+    ]
     assert "10BT, 100BT" in refusal(monkeypatch, capsys, "fineweb_edu", "--size=10")
     lines = "".join(json.dumps({"text": f"Page {i} of the web."}) + "\n" for i in range(4000))
     (tmp_path / "part.jsonl").write_text(lines)
@@ -293,7 +333,10 @@ def test_shakespeare_char_has_nanogpts_ids(tmp_path, monkeypatch):
     stoi = {char: i for i, char in enumerate(sorted(set(data)))}
     cut = int(len(data) * 0.9)
     assert len(stoi) == TokenFile(tmp_path, "train").vocab_size == 65
-    assert TokenFile(tmp_path, "train").ids.tolist() == [stoi[c] for c in data[:cut]] and cut == 1_003_854
+    assert (
+        TokenFile(tmp_path, "train").ids.tolist() == [stoi[c] for c in data[:cut]]
+        and cut == 1_003_854
+    )
     assert TokenFile(tmp_path, "val").ids.tolist() == [stoi[c] for c in data[cut:]]
 
 

@@ -18,7 +18,9 @@ from engine.data.tokens import Batches, TokenFile
 from tests.helpers import ROOT, run, words, write_dataset, write_nanogpt, write_words
 
 V = GPT2Tokenizer.vocab_size
-TEXT = np.random.default_rng(0).zipf(1.2, 4000) % V  # ids as text has them: some often, most of them rarely
+TEXT = (
+    np.random.default_rng(0).zipf(1.2, 4000) % V
+)  # ids as text has them: some often, most of them rarely
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,9 @@ def remember_at_once(monkeypatch):
 def scans(monkeypatch) -> list[str]:
     """The sizes of the files that were read as a whole."""
     sizes, scan = [], engine.data.scan._scan
-    monkeypatch.setattr(engine.data.scan, "_scan", lambda *a: sizes.append(a[2]["size"]) or scan(*a))
+    monkeypatch.setattr(
+        engine.data.scan, "_scan", lambda *a: sizes.append(a[2]["size"]) or scan(*a)
+    )
     return sizes
 
 
@@ -58,7 +62,9 @@ def test_a_flipped_bit_is_refused_by_name_before_anything_is_trained(tmp_path, s
     run(data, tmp_path / "first", max_iters=1)  # and so the undamaged file is remembered
     flip(data / f"{split}.bin", 100)
     capsys.readouterr()
-    with pytest.raises(UserError, match=rf"{split}\.bin is damaged or another file: its sha256 .* prepare it again"):
+    with pytest.raises(
+        UserError, match=rf"{split}\.bin is damaged or another file: its sha256 .* prepare it again"
+    ):
         run(data, tmp_path / "second", max_iters=1)
     assert not (tmp_path / "second").exists() and capsys.readouterr().out == ""
 
@@ -66,9 +72,15 @@ def test_a_flipped_bit_is_refused_by_name_before_anything_is_trained(tmp_path, s
 @pytest.mark.parametrize("dtype", ["<i4", "<u4", "<i8", "<u8", "<f4", "<f8"])
 def test_numbers_of_another_type_are_refused_by_name_with_the_line_that_mends_them(tmp_path, dtype):
     file = plain(tmp_path, TEXT, dtype)
-    with pytest.raises(UserError, match=r"train\.bin holds .* data, not uint16 .* write it anew: (.*)") as error:
+    with pytest.raises(
+        UserError, match=r"train\.bin holds .* data, not uint16 .* write it anew: (.*)"
+    ) as error:
         file.check(V)
-    how = str(error.value).split("write it anew: ")[1].replace("NEW_FILE", repr(str(tmp_path / "val.bin")))
+    how = (
+        str(error.value)
+        .split("write it anew: ")[1]
+        .replace("NEW_FILE", repr(str(tmp_path / "val.bin")))
+    )
     exec(how, {"numpy": np})
     assert TokenFile(tmp_path, "val").ids.tolist() == TEXT.tolist()
 
@@ -95,7 +107,10 @@ def test_wrong_numbers_say_their_type_in_a_small_vocabulary_too_where_they_do_no
         (np.tile([5, 0], 1000), 65),  # lines of one character: int32 would look the same
         (np.tile([7, 0, 0, 0], 500), 65),
         (np.tile([0, 9], 1000), V),
-        (np.where(np.arange(2000) % 2, 0, TEXT[:2000]) + (np.arange(2000) == 1501), V),  # one word between all the "!"
+        (
+            np.where(np.arange(2000) % 2, 0, TEXT[:2000]) + (np.arange(2000) == 1501),
+            V,
+        ),  # one word between all the "!"
         (np.tile([50, 0], 20), V),  # too short to know
         (TEXT % 2, 2),
     ],
@@ -105,21 +120,31 @@ def test_what_may_be_text_is_never_refused(tmp_path, ids, vocab_size):
 
 
 def test_ids_that_are_stated_to_be_32_bits_wide_are_read_so(tmp_path):
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {}, "vocab_size": V, "dtype": "uint32"}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"tokenizer": {}, "vocab_size": V, "dtype": "uint32"})
+    )
     plain(tmp_path, TEXT, "<u4").check(V)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_a_scan_finds_hash_and_counts_over_all_chunks(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(engine.data.scan, "CHUNK", 300)
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {}, "vocab_size": V, "dtype": dtype}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"tokenizer": {}, "vocab_size": V, "dtype": dtype})
+    )
     file = plain(tmp_path, TEXT, dtype)
     assert file.counts(V).tolist() == np.bincount(TEXT, minlength=V).tolist()
-    assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest() == identity(file)["tokens_sha256"]
+    assert (
+        file.sha256
+        == hashlib.sha256(file.path.read_bytes()).hexdigest()
+        == identity(file)["tokens_sha256"]
+    )
 
 
 def test_an_id_too_high_to_be_counted_is_refused_as_any_other(tmp_path):
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {}, "vocab_size": 1 << 20, "dtype": "uint32"}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"tokenizer": {}, "vocab_size": 1 << 20, "dtype": "uint32"})
+    )
     with pytest.raises(UserError, match="holds token id 4000000000, outside the vocabulary"):
         plain(tmp_path, [1, 4_000_000_000, 2], "<u4").check(1 << 20)
 
@@ -138,7 +163,9 @@ def test_a_file_is_read_once_and_then_remembered_by_all_who_open_it(tmp_path, sc
 def test_training_reads_each_file_once_and_a_second_run_none(tmp_path, scans):
     data = write_words(tmp_path / "data")
     run(data, tmp_path / "first", max_iters=1)
-    assert sorted(scans) == sorted((data / f"{split}.bin").stat().st_size for split in ("train", "val"))
+    assert sorted(scans) == sorted(
+        (data / f"{split}.bin").stat().st_size for split in ("train", "val")
+    )
     run(data, tmp_path / "second", max_iters=1)
     assert len(scans) == 2
 
@@ -150,14 +177,18 @@ def test_a_memory_of_what_has_changed_since_is_not_believed(tmp_path, scans, how
     before = file.path.stat()
     if how == "contents":
         flip(file.path, 6)
-        os.utime(file.path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the time of its last change cannot be set
+        os.utime(
+            file.path, ns=(before.st_atime_ns, before.st_mtime_ns)
+        )  # the time of its last change cannot be set
     elif how == "touched":
         os.utime(file.path)
     elif how == "replaced":
         (tmp_path / "new").write_bytes(file.path.read_bytes()[::-1])
         os.replace(tmp_path / "new", file.path)
     else:
-        (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {}, "vocab_size": 1 << 32, "dtype": "uint32"}))
+        (tmp_path / "meta.json").write_text(
+            json.dumps({"tokenizer": {}, "vocab_size": 1 << 32, "dtype": "uint32"})
+        )
     now = TokenFile(tmp_path, "train")
     assert now.sha256 == hashlib.sha256(now.path.read_bytes()).hexdigest() and len(scans) == 2
 
@@ -176,7 +207,9 @@ def test_a_damaged_memory_is_ignored_and_written_again(tmp_path, scans):
         assert json.loads(memory(file).read_text())["scan"]["sha256"] == file.sha256
 
 
-def test_a_folder_that_cannot_be_written_to_is_read_each_time_and_no_error(tmp_path, scans, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_read_each_time_and_no_error(
+    tmp_path, scans, monkeypatch
+):
     def refuse(*_):
         raise PermissionError("read-only")
 
@@ -194,7 +227,9 @@ def test_a_refused_file_is_not_remembered(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
 
 
-def test_a_file_that_has_just_changed_is_not_remembered_as_it_may_change_at_the_same_file_time(tmp_path, monkeypatch):
+def test_a_file_that_has_just_changed_is_not_remembered_as_it_may_change_at_the_same_file_time(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(engine.data.scan, "SETTLED", 60 * 10**9)
     file = plain(tmp_path, TEXT)
     file.check(V)
@@ -207,7 +242,9 @@ def test_a_file_cut_short_while_it_is_read_is_refused_by_name(tmp_path):
     batches[0]
     os.truncate(file.path, 1000)
     for read in (lambda: [batches[i] for i in range(40)], lambda: file.ids, lambda: file.sha256):
-        with pytest.raises(UserError, match=r"train\.bin changed while it was read; .* start again or resume"):
+        with pytest.raises(
+            UserError, match=r"train\.bin changed while it was read; .* start again or resume"
+        ):
             read()
 
 
@@ -249,16 +286,24 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="resident memory is read from /proc"
+)
 @pytest.mark.parametrize("what", ["batches", "scan"])
 def test_reading_a_gigabyte_takes_less_than_64_mb_of_memory(tmp_path, what):
     size, rng = 1 << 30, np.random.default_rng(0)
-    with open(tmp_path / "train.bin", "wb") as file:  # sparse: it takes no more of the disk than what is written
+    with open(
+        tmp_path / "train.bin", "wb"
+    ) as file:  # sparse: it takes no more of the disk than what is written
         file.truncate(size)
         for place in rng.integers(0, size // 2 - 4096, 2000):
             file.seek(2 * int(place))
             file.write(rng.integers(1, 50257, 4096).astype("<u2").tobytes())
     result = subprocess.run(
-        [sys.executable, "-c", GROWTH, str(tmp_path), what], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", GROWTH, str(tmp_path), what],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert float(result.stdout) < 64

@@ -11,7 +11,14 @@ import torch
 from engine.base.errors import UserError
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.data.tokens import TokenFile
-from engine.eval.diversity import continuations, distinct, diversity, ends_in_a_loop, prompts, self_bleu
+from engine.eval.diversity import (
+    continuations,
+    distinct,
+    diversity,
+    ends_in_a_loop,
+    prompts,
+    self_bleu,
+)
 from tests.helpers import WORDS, tiny_gpt, write_dataset, write_words
 
 EOT = ByteTokenizer.eot
@@ -20,7 +27,9 @@ EOT = ByteTokenizer.eot
 def random_texts(n: int, longest: int, seed: int = 0) -> list[str]:
     """Texts of 0 ... longest words, punctuation among them."""
     rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice([*WORDS, "sea,", "ship."], rng.integers(longest + 1))) for _ in range(n)]
+    return [
+        " ".join(rng.choice([*WORDS, "sea,", "ship."], rng.integers(longest + 1))) for _ in range(n)
+    ]
 
 
 def slow_self_bleu(texts: list[str]) -> float:
@@ -33,7 +42,9 @@ def slow_self_bleu(texts: list[str]) -> float:
 def test_self_bleu_is_the_mean_of_sacrebleus_sentences(longest):
     texts = [text for text in random_texts(40, longest, seed=longest) if text]
     assert self_bleu(texts)["self_bleu"] == pytest.approx(slow_self_bleu(texts), rel=1e-12)
-    assert self_bleu([*texts, "", " \n"])["self_bleu"] == pytest.approx(slow_self_bleu(texts), rel=1e-12)
+    assert self_bleu([*texts, "", " \n"])["self_bleu"] == pytest.approx(
+        slow_self_bleu(texts), rel=1e-12
+    )
 
 
 def test_self_bleu_names_sacrebleus_settings():
@@ -67,8 +78,13 @@ def test_distinct_and_repetition_are_the_slow_formulas():
 
 def test_repetition_by_hand():
     result = diversity(["a b c d a b c d", "a b c d e", "a b"], [[1, 2], [1, 2] * 3, [5] * 6])
-    assert result["repetition"] == pytest.approx((1 / 5 + 0) / 2)  # abcd twice among abcd bcda cdab dabc abcd
-    assert result["loops"] == pytest.approx(2 / 3) and (result["n_texts"], result["n_tokens"]) == (3, 14)
+    assert result["repetition"] == pytest.approx(
+        (1 / 5 + 0) / 2
+    )  # abcd twice among abcd bcda cdab dabc abcd
+    assert result["loops"] == pytest.approx(2 / 3) and (result["n_texts"], result["n_tokens"]) == (
+        3,
+        14,
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,12 +103,18 @@ def test_a_loop_is_a_phrase_three_times_at_the_end(ids, loop):
     assert ends_in_a_loop(ids) is loop
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["word"], ["", ""], ["word", ""], ["one", "two"], ["\n", "a b"]])
+@pytest.mark.parametrize(
+    "texts", [[], [""], ["word"], ["", ""], ["word", ""], ["one", "two"], ["\n", "a b"]]
+)
 def test_of_little_text_every_number_is_a_number_or_none(texts):
     result = diversity(texts, [[1] if text else [] for text in texts])
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert all(value is None or isinstance(value, str) or math.isfinite(value) for value in result.values())
-    assert result["n_texts"] == len(texts) and (result["distinct_1"] is None) == (result["n_words"] == 0)
+    assert all(
+        value is None or isinstance(value, str) or math.isfinite(value) for value in result.values()
+    )
+    assert result["n_texts"] == len(texts) and (result["distinct_1"] is None) == (
+        result["n_words"] == 0
+    )
 
 
 class Scripted(torch.nn.Module):
@@ -113,23 +135,36 @@ def test_the_prompt_is_no_part_of_a_continuation_and_end_of_text_ends_it():
     found = continuations(model, ids, 5, batch_size=2, top_k=7, n_ids=200, eot=EOT)
     assert found == [[103, 104, 105], [], [109, 110, 111, 112, 113], [102, 103], [101]]
     assert len(model.asked) == 3 and model.asked[0]["top_k"] == 7 and model.asked[0]["n_ids"] == 200
-    assert continuations(model, ids[1:2], 2, batch_size=2) == [[EOT, 101]]  # a tokenizer without one
+    assert continuations(model, ids[1:2], 2, batch_size=2) == [
+        [EOT, 101]
+    ]  # a tokenizer without one
 
 
 @pytest.mark.parametrize("weights", ["point", "bayes"])
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(weights):
     model, ids = tiny_gpt(weights, std=0.3), torch.arange(10).view(5, 2)
-    options = {"max_new_tokens": 20, "batch_size": 2, "n_samples": 2 * (weights == "bayes"), "n_ids": 60}
+    options = {
+        "max_new_tokens": 20,
+        "batch_size": 2,
+        "n_samples": 2 * (weights == "bayes"),
+        "n_ids": 60,
+    }
     first = continuations(model, ids, **options, seed=1)
     torch.rand(3)
-    assert continuations(model, ids, **options, seed=1) == first != continuations(model, ids, **options, seed=2)
+    assert (
+        continuations(model, ids, **options, seed=1)
+        == first
+        != continuations(model, ids, **options, seed=2)
+    )
     assert [len(row) for row in first] == [20] * 5 and max(map(max, first)) < 60
 
 
 def test_greedy_text_depends_on_the_model_alone():
     ids = torch.arange(10).view(5, 2)
     greedy = [
-        continuations(tiny_gpt(std=0.3), ids, 20, batch_size, temperature=0, seed=batch_size)  # past block_size, too
+        continuations(
+            tiny_gpt(std=0.3), ids, 20, batch_size, temperature=0, seed=batch_size
+        )  # past block_size, too
         for batch_size in (1, 2, 5)
     ]
     assert greedy[0] == greedy[1] == greedy[2]
@@ -139,18 +174,30 @@ def test_greedy_text_depends_on_the_model_alone():
 
 
 def test_prompts_are_the_beginnings_of_documents_where_enough_are_long_enough(tmp_path):
-    documents = [f"{chr(97 + i)} document " + "x" * (i % 3) * 9 for i in range(12)]  # 11, 20 or 29 bytes
+    documents = [
+        f"{chr(97 + i)} document " + "x" * (i % 3) * 9 for i in range(12)
+    ]  # 11, 20 or 29 bytes
     write_dataset(tmp_path, {"test": documents}, tokenizer := ByteTokenizer())
     file = TokenFile(tmp_path, "test")
     texts = [tokenizer.decode(row) for row in prompts(file, tokenizer, 4, 15).tolist()]
-    assert [text[0] for text in texts] == ["b", "e", "h", "k"]  # every other one of the eight that have 20 or 29
+    assert [text[0] for text in texts] == [
+        "b",
+        "e",
+        "h",
+        "k",
+    ]  # every other one of the eight that have 20 or 29
     assert all(any(document.startswith(text) for document in documents) for text in texts)
     longer = prompts(file, tokenizer, 4, 20)  # one of 20 bytes would leave nothing to continue
     assert longer[:, 0].tolist() == [*b"cfil"]
     nine = prompts(file, tokenizer, 9, 15)
     apart = np.arange(9) * (len(file) - 14) // 9
-    assert nine.tolist() == [file.ids[start : start + 15].tolist() for start in apart] and nine.dtype == torch.int64
-    assert prompts(file, tokenizer, 12, 10)[:, 0].tolist() == [ord(document[0]) for document in documents]
+    assert (
+        nine.tolist() == [file.ids[start : start + 15].tolist() for start in apart]
+        and nine.dtype == torch.int64
+    )
+    assert prompts(file, tokenizer, 12, 10)[:, 0].tolist() == [
+        ord(document[0]) for document in documents
+    ]
 
 
 def test_prompts_of_a_split_without_end_of_text_are_evenly_spaced(tmp_path):

@@ -13,7 +13,9 @@ from tests.test_predicting import slow_log_probs
 
 CASES = [(weights, likelihood, {}) for weights, likelihood in HEADS]
 CASES += [("bayes", likelihood, {"posterior": "full"}) for likelihood in LIKELIHOODS]
-CASES += [("bayes", likelihood, {"posterior": "torchbnn", "prior_std": 0.1}) for likelihood in LIKELIHOODS]
+CASES += [
+    ("bayes", likelihood, {"posterior": "torchbnn", "prior_std": 0.1}) for likelihood in LIKELIHOODS
+]
 CASES += [("bayes", "sigmoid", {"pos_weight": 5.0})]
 every_case = pytest.mark.parametrize(("weights", "likelihood", "options"), CASES, ids=str)
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -40,7 +42,9 @@ def check(head: Head, x: torch.Tensor, n: int, tolerance: float = 2e-5) -> torch
     prediction = head.predict(x, n)
     torch.testing.assert_close(prediction.log_probs.double(), expected, atol=tolerance, rtol=1e-5)
     aleatoric = Categorical(logits=each).entropy().mean(0)
-    torch.testing.assert_close(prediction.total.double(), Categorical(logits=expected).entropy(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        prediction.total.double(), Categorical(logits=expected).entropy(), atol=2e-5, rtol=1e-5
+    )
     torch.testing.assert_close(prediction.aleatoric.double(), aleatoric, atol=2e-5, rtol=1e-5)
     torch.manual_seed(1)
     assert torch.equal(head.log_probs(x, n), prediction.log_probs)
@@ -61,12 +65,16 @@ def test_draws_are_averaged_as_the_slow_formula_does_with_the_same_noise(
 @every_likelihood
 @pytest.mark.parametrize("log_std", [-9.0, -2.0, 1.0, 4.0])
 @pytest.mark.parametrize("spread", [3.0, 12.0, 25.0, 60.0, 150.0])
-def test_probabilities_far_below_the_least_number_of_fp32_have_their_logarithms(likelihood, log_std, spread):
+def test_probabilities_far_below_the_least_number_of_fp32_have_their_logarithms(
+    likelihood, log_std, spread
+):
     """Logits `spread` apart on both sides of their mean, and posteriors from narrow to absurd."""
     head = tiny_head("bayes", likelihood, logit_bias="uniform").requires_grad_(False)
     head.weights.log_std.fill_(log_std)
     x = torch.eye(C)[:3] + 0.01 * batch(3)[0]
-    head.weights.weight[:, :3] = spread * (2 * torch.rand(V, 3, generator=torch.Generator().manual_seed(3)) - 1)
+    head.weights.weight[:, :3] = spread * (
+        2 * torch.rand(V, 3, generator=torch.Generator().manual_seed(3)) - 1
+    )
     head.bias.sub_(head.bias.mean() + (spread if likelihood == "sigmoid" else 0))  # none saturates
     expected = check(head, x, 4, tolerance=1e-4)
     if spread == 150:
@@ -78,7 +86,9 @@ def test_both_ways_to_average_are_taken_and_agree(likelihood, monkeypatch):
     head, x = tiny_head("bayes", likelihood).requires_grad_(False), batch(2, 3)[0]
     head.weights.log_std.fill_(-3.0)
     found, taken, of_numbers = [], [], draws._average_of_numbers
-    monkeypatch.setattr(draws, "_average_of_numbers", lambda *given: taken.append(1) or of_numbers(*given))
+    monkeypatch.setattr(
+        draws, "_average_of_numbers", lambda *given: taken.append(1) or of_numbers(*given)
+    )
     for lowest in (draws.LOWEST, math.inf):
         monkeypatch.setattr(draws, "LOWEST", lowest)
         torch.manual_seed(0)
@@ -103,7 +113,9 @@ def test_what_a_position_is_told_depends_on_the_generator_not_on_the_number_of_p
 
 
 @every_likelihood
-def test_the_mean_over_seeds_is_the_expectation_at_every_position_although_they_share_their_noise(likelihood):
+def test_the_mean_over_seeds_is_the_expectation_at_every_position_although_they_share_their_noise(
+    likelihood,
+):
     head, x, n, n_seeds = tiny_head("bayes", likelihood).requires_grad_(False), batch(4)[0], 2, 2000
     ours = []
     for seed in range(n_seeds):
@@ -118,7 +130,9 @@ def test_the_mean_over_seeds_is_the_expectation_at_every_position_although_they_
 
 
 @every_likelihood
-def test_epistemic_uncertainty_of_few_draws_is_too_low_by_a_share_of_one_in_their_number(likelihood):
+def test_epistemic_uncertainty_of_few_draws_is_too_low_by_a_share_of_one_in_their_number(
+    likelihood,
+):
     head, x = tiny_head("bayes", likelihood).requires_grad_(False), batch(20)[0]
     head.weights.log_std.fill_(-3.0)
     torch.manual_seed(0)
@@ -133,7 +147,11 @@ def test_uncertainties_lie_between_nothing_and_the_total(weights, likelihood, op
     head, x = tiny_head(weights, likelihood, **options).requires_grad_(False), 3 * batch(50)[0]
     for n_samples in (1, 2, 16, 33):
         _, total, epistemic = head.predict(x, n_samples)
-        assert (epistemic > -1e-5).all() and (epistemic < total + 1e-5).all() and (total < math.log(V) + 1e-5).all()
+        assert (
+            (epistemic > -1e-5).all()
+            and (epistemic < total + 1e-5).all()
+            and (total < math.log(V) + 1e-5).all()
+        )
 
 
 @every_likelihood

@@ -19,7 +19,9 @@ def random_items(*shapes: tuple[int, list[int]]) -> list[tuple[list[int], list[l
     return [(ids(n), [ids(m) for m in lengths]) for n, lengths in shapes]
 
 
-ITEMS = random_items((5, [3, 1, 6, 2]), (2, [4, 4, 1, 9]), (9, [7, 2, 8, 5]), (14, [1, 2, 3, 8]), (1, [1, 1, 16, 15]))
+ITEMS = random_items(
+    (5, [3, 1, 6, 2]), (2, [4, 4, 1, 9]), (9, [7, 2, 8, 5]), (14, [1, 2, 3, 8]), (1, [1, 1, 16, 15])
+)
 
 
 def apart(items):
@@ -56,7 +58,9 @@ def test_the_epistemic_uncertainty_of_an_ending_is_the_sum_over_its_tokens(weigh
     epistemic = score_endings(model, [(context, endings)])[1]
     for ending, found in zip(endings, epistemic, strict=True):
         x = model.hidden(torch.tensor([context + ending[:-1]]))[:, len(context) - 1 :]
-        assert found.item() == pytest.approx(model.lm_head.predict(x).epistemic.sum().item(), abs=1e-6)
+        assert found.item() == pytest.approx(
+            model.lm_head.predict(x).epistemic.sum().item(), abs=1e-6
+        )
 
 
 def test_padding_and_the_other_items_of_a_batch_change_nothing():
@@ -64,7 +68,9 @@ def test_padding_and_the_other_items_of_a_batch_change_nothing():
     items = random_items((6, [4, 3, 4, 4]), (6, [4, 4, 4, 3]), (6, [4, 4, 4, 4]))
     assert [len(batch) for batch in by_length(in_rows(items, BLOCK), 9)] == [3]
     together = score_endings(model, items)[0]
-    torch.testing.assert_close(together, torch.cat([score_endings(model, [item])[0] for item in items]))
+    torch.testing.assert_close(
+        together, torch.cat([score_endings(model, [item])[0] for item in items])
+    )
     rows = in_rows(ITEMS, BLOCK)
     batches = list(by_length(rows, 2))
     assert sum(map(len, batches)) == len(rows) and max(map(len, batches)) <= 2
@@ -75,23 +81,36 @@ def test_padding_and_the_other_items_of_a_batch_change_nothing():
 def test_draws_are_the_same_each_time_and_bayesian_mlps_draw_too(n_samples):
     model = tiny_gpt("bayes", std=0.3, bayes_mlp=True)
     first, second = (score_endings(model, ITEMS, n_samples=n_samples) for _ in range(2))
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1]) and (first[1] > 0).all()
+    assert (
+        torch.equal(first[0], second[0])
+        and torch.equal(first[1], second[1])
+        and (first[1] > 0).all()
+    )
 
 
 def test_what_is_too_long_loses_its_beginning_and_an_ending_beyond_a_block_is_scored_whole():
     rows = in_rows([(list(range(10)), [[20] * 7, [21] * 8])], BLOCK)
-    assert [row.context for row in rows] == [tuple(range(10)), tuple(range(1, 10))]  # 17 fit: the last is never read
+    assert [row.context for row in rows] == [
+        tuple(range(10)),
+        tuple(range(1, 10)),
+    ]  # 17 fit: the last is never read
     (item,) = random_items((3, [40]))
     rows, text = in_rows([item], BLOCK), item[0] + item[1][0]
-    assert [ids for row in rows for _, ids in row.texts] == [text[i : i + 8] for i in range(3, 43, 8)]
-    assert all(len(row.context) + 7 == BLOCK for row in rows[2:]) and rows[0].context == tuple(text[:3])
+    assert [ids for row in rows for _, ids in row.texts] == [
+        text[i : i + 8] for i in range(3, 43, 8)
+    ]
+    assert all(len(row.context) + 7 == BLOCK for row in rows[2:]) and rows[0].context == tuple(
+        text[:3]
+    )
     assert score_endings(tiny_gpt(std=0.3), [item])[0].item() < -40
 
 
 def test_no_more_than_a_piece_of_the_logits_exists(monkeypatch):
     model, seen = tiny_gpt(std=0.3), []
     log_probs = model.lm_head.log_probs
-    monkeypatch.setattr(model.lm_head, "log_probs", lambda x, n: seen.append(x[0].shape) or log_probs(x, n))
+    monkeypatch.setattr(
+        model.lm_head, "log_probs", lambda x, n: seen.append(x[0].shape) or log_probs(x, n)
+    )
     score_endings(model, random_items(*[(3, [5, 5, 5, 5])] * 40), 16)
     assert sum(n for n, _ in seen) == 800 and max(n for n, _ in seen) <= 256
 

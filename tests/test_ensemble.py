@@ -35,7 +35,9 @@ def result(folder, name: str) -> dict:
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "smooth", "sigmoid"])
-@pytest.mark.parametrize("weights, n_samples", [("point", 0), ("bayes", 0), ("bayes", 5), ("bayes", -1)])
+@pytest.mark.parametrize(
+    "weights, n_samples", [("point", 0), ("bayes", 0), ("bayes", 5), ("bayes", -1)]
+)
 def test_an_ensemble_predicts_the_mean_of_its_members_probabilities(weights, n_samples, likelihood):
     members = [tiny_gpt(weights, likelihood, std=0.1).eval() for _ in range(3)]
     for i, member in enumerate(members):
@@ -50,11 +52,15 @@ def test_an_ensemble_predicts_the_mean_of_its_members_probabilities(weights, n_s
     torch.testing.assert_close(found.log_probs.double(), probs.log(), atol=1e-5, rtol=1e-5)
     total = -(probs * probs.log()).sum(-1)
     torch.testing.assert_close(found.total.double(), total, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(found.aleatoric, torch.stack([p.aleatoric for p in each]).mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        found.aleatoric, torch.stack([p.aleatoric for p in each]).mean(0), atol=1e-4, rtol=1e-4
+    )
     assert (found.epistemic > 0).all()
 
 
-def test_evaluate_py_takes_an_ensemble_whose_nll_is_no_worse_than_its_members_mean(runs, monkeypatch, capsys):
+def test_evaluate_py_takes_an_ensemble_whose_nll_is_no_worse_than_its_members_mean(
+    runs, monkeypatch, capsys
+):
     source = f"{runs}/seed1+{runs}/seed2"
     evaluate_py(monkeypatch, out_dir=f"{source},{runs}/seed1,{runs}/seed2")
     found = result(runs / "seed1", "eval_test_ensemble_of_2.json")
@@ -64,7 +70,10 @@ def test_evaluate_py_takes_an_ensemble_whose_nll_is_no_worse_than_its_members_me
     x, y = file.ids[: len(file) - 1].astype(int), file.ids[1:].astype(int)
     T, nll = models[0].config.block_size, 0.0
     for start in range(0, len(x), T):
-        idx, targets = torch.tensor(x[None, start : start + T]), torch.tensor(y[None, start : start + T, None])
+        idx, targets = (
+            torch.tensor(x[None, start : start + T]),
+            torch.tensor(y[None, start : start + T, None]),
+        )
         p = sum(model.log_probs(idx).double().exp() for model in models) / 2
         nll -= p.gather(-1, targets).log().sum().item()
     assert found["nll"] == pytest.approx(nll / len(x), abs=1e-5)
@@ -83,7 +92,9 @@ def test_monte_carlo_dropout_averages_passes_with_dropout_on_and_leaves_it_off_a
     assert not any(module.training for module in model.modules())
     torch.manual_seed(3)
     model.train()
-    probs = torch.stack([model.lm_head.log_probs(model.hidden(IDS)).exp() for _ in range(6)]).mean(0)
+    probs = torch.stack([model.lm_head.log_probs(model.hidden(IDS)).exp() for _ in range(6)]).mean(
+        0
+    )
     model.eval()
     torch.testing.assert_close(found.log_probs.exp(), probs, atol=1e-6, rtol=1e-4)
     assert (found.epistemic > 0).all()
@@ -94,7 +105,9 @@ def test_monte_carlo_dropout_drops_entries_of_the_embeddings_too():
     model = tiny_gpt(dropout=0.25)
     model.mc_dropout, model.transformer.ln_f = True, torch.nn.Identity()
     with torch.no_grad():
-        for block in model.transformer.h:  # the blocks add nothing: what is left is what they would read
+        for (
+            block
+        ) in model.transformer.h:  # the blocks add nothing: what is left is what they would read
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
         embedded, passes = model.hidden(IDS), torch.stack(model.hiddens(IDS, 40))
@@ -105,11 +118,15 @@ def test_monte_carlo_dropout_drops_entries_of_the_embeddings_too():
 
 def test_each_member_of_an_ensemble_drops_out_where_that_is_asked_for(runs, monkeypatch):
     models, source = [], f"{runs}/seed1+{runs}/seed2"
-    monkeypatch.setattr("engine.eval.examine.evaluate", lambda model, *_: models.append(model) or sys.exit())
+    monkeypatch.setattr(
+        "engine.eval.examine.evaluate", lambda model, *_: models.append(model) or sys.exit()
+    )
     with pytest.raises(SystemExit):
         evaluate_py(monkeypatch, out_dir=source, mc_dropout=True, n_samples=3)
     passes = models[0].hiddens(IDS, 3)
-    assert len(passes) == 6 and not any(torch.equal(a, b) for a, b in itertools.combinations(passes, 2))
+    assert len(passes) == 6 and not any(
+        torch.equal(a, b) for a, b in itertools.combinations(passes, 2)
+    )
 
 
 def test_an_ensemble_names_the_heads_of_all_its_members(runs, monkeypatch):
@@ -123,7 +140,9 @@ def test_an_ensemble_names_the_heads_of_all_its_members(runs, monkeypatch):
 def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypatch):
     rows = []
     for _ in range(2):
-        evaluate_py(monkeypatch, out_dir=runs / "seed1", mc_dropout=True, n_samples=8, report="none")
+        evaluate_py(
+            monkeypatch, out_dir=runs / "seed1", mc_dropout=True, n_samples=8, report="none"
+        )
         rows.append(result(runs / "seed1", "eval_test.json"))
     assert rows[0] == rows[1]
     assert rows[0]["mc_dropout"] and rows[0]["n_samples"] == 8 and rows[0]["mutual_information"] > 0
@@ -140,15 +159,26 @@ def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypat
         ({"out_dir": "seed1+nowhere"}, "nowhere does not exist"),
         ({"out_dir": "seed1+longer"}, "same block_size, not 16 and 32"),
         ({"out_dir": "seed1+mlp", "n_samples": 3}, "same bayes_mlp, not False and True"),
-        ({"out_dir": "seed1+plain", "mc_dropout": True, "n_samples": 3}, "plain was trained without dropout"),
+        (
+            {"out_dir": "seed1+plain", "mc_dropout": True, "n_samples": 3},
+            "plain was trained without dropout",
+        ),
         ({"out_dir": "seed1+seed1"}, "names a run twice"),
-        ({"out_dir": "seed1+seed2,seed1+plain"}, "eval_test_ensemble_of_2.json; name each run once, and begin each"),
+        (
+            {"out_dir": "seed1+seed2,seed1+plain"},
+            "eval_test_ensemble_of_2.json; name each run once, and begin each",
+        ),
         ({"out_dir": "seed1,seed2/../seed1"}, "would both be written to"),
-        ({"out_dir": "seed1", "mc_dropout": True, "n_samples": 3, "continuations": 4}, "are written without dropout"),
+        (
+            {"out_dir": "seed1", "mc_dropout": True, "n_samples": 3, "continuations": 4},
+            "are written without dropout",
+        ),
         ({"out_dir": "seed1+seed2", "continuations": 4}, "does not write"),
     ],
 )
-def test_what_an_ensemble_or_dropout_cannot_do_ends_in_one_line(runs, monkeypatch, capsys, options, says):
+def test_what_an_ensemble_or_dropout_cannot_do_ends_in_one_line(
+    runs, monkeypatch, capsys, options, says
+):
     source = re.sub(r"(^|[+,])", rf"\1{runs}/", options["out_dir"])
     monkeypatch.setattr("engine.eval.examine.evaluate", None)  # not called
     with pytest.raises(SystemExit) as exit_:

@@ -15,7 +15,17 @@ from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.data.tokens import TokenFile
 from engine.eval.table import flat
 from engine.runs.checkpoint import load_model
-from tests.helpers import ROOT, flags, refused, run, scores_of, words, write_bytes, write_dataset, write_words
+from tests.helpers import (
+    ROOT,
+    flags,
+    refused,
+    run,
+    scores_of,
+    words,
+    write_bytes,
+    write_dataset,
+    write_words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +46,10 @@ def evaluate_py(monkeypatch, **options) -> None:
 def test_evaluate_py_writes_the_contract_for_every_run(runs, monkeypatch, capsys):
     evaluate_py(monkeypatch, out_dir=f"{runs}/softmax,{runs}/bayes_sigmoid/", split="val")
     output = capsys.readouterr().out
-    softmax, bayes = (json.loads((runs / name / "eval_val.json").read_text()) for name in ("softmax", "bayes_sigmoid"))
+    softmax, bayes = (
+        json.loads((runs / name / "eval_val.json").read_text())
+        for name in ("softmax", "bayes_sigmoid")
+    )
     shared = {"nll", "perplexity", "n_tokens", "ece", "brier", "entropy"}
     bayesian = {"mutual_information", "log_sum_sigma", "kl", "kl_weight"}
     assert shared <= softmax.keys() and not bayesian & softmax.keys()
@@ -45,22 +58,37 @@ def test_evaluate_py_writes_the_contract_for_every_run(runs, monkeypatch, capsys
     for found in (softmax, bayes):
         assert found["n_tokens"] == len(file) - 1
         assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
-        assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2))  # a token is a byte here
+        assert found["bits_per_byte"] == pytest.approx(
+            found["nll"] / math.log(2)
+        )  # a token is a byte here
         assert f"{found['nll']:.4f}" in output
         frequencies = TokenFile(runs / "data", "train").frequencies(257)
-        assert found["unigram_nll"] == pytest.approx(-frequencies[file.ids[1:].astype(int)].log().mean().item())
+        assert found["unigram_nll"] == pytest.approx(
+            -frequencies[file.ids[1:].astype(int)].log().mean().item()
+        )
     assert softmax["nll"] == pytest.approx(scores_of(load_model(runs / "softmax"), file, 5)["nll"])
     lines = output.splitlines()
     assert lines[0].endswith(" stretches")
     ratio = math.exp(softmax["unigram_nll"] - softmax["nll"])
     assert f"{ratio:.3f}" in lines[4].split()
-    assert [line.split()[0] for line in lines[3:7]] == ["run", "unigram", "softmax", "bayes_sigmoid"]
+    assert [line.split()[0] for line in lines[3:7]] == [
+        "run",
+        "unigram",
+        "softmax",
+        "bayes_sigmoid",
+    ]
 
 
 def test_evaluate_py_gives_the_same_numbers_at_every_batch_size(runs, monkeypatch):
     found = []
     for batch_size in (1, 16):
-        evaluate_py(monkeypatch, out_dir=runs / "bayes_sigmoid", batch_size=batch_size, n_samples=4, report="none")
+        evaluate_py(
+            monkeypatch,
+            out_dir=runs / "bayes_sigmoid",
+            batch_size=batch_size,
+            n_samples=4,
+            report="none",
+        )
         found.append(json.loads((runs / "bayes_sigmoid" / "eval_test.json").read_text()))
     assert flat(found[0]) == pytest.approx(flat(found[1]), rel=1e-5, abs=1e-7)
 
@@ -83,7 +111,13 @@ def test_a_checkpoint_file_alone_can_be_evaluated_and_sampled(runs, monkeypatch,
 
 
 def test_two_processes_find_what_one_finds(runs, monkeypatch):
-    options = {"split": "val", "batch_size": 3, "n_samples": 4, "report": "none", "ood_dataset": runs / "letters"}
+    options = {
+        "split": "val",
+        "batch_size": 3,
+        "n_samples": 4,
+        "report": "none",
+        "ood_dataset": runs / "letters",
+    }
     names = ("softmax", "bayes_sigmoid")
     out_dir = ",".join(f"{runs}/{name}" for name in names)
     write_dataset(runs / "letters", {"train": ["ab"], "val": ["x y z " * 99]}, ByteTokenizer())
@@ -91,9 +125,13 @@ def test_two_processes_find_what_one_finds(runs, monkeypatch):
     one = [json.loads((runs / name / "eval_val.json").read_text()) for name in names]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = flags(out_dir=out_dir, device="cpu", **options)
-    result = subprocess.run([*torchrun, "evaluate.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*torchrun, "evaluate.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
-    assert sum(line.startswith("bayes_sigmoid ") for line in result.stdout.splitlines()) == 3  # one process speaks
+    assert (
+        sum(line.startswith("bayes_sigmoid ") for line in result.stdout.splitlines()) == 3
+    )  # one process speaks
     for name, expected in zip(names, one, strict=True):
         found = json.loads((runs / name / "eval_val.json").read_text())
         assert flat(found) == pytest.approx(flat(expected), rel=1e-5, abs=1e-9)
@@ -101,9 +139,15 @@ def test_two_processes_find_what_one_finds(runs, monkeypatch):
 
 def test_foreign_text_is_told_apart_by_every_doubt_that_a_head_has(runs, monkeypatch, capsys):
     write_dataset(runs / "noise", {"train": ["ab"], "test": ["qx!zj# @vk? " * 40]}, ByteTokenizer())
-    evaluate_py(monkeypatch, out_dir=f"{runs}/softmax,{runs}/bayes_sigmoid", ood_dataset=runs / "noise", report="none")
+    evaluate_py(
+        monkeypatch,
+        out_dir=f"{runs}/softmax,{runs}/bayes_sigmoid",
+        ood_dataset=runs / "noise",
+        report="none",
+    )
     softmax, bayes = (
-        json.loads((runs / n / "eval_test.json").read_text())["ood"] for n in ("softmax", "bayes_sigmoid")
+        json.loads((runs / n / "eval_test.json").read_text())["ood"]
+        for n in ("softmax", "bayes_sigmoid")
     )
     assert softmax["auroc"].keys() == {"confidence", "entropy", "nll"}
     assert bayes["auroc"].keys() == softmax["auroc"].keys() | {"aleatoric", "mutual_information"}
@@ -112,7 +156,9 @@ def test_foreign_text_is_told_apart_by_every_doubt_that_a_head_has(runs, monkeyp
     assert "foreign text" in capsys.readouterr().out
 
 
-def test_of_runs_with_other_tokenizers_only_bits_per_byte_are_compared(runs, tmp_path, monkeypatch, capsys):
+def test_of_runs_with_other_tokenizers_only_bits_per_byte_are_compared(
+    runs, tmp_path, monkeypatch, capsys
+):
     data = write_words(tmp_path / "chars")
     run(data, tmp_path / "other")
     capsys.readouterr()
@@ -120,34 +166,72 @@ def test_of_runs_with_other_tokenizers_only_bits_per_byte_are_compared(runs, tmp
     output = capsys.readouterr().out
     assert "only bits per byte" in output and "perplexity" not in output and "ECE" not in output
     rows = list(csv.reader((tmp_path / "report" / "tables.csv").open()))
-    assert rows[0] == ["run", "bits_per_byte"] and [row[0] for row in rows[1:]] == ["softmax", "other"]
-    found = [json.loads((folder / "eval_test.json").read_text()) for folder in (runs / "softmax", tmp_path / "other")]
+    assert rows[0] == ["run", "bits_per_byte"] and [row[0] for row in rows[1:]] == [
+        "softmax",
+        "other",
+    ]
+    found = [
+        json.loads((folder / "eval_test.json").read_text())
+        for folder in (runs / "softmax", tmp_path / "other")
+    ]
     assert [float(row[1]) for row in rows[1:]] == [row["bits_per_byte"] for row in found]
 
 
 def test_the_tables_say_what_the_json_says(runs, tmp_path, monkeypatch, capsys):
-    evaluate_py(monkeypatch, out_dir=f"{runs}/softmax,{runs}/bayes_sigmoid", report=tmp_path / "r", ood_dataset="")
+    evaluate_py(
+        monkeypatch,
+        out_dir=f"{runs}/softmax,{runs}/bayes_sigmoid",
+        report=tmp_path / "r",
+        ood_dataset="",
+    )
     output = capsys.readouterr().out
-    markdown, rows = (tmp_path / "r" / "tables.md").read_text(), csv.DictReader((tmp_path / "r" / "tables.csv").open())
+    markdown, rows = (
+        (tmp_path / "r" / "tables.md").read_text(),
+        csv.DictReader((tmp_path / "r" / "tables.csv").open()),
+    )
     for row in rows:
         assert (float(row["vs_first"]) == 1) == (row["run"] == "softmax")
         found = flat(json.loads((runs / row["run"] / "eval_test.json").read_text()))
         assert {name: float(row[name]) for name in found} == pytest.approx(found)
-        for text in (f"{found['nll']:.4f}", f"{found['ece']:.4f}", f"{found['aurc_confidence']:.4f}"):
+        for text in (
+            f"{found['nll']:.4f}",
+            f"{found['ece']:.4f}",
+            f"{found['aurc_confidence']:.4f}",
+        ):
             assert text in output and f"| {text} |" in markdown
 
 
-def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_the_numbers(runs, monkeypatch, capsys):
-    options = {"continuations": 6, "prompt_tokens": 9, "max_new_tokens": 20, "temperature": 0.7, "report": "none"}
+def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_the_numbers(
+    runs, monkeypatch, capsys
+):
+    options = {
+        "continuations": 6,
+        "prompt_tokens": 9,
+        "max_new_tokens": 20,
+        "temperature": 0.7,
+        "report": "none",
+    }
     evaluate_py(monkeypatch, out_dir=f"{runs}/softmax,{runs}/bayes_sigmoid", limit=2, **options)
     found, texts = [], []
     for name in ("softmax", "bayes_sigmoid"):
         found.append(json.loads((runs / name / "eval_test.json").read_text()))
-        texts.append([json.loads(t) for t in (runs / name / "continuations_test.jsonl").read_text().splitlines()])
+        texts.append(
+            [
+                json.loads(t)
+                for t in (runs / name / "continuations_test.jsonl").read_text().splitlines()
+            ]
+        )
     assert found[0]["continuations"]["settings"] == found[1]["continuations"]["settings"]
-    assert options.items() - {("continuations", 6), ("report", "none")} <= found[0]["continuations"]["settings"].items()
+    assert (
+        options.items() - {("continuations", 6), ("report", "none")}
+        <= found[0]["continuations"]["settings"].items()
+    )
     prompts = [[text["prompt"] for text in of_run] for of_run in texts]
-    assert prompts[0] == prompts[1] and len(prompts[0]) == 6 and all(len(prompt) == 9 for prompt in prompts[0])
+    assert (
+        prompts[0] == prompts[1]
+        and len(prompts[0]) == 6
+        and all(len(prompt) == 9 for prompt in prompts[0])
+    )
     assert all(len(text["continuation"]) <= 20 for of_run in texts for text in of_run)
     assert found[0]["continuations"]["n_texts"] == 6 and found[0]["n_tokens"] == 2 * 16
     assert f"{found[0]['continuations']['distinct_1']:.3f}" in capsys.readouterr().out
@@ -163,11 +247,17 @@ def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_
         ({"report": ROOT / "README.md" / "report"}, "cannot be written to"),
     ],
 )
-def test_what_an_option_lacks_is_said_before_the_evaluation(runs, tmp_path, monkeypatch, capsys, options, message):
+def test_what_an_option_lacks_is_said_before_the_evaluation(
+    runs, tmp_path, monkeypatch, capsys, options, message
+):
     for name in ("no_val", "copy"):
         shutil.copytree(runs / "data", tmp_path / name)
     (tmp_path / "no_val" / "val.bin").unlink()
-    folders = {name: tmp_path / value for name, value in options.items() if name in ("dataset", "ood_dataset")}
+    folders = {
+        name: tmp_path / value
+        for name, value in options.items()
+        if name in ("dataset", "ood_dataset")
+    }
     monkeypatch.setattr("engine.eval.evaluation.evaluate", None)  # not called
     with pytest.raises(SystemExit) as exit_:
         evaluate_py(monkeypatch, out_dir=runs / "bayes_sigmoid", **options | folders)
@@ -185,7 +275,9 @@ def test_a_folder_that_takes_no_files_is_refused_before_the_evaluation(runs, mon
 def many_documents(folder):
     """Data with documents enough to resample them."""
     documents = [words(30, seed=k) for k in range(40)]
-    write_dataset(folder, {"train": documents, "val": documents[:3], "test": documents[5:35]}, ByteTokenizer())
+    write_dataset(
+        folder, {"train": documents, "val": documents[:3], "test": documents[5:35]}, ByteTokenizer()
+    )
     return folder
 
 
@@ -197,13 +289,20 @@ def test_errors_of_the_difference_are_those_of_pairs_of_documents(tmp_path, monk
     first, second = (json.loads((tmp_path / name / "eval_test.json").read_text()) for name in "ab")
     assert first["unit"] == "document" and first["n_units"] == 30 and 0 < first["nll_se"] < 0.2
     assert first["n_words"] == 30 * 30
-    assert first["word_perplexity"] == pytest.approx(math.exp(first["nll"] * first["n_tokens"] / first["n_words"]))
+    assert first["word_perplexity"] == pytest.approx(
+        math.exp(first["nll"] * first["n_tokens"] / first["n_words"])
+    )
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("b "))
     ratio, error = map(float, line.split()[-2:])
-    assert ratio == pytest.approx(math.exp(second["nll"] - first["nll"]), abs=6e-4) and error < second["nll_se"]
+    assert (
+        ratio == pytest.approx(math.exp(second["nll"] - first["nll"]), abs=6e-4)
+        and error < second["nll_se"]
+    )
 
 
-def test_a_text_of_few_documents_is_resampled_in_stretches_and_a_short_one_not_at_all(runs, monkeypatch):
+def test_a_text_of_few_documents_is_resampled_in_stretches_and_a_short_one_not_at_all(
+    runs, monkeypatch
+):
     evaluate_py(monkeypatch, out_dir=runs / "softmax", split="train", report="none", limit=0)
     found = json.loads((runs / "softmax" / "eval_train.json").read_text())
     assert (
@@ -218,7 +317,9 @@ def test_a_text_of_few_documents_is_resampled_in_stretches_and_a_short_one_not_a
     assert "nll_se" not in json.loads((runs / "softmax" / "eval_test.json").read_text())
 
 
-def test_a_run_whose_weights_are_not_finite_is_refused_and_nothing_written(runs, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_weights_are_not_finite_is_refused_and_nothing_written(
+    runs, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(runs / "softmax", tmp_path / "bad")
     path = tmp_path / "bad" / "ckpt_00000030.pt"
     contents = torch.load(path)

@@ -12,7 +12,15 @@ import torch
 from engine.base.distributed import Processes
 from engine.data.tokenizer import CharTokenizer
 from engine.data.tokens import TokenFile
-from engine.eval.evaluation import NOISE, _of_tokens, eval_batches, evaluate, mean_loss, set_scores, windows
+from engine.eval.evaluation import (
+    NOISE,
+    _of_tokens,
+    eval_batches,
+    evaluate,
+    mean_loss,
+    set_scores,
+    windows,
+)
 from engine.eval.metrics import N_BINS
 from engine.eval.table import flat
 from engine.eval.texts import Text
@@ -29,7 +37,9 @@ def tiny_gpt(weights: str = "point", likelihood: str = "categorical", seed: int 
     """An untrained model whose predictions are far from uniform."""
     torch.manual_seed(seed)
     head = HeadConfig(weights=weights, likelihood=likelihood, n_data=500)
-    model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=32, head=head)).eval()
+    model = GPT(
+        GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=32, head=head)
+    ).eval()
     with torch.no_grad():
         model.transformer.wte.weight.mul_(8)
     return model
@@ -50,18 +60,29 @@ def slow_scores(model: GPT, file: TokenFile) -> dict[str, float]:
     for start in range(0, len(ids) - 1, T):
         x = torch.tensor(ids[start : min(start + T, len(ids) - 1)])
         for p, target in zip(
-            model.log_probs(x[None])[0].exp().double().detach().numpy(), ids[start + 1 :], strict=False
+            model.log_probs(x[None])[0].exp().double().detach().numpy(),
+            ids[start + 1 :],
+            strict=False,
         ):
             onehot = np.eye(V)[target]
             scores.append(
-                [-math.log(p[target]), np.sum((p - onehot) ** 2), -np.sum(p * np.log(p)), target == p.argmax()]
+                [
+                    -math.log(p[target]),
+                    np.sum((p - onehot) ** 2),
+                    -np.sum(p * np.log(p)),
+                    target == p.argmax(),
+                ]
                 + [(p > p[target]).sum() < 5, p.max()]
             )
             tops.append((p.max(), target == p.argmax()))
     nll, brier, entropy, accuracy, top5, mean_confidence = np.mean(scores, axis=0)
     ece = 0.0
     for i in range(N_BINS):
-        inside = [(c, right) for c, right in tops if i / N_BINS <= c < (i + 1) / N_BINS or (i == N_BINS - 1 and c == 1)]
+        inside = [
+            (c, right)
+            for c, right in tops
+            if i / N_BINS <= c < (i + 1) / N_BINS or (i == N_BINS - 1 and c == 1)
+        ]
         if inside:
             confidence, accuracy_here = np.mean(inside, axis=0)
             ece += len(inside) / len(tops) * abs(confidence - accuracy_here)
@@ -72,7 +93,9 @@ def slow_scores(model: GPT, file: TokenFile) -> dict[str, float]:
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_evaluate_agrees_with_the_definitions_at_every_batch_size(file, weights, likelihood, batch_size):
+def test_evaluate_agrees_with_the_definitions_at_every_batch_size(
+    file, weights, likelihood, batch_size
+):
     model = tiny_gpt(weights, likelihood)
     found = scores_of(model, file, batch_size)
     expected = slow_scores(model, file)
@@ -90,38 +113,56 @@ def test_the_whole_split_has_every_target_exactly_once_behind_its_own_context(tm
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n)}), "val")
     for batch_size in (1, 3, 16):
         batches = list(windows(file, T, batch_size))
-        assert [target for batch in batches for target in batch.y.flatten().tolist()] == list(range(1, n))
-        assert all((batch.y == batch.x + 1).all() and (batch.at == batch.y).all() for batch in batches)
+        assert [target for batch in batches for target in batch.y.flatten().tolist()] == list(
+            range(1, n)
+        )
+        assert all(
+            (batch.y == batch.x + 1).all() and (batch.at == batch.y).all() for batch in batches
+        )
 
 
 @pytest.mark.parametrize("stride", [1, 5, 11, 16])
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
-def test_with_a_stride_every_target_counts_once_behind_at_least_the_rest_of_a_window(tmp_path, n, stride):
+def test_with_a_stride_every_target_counts_once_behind_at_least_the_rest_of_a_window(
+    tmp_path, n, stride
+):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n)}), "val")
     for batch_size in (1, 3, 16):
         batches = list(windows(file, T, batch_size, stride=stride))
         counted = [
-            (y, y - x[0]) for b in batches for x, ys in zip(b.x, b.y, strict=True) for y in ys[b.first :].tolist()
+            (y, y - x[0])
+            for b in batches
+            for x, ys in zip(b.x, b.y, strict=True)
+            for y in ys[b.first :].tolist()
         ]
         assert [y for y, _ in counted] == list(range(1, n))
         assert all(context >= min(y, T - stride + 1) for y, context in counted)
-        assert all(batch.at.flatten().tolist() == batch.y[:, batch.first :].flatten().tolist() for batch in batches)
+        assert all(
+            batch.at.flatten().tolist() == batch.y[:, batch.first :].flatten().tolist()
+            for batch in batches
+        )
 
 
 def test_more_context_by_a_stride_is_what_the_model_says_of_those_windows(file):
     model, ids = tiny_gpt(), torch.from_numpy(file.ids.astype(np.int64))
-    model.transformer.wpe.weight.data.mul_(30)  # as no untrained model is: where a token stands matters
+    model.transformer.wpe.weight.data.mul_(
+        30
+    )  # as no untrained model is: where a token stands matters
     expected = []
     for end in range(1, len(ids)):  # with stride 1 each token has all the context there is
         log_probs = model.log_probs(ids[max(0, end - T) : end][None])[0, -1]
         expected.append(-log_probs[ids[end]].item())
     found = [scores_of(model, file, stride=stride)["nll"] for stride in (0, 1)]
-    assert found[1] == pytest.approx(np.mean(expected), rel=1e-5) and abs(found[0] - found[1]) > 1e-3
+    assert (
+        found[1] == pytest.approx(np.mean(expected), rel=1e-5) and abs(found[0] - found[1]) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("posterior", ["row", "full"])
 @pytest.mark.parametrize("bayes_mlp", [False, True])
-def test_the_draws_of_a_token_do_not_depend_on_what_else_is_in_its_batch(file, posterior, bayes_mlp):
+def test_the_draws_of_a_token_do_not_depend_on_what_else_is_in_its_batch(
+    file, posterior, bayes_mlp
+):
     torch.manual_seed(0)
     head = HeadConfig("bayes", n_data=500, posterior=posterior)
     model = GPT(GPTConfig(T, V, 1, 2, 32, bayes_mlp=bayes_mlp, head=head)).eval()
@@ -130,7 +171,9 @@ def test_the_draws_of_a_token_do_not_depend_on_what_else_is_in_its_batch(file, p
     for stride in (0, 5):
         found = [flat(scores_of(model, file, n, n_samples=3, stride=stride)) for n in (1, 4, 16)]
         assert found[0]["mutual_information"] > 1e-3
-        assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+        assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(
+            found[0], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
@@ -138,7 +181,9 @@ def test_mean_loss_is_the_nll_of_log_probs_and_the_loss_of_training(file, weight
     model = tiny_gpt(weights, likelihood)
     batches = eval_batches(file, T, batch_size=3, n_batches=100)
     found = mean_loss(model, batches, file, CPU, torch.autocast("cpu", enabled=False))
-    assert found["val_nll"] == pytest.approx(scores(model, *blocks_of(file, batches))["nll"], rel=1e-6)
+    assert found["val_nll"] == pytest.approx(
+        scores(model, *blocks_of(file, batches))["nll"], rel=1e-6
+    )
     x, y = (torch.cat(parts) for parts in zip(*blocks_of(file, batches), strict=True))
     assert len(x) == 16
     assert found["val_loss"] == pytest.approx(model(x, y).item(), rel=1e-5)
@@ -147,7 +192,10 @@ def test_mean_loss_is_the_nll_of_log_probs_and_the_loss_of_training(file, weight
 def blocks_of(file: TokenFile, batches: list[np.ndarray]):
     ids = torch.from_numpy(file.ids.astype(np.int64))
     for starts in batches:
-        yield torch.stack([ids[s : s + T] for s in starts]), torch.stack([ids[s + 1 : s + T + 1] for s in starts])
+        yield (
+            torch.stack([ids[s : s + T] for s in starts]),
+            torch.stack([ids[s + 1 : s + T + 1] for s in starts]),
+        )
 
 
 def test_mean_loss_goes_back_to_training_mode(file):
@@ -159,7 +207,11 @@ def test_mean_loss_goes_back_to_training_mode(file):
 def test_evaluation_batches_are_distinct_blocks_spread_over_the_split(tmp_path):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(1000)}), "val")
     starts = np.concatenate(eval_batches(file, T, batch_size=4, n_batches=3)).tolist()
-    assert len(set(starts)) == 12 and starts == sorted(starts) and all(start % T == 0 for start in starts)
+    assert (
+        len(set(starts)) == 12
+        and starts == sorted(starts)
+        and all(start % T == 0 for start in starts)
+    )
     assert starts[0] == 0 and starts[-1] > 0.9 * 999 - T
     everything = np.concatenate(eval_batches(file, T, batch_size=4, n_batches=500))
     assert everything.tolist() == list(range(0, 62 * T, T))
@@ -172,7 +224,9 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.table = log_probs
         self.lm_head = torch.nn.Module()
-        self.lm_head.predict = lambda hiddens, n_samples: Prediction(hiddens[0], entropy(hiddens[0]), None)
+        self.lm_head.predict = lambda hiddens, n_samples: Prediction(
+            hiddens[0], entropy(hiddens[0]), None
+        )
         self.lm_head.likelihood = None
         self.kl, self.bayes_layers = lambda: 0.0, list
 
@@ -205,14 +259,19 @@ def test_an_evaluation_with_noise_in_its_loss_repeats_itself(tmp_path, estimator
     model = tiny_gpt("bayes")
     model.lm_head.weights.config = dataclasses.replace(model.config.head, estimator=estimator)
     batches = eval_batches(file, model.config.block_size, batch_size=4, n_batches=3)
-    first, second = (mean_loss(model, batches, file, CPU, contextlib.nullcontext()) for _ in range(2))
+    first, second = (
+        mean_loss(model, batches, file, CPU, contextlib.nullcontext()) for _ in range(2)
+    )
     assert first == second and first["val_loss"] > first["val_nll"]
 
 
 def test_a_line_that_a_killed_run_left_unfinished_is_passed_over(tmp_path):
     whole = [{"step": 1, "tokens": 8, "val_nll": 2.5}]
     (tmp_path / "metrics.jsonl").write_text(json.dumps(whole[0]) + '\n{"step": 2, "tok')
-    assert read_records(tmp_path / "metrics.jsonl") == whole and read_records(tmp_path / "none.jsonl") == []
+    assert (
+        read_records(tmp_path / "metrics.jsonl") == whole
+        and read_records(tmp_path / "none.jsonl") == []
+    )
 
 
 def test_a_model_with_more_ids_than_its_tokenizer_draws_only_those_of_the_tokenizer():
@@ -240,24 +299,38 @@ def test_set_scores_are_scikit_learns_average_precision_and_the_definition_of_re
 
 
 @pytest.mark.parametrize("stride", [0, 5])
-def test_a_limit_takes_whole_windows_spread_over_the_split_and_all_there_is_where_it_is_large(file, stride):
+def test_a_limit_takes_whole_windows_spread_over_the_split_and_all_there_is_where_it_is_large(
+    file, stride
+):
     whole = [b.at.tolist() for b in windows(file, T, 1, stride=stride)]
-    full = [at for (at,) in whole][: (len(file) - 1 - T) // (stride or T) + 1]  # what is left is shorter
+    full = [at for (at,) in whole][
+        : (len(file) - 1 - T) // (stride or T) + 1
+    ]  # what is left is shorter
     for limit in (1, 3, 7, len(full), len(full) + 1, 1000):
         batches = list(windows(file, T, 4, limit, stride))
         found = [at for batch in batches for at in batch.at.tolist()]
-        expected = [full[k * len(full) // limit] for k in range(limit)] if limit <= len(full) else sum(whole, [])
+        expected = (
+            [full[k * len(full) // limit] for k in range(limit)]
+            if limit <= len(full)
+            else sum(whole, [])
+        )
         assert found == expected
-        assert all((batch.y[:, batch.first :].numpy() == file.ids[batch.at]).all() for batch in batches)
+        assert all(
+            (batch.y[:, batch.first :].numpy() == file.ids[batch.at]).all() for batch in batches
+        )
 
 
 def test_neighbouring_tokens_share_their_draws_and_others_have_draws_of_their_own(tmp_path):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.full(16 * T + 1, 7)}), "val")
     model = tiny_gpt("bayes")
     torch.nn.init.constant_(model.lm_head.weights.log_std, -1.0)
-    (batch,) = windows(file, T, 16)  # all windows say the same, so only their noise tells them apart
+    (batch,) = windows(
+        file, T, 16
+    )  # all windows say the same, so only their noise tells them apart
     with torch.no_grad():
-        nll = _of_tokens(model, batch, CPU.device, 2)["nll"].view(16, T)[:, :-1]  # the last token is of the next group
+        nll = _of_tokens(model, batch, CPU.device, 2)["nll"].view(16, T)[
+            :, :-1
+        ]  # the last token is of the next group
     groups = nll.view(4, NOISE // T, T - 1)
     torch.testing.assert_close(groups, groups[:, :1].expand_as(groups), rtol=1e-5, atol=0)
     apart = (groups[:, None, 0] - groups[None, :, 0]).abs().amax(-1)
@@ -270,18 +343,29 @@ def test_bytes_and_words_are_those_of_the_targets_whatever_the_windows(file, str
         [" ", *"abcdé", *map(chr, range(0x66, 0x7B)), *map(chr, range(0x100, 0x128))]
     )  # 1 and 2 bytes
     text, targets = Text(tokenizer, torch.full((V,), 1 / V)), file.ids[1:]
-    assert len(tokenizer.decode(file.ids[:1]).encode()) != len(tokenizer.decode(file.ids[-1:]).encode())
+    assert len(tokenizer.decode(file.ids[:1]).encode()) != len(
+        tokenizer.decode(file.ids[-1:]).encode()
+    )
     batches = windows(file, T, 3, stride=stride, text=text)
     result = evaluate(tiny_gpt(), batches, CPU, text=text).result()
-    assert result["n_bytes"] == len(tokenizer.decode(targets).encode()) > result["n_tokens"] == len(targets)
+    assert (
+        result["n_bytes"]
+        == len(tokenizer.decode(targets).encode())
+        > result["n_tokens"]
+        == len(targets)
+    )
     assert text.n_words == len(tokenizer.decode(targets).split()) > 1
     assert result["unigram_nll"] == pytest.approx(math.log(V))
 
 
-def test_what_an_evaluation_keeps_does_not_grow_with_the_text_and_is_never_v_wide(tmp_path, monkeypatch):
+def test_what_an_evaluation_keeps_does_not_grow_with_the_text_and_is_never_v_wide(
+    tmp_path, monkeypatch
+):
     model, kept, widths = tiny_gpt("bayes"), [], []
     predict = model.lm_head.predict
-    monkeypatch.setattr(model.lm_head, "predict", lambda x, n: widths.append(x[0].size(0)) or predict(x, n))
+    monkeypatch.setattr(
+        model.lm_head, "predict", lambda x, n: widths.append(x[0].size(0)) or predict(x, n)
+    )
     for n in (40 * T, 400 * T):
         file = TokenFile(write_nanogpt(tmp_path / f"{n}", {"val": np.arange(n) % V}), "val")
         for n_samples in (0, 2):

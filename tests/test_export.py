@@ -22,7 +22,18 @@ from engine.data.tokens import TokenFile
 from engine.runs.checkpoint import load_model, tokenizer_of
 from model import GPT
 from tests.conftest import shared_data
-from tests.helpers import HEADS, contents, flags, refused, run, same_weights, scores_of, tiny_gpt, words, write_dataset
+from tests.helpers import (
+    HEADS,
+    contents,
+    flags,
+    refused,
+    run,
+    same_weights,
+    scores_of,
+    tiny_gpt,
+    words,
+    write_dataset,
+)
 from tests.test_model import tiny_gpt2, tokens
 from tests.test_pretrained import write_nanogpt
 from tests.test_tokenizer import STRANGE, TEXT, make
@@ -34,9 +45,14 @@ OTHERS = [head for head in HEADS if head not in SOFTMAX]
 def save(folder: Path, model: GPT, tokenizer=None) -> Path:
     """A run folder with this model, which does not say what it was trained on."""
     folder.mkdir()
-    torch.save({"model": model.state_dict(), "model_config": flatten(model.config)}, folder / "ckpt_00000007.pt")
+    torch.save(
+        {"model": model.state_dict(), "model_config": flatten(model.config)},
+        folder / "ckpt_00000007.pt",
+    )
     about = tokenizer.describe() if tokenizer else {"kind": "none"}
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": about, "vocab_size": model.config.vocab_size}))
+    (folder / "meta.json").write_text(
+        json.dumps({"tokenizer": about, "vocab_size": model.config.vocab_size})
+    )
     if tokenizer:
         tokenizer.save(folder)
     return folder
@@ -45,7 +61,9 @@ def save(folder: Path, model: GPT, tokenizer=None) -> Path:
 def exported(source: Path, to: Path, *more: str) -> Path:
     """What export.py makes of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["export.py", *flags(out_dir=source, to=to, device="cpu"), *more])
+        patch.setattr(
+            sys, "argv", ["export.py", *flags(out_dir=source, to=to, device="cpu"), *more]
+        )
         export.main()
     return to
 
@@ -63,13 +81,19 @@ SEEDS = {"train": range(10), "val": range(10, 13)}
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("biases", [{"bias": True}, {"bias": False}, {"bias": False, "qkv_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "biases", [{"bias": True}, {"bias": False}, {"bias": False, "qkv_bias": True}], ids=str
+)
 @pytest.mark.parametrize("logit_bias", ["none", "unigram"])
 @pytest.mark.parametrize(("weights", "likelihood"), SOFTMAX)
-def test_a_softmax_head_keeps_its_log_probs_in_transformers(tmp_path, weights, likelihood, logit_bias, biases, tied):
+def test_a_softmax_head_keeps_its_log_probs_in_transformers(
+    tmp_path, weights, likelihood, logit_bias, biases, tied
+):
     model = tiny_gpt(weights, likelihood, std=0.3, logit_bias=logit_bias, tie_head=tied, **biases)
     with torch.no_grad():  # far from 1, some of it 0, and of any sign
-        model.transformer.ln_f.weight.copy_(torch.randn(32) * 2).masked_fill_(torch.arange(32) % 8 == 0, 0.0)
+        model.transformer.ln_f.weight.copy_(torch.randn(32) * 2).masked_fill_(
+            torch.arange(32) % 8 == 0, 0.0
+        )
         if logit_bias == "unigram":
             model.lm_head.bias.copy_(torch.randn(67) * 4 - 9)
     idx, folder = tokens(3, 16), exported(save(tmp_path / "run", model), tmp_path / "gpt2")
@@ -99,13 +123,27 @@ def test_a_folder_of_transformers_comes_out_as_it_went_in(tmp_path, tied):
     tokenizer = CharTokenizer(sorted(set(TEXT)))
     theirs = tiny_gpt2(tie_word_embeddings=tied)
     theirs.save_pretrained(tmp_path / "in")
-    (tmp_path / "in" / "meta.json").write_text(json.dumps({"tokenizer": tokenizer.describe(), "vocab_size": 67}))
+    (tmp_path / "in" / "meta.json").write_text(
+        json.dumps({"tokenizer": tokenizer.describe(), "vocab_size": 67})
+    )
     back = transformers.GPT2LMHeadModel.from_pretrained(exported(tmp_path / "in", tmp_path / "out"))
     before, after = theirs.state_dict(), back.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    free = {"dtype", "bos_token_id", "eos_token_id", "pad_token_id", "embd_pdrop", "attn_pdrop", "resid_pdrop"}
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
+    free = {
+        "dtype",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "embd_pdrop",
+        "attn_pdrop",
+        "resid_pdrop",
+    }
     before, after = theirs.config.to_dict(), back.config.to_dict()
-    assert {name for name in before if name not in free and before[name] != after[name]} <= {"_name_or_path"}
+    assert {name for name in before if name not in free and before[name] != after[name]} <= {
+        "_name_or_path"
+    }
     assert back.config.tie_word_embeddings == tied
     keys = [set(safe_names(tmp_path / name / "model.safetensors")) for name in ("in", "out")]
     assert keys[0] == keys[1]
@@ -122,12 +160,21 @@ def safe_names(path: Path) -> list[str]:
 def test_a_trained_run_goes_out_with_its_tokenizer_its_figures_and_its_text(
     tmp_path, data, weights, likelihood, capsys
 ):
-    options = {"weights": weights, "likelihood": likelihood, "logit_bias": "unigram", "max_iters": 40}
+    options = {
+        "weights": weights,
+        "likelihood": likelihood,
+        "logit_bias": "unigram",
+        "max_iters": 40,
+    }
     model = run(data, tmp_path / "run", **options)
     exact = (weights, likelihood) in SOFTMAX
-    folder = exported(tmp_path / "run", tmp_path / "sea_gpt2", *([] if exact else ["--approximate"]))
+    folder = exported(
+        tmp_path / "run", tmp_path / "sea_gpt2", *([] if exact else ["--approximate"])
+    )
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
-    idx = torch.randint(model.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(2))
+    idx = torch.randint(
+        model.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(2)
+    )
     with torch.no_grad():
         off = (theirs(idx).logits.log_softmax(-1) - model.log_probs(idx)).abs().max()
     assert off < 1e-4 if exact or likelihood != "sigmoid" else 1e-4 < off < 1
@@ -137,9 +184,15 @@ def test_a_trained_run_goes_out_with_its_tokenizer_its_figures_and_its_text(
         assert f"| {scores_of(each, file, limit=200)['nll']:.4f} |" in text
     if weights == "bayes":
         assert f"posterior | {scores_of(model, file, limit=200, n_samples=-1)['nll']:.4f} |" in text
-    assert ("The export is exact" in text) == exact and ("The export is approximate" in text) == (not exact)
+    assert ("The export is exact" in text) == exact and ("The export is approximate" in text) == (
+        not exact
+    )
     about = huggingface_hub.ModelCard(text).data
-    assert (about.library_name, about.pipeline_tag, about.license) == ("transformers", "text-generation", None)
+    assert (about.library_name, about.pipeline_tag, about.license) == (
+        "transformers",
+        "text-generation",
+        None,
+    )
     assert f"train {len(TokenFile(data, 'train')):,} tokens" in text and "| steps | 40 |" in text
 
 
@@ -178,7 +231,10 @@ def expressed(tmp_path: Path, tokenizer, vocab_size: int = 0) -> Path:
 def test_byte_level_tokenizers_are_transformers_gpt2_tokenizer(tmp_path, kind):
     ours = make(kind)
     folder, n_tokens = expressed(tmp_path, ours), 0
-    texts = [text.replace("<|endoftext|>", "<|end|>") for text in (*STRANGE, TEXT, "don't  stop\n \n we'LL", "")]
+    texts = [
+        text.replace("<|endoftext|>", "<|end|>")
+        for text in (*STRANGE, TEXT, "don't  stop\n \n we'LL", "")
+    ]
     for cls in (transformers.GPT2TokenizerFast, transformers.AutoTokenizer):
         theirs = cls.from_pretrained(folder)
         assert isinstance(theirs, transformers.GPT2TokenizerFast) and len(theirs) == ours.vocab_size
@@ -188,14 +244,24 @@ def test_byte_level_tokenizers_are_transformers_gpt2_tokenizer(tmp_path, kind):
             ids = ours.encode(text).tolist()
             n_tokens += len(ids)
             assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
-        assert theirs("a<|endoftext|>b")["input_ids"] == [*ours.encode("a"), ours.eot, *ours.encode("b")]
+        assert theirs("a<|endoftext|>b")["input_ids"] == [
+            *ours.encode("a"),
+            ours.eot,
+            *ours.encode("b"),
+        ]
     assert n_tokens > 1000
 
 
 def test_gpt2s_tokens_are_transformers_and_tiktokens_on_real_text(tmp_path):
     text = shared_data("wikitext2/wiki.valid.raw").read_text(encoding="utf-8")[:300_000]
-    theirs = transformers.GPT2TokenizerFast.from_pretrained(expressed(tmp_path, ours := make("gpt2"), 50304))
-    assert theirs(text)["input_ids"] == ours.encode(text).tolist() == GPT2Tokenizer().bpe.encode_ordinary(text)
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(
+        expressed(tmp_path, ours := make("gpt2"), 50304)
+    )
+    assert (
+        theirs(text)["input_ids"]
+        == ours.encode(text).tolist()
+        == GPT2Tokenizer().bpe.encode_ordinary(text)
+    )
 
 
 @pytest.mark.parametrize("eot", [True, False])
@@ -203,9 +269,15 @@ def test_characters_are_characters_in_transformers_and_unknown_ones_an_error(tmp
     text = "Naïve 日本\n\n  e\u0301\r👩‍👩 \x00<|end"
     ours = CharTokenizer(sorted(set(text)), eot)
     folder = expressed(tmp_path, ours)
-    theirs, config = (c.from_pretrained(folder) for c in (transformers.AutoTokenizer, transformers.GPT2Config))
+    theirs, config = (
+        c.from_pretrained(folder) for c in (transformers.AutoTokenizer, transformers.GPT2Config)
+    )
     ids = ours.encode(text).tolist()
-    assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text and len(theirs) == ours.vocab_size
+    assert (
+        theirs(text)["input_ids"] == ids
+        and theirs.decode(ids) == text
+        and len(theirs) == ours.vocab_size
+    )
     ends = [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id]
     assert ends == [config.bos_token_id, config.eos_token_id, config.pad_token_id] == [ours.eot] * 3
     if eot:
@@ -218,7 +290,10 @@ def test_characters_are_characters_in_transformers_and_unknown_ones_an_error(tmp
 
 def test_a_model_of_ids_without_text_goes_out_without_a_tokenizer(tmp_path):
     folder = exported(save(tmp_path / "run", tiny_gpt()), tmp_path / "out")
-    assert not list(folder.glob("token*")) and "| tokenizer | none |" in (folder / "README.md").read_text()
+    assert (
+        not list(folder.glob("token*"))
+        and "| tokenizer | none |" in (folder / "README.md").read_text()
+    )
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
     assert theirs.generation_config.eos_token_id is None
     assert theirs.generate(tokens(1, 3), max_new_tokens=9, do_sample=False).shape == (1, 12)
@@ -228,7 +303,13 @@ def test_a_model_of_ids_without_text_goes_out_without_a_tokenizer(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_nearest_gpt2_has_the_mean_logits(tmp_path, weights, likelihood, tied):
     data = write_chars(tmp_path / "data")
-    options = {"std": 0.2, "logit_bias": "unigram", "tie_head": tied, "pos_weight": 3.0, "bias": True}
+    options = {
+        "std": 0.2,
+        "logit_bias": "unigram",
+        "tie_head": tied,
+        "pos_weight": 3.0,
+        "bias": True,
+    }
     model = tiny_gpt(weights, likelihood, bayes_mlp=weights == "bayes", **options)
     source = save(tmp_path / "run", model, CharTokenizer(CHARS))
     folder = exported(source, tmp_path / "out", "--approximate", f"--dataset={data}")
@@ -259,10 +340,14 @@ def refusal(source: Path, to: Path, *more: str) -> str:
 
 @pytest.mark.parametrize(("weights", "likelihood"), OTHERS)
 def test_what_gpt2_cannot_say_needs_a_flag_that_the_error_names(tmp_path, weights, likelihood):
-    source = save(tmp_path / "run", tiny_gpt(weights, likelihood, logit_bias="unigram"), CharTokenizer(CHARS))
+    source = save(
+        tmp_path / "run", tiny_gpt(weights, likelihood, logit_bias="unigram"), CharTokenizer(CHARS)
+    )
     message = refusal(source, tmp_path / "out")
     assert "--approximate" in message
-    assert ("posterior" in message) == (weights == "bayes") and ("sigmoid" in message) == (likelihood == "sigmoid")
+    assert ("posterior" in message) == (weights == "bayes") and ("sigmoid" in message) == (
+        likelihood == "sigmoid"
+    )
     assert "--dataset=" in refusal(source, tmp_path / "out", "--approximate")
 
 
@@ -271,16 +356,24 @@ def test_a_bayesian_mlp_is_a_loss_too(tmp_path):
     assert "posterior of weights" in refusal(source, tmp_path / "out")
     more = ("--approximate", f"--dataset={write_chars(tmp_path / 'data')}")
     text = (exported(source, tmp_path / "gpt2", *more) / "README.md").read_text()
-    assert "| this model |" in text and "averaged" not in text  # which only draws of hidden layers could be
+    assert (
+        "| this model |" in text and "averaged" not in text
+    )  # which only draws of hidden layers could be
 
 
 def test_an_export_that_predicts_otherwise_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):
     source = save(tmp_path / "run", tiny_gpt(std=0.3, logit_bias="unigram"), CharTokenizer(CHARS))
     good = engine.gpt2.exporting.with_bias
-    monkeypatch.setattr(engine.gpt2.exporting, "with_bias", lambda *parts: good(*parts) + 1e-2 * torch.eye(67, 32))
+    monkeypatch.setattr(
+        engine.gpt2.exporting, "with_bias", lambda *parts: good(*parts) + 1e-2 * torch.eye(67, 32)
+    )
     assert "predicts otherwise" in refusal(source, tmp_path / "out")
-    assert "predicts otherwise" in refusal(source, tmp_path / "out", f"--dataset={write_chars(tmp_path / 'data')}")
-    monkeypatch.setattr(engine.gpt2.exporting, "with_bias", lambda *parts: good(*parts) * float("nan"))
+    assert "predicts otherwise" in refusal(
+        source, tmp_path / "out", f"--dataset={write_chars(tmp_path / 'data')}"
+    )
+    monkeypatch.setattr(
+        engine.gpt2.exporting, "with_bias", lambda *parts: good(*parts) * float("nan")
+    )
     assert "values that are not finite" in refusal(source, tmp_path / "out")
 
 
@@ -289,7 +382,9 @@ def test_whoever_stops_it_half_way_finds_nothing(tmp_path, monkeypatch):
     before = contents(tmp_path)
 
     def stop(*_):
-        assert (list(tmp_path.glob(".out.*.tmp/model.safetensors"))) and not (tmp_path / "out").exists()
+        assert (list(tmp_path.glob(".out.*.tmp/model.safetensors"))) and not (
+            tmp_path / "out"
+        ).exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export, "card", stop)
@@ -302,7 +397,9 @@ def test_a_folder_with_files_is_never_written_over(tmp_path, monkeypatch, capsys
     save(tmp_path / "run", tiny_gpt(), CharTokenizer(CHARS))
     (tmp_path / "file").write_text("x")
     for to in ("run", "file"):
-        message = refused("export.py", ["--out_dir=run", f"--to={to}"], tmp_path, monkeypatch, capsys)
+        message = refused(
+            "export.py", ["--out_dir=run", f"--to={to}"], tmp_path, monkeypatch, capsys
+        )
         assert f"{to} exists already, and is never written over; give another --to" in message
     (tmp_path / "empty").mkdir()
     assert (exported(tmp_path / "run", tmp_path / "empty") / "config.json").is_file()
@@ -317,11 +414,16 @@ def test_an_exported_run_starts_fine_tuning_on_its_own_tokens_alone(tmp_path, da
     model = run(data, tmp_path / "run", max_iters=3)
     folder = exported(tmp_path / "run", tmp_path / "gpt2")
     tuned = run(data, tmp_path / "tuned", init_from=folder, max_iters=0, dropout=0.1, block_size=8)
-    assert torch.equal(tuned.transformer.wte.weight, model.transformer.wte.weight) and tuned.config.dropout == 0.1
+    assert (
+        torch.equal(tuned.transformer.wte.weight, model.transformer.wte.weight)
+        and tuned.config.dropout == 0.1
+    )
     write_dataset(tmp_path / "other", {"train": [words(300)], "val": [words(99)]}, ByteTokenizer())
     with pytest.raises(UserError, match="another tokenizer"):
         run(tmp_path / "other", tmp_path / "no", init_from=folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)  # what transformers saves has no meta.json
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        folder
+    )  # what transformers saves has no meta.json
     theirs.save_pretrained(tmp_path / "theirs")
     transformers.GPT2LMHeadModel.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
     again = run(data, tmp_path / "again", init_from=tmp_path / "theirs", max_iters=0)
@@ -333,7 +435,10 @@ def test_an_exported_run_starts_fine_tuning_on_its_own_tokens_alone(tmp_path, da
 def test_a_damaged_config_of_the_run_is_said_before_the_measurement(tmp_path):
     source = save(tmp_path / "run", tiny_gpt(), CharTokenizer(CHARS))
     (source / "config.json").write_text('{"environment": {"commit": "abc", "torch": "9"}}')
-    assert "| trained with | commit abc, torch 9 |" in (exported(source, tmp_path / "out") / "README.md").read_text()
+    assert (
+        "| trained with | commit abc, torch 9 |"
+        in (exported(source, tmp_path / "out") / "README.md").read_text()
+    )
     (source / "config.json").write_text("{")
     assert "config.json is not JSON" in refusal(source, tmp_path / "again")
 
@@ -341,7 +446,9 @@ def test_a_damaged_config_of_the_run_is_said_before_the_measurement(tmp_path):
 def test_a_nanogpt_checkpoint_and_a_single_file_go_out_too(tmp_path):
     model = tiny_gpt(std=0.3)
     write_nanogpt(tmp_path / "ckpt.pt", model, bias=False)
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "none"}, "vocab_size": 67}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"tokenizer": {"kind": "none"}, "vocab_size": 67})
+    )
     for i, source in enumerate((tmp_path / "ckpt.pt", tmp_path)):
         folder = exported(source, tmp_path / f"out{i}")
         assert torch.equal(load_model(folder).transformer.wte.weight, model.transformer.wte.weight)
@@ -352,19 +459,31 @@ def test_the_card_says_what_a_reader_of_it_needs(tmp_path, data):
     run(data, tmp_path / "first", max_iters=3, vocab_size=320)
     options = {"likelihood": "sigmoid", "init_from": tmp_path / "first", "max_iters": 3}
     run(data, tmp_path / "second", **options)
-    text = (exported(tmp_path / "second", tmp_path / "gpt2", "--approximate") / "README.md").read_text()
+    text = (
+        exported(tmp_path / "second", tmp_path / "gpt2", "--approximate") / "README.md"
+    ).read_text()
     nlls = [
-        float(line.split("|")[2]) for line in text.splitlines() if line.startswith(("| the original", "| this model"))
+        float(line.split("|")[2])
+        for line in text.splitlines()
+        if line.startswith(("| the original", "| this model"))
     ]
     change = float(re.search(r"nll differs by ([+-]\S+) nats", text)[1])
     assert change == pytest.approx(nlls[1] - nlls[0], abs=2e-4) and "| begun from | first |" in text
-    assert "ids 300 to 319, which the tokenizer does not have" in text and "label smoothing" not in text
+    assert (
+        "ids 300 to 319, which the tokenizer does not have" in text
+        and "label smoothing" not in text
+    )
     smooth = save(tmp_path / "smooth", tiny_gpt(likelihood="smooth"), CharTokenizer(CHARS))
-    assert "correction for label smoothing" in (exported(smooth, tmp_path / "s") / "README.md").read_text()
+    assert (
+        "correction for label smoothing"
+        in (exported(smooth, tmp_path / "s") / "README.md").read_text()
+    )
 
 
 def test_others_may_read_the_weights_and_dropout_goes_along(tmp_path):
-    folder = exported(save(tmp_path / "run", tiny_gpt(dropout=0.25), CharTokenizer(CHARS)), tmp_path / "gpt2")
+    folder = exported(
+        save(tmp_path / "run", tiny_gpt(dropout=0.25), CharTokenizer(CHARS)), tmp_path / "gpt2"
+    )
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     config = json.loads((folder / "config.json").read_text())
     assert {config[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")} == {0.25}

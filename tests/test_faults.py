@@ -41,11 +41,21 @@ def torchrun(*argv, agents: int = 1) -> list[subprocess.CompletedProcess]:
     nodes = ["--standalone", "--nproc_per_node=2"]
     if agents > 1:
         endpoint = f"127.0.0.1:{free_port()}"
-        nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
+        nodes = [
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint={endpoint}",
+        ]
         nodes += ["--rdzv_id=7", "--local_addr=127.0.0.1"]
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, *map(str, argv)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
     started = [subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) for _ in range(agents)]
     outputs = []
     try:
@@ -54,30 +64,49 @@ def torchrun(*argv, agents: int = 1) -> list[subprocess.CompletedProcess]:
     finally:
         for process in started:
             process.kill()
-    return [subprocess.CompletedProcess(command, p.returncode, out) for p, out in zip(started, outputs, strict=True)]
+    return [
+        subprocess.CompletedProcess(command, p.returncode, out)
+        for p, out in zip(started, outputs, strict=True)
+    ]
 
 
-def test_a_run_killed_at_any_instant_goes_on_from_its_newest_checkpoint_to_the_undisturbed_end(data, tmp_path):
+def test_a_run_killed_at_any_instant_goes_on_from_its_newest_checkpoint_to_the_undisturbed_end(
+    data, tmp_path
+):
     counted = faults.kills(4, data, tmp_path, random.Random(1))
-    assert counted["resumed"] == 4 and counted["with_the_undisturbed_weights"] == counted["runs_finished"] >= 1
+    assert (
+        counted["resumed"] == 4
+        and counted["with_the_undisturbed_weights"] == counted["runs_finished"] >= 1
+    )
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_refused_by_name(data, tmp_path):
     counted = faults.corruptions(12, data, tmp_path, random.Random(1))
-    assert counted == {"corruptions": 12, "passed_over": 12, "refused_by_name": 12, "same_end": True}
+    assert counted == {
+        "corruptions": 12,
+        "passed_over": 12,
+        "refused_by_name": 12,
+        "same_end": True,
+    }
 
 
-def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_the_run_goes_on_to_the_same_end(data, tmp_path):
+def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_the_run_goes_on_to_the_same_end(
+    data, tmp_path
+):
     counted = faults.signals(4, data, tmp_path, random.Random(1))
     assert counted["checkpoint_at_most_one_step_old"] == 4
     assert counted["with_the_undisturbed_weights"] == counted["runs_finished"] >= 2
 
 
 def test_a_soak_of_kills_and_signals_ends_with_the_undisturbed_weights(data, tmp_path):
-    assert faults.soak(12, data, tmp_path, random.Random(1), apart=200)["same_weights_as_undisturbed"]
+    assert faults.soak(12, data, tmp_path, random.Random(1), apart=200)[
+        "same_weights_as_undisturbed"
+    ]
 
 
-def test_torchrun_starts_anew_after_one_process_is_killed_and_ends_as_if_nothing_had_been(data, tmp_path, reference):
+def test_torchrun_starts_anew_after_one_process_is_killed_and_ends_as_if_nothing_had_been(
+    data, tmp_path, reference
+):
     started = Run(data, tmp_path / "run", 2, save_interval=20, init_from="scratch")
     assert started.wait_for("step 1[0-9][0-9]/")
     os.kill(started.workers()[1], signal.SIGKILL)
@@ -140,7 +169,9 @@ def test_steps_go_on_while_a_checkpoint_is_written(data, tmp_path):
     try:
         lines = iter(process.stdout)
         assert any(line.startswith("writing") for line in lines)
-        assert any(re.search("step +50/", line) for line in lines)  # ten steps behind the one that is being written
+        assert any(
+            re.search("step +50/", line) for line in lines
+        )  # ten steps behind the one that is being written
     finally:
         process.kill()
 
@@ -149,8 +180,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(data, tmp_path
     disk = tmp_path / "disk"
     disk.mkdir()
     undisturbed(data, tmp_path / "one", max_iters=1)
-    size = int(2.5 * (tmp_path / "one" / "ckpt_00000001.pt").stat().st_size)  # two are kept, the third does not fit
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+    size = int(
+        2.5 * (tmp_path / "one" / "ckpt_00000001.pt").stat().st_size
+    )  # two are kept, the third does not fit
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("to mount a small file system needs root")
     try:
         started = Run(data, disk / "run", log=tmp_path / "log", save_interval=5, max_iters=30)
@@ -183,22 +218,37 @@ def test_a_hang_ends_with_the_stacks_of_all_processes(data, tmp_path):
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_processes_may_come_and_go_two_one_two(data, tmp_path, sharding):
-    options = {"eval_interval": 10, "save_interval": 10, "gradient_accumulation_steps": 4, "lr_decay_iters": 30}
+    options = {
+        "eval_interval": 10,
+        "save_interval": 10,
+        "gradient_accumulation_steps": 4,
+        "lr_decay_iters": 30,
+    }
     run(data, tmp_path / "one", **OPTIONS | options | {"max_iters": 30})
     for end, processes in ((10, 2), (20, 1), (30, 2)):
-        code, _ = Run(data, tmp_path / "elastic", processes, **options, max_iters=end, sharding=sharding).ended()
+        code, _ = Run(
+            data, tmp_path / "elastic", processes, **options, max_iters=end, sharding=sharding
+        ).ended()
         assert code == 0, (tmp_path / "elastic.log").read_text()[-3000:]
     for key in ("loss", "val_nll"):
-        whole, parts = ([r[key] for r in records(tmp_path / name, key)] for name in ("one", "elastic"))
+        whole, parts = (
+            [r[key] for r in records(tmp_path / name, key)] for name in ("one", "elastic")
+        )
         assert parts == pytest.approx(whole, abs=1e-5) and len(whole) >= 4
 
 
 def test_two_torchruns_that_meet_train_as_one_process_does(data, tmp_path):
     options = OPTIONS | {"gradient_accumulation_steps": 4, "max_iters": 10}
     run(data, tmp_path / "one", **options)
-    both = torchrun(ROOT / "train.py", *flags(**options | {"dataset": data, "out_dir": tmp_path / "two"}), agents=2)
+    both = torchrun(
+        ROOT / "train.py",
+        *flags(**options | {"dataset": data, "out_dir": tmp_path / "two"}),
+        agents=2,
+    )
     assert [ended.returncode for ended in both] == [0, 0], both[0].stdout[-3000:]
-    whole, parts = ([r["loss"] for r in records(tmp_path / name, "loss")] for name in ("one", "two"))
+    whole, parts = (
+        [r["loss"] for r in records(tmp_path / name, "loss")] for name in ("one", "two")
+    )
     assert parts == pytest.approx(whole, abs=1e-5) and len(whole) == 10
 
 
@@ -209,7 +259,9 @@ SLURM = {  # stand-ins: two "machines" that are this one
 }
 
 
-def test_the_slurm_script_trains_on_two_machines_and_goes_back_into_the_queue(data, tmp_path, reference):
+def test_the_slurm_script_trains_on_two_machines_and_goes_back_into_the_queue(
+    data, tmp_path, reference
+):
     for name, script in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -221,15 +273,27 @@ def test_the_slurm_script_trains_on_two_machines_and_goes_back_into_the_queue(da
         "SLURM_CPUS_PER_TASK": "1",
         "RDZV_PORT": str(free_port()),
     }
-    options = OPTIONS | {"dataset": data, "out_dir": tmp_path / "run", "save_interval": 1000, "device": "cpu"}
+    options = OPTIONS | {
+        "dataset": data,
+        "out_dir": tmp_path / "run",
+        "save_interval": 1000,
+        "device": "cpu",
+    }
     command = [ROOT / "config" / "cluster" / "slurm.sh", ROOT / "train.py", *flags(**options)]
     output = ""
     for last in (False, True):
         with open(tmp_path / "log", "w+") as log:
             environment = os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"}
-            job = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            job = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+            )
             end = time.monotonic() + 100
-            while not last and "step 100/" not in output and time.monotonic() < end and job.poll() is None:
+            while (
+                not last
+                and "step 100/" not in output
+                and time.monotonic() < end
+                and job.poll() is None
+            ):
                 time.sleep(0.05)
                 output = (tmp_path / "log").read_text()
             if not last:
@@ -237,7 +301,9 @@ def test_the_slurm_script_trains_on_two_machines_and_goes_back_into_the_queue(da
             code = job.wait(100)
             output = (tmp_path / "log").read_text()
         assert code == 0, output[-3000:]
-        assert ("requeued 7" in output, "going on at step" in output) == (not last, last), output[-3000:]
+        assert ("requeued 7" in output, "going on at step" in output) == (not last, last), output[
+            -3000:
+        ]
     assert same_weights(checkpoint.load_model(tmp_path / "run"), reference)
 
 
@@ -246,7 +312,9 @@ def test_torchrun_never_starts_anew_on_a_run_that_it_did_not_begin(data, tmp_pat
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
     started = Run(data, tmp_path / "run", 2, init_from="scratch", max_iters=9)
     code, _ = started.ended()
-    assert code != 0 and "already holds a run" in started.output and "going on" not in started.output
+    assert (
+        code != 0 and "already holds a run" in started.output and "going on" not in started.output
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
 
 

@@ -19,12 +19,27 @@ from engine.runs import checkpoint
 from engine.runs.finetune import on_weights
 from heads import HeadConfig
 from heads.likelihoods import linear_fit
-from tests.helpers import HEADS, ROOT, TINY, flags, records, run, same_weights, tiny_gpt, write_words
+from tests.helpers import (
+    HEADS,
+    ROOT,
+    TINY,
+    flags,
+    records,
+    run,
+    same_weights,
+    tiny_gpt,
+    write_words,
+)
 from tests.test_model import tiny_gpt2
 from tests.test_pretrained import write_nanogpt
 
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
-STALE = {"learning_rate": 0, "min_lr": 0, "eval_interval": 2, "max_iters": 40}  # nothing ever improves
+STALE = {
+    "learning_rate": 0,
+    "min_lr": 0,
+    "eval_interval": 2,
+    "max_iters": 40,
+}  # nothing ever improves
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +61,9 @@ def started(data, source, **options):
     argv = flags(**TINY | {"dataset": data, "out_dir": "none", "init_from": source} | options)
     config, _ = load_config(train.TrainConfig, argv)
     file, given = TokenFile(data, "train"), options.keys()
-    return on_weights(config, str(source), replace(config.model.head, n_data=len(file)), file, given).eval()
+    return on_weights(
+        config, str(source), replace(config.model.head, n_data=len(file)), file, given
+    ).eval()
 
 
 def scores(model, data) -> tuple[float, float]:
@@ -68,7 +85,9 @@ def test_step_0_has_the_nll_of_the_original(data, runs, old, weights, likelihood
         assert new == pytest.approx(nll, abs=1e-5)  # the same logits mean the same
     else:  # 27 tokens, of which one often has nearly all the probability: then a sigmoid and an exp differ most
         assert new == pytest.approx(nll, abs=0.15)
-    if likelihood == "sigmoid":  # where the sigmoids sum to 1, their loss is that of softmax and somewhat below 1
+    if (
+        likelihood == "sigmoid"
+    ):  # where the sigmoids sum to 1, their loss is that of softmax and somewhat below 1
         assert new < loss < new + 1.1
 
 
@@ -79,7 +98,9 @@ def test_a_sigmoid_on_a_softmax_is_so_close_as_a_linear_fit_allows(data, tied, t
     model = started(data, tmp_path / "softmax", likelihood="sigmoid", tie_head=tied)
     x, _ = gather(TokenFile(data, "val"), torch.arange(0, 60 * 16, 16).numpy(), 16)
     with torch.no_grad():
-        torch.testing.assert_close(model.hidden(x), old.hidden(x), atol=1e-4, rtol=0)  # wpe has what wte has lost
+        torch.testing.assert_close(
+            model.hidden(x), old.hidden(x), atol=1e-4, rtol=0
+        )  # wpe has what wte has lost
         normaliser = model.lm_head.logits(model.hidden(x)).logsumexp(-1)
         before = old.lm_head.logits(old.hidden(x)).logsumexp(-1)
     assert abs(normaliser.mean()) < 0.05 and normaliser.std() < 0.8 * before.std()
@@ -100,20 +121,26 @@ def test_the_linear_fit_is_least_squares_and_needs_few_positions():
 def test_another_pos_weight_predicts_the_same(data, runs):
     source = runs["point", "sigmoid"]
     model = started(data, source, likelihood="sigmoid", pos_weight=3.0)
-    assert scores(model, data)[0] == pytest.approx(scores(checkpoint.load_model(source), data)[0], abs=1e-5)
+    assert scores(model, data)[0] == pytest.approx(
+        scores(checkpoint.load_model(source), data)[0], abs=1e-5
+    )
 
 
 def test_a_bias_goes_along_and_is_not_lost_unasked(data, runs):
     source = runs["point", "sigmoid"]
     model, old = started(data, source), checkpoint.load_model(source)
-    assert model.config.head.likelihood == "categorical" and torch.equal(model.lm_head.bias, old.lm_head.bias)
+    assert model.config.head.likelihood == "categorical" and torch.equal(
+        model.lm_head.bias, old.lm_head.bias
+    )
     with pytest.raises(UserError, match="logit_bias = 'none' would lose; leave that out"):
         started(data, source, logit_bias="none")
 
 
 def test_a_bias_of_token_frequencies_is_no_start_for_weights_that_know_them(data, runs):
     for likelihood in ("categorical", "sigmoid"):
-        with pytest.raises(UserError, match="leave logit_bias = 'unigram' out, or give --logit_bias=uniform"):
+        with pytest.raises(
+            UserError, match="leave logit_bias = 'unigram' out, or give --logit_bias=uniform"
+        ):
             started(data, runs["point", "categorical"], likelihood=likelihood, logit_bias="unigram")
     with pytest.raises(UserError, match="needs a bias; leave logit_bias = 'none' out"):
         started(data, runs["point", "categorical"], likelihood="sigmoid", logit_bias="none")
@@ -121,8 +148,13 @@ def test_a_bias_of_token_frequencies_is_no_start_for_weights_that_know_them(data
 
 @pytest.mark.parametrize("likelihood", ["categorical", "sigmoid"])
 def test_a_new_posterior_has_the_width_that_training_would_start_from(data, runs, likelihood):
-    model = started(data, runs["point", "categorical"], weights="bayes", likelihood=likelihood, kl_weight=0.1)
-    weight, frequencies = model.lm_head.weights.weight, TokenFile(data, "train").frequencies(model.config.vocab_size)
+    model = started(
+        data, runs["point", "categorical"], weights="bayes", likelihood=likelihood, kl_weight=0.1
+    )
+    weight, frequencies = (
+        model.lm_head.weights.weight,
+        TokenFile(data, "train").frequencies(model.config.vocab_size),
+    )
     precision = 1 / weight.square().mean() + model.config.head.n_data * frequencies / 0.1
     torch.testing.assert_close(
         model.lm_head.weights.log_std.squeeze(1).double(), -precision.log() / 2, atol=1e-5, rtol=0
@@ -155,21 +187,35 @@ def test_every_source_takes_every_head(data, runs, tmp_path, source, weights, li
         model = tiny_gpt(std=0.3)
         (tmp_path / "source").mkdir()
         write_nanogpt(tmp_path / "source" / "ckpt.pt", model, bias=False)
-    path = next(runs["point", "categorical"].glob("ckpt_*.pt")) if source == "file" else tmp_path / "source"
+    path = (
+        next(runs["point", "categorical"].glob("ckpt_*.pt"))
+        if source == "file"
+        else tmp_path / "source"
+    )
     nll = scores(checkpoint.load_model(path), data)[0]
     model = started(data, path, weights=weights, likelihood=likelihood)
     found, loss = scores(model, data)
     assert found == pytest.approx(nll, abs=0.3 if likelihood == "sigmoid" else 1e-5)
-    if weights == "point":  # a new posterior adds to the loss what its width costs under weights so wild
+    if (
+        weights == "point"
+    ):  # a new posterior adds to the loss what its width costs under weights so wild
         assert loss < nll + 1.5
 
 
 def test_options_hold_on_the_weights_of_another(data, runs, tmp_path):
     source = runs["point", "categorical"]
-    options = {"init_from": source, "dropout": 0.1, "block_size": 8, "learning_rate": 1e-3, "max_iters": 3}
+    options = {
+        "init_from": source,
+        "dropout": 0.1,
+        "block_size": 8,
+        "learning_rate": 1e-3,
+        "max_iters": 3,
+    }
     model = run(data, tmp_path / "tuned", **options)
     assert (model.config.dropout, model.config.block_size) == (0.1, 8)
-    assert [r["lr"] for r in records(tmp_path / "tuned", "loss")] == pytest.approx([2.5e-4, 5e-4, 7.5e-4])
+    assert [r["lr"] for r in records(tmp_path / "tuned", "loss")] == pytest.approx(
+        [2.5e-4, 5e-4, 7.5e-4]
+    )
     assert not same_weights(model, run(data, tmp_path / "dry", **options | {"dropout": 0.0}))
     first = records(tmp_path / "tuned", "val_nll")[0], records(tmp_path / "dry", "val_nll")[0]
     assert first[0]["val_nll"] == first[1]["val_nll"]  # no dropout in an evaluation
@@ -192,12 +238,19 @@ def scripted(monkeypatch, *nlls: float) -> None:
 
 
 @pytest.mark.parametrize("always", [True, False])
-def test_a_run_ends_after_so_many_evaluations_without_a_better_one(data, tmp_path, monkeypatch, capsys, always):
+def test_a_run_ends_after_so_many_evaluations_without_a_better_one(
+    data, tmp_path, monkeypatch, capsys, always
+):
     scripted(monkeypatch, 3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 1.2, 0.5)
     run(data, tmp_path, max_iters=30, eval_interval=2, patience=3, always_save_checkpoint=always)
     assert [(r["step"], r["val_nll"]) for r in records(tmp_path, "val_nll")][-1] == (12, 1.2)
-    newest = 12 if always else 6  # as in nanoGPT, without always_save_checkpoint only what is better is saved
-    assert checkpoint.read_newest(tmp_path)["step"] == newest and (tmp_path / "ckpt_00000006.pt").is_file()
+    newest = (
+        12 if always else 6
+    )  # as in nanoGPT, without always_save_checkpoint only what is better is saved
+    assert (
+        checkpoint.read_newest(tmp_path)["step"] == newest
+        and (tmp_path / "ckpt_00000006.pt").is_file()
+    )
     last = capsys.readouterr().out.splitlines()[-1]
     path = tmp_path / "ckpt_00000006.pt" if always else tmp_path
     assert last == (
@@ -205,11 +258,17 @@ def test_a_run_ends_after_so_many_evaluations_without_a_better_one(data, tmp_pat
     )
 
 
-def test_without_patience_a_run_goes_on_to_the_end_and_names_its_best(data, tmp_path, monkeypatch, capsys):
+def test_without_patience_a_run_goes_on_to_the_end_and_names_its_best(
+    data, tmp_path, monkeypatch, capsys
+):
     scripted(monkeypatch, *range(9, 30))
     run(data, tmp_path, max_iters=6, eval_interval=1)
     assert records(tmp_path, "val_nll")[-1]["step"] == 6
-    assert capsys.readouterr().out.splitlines()[-1].startswith("best val nll 9.0000 at step 0: training")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith("best val nll 9.0000 at step 0: training")
+    )
 
 
 def test_patience_survives_a_kill_and_a_stopped_run_stays_stopped(data, tmp_path):
@@ -217,9 +276,13 @@ def test_patience_survives_a_kill_and_a_stopped_run_stays_stopped(data, tmp_path
     run(data, tmp_path / "parts", **STALE | {"max_iters": 4}, patience=4)
     for _ in range(2):
         run(data, tmp_path / "parts", **STALE, patience=4, init_from="resume")
-    steps = [[r["step"] for r in records(tmp_path / name, "val_nll")] for name in ("whole", "parts")]
+    steps = [
+        [r["step"] for r in records(tmp_path / name, "val_nll")] for name in ("whole", "parts")
+    ]
     assert steps == [[0, 2, 4, 6, 8]] * 2
-    run(data, tmp_path / "parts", **STALE | {"max_iters": 12}, patience=0, init_from="resume")  # it may change
+    run(
+        data, tmp_path / "parts", **STALE | {"max_iters": 12}, patience=0, init_from="resume"
+    )  # it may change
     assert records(tmp_path / "parts", "val_nll")[-1]["step"] == 12
 
 
@@ -227,13 +290,17 @@ def test_two_processes_stop_together(data, tmp_path):
     argv = flags(**TINY | STALE | {"dataset": data, "out_dir": tmp_path, "patience": 2})
     argv = [*argv, "--gradient_accumulation_steps=2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*torchrun, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in records(tmp_path, "val_nll")] == [0, 2, 4]
     assert done.stdout.count("no lower val nll in 2 evaluations: stopped") == 1
 
 
-def test_the_best_checkpoint_is_sampled_and_evaluated_by_its_file(data, runs, tmp_path, monkeypatch, capsys):
+def test_the_best_checkpoint_is_sampled_and_evaluated_by_its_file(
+    data, runs, tmp_path, monkeypatch, capsys
+):
     folder = shutil.copytree(runs["point", "categorical"], tmp_path / "run")
     (path,) = folder.glob("ckpt_*.pt")
     for script, options in (
@@ -250,5 +317,10 @@ def test_the_best_checkpoint_is_sampled_and_evaluated_by_its_file(data, runs, tm
 def test_head_config_of_the_original_is_the_one_that_its_logits_mean():
     head = tiny_gpt(likelihood="sigmoid", pos_weight=2.0).lm_head
     before = head.bias.clone()
-    assert head.take_over(HeadConfig(likelihood="sigmoid", pos_weight=2.0), lambda: pytest.fail("not needed")) == 0.0
+    assert (
+        head.take_over(
+            HeadConfig(likelihood="sigmoid", pos_weight=2.0), lambda: pytest.fail("not needed")
+        )
+        == 0.0
+    )
     assert torch.equal(head.bias, before)

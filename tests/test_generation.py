@@ -24,7 +24,9 @@ def test_cached_hidden_states_predict_what_whole_contexts_do(weights, likelihood
         for end in range(6, 17):
             cached = model.lm_head.log_probs(model.hidden(idx[:, end - 1 : end], cache))
             whole = model.lm_head.log_probs(model.hidden(idx[:, :end])[:, -1:])
-            torch.testing.assert_close(cached, whole, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+            torch.testing.assert_close(
+                cached, whole, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0
+            )
     assert cache.length == 16 and cache.kv.shape == (2, 2, 3, 4, 16, 8)
 
 
@@ -46,12 +48,18 @@ def test_the_cache_has_room_for_the_text_and_no_more_and_is_allocated_once(monke
     assert len(allocated) == 1 and caches[-1].kv.size(4) == 16 and len(caches) == 30
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9}, {"n_samples": 3}, {"n_samples": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 20}, {"top_p": 0.9}, {"n_samples": 3}, {"n_samples": -1}], ids=str
+)
 def test_the_same_seed_gives_the_same_text_and_another_one_another(options):
     model, idx, texts = tiny_gpt("bayes", std=0.3), torch.zeros(3, 1, dtype=torch.long), []
     for seed, uncertain in ((1, False), (1, True), (2, False)):
         torch.manual_seed(seed)
-        texts.append(torch.cat([token for token, _ in model.stream(idx, 25, **options, uncertain=uncertain)], dim=1))
+        texts.append(
+            torch.cat(
+                [token for token, _ in model.stream(idx, 25, **options, uncertain=uncertain)], dim=1
+            )
+        )
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
@@ -59,12 +67,18 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(options):
 @torch.no_grad()
 def test_the_step_of_fixed_shapes_is_the_cached_one(bayes_mlp):
     model = tiny_gpt("bayes", std=0.3, bias=True, bayes_mlp=bayes_mlp)
-    idx, cache, fixed = torch.randint(V, (3, 16)), KVCache(model.config.n_layer, 16), KVCache(model.config.n_layer, 16)
+    idx, cache, fixed = (
+        torch.randint(V, (3, 16)),
+        KVCache(model.config.n_layer, 16),
+        KVCache(model.config.n_layer, 16),
+    )
     for filled in (cache, fixed):
         model.hidden(idx[:, :4], filled)
     for i in range(4, 16):
         expected = model.hidden(idx[:, i : i + 1], cache)
-        torch.testing.assert_close(model.step(idx[:, i : i + 1], fixed.kv, torch.tensor([i])), expected)
+        torch.testing.assert_close(
+            model.step(idx[:, i : i + 1], fixed.kv, torch.tensor([i])), expected
+        )
     torch.testing.assert_close(fixed.kv, cache.kv)
 
 
@@ -90,9 +104,15 @@ def test_tokens_that_were_yielded_stay_as_they_are():
     assert torch.equal(torch.cat(yielded), torch.cat(copies))
 
 
-def slow_probs(p: torch.Tensor, temperature: float, top_k: int, top_p: float) -> list[tuple[int, float]]:
+def slow_probs(
+    p: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> list[tuple[int, float]]:
     """The kept tokens of p (V,) with their probabilities, float64, in the order in which draw sums them up."""
-    tempered = {token: math.log(value) / temperature for token, value in enumerate(p.double().tolist()) if value > 0}
+    tempered = {
+        token: math.log(value) / temperature
+        for token, value in enumerate(p.double().tolist())
+        if value > 0
+    }
     most = max(tempered.values())
     kept = [(token, math.exp(value - most)) for token, value in tempered.items()]
     if top_k or top_p < 1:
@@ -106,8 +126,23 @@ def slow_probs(p: torch.Tensor, temperature: float, top_k: int, top_p: float) ->
     return [(token, share / total) for token, share in result]
 
 
-CUTS = [{"top_k": k, "top_p": p, "temperature": t} for k in (0, 1, 7) for p in (1.0, 0.6) for t in (1.0, 0.7)]
-U = [0.0, 1e-9, 0.1, 0.25, 0.5, 0.77, 0.999, 1 - 1e-9, 1 - 2**-53]  # the last is the largest that torch.rand can give
+CUTS = [
+    {"top_k": k, "top_p": p, "temperature": t}
+    for k in (0, 1, 7)
+    for p in (1.0, 0.6)
+    for t in (1.0, 0.7)
+]
+U = [
+    0.0,
+    1e-9,
+    0.1,
+    0.25,
+    0.5,
+    0.77,
+    0.999,
+    1 - 1e-9,
+    1 - 2**-53,
+]  # the last is the largest that torch.rand can give
 
 
 @pytest.mark.parametrize("options", CUTS, ids=str)
@@ -136,7 +171,9 @@ def test_draw_gives_all_tokens_of_a_large_vocabulary_their_share():
     p = (p / p.sum()).log().expand(n, -1)
     torch.manual_seed(0)
     drawn = torch.cat([draw(p) for _ in range(50)]).flatten()
-    bins = torch.tensor([0.25, 0.5, 0.75, 1.0]).mul(size / 2).long()  # four of the frequent half, and the rare half
+    bins = (
+        torch.tensor([0.25, 0.5, 0.75, 1.0]).mul(size / 2).long()
+    )  # four of the frequent half, and the rare half
     counts = torch.bucketize(drawn, bins, right=True).bincount(minlength=5).double()
     expected = p[0].double().exp()
     expected = torch.stack([part.sum() for part in expected.tensor_split(bins)]) * len(drawn)

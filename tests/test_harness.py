@@ -49,7 +49,9 @@ def judged_by_the_harness(items: list[dict], monkeypatch, *model, **options) -> 
 
     splits = dict.fromkeys(("train", "validation"), datasets.Dataset.from_list(items))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
-    task = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"  # to look through all tasks takes seconds
+    task = (
+        Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
+    )  # to look through all tasks takes seconds
     manager = lm_eval.tasks.TaskManager(include_path=task, include_defaults=False)
     return lm_eval.simple_evaluate(*model, tasks=["hellaswag"], task_manager=manager, **options)
 
@@ -61,7 +63,9 @@ def check_same(folder: Path, items: list[dict], theirs: dict, monkeypatch) -> No
     flags = [f"--out_dir={folder}", f"--source={source}", "--style=harness", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags])
     hellaswag.main()
-    answers = [json.loads(line) for line in (folder / "hellaswag_harness.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line) for line in (folder / "hellaswag_harness.jsonl").read_text().splitlines()
+    ]
     samples = sorted(theirs["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
     assert len(answers) == len(samples) == len(items) > 40
     for answer, sample in zip(answers, samples, strict=True):
@@ -70,7 +74,10 @@ def check_same(folder: Path, items: list[dict], theirs: dict, monkeypatch) -> No
         for name in ("acc", "acc_norm"):
             assert (answer[f"answer_{name}"] == answer["label"]) == bool(sample[name])
         assert answer["n_chars"] == [len(choice) for choice in sample["doc"]["choices"]]
-    ours, found = json.loads((folder / "hellaswag.json").read_text()), theirs["results"]["hellaswag"]
+    ours, found = (
+        json.loads((folder / "hellaswag.json").read_text()),
+        theirs["results"]["hellaswag"],
+    )
     for name in ("acc", "acc_norm"):
         assert ours[name] == pytest.approx(found[f"{name},none"])
         assert ours[f"{name}_stderr"] == pytest.approx(found[f"{name}_stderr,none"])
@@ -84,10 +91,19 @@ def test_each_ending_and_each_answer_is_that_of_lm_evaluation_harness(gpt2_folde
     check_same(gpt2_folder, items, theirs, monkeypatch)
 
 
-def test_the_harness_loads_an_exported_run_by_its_name_and_judges_it_as_the_run_itself(tmp_path, monkeypatch):
+def test_the_harness_loads_an_exported_run_by_its_name_and_judges_it_as_the_run_itself(
+    tmp_path, monkeypatch
+):
     items = some_items()
-    tokenizer = BPETokenizer.train([text for item in items for text in (item["ctx"], *item["endings"])], 700)
-    shape = {"vocab_size": tokenizer.vocab_size, "block_size": 128, "std": 0.3, "logit_bias": "unigram"}
+    tokenizer = BPETokenizer.train(
+        [text for item in items for text in (item["ctx"], *item["endings"])], 700
+    )
+    shape = {
+        "vocab_size": tokenizer.vocab_size,
+        "block_size": 128,
+        "std": 0.3,
+        "logit_bias": "unigram",
+    }
     run = save(tmp_path / "run", tiny_gpt(**shape), tokenizer)
     options = {"pretrained": str(exported(run, tmp_path / "gpt2")), "device": "cpu"}
     theirs = judged_by_the_harness(items, monkeypatch, "hf", model_args=options, batch_size=8)

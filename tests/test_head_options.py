@@ -8,9 +8,21 @@ from torch.nn import functional as F
 
 from heads import LIKELIHOODS, HeadConfig
 from tests.helpers import tiny_head
-from tests.test_heads import BAYES, POSTERIORS, C, V, batch, draws, every_likelihood, fitted_logits, slow_nll
+from tests.test_heads import (
+    BAYES,
+    POSTERIORS,
+    C,
+    V,
+    batch,
+    draws,
+    every_likelihood,
+    fitted_logits,
+    slow_nll,
+)
 
-every_bayes = pytest.mark.parametrize(("weights", "posterior"), [(w, p) for w in BAYES for p in POSTERIORS])
+every_bayes = pytest.mark.parametrize(
+    ("weights", "posterior"), [(w, p) for w in BAYES for p in POSTERIORS]
+)
 
 
 @every_likelihood
@@ -24,9 +36,14 @@ def test_local_and_sample_have_the_expectation_of_sampled_weights_and_bound_lies
         head = tiny_head(weights, likelihood, posterior=posterior, estimator=estimator)
         with torch.no_grad():
             losses = torch.tensor([head.data_loss(x, targets).item() for _ in range(2000)])
-        means[estimator], errors[estimator] = losses.mean().item(), losses.std().item() / math.sqrt(len(losses))
+        means[estimator], errors[estimator] = (
+            losses.mean().item(),
+            losses.std().item() / math.sqrt(len(losses)),
+        )
     bias = 0.0 if head.bias is None else head.bias
-    losses = torch.tensor([slow_nll(likelihood, x @ w.T + bias, targets).item() for w in draws(head, 2000)])
+    losses = torch.tensor(
+        [slow_nll(likelihood, x @ w.T + bias, targets).item() for w in draws(head, 2000)]
+    )
     exact, error = losses.mean().item(), losses.std().item() / math.sqrt(len(losses))
     for estimator in ("local", "sample"):
         assert abs(means[estimator] - exact) < 5 * math.hypot(error, errors[estimator])
@@ -44,7 +61,9 @@ def test_a_posterior_has_one_std_for_each_token_or_each_weight(weights, posterio
 
 
 @every_bayes
-def test_local_noise_differs_between_positions_and_a_sampled_matrix_is_shared_by_all(weights, posterior):
+def test_local_noise_differs_between_positions_and_a_sampled_matrix_is_shared_by_all(
+    weights, posterior
+):
     x = batch(1)[0].expand(1, 2, C)  # the same hidden state at two positions
     for estimator, same in (("local", False), ("sample", True)):
         head = tiny_head(weights, posterior=posterior, estimator=estimator)
@@ -71,7 +90,11 @@ def test_the_weighted_loss_is_torchs_binary_cross_entropy_with_pos_weight(pos_we
     head, (x, targets) = tiny_head("point", "sigmoid", pos_weight=pos_weight), batch(3, 5)
     onehot, logits = F.one_hot(targets, V).double(), head.logits(x).double()
     weight = torch.tensor(pos_weight, dtype=torch.float64)
-    slow = F.binary_cross_entropy_with_logits(logits, onehot, pos_weight=weight, reduction="none").sum(-1).mean()
+    slow = (
+        F.binary_cross_entropy_with_logits(logits, onehot, pos_weight=weight, reduction="none")
+        .sum(-1)
+        .mean()
+    )
     assert head.loss(x, targets).item() == pytest.approx(slow.item(), rel=1e-6)
 
 
@@ -79,7 +102,9 @@ def test_the_penalty_is_on_the_sum_of_probabilities():
     x, targets = batch(3, 5)
     plain, penalised = (tiny_head("point", "sigmoid", sum_penalty=weight) for weight in (0.0, 0.3))
     excess = (plain.logits(x).double().sigmoid().sum(-1) - 1).square().mean().item()
-    assert (penalised.loss(x, targets) - plain.loss(x, targets)).item() == pytest.approx(0.3 * excess, rel=1e-4)
+    assert (penalised.loss(x, targets) - plain.loss(x, targets)).item() == pytest.approx(
+        0.3 * excess, rel=1e-4
+    )
 
 
 def test_weighted_epistemic_uncertainty_is_that_of_the_same_predictions_unweighted():

@@ -20,7 +20,9 @@ V, C = 67, 16  # of tiny_head; at C = 8 torch.compile 2.13 happens to avoid its 
 BAYES = [weights for weights in WEIGHTS if weights != "point"]
 EPS = 0.1  # the default label_smoothing
 POSTERIORS = ["row", "full"]
-every_posterior = pytest.mark.parametrize(("weights", "posterior"), [(w, p) for w in BAYES for p in POSTERIORS])
+every_posterior = pytest.mark.parametrize(
+    ("weights", "posterior"), [(w, p) for w in BAYES for p in POSTERIORS]
+)
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 
@@ -45,7 +47,9 @@ def slow_nll(likelihood: str, logits: torch.Tensor, targets: torch.Tensor) -> to
     return -(target * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def slow_bound(likelihood: str, mean: torch.Tensor, variance: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def slow_bound(
+    likelihood: str, mean: torch.Tensor, variance: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     """Jensen: the normaliser of mean + variance / 2, less the expected logits of the target."""
     shifted = mean + variance / 2
     normaliser = F.softplus(shifted).sum(-1) if likelihood == "sigmoid" else shifted.logsumexp(-1)
@@ -73,26 +77,35 @@ def draws(head: Head, n: int) -> torch.Tensor:
 
 @every_head
 @pytest.mark.parametrize("logit_bias", ["auto", "none", "uniform"])
-def test_loss_and_its_gradients_are_those_of_the_slow_float64_formula(weights, likelihood, logit_bias):
+def test_loss_and_its_gradients_are_those_of_the_slow_float64_formula(
+    weights, likelihood, logit_bias
+):
     head = tiny_head(weights, likelihood, logit_bias=logit_bias, prior_std=0.5, kl_weight=0.3)
     x, targets = batch(3, 5)
     inputs = [x.requires_grad_(), *head.parameters()]
     ours, slow = head.loss(x, targets), slow_loss(head, x, targets)
     assert ours.dtype == torch.float32 and ours.item() == pytest.approx(slow.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(slow, inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(slow, inputs), strict=True
+    ):
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
 @every_likelihood
 @every_posterior
-def test_the_bound_lies_above_the_expected_nll_and_meets_it_for_narrow_posteriors(weights, posterior, likelihood):
+def test_the_bound_lies_above_the_expected_nll_and_meets_it_for_narrow_posteriors(
+    weights, posterior, likelihood
+):
     head = tiny_head(weights, likelihood, posterior=posterior)
     x, targets = batch(3, 5)
     for log_std, relative_gap in ((-1.5, 0.2), (-3.5, 2e-3)):
         torch.nn.init.constant_(head.weights.log_std, log_std)
         bias = 0.0 if head.bias is None else head.bias
         losses = [slow_nll(likelihood, x @ w.T + bias, targets).item() for w in draws(head, 500)]
-        expected, error = torch.tensor(losses).mean().item(), torch.tensor(losses).std().item() / math.sqrt(500)
+        expected, error = (
+            torch.tensor(losses).mean().item(),
+            torch.tensor(losses).std().item() / math.sqrt(500),
+        )
         bound = head.data_loss(x, targets).item()
         assert expected - 4 * error < bound < expected * (1 + relative_gap) + 4 * error
         if log_std == -1.5:
@@ -104,9 +117,15 @@ def test_the_bound_lies_above_the_expected_nll_and_meets_it_for_narrow_posterior
 def test_kl_is_that_of_torch_distributions_and_of_torchbnns_weights(weights, posterior, prior_std):
     head = tiny_head(weights, posterior=posterior, prior_std=prior_std)
     mean, std = head.weights.weight, head.weights.log_std.exp().expand_as(head.weights.weight)
-    prior = (mean.square().mean() + std.square().mean()).sqrt().item() if prior_std == "empirical" else prior_std
+    prior = (
+        (mean.square().mean() + std.square().mean()).sqrt().item()
+        if prior_std == "empirical"
+        else prior_std
+    )
     kl = head.weights.kl().item()
-    assert kl == pytest.approx(kl_divergence(Normal(mean, std), Normal(0.0, prior)).sum().item(), rel=1e-5)
+    assert kl == pytest.approx(
+        kl_divergence(Normal(mean, std), Normal(0.0, prior)).sum().item(), rel=1e-5
+    )
     theirs = torchbnn.BayesLinear(0.0, prior, C, V, bias=False)
     with torch.no_grad():
         theirs.weight_mu.copy_(mean)
@@ -119,9 +138,16 @@ def test_the_empirical_prior_minimises_the_kl_over_prior_std(weights, posterior)
     empirical = tiny_head(weights, posterior=posterior).double()
 
     def kl(prior_std: float) -> float:
-        return tiny_head(weights, posterior=posterior, prior_std=prior_std).double().weights.kl().item()
+        return (
+            tiny_head(weights, posterior=posterior, prior_std=prior_std)
+            .double()
+            .weights.kl()
+            .item()
+        )
 
-    best = scipy.optimize.minimize_scalar(kl, bounds=(1e-3, 10), method="bounded", options={"xatol": 1e-9})
+    best = scipy.optimize.minimize_scalar(
+        kl, bounds=(1e-3, 10), method="bounded", options={"xatol": 1e-9}
+    )
     assert best.x**2 == pytest.approx(empirical.weights.second_moment().item(), rel=1e-3)
     assert best.fun == pytest.approx(empirical.weights.kl().item(), rel=1e-6)
 
@@ -133,7 +159,9 @@ def test_loss_is_data_loss_plus_kl_by_weight_ramp_and_tokens(weights, likelihood
     for ramp in (0.0, 0.5, 1.0):
         head.kl_ramp.fill_(ramp)
         share = 0.25 / 500 * ramp * torch.as_tensor(head.weights.kl()).item()
-        assert (head.loss(x, targets) - head.data_loss(x, targets)).item() == pytest.approx(share, abs=1e-5)
+        assert (head.loss(x, targets) - head.data_loss(x, targets)).item() == pytest.approx(
+            share, abs=1e-5
+        )
     assert (share > 0) == (weights in BAYES)
     assert "kl_ramp" not in head.state_dict()
 
@@ -157,7 +185,9 @@ def test_sigmoid_normalises_its_probabilities_and_not_their_odds():
     expected = (sigma / sigma.sum(-1, keepdim=True)).log()
     torch.testing.assert_close(head.log_probs(x).double(), expected, atol=1e-5, rtol=0)
     assert (expected - logits.log_softmax(-1)).abs().max() > 1
-    torch.testing.assert_close(head.likelihood.log_sum_sigma(logits).double(), sigma.sum(-1).log(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        head.likelihood.log_sum_sigma(logits).double(), sigma.sum(-1).log(), atol=1e-5, rtol=0
+    )
 
 
 def test_given_exactly_one_acceptable_token_the_sigmoid_head_is_softmax():
@@ -170,7 +200,10 @@ def test_given_exactly_one_acceptable_token_the_sigmoid_head_is_softmax():
 
 def test_sigmoid_and_softmax_predict_the_same_where_every_probability_is_small():
     logits = torch.randn(V, generator=torch.Generator().manual_seed(0)) - 20
-    heads = {name: LIKELIHOODS[name](HeadConfig(likelihood=name), V) for name in ("categorical", "sigmoid")}
+    heads = {
+        name: LIKELIHOODS[name](HeadConfig(likelihood=name), V)
+        for name in ("categorical", "sigmoid")
+    }
     predicted = {name: head.log_probs(logits) for name, head in heads.items()}
     torch.testing.assert_close(predicted["sigmoid"], predicted["categorical"], atol=1e-5, rtol=0)
 
@@ -226,7 +259,9 @@ def fitted_logits(likelihood: str, **options) -> tuple[torch.Tensor, torch.Tenso
     targets = torch.arange(V).repeat_interleave(counts)
     parts = LIKELIHOODS[likelihood](HeadConfig(likelihood=likelihood, **options), V)
     logits = torch.zeros(V, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], lr=0.5, max_iter=200, tolerance_grad=0, tolerance_change=0)
+    optimizer = torch.optim.LBFGS(
+        [logits], lr=0.5, max_iter=200, tolerance_grad=0, tolerance_change=0
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -270,7 +305,10 @@ def test_padding_for_tensor_cores_changes_nothing(weights, likelihood):
     head, (x, targets) = tiny_head(weights, likelihood), batch(2, 3)
     assert V % 64 and not x.is_cuda
     padded = x.clone().as_subclass(OnCuda)
-    assert head.weights.logits(padded).shape == (2, 3, V) and head.weights.logits(padded).stride(-2) == 128
+    assert (
+        head.weights.logits(padded).shape == (2, 3, V)
+        and head.weights.logits(padded).stride(-2) == 128
+    )
     for value in (head.logits, head.log_probs, lambda x: head.loss(x, targets)):
         torch.testing.assert_close(value(padded).as_subclass(torch.Tensor), value(x))
     losses = [head.loss(x, targets), head.loss(padded, targets).as_subclass(torch.Tensor)]
@@ -280,7 +318,9 @@ def test_padding_for_tensor_cores_changes_nothing(weights, likelihood):
 
 @every_likelihood
 @every_posterior
-def test_samples_of_the_logits_average_the_probabilities_of_sampled_weights(weights, posterior, likelihood):
+def test_samples_of_the_logits_average_the_probabilities_of_sampled_weights(
+    weights, posterior, likelihood
+):
     head, x = tiny_head(weights, likelihood, posterior=posterior), batch(1)[0]
     bias = 0.0 if head.bias is None else head.bias
     with torch.no_grad():
@@ -294,7 +334,9 @@ def test_samples_of_the_logits_average_the_probabilities_of_sampled_weights(weig
 
 @every_likelihood
 @every_posterior
-def test_epistemic_uncertainty_is_the_mutual_information_of_token_and_weights(weights, posterior, likelihood):
+def test_epistemic_uncertainty_is_the_mutual_information_of_token_and_weights(
+    weights, posterior, likelihood
+):
     head, x = tiny_head(weights, likelihood, posterior=posterior), batch(1)[0]
     with torch.no_grad():
         head.weights.log_std.sub_(2)
@@ -305,7 +347,9 @@ def test_epistemic_uncertainty_is_the_mutual_information_of_token_and_weights(we
         _, total, epistemic = head.predict(x)
         predicted = head.log_probs(x)
     assert epistemic.item() == pytest.approx(sampled.item(), rel=0.04)
-    assert total.item() == pytest.approx(torch.distributions.Categorical(logits=predicted).entropy().item(), rel=1e-5)
+    assert total.item() == pytest.approx(
+        torch.distributions.Categorical(logits=predicted).entropy().item(), rel=1e-5
+    )
 
 
 @every_likelihood
@@ -370,7 +414,9 @@ def test_an_impossible_option_is_refused_in_one_line_that_names_it(options):
 def test_a_head_of_ones_own_is_a_class_and_an_entry(tmp_path, monkeypatch):
     """The example of docs/heads.md, word for word."""
     readme = (ROOT / "docs" / "heads.md").read_text()
-    example = textwrap.dedent(readme[readme.index("    class ZLoss") : readme.index("    LIKELIHOODS = {...")])
+    example = textwrap.dedent(
+        readme[readme.index("    class ZLoss") : readme.index("    LIKELIHOODS = {...")]
+    )
     names = {"Categorical": LIKELIHOODS["categorical"]}
     exec(example, names)
     monkeypatch.setitem(LIKELIHOODS, "zloss", names["ZLoss"])

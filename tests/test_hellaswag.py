@@ -23,7 +23,12 @@ WIKIHOW = {
     "ctx_a": "[header] How to sow [title] Choose a  pot. [substeps] Clay is best. [step]",
     "ctx_b": "",
     "ctx": "[header] How to sow [title] Choose a  pot. [substeps] Clay is best. [step]",
-    "endings": [" Use a dry [substeps] pot.", "[step] Wait.", "Fill it [title] Put soil in.", "Water é."],
+    "endings": [
+        " Use a dry [substeps] pot.",
+        "[step] Wait.",
+        "Fill it [title] Put soil in.",
+        "Water é.",
+    ],
     "label": 2,
 }
 ACTIVITY = {
@@ -39,7 +44,9 @@ ACTIVITY = {
 @pytest.fixture
 def gpt2_folder(tmp_path):
     """A transformers GPT-2 with random weights, and the same in float64."""
-    config = GPT2Config(vocab_size=50257, n_positions=64, n_layer=2, n_head=2, n_embd=16, initializer_range=0.3)
+    config = GPT2Config(
+        vocab_size=50257, n_positions=64, n_layer=2, n_head=2, n_embd=16, initializer_range=0.3
+    )
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path / "gpt2")
@@ -56,22 +63,38 @@ def write_items(path, records) -> object:
     return path
 
 
-def test_a_transformers_folder_scores_as_transformers_does_in_both_styles(gpt2_folder, tmp_path, monkeypatch):
+def test_a_transformers_folder_scores_as_transformers_does_in_both_styles(
+    gpt2_folder, tmp_path, monkeypatch
+):
     folder, reference = gpt2_folder
     source = write_items(tmp_path / "items.jsonl", [WIKIHOW, ACTIVITY])
     tokenizer = GPT2Tokenizer()
     for style in ("completion", "harness"):
         items = [hellaswag.prepare(record, style) for record in (WIKIHOW, ACTIVITY)]
-        call(f"--out_dir={folder}", f"--source={source}", f"--style={style}", "--device=cpu", monkeypatch=monkeypatch)
+        call(
+            f"--out_dir={folder}",
+            f"--source={source}",
+            f"--style={style}",
+            "--device=cpu",
+            monkeypatch=monkeypatch,
+        )
         result = json.loads((folder / "hellaswag.json").read_text())
-        answers = [json.loads(line) for line in (folder / f"hellaswag_{style}.jsonl").read_text().splitlines()]
+        answers = [
+            json.loads(line)
+            for line in (folder / f"hellaswag_{style}.jsonl").read_text().splitlines()
+        ]
         correct = {"acc": 0, "acc_norm": 0}
         for item, answer, label in zip(items, answers, (2, 1), strict=True):
             sums = []
             for ending in item.endings:
-                context, ids = tokenizer.encode(item.context).tolist(), tokenizer.encode(ending).tolist()
+                context, ids = (
+                    tokenizer.encode(item.context).tolist(),
+                    tokenizer.encode(ending).tolist(),
+                )
                 with torch.no_grad():
-                    logits = reference(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1]
+                    logits = reference(torch.tensor([context + ids])).logits[
+                        0, len(context) - 1 : -1
+                    ]
                 sums.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
             assert answer["log_probs"] == pytest.approx(sums, abs=1e-3)
             lengths = answer["n_tokens"] if style == "completion" else answer["n_chars"]
@@ -84,31 +107,44 @@ def test_a_transformers_folder_scores_as_transformers_does_in_both_styles(gpt2_f
 
 def test_the_completion_style_leaves_the_text_as_it_is():
     item = hellaswag.prepare(WIKIHOW, "completion")
-    assert item.context == WIKIHOW["ctx"] and item.endings == [" " + ending for ending in WIKIHOW["endings"]]
+    assert item.context == WIKIHOW["ctx"] and item.endings == [
+        " " + ending for ending in WIKIHOW["endings"]
+    ]
 
 
 def test_the_harness_style_cleans_as_the_harness_does():
-    assert hellaswag.clean(" a [title] b  c [step] d[e]f   g  ") == "a. b c df  g"  # one pass over the spaces
+    assert (
+        hellaswag.clean(" a [title] b  c [step] d[e]f   g  ") == "a. b c df  g"
+    )  # one pass over the spaces
     item = hellaswag.prepare(WIKIHOW, "harness")
     assert item.context == "Home and Garden: How to sow. Choose a pot. Clay is best."
     assert item.endings == ["  Use a dry pot.", "   Wait.", "  Fill it. Put soil in.", "  Water é."]
     assert item.n_chars == [14, 6, 21, 8] and item.label == 2
     item = hellaswag.prepare(ACTIVITY, "harness")
-    assert item.context == "Canoeing: Two women sit in a canoe. The older one" and item.endings[0] == " paddles."
+    assert (
+        item.context == "Canoeing: Two women sit in a canoe. The older one"
+        and item.endings[0] == " paddles."
+    )
 
 
 def test_scores_errors_and_abstaining_by_hand():
     items = [hellaswag.Item("", [""] * 4, [1, 2, 4, 8], label) for label in (0, 1, 3, 3)]
-    log_probs = torch.tensor([[-1.0, -2, -8, -8], [-1, -3, -3, -9], [-9, -9, -9, -8], [-3, -9, -9, -8]]).double()
+    log_probs = torch.tensor(
+        [[-1.0, -2, -8, -8], [-1, -3, -3, -9], [-9, -9, -9, -8], [-3, -9, -9, -8]]
+    ).double()
     n_tokens = torch.tensor([[1, 4, 4, 4]] * 4)
     epistemic = torch.arange(16.0).view(4, 4)
     result, answers = hellaswag.judge(items, "completion", n_tokens, log_probs, epistemic)
     assert [answer["answer_acc"] for answer in answers] == [0, 0, 3, 0] and result["acc"] == 0.5
-    assert [answer["answer_acc_norm"] for answer in answers] == [1, 1, 3, 3] and result["acc_norm"] == 0.75
+    assert [answer["answer_acc_norm"] for answer in answers] == [1, 1, 3, 3] and result[
+        "acc_norm"
+    ] == 0.75
     assert result["acc_norm_stderr"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
     assert [answer["margin"] for answer in answers] == [0.5, 0, 0.25, 0.25]
     assert [answer["epistemic"] for answer in answers] == [0.25, 1.25, 11 / 4, 15 / 4]
-    assert result["abstaining_by_epistemic"] == abstaining(torch.tensor([False, True, True, True]), torch.arange(4))
+    assert result["abstaining_by_epistemic"] == abstaining(
+        torch.tensor([False, True, True, True]), torch.arange(4)
+    )
     result, answers = hellaswag.judge(items, "harness", n_tokens, log_probs, 0 * epistemic)
     assert [answer["answer_acc_norm"] for answer in answers] == [0, 2, 3, 3]
     assert "abstaining_by_epistemic" not in result and result["acc_norm"] == 0.75
@@ -121,7 +157,9 @@ def test_abstaining_in_the_order_of_doubt():
 
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
-def test_a_run_of_any_tokenizer_is_scored_and_one_that_lacks_a_character_is_told_so(style, tmp_path, monkeypatch):
+def test_a_run_of_any_tokenizer_is_scored_and_one_that_lacks_a_character_is_told_so(
+    style, tmp_path, monkeypatch
+):
     source = write_items(tmp_path / "items.jsonl", [WIKIHOW, ACTIVITY, ACTIVITY])
     out_dir = tmp_path / "run"
     run(write_bytes(tmp_path / "bytes"), out_dir, max_iters=1, eval_iters=1, weights="bayes")
@@ -130,9 +168,14 @@ def test_a_run_of_any_tokenizer_is_scored_and_one_that_lacks_a_character_is_told
     result = json.loads((out_dir / "hellaswag.json").read_text())
     assert result["n"] == 2 and result["style"] == style and {"acc", "acc_norm"} <= result.keys()
     assert result["abstaining_by_epistemic"].keys() == result["abstaining_by_margin"].keys()
-    model, items = load_model(out_dir), [hellaswag.prepare(record, style) for record in (WIKIHOW, ACTIVITY)]
+    model, items = (
+        load_model(out_dir),
+        [hellaswag.prepare(record, style) for record in (WIKIHOW, ACTIVITY)],
+    )
     texts = [encode(load_tokenizer(out_dir), item.context, item.endings) for item in items]
-    answers = [json.loads(line) for line in (out_dir / f"hellaswag_{style}.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line) for line in (out_dir / f"hellaswag_{style}.jsonl").read_text().splitlines()
+    ]
     expected = score_endings(model, texts)[0].tolist()
     assert [x for answer in answers for x in answer["log_probs"]] == pytest.approx(expected)
     run(write_words(tmp_path / "chars"), tmp_path / "of_chars", max_iters=1, eval_iters=1)
@@ -149,14 +192,18 @@ BROKEN = {
     json.dumps(ACTIVITY | {"endings": ["a", "b", "c", 4]}): "4 endings",
     json.dumps(ACTIVITY | {"label": ""}): "label is ''",
     json.dumps(ACTIVITY | {"label": 4}): "label is 4",
-    json.dumps({name: value for name, value in ACTIVITY.items() if name != "label"}): "has no 'label'",
+    json.dumps(
+        {name: value for name, value in ACTIVITY.items() if name != "label"}
+    ): "has no 'label'",
     json.dumps(ACTIVITY | {"ctx": None}): "needs texts as ctx",
     json.dumps(ACTIVITY | {"ctx": "\ud800"}): "line 2 is not an item",
 }
 
 
 @pytest.mark.parametrize(("line", "message"), BROKEN.items())
-def test_a_line_that_is_no_item_is_named_and_nothing_is_written_over(line, message, tmp_path, monkeypatch):
+def test_a_line_that_is_no_item_is_named_and_nothing_is_written_over(
+    line, message, tmp_path, monkeypatch
+):
     source = tmp_path / "items.jsonl"
     source.write_bytes(json.dumps(ACTIVITY).encode() + b"\n" + line.encode("latin-1"))
     with pytest.raises(UserError, match=message) as error:
@@ -187,9 +234,18 @@ def test_wrong_options_end_in_one_line(arguments, message, tmp_path, monkeypatch
 
 def test_the_script_ends_with_code_2_and_one_line_and_keeps_what_was_there(tmp_path):
     (tmp_path / "hellaswag.json").write_text("before")
-    command = [sys.executable, str(ROOT / "hellaswag.py"), f"--out_dir={tmp_path}", "--source=none.jsonl"]
+    command = [
+        sys.executable,
+        str(ROOT / "hellaswag.py"),
+        f"--out_dir={tmp_path}",
+        "--source=none.jsonl",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and done.stderr.startswith("error: ")
+    )
     assert (tmp_path / "hellaswag.json").read_text() == "before"
 
 
@@ -201,14 +257,23 @@ def test_real_items_need_no_joint_encoding_and_are_scored_without_a_network(gpt2
         item = hellaswag.prepare(json.loads(line), "harness")
         for ending in item.endings:
             whole = tokenizer.encode(item.context + ending).tolist()
-            assert whole == [*tokenizer.encode(item.context).tolist(), *tokenizer.encode(ending).tolist()]
+            assert whole == [
+                *tokenizer.encode(item.context).tolist(),
+                *tokenizer.encode(ending).tolist(),
+            ]
     assert len(lines) == 10042
-    code = (
-        "import socket; socket.getaddrinfo = socket.socket.connect = None; import runpy, sys; sys.argv = sys.argv[1:]; "
-    )
+    code = "import socket; socket.getaddrinfo = socket.socket.connect = None; import runpy, sys; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = [ROOT / "hellaswag.py", f"--out_dir={folder}", f"--source={source}", "--limit=6", "--device=cpu"]
+    arguments = [
+        ROOT / "hellaswag.py",
+        f"--out_dir={folder}",
+        f"--source={source}",
+        "--limit=6",
+        "--device=cpu",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0 and "6 items" in done.stdout, done.stderr
     assert json.loads((folder / "hellaswag.json").read_text())["n"] == 6

@@ -99,12 +99,17 @@ def test_the_traps_work_on_whoever_trusts_them(tmp_path, monkeypatch, payload, f
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", ["ckpt_00000001.pt", "ckpt.pt"])
 def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, name, form, payload, reader):
-    for path in [*(folder / "run").glob("ckpt*.pt"), folder / "run" / "SHA256SUMS"]:  # a sum would refuse it already
+    for path in [
+        *(folder / "run").glob("ckpt*.pt"),
+        folder / "run" / "SHA256SUMS",
+    ]:  # a sum would refuse it already
         path.unlink()
     state = {"model": {}, "model_args": {}, "model_config": {}, "config": PAYLOADS[payload]()}
     (folder / "run" / name).write_bytes(FORMATS[form](state))
     script, *argv = READERS[reader]
-    assert f"run/{name} is not a good checkpoint" in refused(script, argv, folder, monkeypatch, capsys)
+    assert f"run/{name} is not a good checkpoint" in refused(
+        script, argv, folder, monkeypatch, capsys
+    )
     assert not Path(MARK).exists()
 
 
@@ -135,7 +140,9 @@ def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command, pay
     if path.name == "meta.pkl":
         path.with_suffix(".json").unlink()
     if kind := {"tokenizer.json": "bpe", "gpt2.json": "gpt2"}.get(path.name):
-        (folder / "run" / "meta.json").write_text(json.dumps({"vocab_size": 27, "tokenizer": {"kind": kind}}))
+        (folder / "run" / "meta.json").write_text(
+            json.dumps({"vocab_size": 27, "tokenizer": {"kind": kind}})
+        )
     trap = PAYLOADS[payload]()
     if path.suffix == ".bin":
         np.save(folder / "array.npy", np.array([trap], dtype=object), allow_pickle=True)
@@ -154,10 +161,14 @@ def test_code_beside_a_transformers_model_is_not_looked_at(folder, monkeypatch, 
     GPT2LMHeadModel(config).save_pretrained(folder / "other")
     about = json.loads((folder / "other" / "config.json").read_text())
     code = f"open({MARK!r}, 'w').write('ran')"
-    (folder / "other" / "config.json").write_text(json.dumps(about | {"auto_map": {"AutoModel": "modeling.Model"}}))
+    (folder / "other" / "config.json").write_text(
+        json.dumps(about | {"auto_map": {"AutoModel": "modeling.Model"}})
+    )
     (folder / "other" / "modeling.py").write_text(code)
     (folder / "other" / "pytorch_model.bin").write_bytes(pickle.dumps(PAYLOADS["exec"]()))
     shutil.copy(folder / "run" / "meta.json", folder / "other")
-    monkeypatch.setattr(sys, "argv", ["sample.py", *SAMPLE[1:], "--init_from=other", "--num_samples=1"])
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py", *SAMPLE[1:], "--init_from=other", "--num_samples=1"]
+    )
     runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith("the") and not Path(MARK).exists()

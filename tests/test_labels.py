@@ -19,7 +19,16 @@ from engine.data.labels import LabelFile, LabelWriter, unpack
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.data.tokens import Batches, TokenFile
 from engine.runs.checkpoint import load_model, read_newest, sha256_of
-from tests.helpers import ROOT, flags, records, run, same_weights, words, write_dataset, write_nanogpt
+from tests.helpers import (
+    ROOT,
+    flags,
+    records,
+    run,
+    same_weights,
+    words,
+    write_dataset,
+    write_nanogpt,
+)
 
 K, T = 5, 16
 
@@ -49,11 +58,20 @@ def label(data, teacher):
     """Runs the script in this process and opens what it wrote."""
 
     def make(name: str = "top", **options) -> LabelFile:
-        known = {"teacher": teacher, "dataset": data, "name": name, "k": K, "device": "cpu", "dtype": "float32"}
+        known = {
+            "teacher": teacher,
+            "dataset": data,
+            "name": name,
+            "k": K,
+            "device": "cpu",
+            "dtype": "float32",
+        }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["teacher_labels.py", *flags(**known | options)])
             main()
-        return LabelFile(TokenFile(options.get("dataset", data), options.get("split", "train")), name)
+        return LabelFile(
+            TokenFile(options.get("dataset", data), options.get("split", "train")), name
+        )
 
     return make
 
@@ -73,7 +91,9 @@ def slow_log_probs(teacher, file: TokenFile, position: int) -> torch.Tensor:
 
 def dense(ids: torch.Tensor, weights: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """ids, weights (..., K) -> (..., V) float64; what stands twice counts twice."""
-    return torch.zeros(*ids.shape[:-1], vocab_size, dtype=torch.float64).scatter_add_(-1, ids, weights.double())
+    return torch.zeros(*ids.shape[:-1], vocab_size, dtype=torch.float64).scatter_add_(
+        -1, ids, weights.double()
+    )
 
 
 def test_top_k_labels_are_the_teachers_likeliest_ids_renormalised(data, teacher, top):
@@ -88,7 +108,9 @@ def test_top_k_labels_are_the_teachers_likeliest_ids_renormalised(data, teacher,
 
 
 def test_sampled_labels_are_in_expectation_the_teachers_distribution(data, teacher):
-    labeller = Teacher(Options(str(teacher), str(data), "any", k=K, mode="sample", device="cpu", dtype="float32"))
+    labeller = Teacher(
+        Options(str(teacher), str(data), "any", k=K, mode="sample", device="cpu", dtype="float32")
+    )
     hidden, n = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), 20_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random((3 * n, K), np.float32))
     ids, weights, _ = labeller.pick(hidden.repeat_interleave(n, 0), uniforms)
@@ -109,8 +131,12 @@ def test_a_share_of_the_positions_gets_the_labels_that_all_would_get(label, top)
 
 
 def test_other_batch_sizes_make_the_same_samples(label):
-    one, other = (label(f"sample{n}", mode="sample", max_tokens=300, batch_size=n).rows for n in (1, 7))
-    assert (one == other).mean() > 0.999 and (label("seed", mode="sample", max_tokens=300, seed=1).rows != one).any()
+    one, other = (
+        label(f"sample{n}", mode="sample", max_tokens=300, batch_size=n).rows for n in (1, 7)
+    )
+    assert (one == other).mean() > 0.999 and (
+        label("seed", mode="sample", max_tokens=300, seed=1).rows != one
+    ).any()
 
 
 def test_stride_of_a_whole_block_labels_every_position_once(label, top):
@@ -120,7 +146,9 @@ def test_stride_of_a_whole_block_labels_every_position_once(label, top):
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("mode", ["topk", "sample"])
-def test_soft_labels_are_one_hot_and_teacher_mixed_where_the_teacher_speaks(data, label, weight, mode):
+def test_soft_labels_are_one_hot_and_teacher_mixed_where_the_teacher_speaks(
+    data, label, weight, mode
+):
     labels = label(f"first_{mode}", mode=mode, max_tokens=2000)
     labels.mode, labels.weight = "soft", weight
     file = TokenFile(data, "train")
@@ -138,31 +166,50 @@ def test_soft_labels_are_one_hot_and_teacher_mixed_where_the_teacher_speaks(data
         total = teacher.sum(-1, keepdim=True)
         one_hot = torch.nn.functional.one_hot(y, 64).double()
         speaks = total > 0 if mode == "sample" else (teacher * one_hot).sum(-1, keepdim=True) > 0
-        expected = torch.where(speaks, (1 - weight) * one_hot + weight * teacher / total.clamp(min=0.5), one_hot)
+        expected = torch.where(
+            speaks, (1 - weight) * one_hot + weight * teacher / total.clamp(min=0.5), one_hot
+        )
         torch.testing.assert_close(dense(targets, weights, 64), expected, rtol=0, atol=2e-7)
-        assert (weights >= 0).all() and weights.dtype == torch.float32 and targets.dtype == torch.int64
+        assert (
+            (weights >= 0).all() and weights.dtype == torch.float32 and targets.dtype == torch.int64
+        )
         seen += int(speaks.sum())
     assert 0 < seen < 3 * 64 * T
 
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
-def test_a_label_is_in_expectation_the_truth_where_the_teacher_knows_which_of_its_ids_and_not_how_often(top, weight):
+def test_a_label_is_in_expectation_the_truth_where_the_teacher_knows_which_of_its_ids_and_not_how_often(
+    top, weight
+):
     top.mode, top.weight, n = "soft", weight, 30
     ids, stored = unpack(top.rows[:n])
     q = dense(ids, stored / stored.sum(-1, keepdim=True), 64)
-    rest = torch.where(q > 0, 0.0, torch.rand(n, 64, generator=torch.Generator().manual_seed(0)).double())
-    p = 0.3 * q + 0.7 * rest / rest.sum(-1, keepdim=True)  # the truth: 0.3 of the time it is one of the K
-    of_each = [dense(*(t[0] for t in top.targets(torch.full((1, n), y), np.array([0]))), 64) for y in range(64)]
-    torch.testing.assert_close(torch.einsum("nv,vnw->nw", p, torch.stack(of_each)), p, rtol=0, atol=1e-6)
+    rest = torch.where(
+        q > 0, 0.0, torch.rand(n, 64, generator=torch.Generator().manual_seed(0)).double()
+    )
+    p = 0.3 * q + 0.7 * rest / rest.sum(
+        -1, keepdim=True
+    )  # the truth: 0.3 of the time it is one of the K
+    of_each = [
+        dense(*(t[0] for t in top.targets(torch.full((1, n), y), np.array([0]))), 64)
+        for y in range(64)
+    ]
+    torch.testing.assert_close(
+        torch.einsum("nv,vnw->nw", p, torch.stack(of_each)), p, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"max_perplexity": 1.5, "share": 0.5}])
 def test_labels_over_shards_are_those_over_one_file(data, label, tmp_path, options):
     meta, ids = json.loads((data / "meta.json").read_text()), TokenFile(data, "train").ids
     folder = write_nanogpt(
-        tmp_path / "d", {f"train_{i}": part for i, part in enumerate(np.split(ids, [700, 701, 1500]))}
+        tmp_path / "d",
+        {f"train_{i}": part for i, part in enumerate(np.split(ids, [700, 701, 1500]))},
     )
-    files = [{"file": path.name, "tokens": path.stat().st_size // 2} for path in sorted(folder.glob("*.bin"))]
+    files = [
+        {"file": path.name, "tokens": path.stat().st_size // 2}
+        for path in sorted(folder.glob("*.bin"))
+    ]
     shards = [about | {"sha256": sha256_of(folder / about["file"])} for about in files]
     (folder / "meta.json").write_text(json.dumps(meta | {"splits": {"train": {"shards": shards}}}))
     name = f"one_{len(options)}"
@@ -179,10 +226,14 @@ def test_a_set_has_the_true_token_and_each_of_the_teachers_once(data, label, mod
     y = torch.from_numpy(TokenFile(data, "train").ids[None, 1:3001].astype(np.int64))
     targets, weights = labels.targets(y, np.array([0]))
     for i in range(3000):
-        members = {y[0, i].item()} | {k.item() for k, w in zip(ids[i], stored[i], strict=True) if w > 0}
+        members = {y[0, i].item()} | {
+            k.item() for k, w in zip(ids[i], stored[i], strict=True) if w > 0
+        }
         expected = torch.zeros(64, dtype=torch.float64)
         expected[list(members)] = 1
-        assert torch.equal(dense(targets[0, i], weights[0, i], 64), expected) and weights[0, i, 0] == 1
+        assert (
+            torch.equal(dense(targets[0, i], weights[0, i], 64), expected) and weights[0, i, 0] == 1
+        )
         repeated += len(members) < 1 + int((stored[i] > 0).sum())
     assert repeated > 50
 
@@ -209,7 +260,10 @@ def slow_sentence(ids: list[int], ends: set[int], target: int) -> tuple[int, int
 def test_the_filter_drops_what_a_slow_one_drops(data, teacher, label, top):
     limit, file, model = 4.0, TokenFile(data, "train"), load_model(teacher)
     filtered = label("filtered", max_perplexity=limit, max_tokens=250)
-    characters, ids = json.loads((data / "meta.json").read_text())["tokenizer"]["chars"], file.ids.tolist()
+    characters, ids = (
+        json.loads((data / "meta.json").read_text())["tokenizer"]["chars"],
+        file.ids.tolist(),
+    )
     ends = {characters.index(c) for c in ".!\n"} | {len(characters)}
     dropped = emptied = 0
     for position in range(250):
@@ -217,7 +271,11 @@ def test_the_filter_drops_what_a_slow_one_drops(data, teacher, label, top):
         begin, stop = slow_sentence(ids, ends, position + 1)
         kept = {}
         for candidate, weight in zip(candidates.tolist(), weights.tolist(), strict=True):
-            sentence = [*ids[max(begin - 1, 0) : position + 1], candidate, *ids[position + 2 : stop]]
+            sentence = [
+                *ids[max(begin - 1, 0) : position + 1],
+                candidate,
+                *ids[position + 2 : stop],
+            ]
             if slow_perplexity(model, sentence) <= limit or candidate == ids[position + 1]:
                 kept[candidate] = weight
         found = zip(*(values.tolist() for values in unpack(filtered.rows[position])), strict=True)
@@ -233,7 +291,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(data, teacher, label
     whole = label("whole", **options)
     about, done = data / "train.parts.labels.json", 0
     for _ in range(4):
-        process = multiprocessing.get_context("fork").Process(target=label, args=["parts"], kwargs=options)
+        process = multiprocessing.get_context("fork").Process(
+            target=label, args=["parts"], kwargs=options
+        )
         process.start()
         before, deadline = done, time.monotonic() + 60
         while done <= before + 4 and time.monotonic() < deadline and process.is_alive():
@@ -244,18 +304,24 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(data, teacher, label
         with pytest.raises(UserError, match=r"parts\.labels is .*% done; to finish it run again"):
             LabelFile(TokenFile(data, "train"), "parts")
     done = json.loads(about.read_text())["done"]
-    with open(data / "train.parts.labels", "r+b") as file:  # rows that were written, but not yet counted
+    with open(
+        data / "train.parts.labels", "r+b"
+    ) as file:  # rows that were written, but not yet counted
         file.seek(4 * K * (done + 2) * T // 2)
         file.write(b"\xff" * 100)
     parts = label("parts", **options)
-    assert 10 <= done < whole.about["windows"] and parts.path.read_bytes() == whole.path.read_bytes()
+    assert (
+        10 <= done < whole.about["windows"] and parts.path.read_bytes() == whole.path.read_bytes()
+    )
     assert {**parts.about, "seconds": 0} == {**whole.about, "seconds": 0}
 
 
 def test_a_finished_set_stays_as_it_is(label, top, capsys):
     before = top.path.stat().st_mtime_ns
     label("top")
-    assert "is complete already" in capsys.readouterr().out and top.path.stat().st_mtime_ns == before
+    assert (
+        "is complete already" in capsys.readouterr().out and top.path.stat().st_mtime_ns == before
+    )
 
 
 def test_labels_of_the_val_split_judge_how_a_model_ranks_sets_and_a_teacher_ranks_its_own_first(
@@ -267,7 +333,9 @@ def test_labels_of_the_val_split_judge_how_a_model_ranks_sets_and_a_teacher_rank
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     found = json.loads((teacher / "eval_val.json").read_text())
     # the K likeliest are a set's members and lie before all others; only a true token beyond them can lie further down
-    assert found["k"] == K + 1 and K / (K + 1) < found["recall_at_k"] <= 1 and 0.9 < found["lrap"] <= 1
+    assert (
+        found["k"] == K + 1 and K / (K + 1) < found["recall_at_k"] <= 1 and 0.9 < found["lrap"] <= 1
+    )
     assert "lrap" in capsys.readouterr().out
 
 
@@ -302,7 +370,9 @@ def test_of_two_processes_that_write_the_same_labels_the_second_is_refused(data)
         ({"name": "torn"}, "does not describe labels; delete it and"),
     ],
 )
-def test_a_mistake_is_refused_and_nothing_changes(data, teacher, label, top, tmp_path, monkeypatch, options, message):
+def test_a_mistake_is_refused_and_nothing_changes(
+    data, teacher, label, top, tmp_path, monkeypatch, options, message
+):
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "bytes", {"train": [words(9)]}, ByteTokenizer())
     write_nanogpt(tmp_path / "high", {"train": [70] * 100})
@@ -322,13 +392,19 @@ def test_a_mistake_is_refused_and_nothing_changes(data, teacher, label, top, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": "none"}, r"train\.none\.labels\.json is missing; run: python augmentation/teacher_labels\.py"),
+        (
+            {"labels": "none"},
+            r"train\.none\.labels\.json is missing; run: python augmentation/teacher_labels\.py",
+        ),
         ({"labels": "a.b"}, "'a.b' cannot name labels"),
         ({"labels": "top", "label_mode": "hard"}, "label_mode = 'hard' is not one of: soft, set"),
         ({"labels": "top", "label_mode": "set"}, "'set' needs --likelihood=sigmoid"),
         ({"labels": "top", "label_weight": 1.1}, "label_weight = 1.1 must be at most 1"),
         ({"labels": "large"}, "has ids up to 999, but vocab_size = 2"),
-        ({"labels": "tokens"}, "made for other data: its tokens_sha256 is .*; delete it and its .json, and run"),
+        (
+            {"labels": "tokens"},
+            "made for other data: its tokens_sha256 is .*; delete it and its .json, and run",
+        ),
         ({"labels": "tokenizer"}, "made for other data: its tokenizer_sha256 is "),
         ({"labels": "short"}, "is not of the size that its .json says"),
         ({"labels": "gone"}, "is not of the size"),
@@ -336,7 +412,12 @@ def test_a_mistake_is_refused_and_nothing_changes(data, teacher, label, top, tmp
 )
 def test_training_refuses_labels_that_do_not_fit(data, top, tmp_path, options, message):
     about = top.about
-    changes = {"large": {"vocab_size": 1000}, "tokens": {"tokens_sha256": "0" * 64}, "short": {"k": 6}, "gone": {}}
+    changes = {
+        "large": {"vocab_size": 1000},
+        "tokens": {"tokens_sha256": "0" * 64},
+        "short": {"k": 6},
+        "gone": {},
+    }
     for name, change in (changes | {"tokenizer": {"tokenizer_sha256": "0" * 64}}).items():
         (data / f"train.{name}.labels.json").write_text(json.dumps(about | change))
         if name != "gone":
@@ -347,14 +428,20 @@ def test_training_refuses_labels_that_do_not_fit(data, top, tmp_path, options, m
 
 
 def test_a_vocabulary_beyond_16_bits_is_refused(tmp_path):
-    folder = write_nanogpt(tmp_path / "large", {"train": [1, 0] * 100, "val": [1, 0] * 100})  # as uint32 a 1 each
-    (folder / "meta.json").write_text('{"tokenizer": {"kind": "none"}, "vocab_size": 70000, "dtype": "uint32"}')
+    folder = write_nanogpt(
+        tmp_path / "large", {"train": [1, 0] * 100, "val": [1, 0] * 100}
+    )  # as uint32 a 1 each
+    (folder / "meta.json").write_text(
+        '{"tokenizer": {"kind": "none"}, "vocab_size": 70000, "dtype": "uint32"}'
+    )
     run(folder, tmp_path / "run", max_iters=1)
     with pytest.raises(UserError, match="the vocabulary has 70,000 ids, but a label has 16 bits"):
         Teacher(Options(str(tmp_path / "run"), str(folder), "any", device="cpu"))
 
 
-def test_labels_of_a_folder_without_a_meta_file_know_its_tokens_by_their_hash(data, teacher, label, tmp_path):
+def test_labels_of_a_folder_without_a_meta_file_know_its_tokens_by_their_hash(
+    data, teacher, label, tmp_path
+):
     ids = TokenFile(data, "train").ids
     plain = write_nanogpt(tmp_path / "plain", {"train": ids, "val": ids[:100]})
     label("plain", dataset=plain)
@@ -376,7 +463,13 @@ def test_labels_of_a_folder_without_a_meta_file_know_its_tokens_by_their_hash(da
     ids=["softmax", "sigmoid", "sigmoid_set", "bayes"],
 )
 def test_every_head_learns_from_labels_and_resumes_bit_for_bit(data, top, tmp_path, mode, options):
-    options = options | {"labels": "top", "label_mode": mode, "dropout": 0.1, "eval_interval": 20, "max_iters": 40}
+    options = options | {
+        "labels": "top",
+        "label_mode": mode,
+        "dropout": 0.1,
+        "eval_interval": 20,
+        "max_iters": 40,
+    }
     whole = run(data, tmp_path / "whole", **options)
     run(data, tmp_path / "parts", **options | {"max_iters": 20, "lr_decay_iters": 40})
     assert same_weights(run(data, tmp_path / "parts", **options, init_from="resume"), whole)
@@ -387,11 +480,16 @@ def test_every_head_learns_from_labels_and_resumes_bit_for_bit(data, top, tmp_pa
 def test_labels_of_weight_0_train_as_none_do(data, top, tmp_path):
     run(data, tmp_path / "with", labels="top", label_weight=0)
     run(data, tmp_path / "without")
-    a, b = ([record["loss"] for record in records(tmp_path / name, "loss")] for name in ("with", "without"))
+    a, b = (
+        [record["loss"] for record in records(tmp_path / name, "loss")]
+        for name in ("with", "without")
+    )
     assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_a_run_cannot_go_on_with_other_labels_but_one_older_than_labels_goes_on(data, top, tmp_path):
+def test_a_run_cannot_go_on_with_other_labels_but_one_older_than_labels_goes_on(
+    data, top, tmp_path
+):
     run(data, tmp_path / "run", max_iters=2)
     with pytest.raises(UserError, match="labels = 'top', but the run to resume has ''"):
         run(data, tmp_path / "run", labels="top", init_from="resume")
@@ -408,11 +506,20 @@ def test_what_was_changed_behind_the_labels_back_is_refused(data, teacher, label
     made = label("copy", dataset=folder)
     out_dir = tmp_path / "run"
     run(folder, out_dir, labels="copy", likelihood="sigmoid", max_iters=2, eval_interval=2)
-    for place, value in (((30, 0, 1), 60000), ((30, 1, 1), np.float16(-1).view(np.uint16)), ((30, 1, 1), 0x7E00)):
+    for place, value in (
+        ((30, 0, 1), 60000),
+        ((30, 1, 1), np.float16(-1).view(np.uint16)),
+        ((30, 1, 1), 0x7E00),
+    ):
         rows = np.memmap(made.path, "<u2", mode="r+", shape=made.rows.shape)
-        before, rows[place] = rows[place], value  # an id too high, a weight below 0, one that is no number
+        before, rows[place] = (
+            rows[place],
+            value,
+        )  # an id too high, a weight below 0, one that is no number
         with pytest.raises(UserError, match="damaged"):
-            LabelFile(TokenFile(folder, "train"), "copy").targets(torch.zeros(1, 40, dtype=torch.int64), np.array([0]))
+            LabelFile(TokenFile(folder, "train"), "copy").targets(
+                torch.zeros(1, 40, dtype=torch.int64), np.array([0])
+            )
         rows[place] = before
     for path in (made.path, made.path.with_name(made.path.name + ".json")):
         path.unlink()
@@ -423,5 +530,7 @@ def test_what_was_changed_behind_the_labels_back_is_refused(data, teacher, label
     ids[::-1].tofile(folder / "train.bin")  # as many tokens as meta.json says, but others
     with pytest.raises(UserError, match="other data"):
         LabelFile(TokenFile(folder, "train"), "copy")
-    with pytest.raises(UserError, match=r"train\.bin is damaged or another file"):  # which comes before the labels
+    with pytest.raises(
+        UserError, match=r"train\.bin is damaged or another file"
+    ):  # which comes before the labels
         run(folder, tmp_path / "other", labels="copy", likelihood="sigmoid", max_iters=2)

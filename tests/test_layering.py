@@ -10,15 +10,31 @@ import pytest
 from tests.helpers import ROOT, TINY, flags, write_nanogpt
 
 # lowest first; a file imports from its own layer or a lower one
-LAYERS = ["engine/base/", "heads/", "model.py", "engine/data/", "engine/gpt2/", "engine/runs/", "engine/eval/"]
+LAYERS = [
+    "engine/base/",
+    "heads/",
+    "model.py",
+    "engine/data/",
+    "engine/gpt2/",
+    "engine/runs/",
+    "engine/eval/",
+]
 LAYERS += ["", "study/"]  # "": the scripts, at the top and in data/, augmentation/ and bench/
-FILES = [path for folder in (*LAYERS, "data/*/", "augmentation/", "bench/") for path in ROOT.glob(f"{folder}*.py")]
-MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
+FILES = [
+    path
+    for folder in (*LAYERS, "data/*/", "augmentation/", "bench/")
+    for path in ROOT.glob(f"{folder}*.py")
+]
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES
+}
 
 
 def layer_of(module: str) -> int:
     name = module.replace(".", "/") + ".py"
-    return next((i for i, layer in enumerate(LAYERS) if layer and name.startswith(layer)), LAYERS.index(""))
+    return next(
+        (i for i, layer in enumerate(LAYERS) if layer and name.startswith(layer)), LAYERS.index("")
+    )
 
 
 def imports_of(module: str) -> set[str]:
@@ -45,7 +61,9 @@ UPWARD = {  # to be mended
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
     assert {
-        name for name in imports_of(module) if layer_of(name) > layer_of(module) and (module, name) not in UPWARD
+        name
+        for name in imports_of(module)
+        if layer_of(name) > layer_of(module) and (module, name) not in UPWARD
     } == set()
 
 
@@ -64,12 +82,16 @@ def test_neither_importing_train_nor_a_step_imports_a_package_that_training_does
     assert imported("import sys, train", heavy) == []
     write_nanogpt(tmp_path / "data", {"train": np.arange(1000), "val": np.arange(100)})
     tiny = flags(**TINY | {"max_iters": 1, "dataset": tmp_path / "data"})
-    step = f"import sys, train; sys.argv[1:] = {tiny!r}; train.main(out_dir={str(tmp_path / 'out')!r})"
+    step = (
+        f"import sys, train; sys.argv[1:] = {tiny!r}; train.main(out_dir={str(tmp_path / 'out')!r})"
+    )
     assert imported(step, heavy - {"torch._dynamo"}) == []
 
 
 def imported(code: str, packages: set[str]) -> list[str]:
     """Which of the packages have been imported behind the code."""
     code += f"; print(*sorted({packages!r} & sys.modules.keys()))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return result.stdout.splitlines()[-1].split()

@@ -12,8 +12,13 @@ from tests.test_heads import C, V, batch
 
 OPTIONS = [(w, likelihood, {"logit_bias": "uniform"}) for w, likelihood in HEADS]
 OPTIONS += [("bayes", likelihood, {"posterior": "full"}) for likelihood in ("smooth", "sigmoid")]
-OPTIONS += [("bayes", "categorical", {"posterior": p, "estimator": "sample"}) for p in ("row", "full")]
-OPTIONS += [("bayes", "sigmoid", {"pos_weight": 3.0, "sum_penalty": 0.2}), ("point", "sigmoid", {"pos_weight": 0.5})]
+OPTIONS += [
+    ("bayes", "categorical", {"posterior": p, "estimator": "sample"}) for p in ("row", "full")
+]
+OPTIONS += [
+    ("bayes", "sigmoid", {"pos_weight": 3.0, "sum_penalty": 0.2}),
+    ("point", "sigmoid", {"pos_weight": 0.5}),
+]
 every_head = pytest.mark.parametrize(("weights", "likelihood", "options"), OPTIONS, ids=str)
 
 
@@ -24,7 +29,9 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(linear_loss, "BLOCK", {"cpu": 2 * V * 4})
 
 
-def whole_loss(head: Head, x: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+def whole_loss(
+    head: Head, x: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
     """data_loss from all logits at once, left to autograd."""
     weight, added, shift = head.weights.for_loss(x)
     logits = x @ weight.T + (0.0 if head.bias is None else head.bias)
@@ -33,14 +40,23 @@ def whole_loss(head: Head, x: torch.Tensor, targets: torch.Tensor, labels: torch
     loss = plain_loss(head.likelihood, logits, targets, labels)
     if shift is not None:
         raised = shift.of(targets) * (1.0 if labels is None else labels)
-        loss = loss + head.likelihood.on_labels * raised.sum(-1) + head.likelihood.on_all * shift.mean()
+        loss = (
+            loss
+            + head.likelihood.on_labels * raised.sum(-1)
+            + head.likelihood.on_all * shift.mean()
+        )
     return loss.mean()
 
 
-def loss_and_gradients(loss, head: Head, x: torch.Tensor, *tokens: torch.Tensor) -> list[torch.Tensor]:
+def loss_and_gradients(
+    loss, head: Head, x: torch.Tensor, *tokens: torch.Tensor
+) -> list[torch.Tensor]:
     torch.manual_seed(0)  # of the estimator that draws
     value = loss(x, *tokens)
-    return [value, *torch.autograd.grad(value, [x, *(p for p in head.parameters() if p.requires_grad)])]
+    return [
+        value,
+        *torch.autograd.grad(value, [x, *(p for p in head.parameters() if p.requires_grad)]),
+    ]
 
 
 def soft_labels(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,8 +69,13 @@ def soft_labels(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @every_head
 @pytest.mark.parametrize("soft", [False, True])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(weights, likelihood, options, soft, small_pieces):
-    head, (x, targets) = tiny_head(weights, likelihood, **options), batch(3, 5)  # 15 positions: the last piece is short
+def test_loss_and_gradients_are_those_of_all_logits_at_once(
+    weights, likelihood, options, soft, small_pieces
+):
+    head, (x, targets) = (
+        tiny_head(weights, likelihood, **options),
+        batch(3, 5),
+    )  # 15 positions: the last piece is short
     x.requires_grad_()
     tokens = soft_labels(3, 5) if soft else (targets,)
     ours = loss_and_gradients(head.data_loss, head, x, *tokens)
@@ -64,7 +85,9 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(weights, likelihood,
 
 
 @every_head
-def test_gradients_are_the_differences_of_the_loss_in_float64(weights, likelihood, options, small_pieces):
+def test_gradients_are_the_differences_of_the_loss_in_float64(
+    weights, likelihood, options, small_pieces
+):
     head, (x, targets) = tiny_head(weights, likelihood, **options).double(), batch(5)
     parameters = list(head.parameters())
 
@@ -72,7 +95,9 @@ def test_gradients_are_the_differences_of_the_loss_in_float64(weights, likelihoo
         torch.manual_seed(0)
         return head.data_loss(x, targets)
 
-    assert torch.autograd.gradcheck(loss, (x.double().requires_grad_(), *parameters), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        loss, (x.double().requires_grad_(), *parameters), fast_mode=True
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -85,12 +110,16 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
         result = function(*arguments, **(kwargs or {}))
         for tensor in result if isinstance(result, (list, tuple)) else [result]:
-            self.elements = max(self.elements, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            self.elements = max(
+                self.elements, tensor.numel() if isinstance(tensor, torch.Tensor) else 0
+            )
         return result
 
 
 @every_head
-def test_no_tensor_is_larger_than_a_piece_of_the_logits_or_the_weights(weights, likelihood, options, small_pieces):
+def test_no_tensor_is_larger_than_a_piece_of_the_logits_or_the_weights(
+    weights, likelihood, options, small_pieces
+):
     head, (x, targets) = tiny_head(weights, likelihood, **options), batch(8, 25)
     with Largest() as largest:
         head.loss(x.requires_grad_(), targets).backward()
@@ -107,7 +136,9 @@ def test_softmax_is_torchs_own_chunked_linear_cross_entropy(small_pieces):
     ours = loss_and_gradients(head.data_loss, head, x.requires_grad_(), targets)
 
     def theirs(x, targets):
-        return F.linear_cross_entropy(x, head.weights.weight, targets, options=torch.nn.LinearCrossEntropyOptions())
+        return F.linear_cross_entropy(
+            x, head.weights.weight, targets, options=torch.nn.LinearCrossEntropyOptions()
+        )
 
     for a, b in zip(ours, loss_and_gradients(theirs, head, x, targets), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
@@ -115,18 +146,25 @@ def test_softmax_is_torchs_own_chunked_linear_cross_entropy(small_pieces):
 
 @every_head
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_gradients_are_fp32s_to_the_dtypes_precision(weights, likelihood, options, dtype, small_pieces):
+def test_under_autocast_gradients_are_fp32s_to_the_dtypes_precision(
+    weights, likelihood, options, dtype, small_pieces
+):
     head, (x, targets) = tiny_head(weights, likelihood, **options), batch(3, 5)
     full = loss_and_gradients(head.data_loss, head, x.requires_grad_(), targets)
     with torch.autocast("cpu", dtype):
         low = loss_and_gradients(head.data_loss, head, x, targets)
     assert low[0].item() == pytest.approx(full[0].item(), rel=0.02)
     for a, b in zip(low, full, strict=True):
-        assert a.dtype == b.dtype and (a - b).norm() < (0.03 if dtype is torch.bfloat16 else 0.01) * b.norm()
+        assert (
+            a.dtype == b.dtype
+            and (a - b).norm() < (0.03 if dtype is torch.bfloat16 else 0.01) * b.norm()
+        )
 
 
 @every_head
-def test_in_float16_no_gradient_vanishes_however_many_positions_share_the_loss(weights, likelihood, options):
+def test_in_float16_no_gradient_vanishes_however_many_positions_share_the_loss(
+    weights, likelihood, options
+):
     """Gradients of a mean over 2^16 positions are below float16's least number; a scaler cannot reach the logits'."""
     head, (x, targets) = tiny_head(weights, likelihood, **options), batch(1 << 16)
     full = loss_and_gradients(head.data_loss, head, x.requires_grad_(), targets)
@@ -137,7 +175,9 @@ def test_in_float16_no_gradient_vanishes_however_many_positions_share_the_loss(w
 
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
-def test_compiled_in_pieces_has_the_gradients_of_eager_in_both_dtypes(weights, likelihood, small_pieces):
+def test_compiled_in_pieces_has_the_gradients_of_eager_in_both_dtypes(
+    weights, likelihood, small_pieces
+):
     head, (x, targets) = tiny_head(weights, likelihood, logit_bias="uniform"), batch(3, 4)
     x.requires_grad_()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):

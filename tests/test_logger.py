@@ -49,14 +49,21 @@ def on_a_terminal(*options: str) -> list[str]:
 
 
 def test_on_a_terminal_a_bar_tells_the_time_left_and_tears_no_record(data, tmp_path):
-    options = TINY | {"dataset": data, "out_dir": tmp_path / "run", "max_iters": 8, "eval_interval": 4}
+    options = TINY | {
+        "dataset": data,
+        "out_dir": tmp_path / "run",
+        "max_iters": 8,
+        "eval_interval": 4,
+    }
     options |= {"lr_decay_iters": 16}
     on_a_terminal(*flags(**options))
     shown = on_a_terminal(*flags(**options | {"max_iters": 16, "init_from": "resume"}))
     bars = [line for line in shown if "%|" in line]
     assert "step 8/16 [" in bars[0] and "step 16/16 [" in bars[-1], bars
     assert re.search(r"\[\d\d:\d\d, \d:\d\d:\d\d left\]", bars[-1]) and max(map(len, bars)) <= 100
-    found = [int(line[4:].split("/")[0]) for line in shown if line.startswith("step ") and "loss" in line]
+    found = [
+        int(line[4:].split("/")[0]) for line in shown if line.startswith("step ") and "loss" in line
+    ]
     assert sorted(found) == sorted([8, 12, 16, *range(9, 17)])
 
 
@@ -69,7 +76,9 @@ def test_the_time_left_counts_evaluations_and_the_speed_does_not(tmp_path, monke
     clock.now, progress.step = clock.now + 10, 4
     log.training(1.0, 1e-3, 1.0)
     log.close()
-    assert " 2 tokens/s | 0:02:40 left" in capsys.readouterr().out  # 20 tokens in 10 s; 2 of 10 steps in 40 s
+    assert (
+        " 2 tokens/s | 0:02:40 left" in capsys.readouterr().out
+    )  # 20 tokens in 10 s; 2 of 10 steps in 40 s
 
 
 def stored(path) -> list:
@@ -102,7 +111,9 @@ def read(content: bytes) -> list:
 
 def charts(out_dir) -> dict[str, list[tuple[int, str]]]:
     """name -> (step, value) of all that the newest offline run in out_dir would upload."""
-    newest = max(out_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    newest = max(
+        out_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns
+    )
     found = {}
     for record in stored(newest):
         for item in record.history.item:
@@ -120,55 +131,123 @@ def offline(monkeypatch, tmp_path):
 
 def test_two_heads_share_their_charts_in_wandb_against_tokens(data, tmp_path, offline):
     run(data, tmp_path / "softmax", wandb_log=True, max_iters=4, eval_interval=2)
-    run(data, tmp_path / "other", wandb_log=True, max_iters=4, eval_interval=2, weights="bayes", likelihood="sigmoid")
+    run(
+        data,
+        tmp_path / "other",
+        wandb_log=True,
+        max_iters=4,
+        eval_interval=2,
+        weights="bayes",
+        likelihood="sigmoid",
+    )
     found, other = (charts(tmp_path / name) for name in ("softmax", "other"))
     assert found.keys() == other.keys()
-    assert {"val/nll", "val/perplexity", "val/ece", "objective/val_loss", "objective/train_loss"} <= found.keys()
-    assert {"train/lr", "train/grad_norm", "tokens", "seconds"} <= found.keys() and "loss" not in found
-    nlls = [(record["step"], record["val_nll"]) for record in records(tmp_path / "other", "val_nll")]
+    assert {
+        "val/nll",
+        "val/perplexity",
+        "val/ece",
+        "objective/val_loss",
+        "objective/train_loss",
+    } <= found.keys()
+    assert {
+        "train/lr",
+        "train/grad_norm",
+        "tokens",
+        "seconds",
+    } <= found.keys() and "loss" not in found
+    nlls = [
+        (record["step"], record["val_nll"]) for record in records(tmp_path / "other", "val_nll")
+    ]
     assert [(step, float(value)) for step, value in other["val/nll"]] == nlls
     path = next((tmp_path / "other").glob("wandb/offline-run-*/*.wandb"))
-    metrics = {record.metric.name or record.metric.glob_name: record.metric for record in stored(path)}
+    metrics = {
+        record.metric.name or record.metric.glob_name: record.metric for record in stored(path)
+    }
     assert metrics["val/nll"].step_metric == "tokens" and metrics["val/nll"].summary.min
-    assert all(metrics[f"{group}/*"].step_metric == "tokens" for group in ("train", "val", "objective"))
+    assert all(
+        metrics[f"{group}/*"].step_metric == "tokens" for group in ("train", "val", "objective")
+    )
 
 
 def test_the_newest_offline_file_of_a_resumed_run_holds_all_of_it(data, tmp_path, offline, capfd):
     options = {"lr_decay_iters": 8, "eval_interval": 2}
     run(data, tmp_path, wandb_log=True, max_iters=4, **options)
     assert [step for step, _ in charts(tmp_path)["val/nll"]] == [0, 2, 4]
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "tokens": 1, "val_nll": 99.0}\n')  # of a killed process
+    (tmp_path / "metrics.jsonl").open("a").write(
+        '{"step": 6, "tokens": 1, "val_nll": 99.0}\n'
+    )  # of a killed process
     run(data, tmp_path, wandb_log=True, max_iters=8, init_from="resume", **options)
     assert [step for step, _ in charts(tmp_path)["val/nll"]] == [0, 2, 4, 6, 8]
     assert float(dict(charts(tmp_path)["val/nll"])[6]) < 99
     assert "less than the current step" not in capfd.readouterr().err
 
 
-def test_wandb_groups_runs_by_text_and_head_and_has_their_code(data, tmp_path, offline, monkeypatch):
+def test_wandb_groups_runs_by_text_and_head_and_has_their_code(
+    data, tmp_path, offline, monkeypatch
+):
     import wandb
 
     options, init = [], wandb.init
     monkeypatch.setattr(wandb, "init", lambda **given: options.append(given) or init(**given))
-    run(data, tmp_path / "s" / "bayes", wandb_log=True, max_iters=2, lr_decay_iters=4, weights="bayes")
+    run(
+        data,
+        tmp_path / "s" / "bayes",
+        wandb_log=True,
+        max_iters=2,
+        lr_decay_iters=4,
+        weights="bayes",
+    )
     time.sleep(1.1)  # wandb names a run's folder by the second
-    run(data, tmp_path / "s" / "bayes", wandb_log=True, max_iters=4, lr_decay_iters=4, init_from="resume")
-    run(data, tmp_path / "s" / "mine", wandb_log=True, max_iters=1, wandb_run_name="mine", likelihood="sigmoid")
+    run(
+        data,
+        tmp_path / "s" / "bayes",
+        wandb_log=True,
+        max_iters=4,
+        lr_decay_iters=4,
+        init_from="resume",
+    )
+    run(
+        data,
+        tmp_path / "s" / "mine",
+        wandb_log=True,
+        max_iters=1,
+        wandb_run_name="mine",
+        likelihood="sigmoid",
+    )
     assert [given["name"] for given in options] == ["s/bayes", "s/bayes", "mine"]
     assert {given["group"] for given in options} == {data.name}
-    assert [given["job_type"] for given in options] == ["bayes x categorical"] * 2 + ["point x sigmoid"]
-    assert options[0]["tags"][:2] == ["bayes", "categorical"] and options[0]["config"]["environment"]["torch"]
+    assert [given["job_type"] for given in options] == ["bayes x categorical"] * 2 + [
+        "point x sigmoid"
+    ]
+    assert (
+        options[0]["tags"][:2] == ["bayes", "categorical"]
+        and options[0]["config"]["environment"]["torch"]
+    )
     first, again = sorted((tmp_path / "s" / "bayes").glob("wandb/offline-run-*"))
     assert first.name.split("-")[-1] == again.name.split("-")[-1], "a resumed run keeps its id"
     assert all((folder / "files" / "code.zip").is_file() for folder in (first, again))
 
 
-def test_without_an_account_charts_are_written_offline_and_nothing_is_deprecated(data, tmp_path, offline):
+def test_without_an_account_charts_are_written_offline_and_nothing_is_deprecated(
+    data, tmp_path, offline
+):
     (tmp_path / ".netrc").write_text("machine example.com login a password b\n")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    options = TINY | {"dataset": data, "out_dir": tmp_path / "run", "max_iters": 1, "wandb_log": True}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
+    }
+    options = TINY | {
+        "dataset": data,
+        "out_dir": tmp_path / "run",
+        "max_iters": 1,
+        "wandb_log": True,
+    }
     command = [sys.executable, str(ROOT / "train.py"), *flags(**options)]
     done = subprocess.run(
-        command, env=environment | {"NETRC": str(tmp_path / ".netrc")}, capture_output=True, text=True, check=True
+        command,
+        env=environment | {"NETRC": str(tmp_path / ".netrc")},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "deprecated" not in done.stdout + done.stderr and "does not start" not in done.stdout
     assert [step for step, _ in charts(tmp_path / "run")["val/nll"]] == [0, 1]
@@ -196,12 +275,26 @@ def test_a_key_of_wandb_is_found_in_new_and_old_versions(monkeypatch, wandb, has
 
 
 def test_the_commit_of_another_repository_around_an_unpacked_copy_is_not_taken_for_ours(tmp_path):
-    git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True)  # noqa: E731
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True
+    )  # noqa: E731
     git("init", "-q")
-    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs")
-    shutil.copytree(ROOT / "engine", tmp_path / "copy" / "engine", ignore=shutil.ignore_patterns("__pycache__"))
-    ask = [sys.executable, "-c", "from engine.runs.logger import environment; print(environment()['commit'])"]
-    commit = lambda: subprocess.run(ask, cwd=tmp_path / "copy", check=True, capture_output=True, text=True).stdout  # noqa: E731
+    git(
+        "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"
+    )
+    shutil.copytree(
+        ROOT / "engine", tmp_path / "copy" / "engine", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    ask = [
+        sys.executable,
+        "-c",
+        "from engine.runs.logger import environment; print(environment()['commit'])",
+    ]
+    commit = lambda: (
+        subprocess.run(
+            ask, cwd=tmp_path / "copy", check=True, capture_output=True, text=True
+        ).stdout
+    )  # noqa: E731
     assert commit() == "unknown\n"
     git("add", "copy/engine/runs/logger.py")
     assert commit() == f"{git('describe', '--always').stdout.strip()}-dirty\n"
@@ -211,7 +304,13 @@ class Charts:
     """A wandb that has the steps below starting_step."""
 
     def __init__(self, starting_step: int):
-        self.starting_step, self.api, self.id, self.steps, self.dir = starting_step, None, "abc", [], "unused"
+        self.starting_step, self.api, self.id, self.steps, self.dir = (
+            starting_step,
+            None,
+            "abc",
+            [],
+            "unused",
+        )
 
     def init(self, **_):
         return self
@@ -227,7 +326,9 @@ class Charts:
         pass
 
 
-@pytest.mark.parametrize(("has", "sent"), [(4, [4, 5, 6, 7]), (7, [7]), (0, [0, 1, 2, 3, 4, 5, 6, 7])])
+@pytest.mark.parametrize(
+    ("has", "sent"), [(4, [4, 5, 6, 7]), (7, [7]), (0, [0, 1, 2, 3, 4, 5, 6, 7])]
+)
 def test_wandb_is_sent_what_it_lacks_and_no_step_twice(tmp_path, monkeypatch, has, sent):
     lines = [f'{{"step": {step}, "tokens": 0, "val_nll": 1.0}}\n' for step in range(6)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))

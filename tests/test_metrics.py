@@ -10,7 +10,16 @@ from engine.base.errors import UserError
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokens import TokenFile
 from engine.eval import metrics as metrics_module
-from engine.eval.metrics import EDGES, N_BINS, Tally, fine_values, out_of_domain, place_of, tell_apart, weights_of
+from engine.eval.metrics import (
+    EDGES,
+    N_BINS,
+    Tally,
+    fine_values,
+    out_of_domain,
+    place_of,
+    tell_apart,
+    weights_of,
+)
 from engine.eval.table import against, flat
 from engine.eval.texts import Text, document
 from tests.helpers import write_nanogpt
@@ -19,7 +28,9 @@ metrics = pytest.importorskip("sklearn.metrics")
 rng = np.random.default_rng(0)
 
 
-def tokens(n: int, seed: int = 0, units: int = 25) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+def tokens(
+    n: int, seed: int = 0, units: int = 25
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """The scores of n tokens whose doubts have something to do with their errors; their units and bytes."""
     g = torch.Generator().manual_seed(seed)
     confidence = torch.rand(n, generator=g).clamp(min=0.01)
@@ -60,10 +71,14 @@ def test_the_calibration_error_is_torchmetrics(few):
     found = tally_of(values, *of_tokens, size=7).result()["ece"]
     confidence, correct = values["confidence"], values["accuracy"].long()
     # a two-class problem whose likeliest class has this confidence, at least 1/2: of n - 1 further classes as likely
-    probs = torch.zeros(len(correct), 200).scatter_(1, torch.zeros(len(correct), 1).long(), confidence[:, None])
+    probs = torch.zeros(len(correct), 200).scatter_(
+        1, torch.zeros(len(correct), 1).long(), confidence[:, None]
+    )
     probs[:, 1:] = ((1 - confidence) / 199)[:, None]
     target = torch.where(correct == 1, 0, 1)
-    expected = functional.multiclass_calibration_error(probs, target, num_classes=200, n_bins=15, norm="l1")
+    expected = functional.multiclass_calibration_error(
+        probs, target, num_classes=200, n_bins=15, norm="l1"
+    )
     assert (probs.argmax(1) == 0).all() and found == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -72,7 +87,9 @@ def test_the_adaptive_calibration_error_is_that_of_bins_of_as_many_tokens(few):
     order = values["confidence"].argsort(descending=True)
     gaps = (values["confidence"] - values["accuracy"]).double()[order]
     expected = sum(abs(part.sum().item()) for part in gaps.split(len(gaps) // N_BINS)) / len(gaps)
-    assert tally_of(values, *of_tokens).result()["adaptive_ece"] == pytest.approx(expected, rel=2e-3)
+    assert tally_of(values, *of_tokens).result()["adaptive_ece"] == pytest.approx(
+        expected, rel=2e-3
+    )
 
 
 @pytest.mark.parametrize("doubt", ["confidence", "entropy", "aleatoric", "mutual_information"])
@@ -97,7 +114,9 @@ def test_among_ties_the_risk_is_that_of_a_random_order():
         wrong = 1 - values["accuracy"].double().numpy()[order]
         areas.append((wrong.cumsum() / np.arange(1, 61)).mean())
     error = np.std(areas) / math.sqrt(len(areas))
-    assert tally_of(values, *of_tokens).result()["aurc"]["entropy"] == pytest.approx(np.mean(areas), abs=5 * error)
+    assert tally_of(values, *of_tokens).result()["aurc"]["entropy"] == pytest.approx(
+        np.mean(areas), abs=5 * error
+    )
 
 
 @pytest.mark.parametrize("doubt", ["confidence", "entropy", "mutual_information", "nll"])
@@ -106,7 +125,8 @@ def test_foreign_text_is_told_apart_as_scikit_learn_does_it(few, doubt):
     foreign["entropy"], foreign["nll"] = foreign["entropy"] * 1.3, foreign["nll"] + 1
     foreign["confidence"] = foreign["confidence"].square().clamp(min=0.01)
     tallies = [
-        tally_of(v, torch.zeros(len(v["nll"])).long(), torch.ones(len(v["nll"])), 100, 10) for v in (own, foreign)
+        tally_of(v, torch.zeros(len(v["nll"])).long(), torch.ones(len(v["nll"])), 100, 10)
+        for v in (own, foreign)
     ]
     found = out_of_domain(*tallies)
     for level in ("token", "block"):
@@ -119,7 +139,9 @@ def test_foreign_text_is_told_apart_as_scikit_learn_does_it(few, doubt):
         assert found["auroc"][doubt][level] == pytest.approx(expected, abs=5e-4)
         passed = (doubts[1] <= doubts[0].quantile(0.95)).float().mean().item()
         assert found["fpr95"][doubt][level] == pytest.approx(passed, abs=0.015)
-        assert 1 - tpr[(1 - fpr) >= 0.95].max() == pytest.approx(passed, abs=0.02)  # as scikit-learn's curve has it
+        assert 1 - tpr[(1 - fpr) >= 0.95].max() == pytest.approx(
+            passed, abs=0.02
+        )  # as scikit-learn's curve has it
 
 
 def test_doubts_that_are_all_the_same_tell_nothing():
@@ -148,7 +170,9 @@ def test_histograms_are_numpys_of_the_doubts_themselves(few):
 
 def test_a_resampled_text_without_any_of_the_few_units_is_left_out():
     values, *_ = tokens(10, units=4)
-    units = next(u for k in range(10**6) if not weights_of(u := list(range(k, k + 10))).sum(0).all())
+    units = next(
+        u for k in range(10**6) if not weights_of(u := list(range(k, k + 10))).sum(0).all()
+    )
     assert not weights_of(units).sum(0).all()
     result = tally_of(values, torch.tensor(units), torch.ones(10)).result()
     errors = [value for name, value in result.items() if name.endswith("_se")]
@@ -156,7 +180,11 @@ def test_a_resampled_text_without_any_of_the_few_units_is_left_out():
 
 
 def test_places_keep_the_order_and_tell_apart_what_differs_by_a_thousandth():
-    doubts = torch.cat([torch.logspace(-11, 2, 6000), torch.tensor([0.0, 1e-30, 300.0, 1e9])]).sort().values
+    doubts = (
+        torch.cat([torch.logspace(-11, 2, 6000), torch.tensor([0.0, 1e-30, 300.0, 1e9])])
+        .sort()
+        .values
+    )
     places = place_of(doubts)
     assert (places.diff() >= 0).all() and places[0] == 0 and places[-1] == len(fine_values()) - 1
     within = (doubts > 1e-11) & (doubts < 200)
@@ -181,7 +209,9 @@ def test_the_standard_error_is_that_of_resampled_documents(few):
     index = [np.flatnonzero(units.numpy() == unit) for unit in range(26)]
     for _ in range(2000):
         at = torch.from_numpy(np.concatenate([index[k] for k in rng.integers(0, 26, 26)]))
-        nll, confidence, right = (values[name][at].double() for name in ("nll", "confidence", "accuracy"))
+        nll, confidence, right = (
+            values[name][at].double() for name in ("nll", "confidence", "accuracy")
+        )
         bins = (confidence * N_BINS).long().clamp(max=N_BINS - 1)
         gaps = torch.zeros(N_BINS).double().index_add_(0, bins, confidence - right)
         draws["nll"].append(nll.mean().item())
@@ -194,7 +224,9 @@ def test_the_standard_error_is_that_of_resampled_documents(few):
 
 def test_the_error_of_a_ratio_of_perplexities_is_that_of_pairs_of_resampled_documents(few):
     values, units, n_bytes = few
-    other = values | {"nll": values["nll"] + torch.randn(3000, generator=torch.Generator().manual_seed(1)) + 0.7}
+    other = values | {
+        "nll": values["nll"] + torch.randn(3000, generator=torch.Generator().manual_seed(1)) + 0.7
+    }
     tallies = {"a": tally_of(values, units, n_bytes), "b": tally_of(other, units, n_bytes)}
     rows = {name: tally.result() | {"unit": "document"} for name, tally in tallies.items()}
     found, draws = against("b", "a", rows, tallies), []
@@ -204,8 +236,13 @@ def test_the_error_of_a_ratio_of_perplexities_is_that_of_pairs_of_resampled_docu
     for _ in range(4000):
         a, b, n = sums[rng.integers(0, 26, 26)].sum(0).tolist()
         draws.append(math.exp((b - a) / n))
-    assert found["vs_first"] == pytest.approx(math.exp((other["nll"] - values["nll"]).mean().item()), rel=1e-5)
-    assert found["vs_first_se"] == pytest.approx(np.std(draws), rel=0.12) and found["vs_first_se"] < rows["b"]["nll_se"]
+    assert found["vs_first"] == pytest.approx(
+        math.exp((other["nll"] - values["nll"]).mean().item()), rel=1e-5
+    )
+    assert (
+        found["vs_first_se"] == pytest.approx(np.std(draws), rel=0.12)
+        and found["vs_first_se"] < rows["b"]["nll_se"]
+    )
     assert against("b", "a", rows, {}) == {"vs_first": found["vs_first"]}  # of logs alone
     rows["b"]["n_units"] += 1  # windows of another length
     assert "vs_first_se" not in against("b", "a", rows, tallies)
@@ -223,14 +260,21 @@ def test_resampling_each_document_once_is_the_text_itself(few, monkeypatch):
 
 def test_weights_of_documents_are_poisson_and_their_own():
     weights = weights_of(list(range(300)))
-    assert weights.mean().item() == pytest.approx(1, abs=0.02) and weights.var().item() == pytest.approx(1, abs=0.03)
+    assert weights.mean().item() == pytest.approx(
+        1, abs=0.02
+    ) and weights.var().item() == pytest.approx(1, abs=0.03)
     assert torch.equal(weights[17:18], weights_of([17])) and not torch.equal(weights[0], weights[1])
     assert np.abs(np.corrcoef(weights[:50].numpy()) - np.eye(50)).max() < 0.2
 
 
 def test_words_bytes_and_documents_are_those_of_the_text_however_it_is_cut():
-    tokenizer, texts = ByteTokenizer(), ["Ein Bär  geht\nheim. ", "", "zwei", " \n drei vier", "fünf\u00a0sechs"]
-    ids = torch.tensor([i for text in texts for i in [*tokenizer.encode(text).tolist(), tokenizer.eot]])
+    tokenizer, texts = (
+        ByteTokenizer(),
+        ["Ein Bär  geht\nheim. ", "", "zwei", " \n drei vier", "fünf\u00a0sechs"],
+    )
+    ids = torch.tensor(
+        [i for text in texts for i in [*tokenizer.encode(text).tolist(), tokenizer.eot]]
+    )
     for size in (1, 2, 3, 7, 100):
         text = Text(tokenizer, torch.full((300,), 1 / 300), n_documents=20)
         numbers = []
@@ -244,7 +288,9 @@ def test_words_bytes_and_documents_are_those_of_the_text_however_it_is_cut():
 
 
 @pytest.mark.parametrize("n_ids", [300, 100])
-def test_ids_that_a_tokenizer_has_not_are_no_text_and_a_model_may_have_fewer_than_its_tokenizer(n_ids):
+def test_ids_that_a_tokenizer_has_not_are_no_text_and_a_model_may_have_fewer_than_its_tokenizer(
+    n_ids,
+):
     text = Text(ByteTokenizer(), torch.full((n_ids,), 1 / n_ids))
     ids = torch.tensor([[*b"a b", n_ids - 1, *b"c"]])
     text.count(ids)
@@ -253,7 +299,8 @@ def test_ids_that_a_tokenizer_has_not_are_no_text_and_a_model_may_have_fewer_tha
 
 
 @pytest.mark.parametrize(
-    ("n_documents", "part", "unit"), [(20, False, "document"), (19, False, "stretch"), (99, True, "window")]
+    ("n_documents", "part", "unit"),
+    [(20, False, "document"), (19, False, "stretch"), (99, True, "window")],
 )
 def test_the_unit_is_a_document_where_there_are_enough_of_them(n_documents, part, unit):
     text = Text(ByteTokenizer(), torch.full((300,), 1 / 300), n_documents, part)
@@ -268,7 +315,9 @@ def test_a_document_is_what_stands_between_two_ends_of_text(tmp_path, begin):
     ids = [*begin, 1, 2, 3, 9, 4, 5, 9, 6, 7, 8, 7, 6]
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": ids}), "val")
     skip = len(begin)
-    assert document(file, 9, 0, 100).tolist() == [1, 2, 3] and document(file, 9, 0, 2 + skip).tolist() == [1, 2]
+    assert document(file, 9, 0, 100).tolist() == [1, 2, 3] and document(
+        file, 9, 0, 2 + skip
+    ).tolist() == [1, 2]
     assert document(file, 9, 1 + skip, 100).tolist() == [4, 5]
     assert document(file, 9, 2 + skip, 4).tolist() == [6, 7, 8, 7]
     assert document(file, None, 0, 100).tolist() == ids

@@ -27,7 +27,9 @@ def tiny_gpt2(**options) -> transformers.GPT2LMHeadModel:
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | ends | options)).eval()
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("ln_" in name and name.endswith("weight")), std=0.2)
+        torch.nn.init.normal_(
+            parameter, mean=float("ln_" in name and name.endswith("weight")), std=0.2
+        )
     return model
 
 
@@ -44,10 +46,16 @@ def test_logits_are_those_of_transformers_gpt2(tmp_path, n_tokens):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameter_names_and_shapes_are_gpt2s(bias):
-    theirs = {n: p.shape for n, p in tiny_gpt2().named_parameters() if bias or not n.endswith("bias")}
-    ours = {n: p.shape for n, p in tiny_gpt(bias=bias).named_parameters()}  # the tied lm_head is not listed twice
+    theirs = {
+        n: p.shape for n, p in tiny_gpt2().named_parameters() if bias or not n.endswith("bias")
+    }
+    ours = {
+        n: p.shape for n, p in tiny_gpt(bias=bias).named_parameters()
+    }  # the tied lm_head is not listed twice
     assert ours.keys() == theirs.keys()
-    assert all(sorted(shape) == sorted(ours[name]) for name, shape in theirs.items())  # theirs may be transposed
+    assert all(
+        sorted(shape) == sorted(ours[name]) for name, shape in theirs.items()
+    )  # theirs may be transposed
 
 
 def test_qkv_bias_adds_the_attentions_input_bias_alone():
@@ -118,7 +126,9 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(model.hidden(idx), model.hidden(idx))
 
 
-def nanogpt_loop(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int) -> torch.Tensor:
+def nanogpt_loop(
+    model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int
+) -> torch.Tensor:
     """nanoGPT's generate() on normalised log-probabilities; temperature 0 takes the likeliest."""
     for _ in range(max_new_tokens):
         log_probs = model.log_probs(idx[:, -model.config.block_size :])[:, -1]
@@ -129,8 +139,13 @@ def nanogpt_loop(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature
             v, _ = torch.topk(scaled, top_k)
             scaled[scaled < v[:, [-1]]] = -float("inf")
             probs = torch.softmax(scaled.double(), dim=-1)
-            rank = probs.argsort(-1, descending=True)  # draw inverts the sums over the kept tokens, the likeliest first
-            sums, u = probs.gather(-1, rank).cumsum(-1), torch.rand(len(probs), 1, dtype=torch.float64)
+            rank = probs.argsort(
+                -1, descending=True
+            )  # draw inverts the sums over the kept tokens, the likeliest first
+            sums, u = (
+                probs.gather(-1, rank).cumsum(-1),
+                torch.rand(len(probs), 1, dtype=torch.float64),
+            )
             new = rank.gather(-1, (sums <= u).sum(-1, keepdim=True))
         idx = torch.cat((idx, new), dim=1)
     return idx
@@ -140,13 +155,20 @@ def nanogpt_loop(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature
 @pytest.mark.parametrize("temperature", [0, 0.7])
 @pytest.mark.parametrize("n_prompt", [1, 9, 16, 21])
 @torch.no_grad()
-def test_cached_generation_is_nanogpts_loop_far_past_block_size(weights, likelihood, temperature, n_prompt):
-    model, idx = tiny_gpt(weights, likelihood, std=0.3, bias=True, tie_head=False), tokens(3, n_prompt)
+def test_cached_generation_is_nanogpts_loop_far_past_block_size(
+    weights, likelihood, temperature, n_prompt
+):
+    model, idx = (
+        tiny_gpt(weights, likelihood, std=0.3, bias=True, tie_head=False),
+        tokens(3, n_prompt),
+    )
     n_new = 60 if n_prompt == 9 else 20
     results = []
     for use_cache in (True, False):
         torch.manual_seed(5)
-        results.append(model.generate(idx, n_new, temperature=temperature, top_k=20, use_cache=use_cache))
+        results.append(
+            model.generate(idx, n_new, temperature=temperature, top_k=20, use_cache=use_cache)
+        )
     torch.manual_seed(5)
     results.append(nanogpt_loop(model, idx, n_new, temperature, top_k=20))
     assert results[0].shape == (3, n_prompt + n_new) and torch.equal(results[0][:, :n_prompt], idx)
@@ -172,7 +194,9 @@ def test_stream_yields_each_token_with_the_prediction_that_it_was_drawn_from():
         assert token.shape == prediction.total.shape == prediction.epistemic.shape == (2, 1)
         assert torch.equal(token, prediction.log_probs[:, -1].argmax(-1, keepdim=True))
         x = model.hidden(idx[:, -16:])[:, -1:]
-        torch.testing.assert_close(prediction.log_probs, model.lm_head.log_probs(x), atol=0.5, rtol=0)
+        torch.testing.assert_close(
+            prediction.log_probs, model.lm_head.log_probs(x), atol=0.5, rtol=0
+        )
         idx = torch.cat([idx, token], dim=1)
 
 
@@ -181,7 +205,9 @@ def test_every_head_learns_a_batch_by_heart(weights, likelihood):
     torch.manual_seed(0)
     idx = torch.stack([torch.randperm(V)[:17] for _ in range(4)])
     x, y = idx[:, :-1], idx[:, 1:]
-    model = tiny_gpt(weights, likelihood, label_smoothing=0.01, n_data=10**6, kl_weight=0.01).train()
+    model = tiny_gpt(
+        weights, likelihood, label_smoothing=0.01, n_data=10**6, kl_weight=0.01
+    ).train()
     optimizer = adamw(model, 1e-2, (0.9, 0.95), 0.0)
     first = model(x, y).item()
     for _ in range(150):

@@ -15,7 +15,9 @@ from tests.helpers import ROOT, TINY, flags, run, write_bytes
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = {"play", "bayes_gpt", "results"}
-PATH = re.compile(r"(?<![\w.:/<])/(tmp|work|home|root|Users|usr|opt|var|mnt)\b|site-packages|Traceback|[A-Z]:\\\\")
+PATH = re.compile(
+    r"(?<![\w.:/<])/(tmp|work|home|root|Users|usr|opt|var|mnt)\b|site-packages|Traceback|[A-Z]:\\\\"
+)
 
 
 @pytest.fixture
@@ -34,7 +36,9 @@ def shown(notebook: nbformat.NotebookNode) -> str:
     """All texts that the cells show."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not [output for output in outputs if output.get("name") == "stderr"]
-    return json.dumps([output.get("text") or {**output.data, "image/png": ""} for output in outputs])
+    return json.dumps(
+        [output.get("text") or {**output.data, "image/png": ""} for output in outputs]
+    )
 
 
 def said(error: CellExecutionError) -> str:
@@ -43,12 +47,18 @@ def said(error: CellExecutionError) -> str:
 
 
 def n_pictures(notebook: nbformat.NotebookNode) -> int:
-    return sum("image/png" in output.get("data", ()) for cell in notebook.cells for output in cell.get("outputs", ()))
+    return sum(
+        "image/png" in output.get("data", ())
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+    )
 
 
 def test_play_trains_samples_and_looks_inside(copy):
     data = write_bytes(copy / "words")
-    options = flags(**{name: value for name, value in TINY.items() if name != "max_iters"}, max_iters=5)
+    options = flags(
+        **{name: value for name, value in TINY.items() if name != "max_iters"}, max_iters=5
+    )
     notebook = execute(
         copy / "notebooks/play.ipynb",
         dataset=str(data),
@@ -59,7 +69,9 @@ def test_play_trains_samples_and_looks_inside(copy):
         words=["t", "no token"],
     )
     assert (copy / "out/tiny/ckpt_00000005.pt").exists()
-    assert "step 5/5" in shown(notebook) and "tokens]" in shown(notebook) and n_pictures(notebook) == 4
+    assert (
+        "step 5/5" in shown(notebook) and "tokens]" in shown(notebook) and n_pictures(notebook) == 4
+    )
 
 
 def test_bayes_gpt_asks_any_bayesian_run(copy):
@@ -74,18 +86,26 @@ def test_bayes_gpt_asks_any_bayesian_run(copy):
 def test_bayes_gpt_says_in_a_line_what_to_run_first(copy):
     with pytest.raises(CellExecutionError) as error:
         execute(copy / "notebooks/bayes_gpt.ipynb")
-    assert said(error.value) == "error: out/quickstart/bayes is missing: `make run` trains it, in about 8 minutes"
+    assert (
+        said(error.value)
+        == "error: out/quickstart/bayes is missing: `make run` trains it, in about 8 minutes"
+    )
 
 
 @pytest.mark.parametrize(
     "damage, message",
-    [("logs", "there are no studies in"), ("eval_test.json", "bayes-seed1337/eval_test.json is damaged")],
+    [
+        ("logs", "there are no studies in"),
+        ("eval_test.json", "bayes-seed1337/eval_test.json is damaged"),
+    ],
 )
 def test_results_says_in_a_line_what_is_wrong_with_the_logs(copy, damage, message):
     if damage == "eval_test.json":
         (copy / "training_logs/quickstart/bayes-seed1337/eval_test.json").write_text('{"nll": 4.')
     with pytest.raises(CellExecutionError) as error:
-        execute(copy / "notebooks/results.ipynb", **({"logs": "nowhere"} if damage == "logs" else {}))
+        execute(
+            copy / "notebooks/results.ipynb", **({"logs": "nowhere"} if damage == "logs" else {})
+        )
     (line,) = said(error.value).splitlines()
     assert line.startswith("error: ") and message in line
 
@@ -115,7 +135,9 @@ def test_what_is_kept_is_a_whole_run_light_and_of_no_machine(path):
     assert not [cell for cell in notebook.cells if cell.metadata.keys() - {"tags"}]
     for cell in code:  # what prints, ends in a value or draws has shown something
         last = cell.source.splitlines()[-1]
-        if last.startswith(("plt.show()", "print(")) or re.fullmatch(r"\w+_figure\(.*\)|reading.*", last):
+        if last.startswith(("plt.show()", "print(")) or re.fullmatch(
+            r"\w+_figure\(.*\)|reading.*", last
+        ):
             assert cell.outputs
 
 
@@ -129,14 +151,22 @@ def test_results_is_kept_with_the_tables_that_the_logs_make_today():
     ]
     for study in filter(Path.is_dir, summary.LOGS.iterdir()):
         for kind in (*summary.COLUMNS, "tuning"):
-            assert summary.table(study, kind) in shown_tables, f"{study.name} {kind}: notebooks/execute.py"
+            assert summary.table(study, kind) in shown_tables, (
+                f"{study.name} {kind}: notebooks/execute.py"
+            )
 
 
 def test_all_notebooks_are_tested_and_begin_alike():
     assert {path.stem for path in NOTEBOOKS} == NAMES
-    first = {next(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "code") for p in NOTEBOOKS}
+    first = {
+        next(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "code")
+        for p in NOTEBOOKS
+    }
     assert len(first) == 1
 
 
 def test_play_is_kept_with_the_banner_that_runs_begin_with_today():
-    assert re.search(r"  parameters   \d.*  a step       .*  memory       about", shown(nbformat.read(NOTEBOOKS[1], 4)))
+    assert re.search(
+        r"  parameters   \d.*  a step       .*  memory       about",
+        shown(nbformat.read(NOTEBOOKS[1], 4)),
+    )

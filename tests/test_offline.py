@@ -34,7 +34,9 @@ for script, *argv in json.loads(sys.argv[1]):
 def run_closed(folder, *commands: list[str]) -> str:
     """Run our scripts in turn in one process that reaches no network; returns what they print."""
     commands = [[str(ROOT / script), *argv] for script, *argv in commands]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB")
+    }
     environment |= {"OMP_NUM_THREADS": "1", "HOME": str(folder), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", CLOSED, json.dumps(commands)],
@@ -54,12 +56,22 @@ def test_train_resume_sample_and_evaluate_ask_for_no_network(tmp_path, kind):
         write_words(tmp_path / "words", GPT2Tokenizer() if kind == "gpt2" else None)
     except UserError as error:
         pytest.skip(str(error))
-    train = ["train.py", *flags(**TINY | {"dataset": "words", "out_dir": "run", "warmup_iters": 0, "max_iters": 2})]
+    train = [
+        "train.py",
+        *flags(**TINY | {"dataset": "words", "out_dir": "run", "warmup_iters": 0, "max_iters": 2}),
+    ]
     printed = run_closed(
         tmp_path,
         train,
         [*train, "--init_from=resume", "--max_iters=4"],
-        ["sample.py", "--out_dir=run", "--device=cpu", "--start=the", "--num_samples=1", "--max_new_tokens=3"],
+        [
+            "sample.py",
+            "--out_dir=run",
+            "--device=cpu",
+            "--start=the",
+            "--num_samples=1",
+            "--max_new_tokens=3",
+        ],
         ["evaluate.py", "--out_dir=run", "--device=cpu", "--limit=4"],
     )
     assert "going on at step 2" in printed and "\nthe" in printed and "words, test split" in printed

@@ -31,7 +31,9 @@ def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_kl(layer: BayesLinear, prior_std: float | torch.Tensor, prior_mean: float | None = None) -> torch.Tensor:
+def slow_kl(
+    layer: BayesLinear, prior_std: float | torch.Tensor, prior_mean: float | None = None
+) -> torch.Tensor:
     """By torch.distributions, in float64."""
     mean, std = layer.weight.double(), layer.log_std.double().exp().expand_as(layer.weight)
     centre = layer.config.prior_mean if prior_mean is None else prior_mean
@@ -43,8 +45,12 @@ def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Ten
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-def same_gradients(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-5) -> bool:
-    return a.keys() == b.keys() and all((a[name] - b[name]).norm() <= tolerance * b[name].norm() for name in a)
+def same_gradients(
+    a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> bool:
+    return a.keys() == b.keys() and all(
+        (a[name] - b[name]).norm() <= tolerance * b[name].norm() for name in a
+    )
 
 
 # the posterior, its prior and its KL
@@ -64,19 +70,25 @@ def test_kl_and_its_gradients_are_those_of_torch_distributions(posterior, prior_
 def test_the_empirical_prior_is_the_one_of_least_kl_around_prior_mean(posterior, prior_mean):
     head = tiny_head("bayes", posterior=posterior, prior_mean=prior_mean)
     best = scipy.optimize.minimize_scalar(
-        lambda log_std: slow_kl(head.weights, math.exp(log_std), prior_mean).item(), bounds=(-5, 3), method="bounded"
+        lambda log_std: slow_kl(head.weights, math.exp(log_std), prior_mean).item(),
+        bounds=(-5, 3),
+        method="bounded",
     )
     ours, std = head.weights.kl(), head.weights.second_moment().sqrt().item()
     assert std == pytest.approx(math.exp(best.x), rel=1e-3)
     assert ours.item() == pytest.approx(best.fun, rel=1e-5)
     # at its minimum a KL has the gradient that it has for a prior that stays there
-    assert same_gradients(gradients(ours, head), gradients(slow_kl(head.weights, std, prior_mean), head), 1e-4)
+    assert same_gradients(
+        gradients(ours, head), gradients(slow_kl(head.weights, std, prior_mean), head), 1e-4
+    )
 
 
 @every_posterior
 def test_posteriors_differ_in_the_shape_of_log_std_alone(posterior):
     heads = {p: tiny_head("bayes", posterior=p, prior_std=0.1) for p in (posterior, "full")}
-    shapes = [{name: tuple(t.shape) for name, t in head.state_dict().items()} for head in heads.values()]
+    shapes = [
+        {name: tuple(t.shape) for name, t in head.state_dict().items()} for head in heads.values()
+    ]
     assert shapes[0].keys() == shapes[-1].keys() == {"weights.weight", "weights.log_std"}
     assert shapes[0]["weights.log_std"] == ((V, 1) if posterior == "row" else (V, C))
 
@@ -86,13 +98,17 @@ def test_a_new_models_posteriors_start_from_its_own_weights():
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.start_posteriors(torch.full((V,), 1 / V))
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(before[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            before[name], value, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # torchbnn: its layer's state, and the layer itself as a posterior
 
 
-def torchbnn_layer(head: Head, prior_mean: float = 0.0, prior_std: float = 0.1) -> torchbnn.BayesLinear:
+def torchbnn_layer(
+    head: Head, prior_mean: float = 0.0, prior_std: float = 0.1
+) -> torchbnn.BayesLinear:
     layer = torchbnn.BayesLinear(prior_mean, prior_std, C, V, bias=False)
     layer.load_state_dict(head.weights.to_torchbnn())
     return layer
@@ -109,7 +125,10 @@ def test_a_torchbnn_layer_with_our_state_has_our_logits_for_the_same_noise_and_o
     layer.unfreeze()
     logits = []
     ours = head.weights
-    for noisy_logits in (layer, ours.noisy_logits if ours.noise_in_logits else lambda x: x @ ours.for_loss(x)[0].T):
+    for noisy_logits in (
+        layer,
+        ours.noisy_logits if ours.noise_in_logits else lambda x: x @ ours.for_loss(x)[0].T,
+    ):
         torch.manual_seed(3)
         logits.append(noisy_logits(x))
     torch.testing.assert_close(*logits)
@@ -124,7 +143,9 @@ def test_a_round_trip_by_torchbnn_is_exact(posterior):
     other.weights.from_torchbnn(torchbnn_layer(head).state_dict())
     assert torch.equal(other.weights.weight, head.weights.weight)
     assert torch.equal(other.weights.log_std, head.weights.log_std)
-    assert isinstance(other.weights.weight, torch.nn.Parameter) and other.weights.weight.requires_grad
+    assert (
+        isinstance(other.weights.weight, torch.nn.Parameter) and other.weights.weight.requires_grad
+    )
 
 
 def foreign_state(kind: str) -> dict[str, torch.Tensor]:
@@ -149,11 +170,17 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(ki
 @every_likelihood
 def test_the_torchbnn_posteriors_loss_and_gradients_are_the_librarys(likelihood):
     options = {"prior_mean": 0.1, "prior_std": 0.2, "kl_weight": 0.3}
-    head, (x, targets) = tiny_head("bayes", likelihood, posterior="torchbnn", **options), batch(3, 5)
+    head, (x, targets) = (
+        tiny_head("bayes", likelihood, posterior="torchbnn", **options),
+        batch(3, 5),
+    )
     layer = torchbnn_layer(head, 0.1, 0.2)
     torch.manual_seed(7)
     logits = layer(x) if head.bias is None else layer(x) + head.bias
-    theirs = slow_nll(likelihood, logits, targets) + 0.3 / 1000 * torchbnn.BKLLoss(reduction="sum")(layer).squeeze()
+    theirs = (
+        slow_nll(likelihood, logits, targets)
+        + 0.3 / 1000 * torchbnn.BKLLoss(reduction="sum")(layer).squeeze()
+    )
     torch.manual_seed(7)
     ours = head.loss(x, targets)
     assert ours.shape == () and ours.item() == pytest.approx(theirs.item(), rel=1e-6)
@@ -164,12 +191,16 @@ def test_the_torchbnn_posteriors_loss_and_gradients_are_the_librarys(likelihood)
 
 @every_likelihood
 def test_a_torchbnn_posterior_predicts_as_a_full_one_with_its_weights(likelihood):
-    ours, full = (tiny_head("bayes", likelihood, posterior=p, prior_std=0.1) for p in ("torchbnn", "full"))
+    ours, full = (
+        tiny_head("bayes", likelihood, posterior=p, prior_std=0.1) for p in ("torchbnn", "full")
+    )
     x = batch(2, 3)[0]
     full.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours.logits(x), full.logits(x))
     torch.testing.assert_close(ours.weights.variance(x), full.weights.variance(x))
-    assert not torch.equal(*(ours.weights.noisy_logits(x) for _ in range(2)))  # a draw for each loss
+    assert not torch.equal(
+        *(ours.weights.noisy_logits(x) for _ in range(2))
+    )  # a draw for each loss
     for n_samples in (-1, 0, 4):
         predictions = []
         for head in (ours, full):
@@ -179,7 +210,9 @@ def test_a_torchbnn_posterior_predicts_as_a_full_one_with_its_weights(likelihood
 
 
 def test_a_torchbnn_head_stays_tied_to_the_embedding_through_a_step():
-    model, full = (tiny_gpt("bayes", posterior=p, prior_std=0.1).train() for p in ("torchbnn", "full"))
+    model, full = (
+        tiny_gpt("bayes", posterior=p, prior_std=0.1).train() for p in ("torchbnn", "full")
+    )
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in full.named_parameters()]
     assert model.state_dict().keys() == full.state_dict().keys()
     before = [p.clone() for p in (model.transformer.wte.weight, model.lm_head.weights.log_std)]
@@ -205,20 +238,30 @@ def test_a_torchbnn_posterior_needs_a_prior_std_that_is_a_number():
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
 @pytest.mark.parametrize("bayes_mlp", [False, True])
-def test_a_models_loss_is_its_data_loss_plus_ramp_times_kl_weight_times_kl_per_token(weights, likelihood, bayes_mlp):
+def test_a_models_loss_is_its_data_loss_plus_ramp_times_kl_weight_times_kl_per_token(
+    weights, likelihood, bayes_mlp
+):
     options = {"prior_mean": 0.1, "prior_std": 0.2, "kl_weight": 0.25, "n_data": 500}
-    model, idx, targets = tiny_gpt(weights, likelihood, bayes_mlp=bayes_mlp, **options), tokens(2, 9), tokens(2, 9)
+    model, idx, targets = (
+        tiny_gpt(weights, likelihood, bayes_mlp=bayes_mlp, **options),
+        tokens(2, 9),
+        tokens(2, 9),
+    )
     layers = [m for m in model.modules() if hasattr(m, "log_std")]
     assert len(layers) == 4 * bayes_mlp + (weights == "bayes")
     kl = sum(slow_kl(layer, 0.2, 0.1).item() for layer in layers)
     data_loss = model.lm_head.data_loss(model.hidden(idx), targets).item()
     for ramp in (0.0, 0.4, 1.0):
         model.lm_head.kl_ramp.fill_(ramp)
-        assert model(idx, targets).item() == pytest.approx(data_loss + ramp * 0.25 * kl / 500, rel=1e-6)
+        assert model(idx, targets).item() == pytest.approx(
+            data_loss + ramp * 0.25 * kl / 500, rel=1e-6
+        )
         assert model.kl_loss().item() == pytest.approx(ramp * 0.25 * kl / 500, rel=1e-5)
     if not bayes_mlp:
         x = model.hidden(idx)
-        assert model.lm_head.loss(x, targets).item() == pytest.approx(model(idx, targets).item(), rel=1e-6)
+        assert model.lm_head.loss(x, targets).item() == pytest.approx(
+            model(idx, targets).item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +271,10 @@ def test_a_models_loss_is_its_data_loss_plus_ramp_times_kl_weight_times_kl_per_t
 def test_no_log_std_is_decayed_and_every_matrix_is(posterior, bayes_mlp):
     model = tiny_gpt("bayes", bias=True, prior_std=0.1, posterior=posterior, bayes_mlp=bayes_mlp)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in g["params"]} for g in adamw(model, 1e-3, (0.9, 0.95), 0.1).param_groups)
+    decayed, kept = (
+        {names[id(p)] for p in g["params"]}
+        for g in adamw(model, 1e-3, (0.9, 0.95), 0.1).param_groups
+    )
     stds = {name for name in names.values() if name.endswith("log_std")}
     assert len(stds) == (5 if bayes_mlp else 1) and stds <= kept
     assert decayed == {n for n, p in model.named_parameters() if p.dim() == 2} - stds
@@ -241,7 +287,10 @@ def plain_twin(model: GPT) -> GPT:
     """A GPT without bayes_mlp and with the same means."""
     config = model.config
     twin = GPT(GPTConfig(**{**vars(config), "bayes_mlp": False})).eval()
-    assert all(name.endswith("log_std") for name in twin.load_state_dict(model.state_dict(), strict=False)[1])
+    assert all(
+        name.endswith("log_std")
+        for name in twin.load_state_dict(model.state_dict(), strict=False)[1]
+    )
     return twin
 
 
@@ -265,10 +314,15 @@ def test_a_softmax_checkpoint_loads_into_bayesian_mlps_and_predicts_the_same(wei
     softmax = tiny_gpt(std=0.3, bias=bias)
     model = tiny_gpt(weights, bayes_mlp=True, bias=bias)
     missing = load_state(model, softmax.state_dict())
-    linear = {f"transformer.h.{layer}.mlp.{part}" for layer in range(2) for part in ("c_fc", "c_proj")}
-    assert set(missing) == {f"{n}.log_std" for n in linear | ({"lm_head.weights"} if weights == "bayes" else set())}
+    linear = {
+        f"transformer.h.{layer}.mlp.{part}" for layer in range(2) for part in ("c_fc", "c_proj")
+    }
+    assert set(missing) == {
+        f"{n}.log_std" for n in linear | ({"lm_head.weights"} if weights == "bayes" else set())
+    }
     ours, theirs = (
-        {n: p.shape for n, p in m.state_dict().items() if not n.endswith("log_std")} for m in (model, softmax)
+        {n: p.shape for n, p in m.state_dict().items() if not n.endswith("log_std")}
+        for m in (model, softmax)
     )
     assert ours == theirs and (f"{min(linear)}.bias" in ours) == bias
     torch.testing.assert_close(model.log_probs(tokens(2, 9)), softmax.log_probs(tokens(2, 9)))
@@ -278,7 +332,9 @@ def test_a_bayesian_c_proj_keeps_its_scaled_initial_spread_and_biases_start_at_0
     model = tiny_gpt(n_layer=3, n_embd=64, bayes_mlp=True, bias=True)
     for block in model.transformer.h:
         assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
-        assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 3), rel=0.05)
+        assert block.mlp.c_proj.weight.std().item() == pytest.approx(
+            0.02 / math.sqrt(2 * 3), rel=0.05
+        )
         assert not block.mlp.c_fc.bias.any() and not block.mlp.c_proj.bias.any()
 
 
@@ -286,11 +342,16 @@ def test_a_bayesian_c_proj_keeps_its_scaled_initial_spread_and_biases_start_at_0
 @pytest.mark.parametrize("prior_std", [0.1, "empirical"])
 @pytest.mark.parametrize("weights", ["point", "bayes"])
 def test_a_models_kl_is_the_sum_over_its_layers(weights, posterior, prior_std):
-    model = tiny_gpt(weights, std=0.3, bayes_mlp=True, posterior=posterior, prior_std=prior_std, prior_mean=0.05)
+    model = tiny_gpt(
+        weights, std=0.3, bayes_mlp=True, posterior=posterior, prior_std=prior_std, prior_mean=0.05
+    )
     layers = [part for block in model.transformer.h for part in (block.mlp.c_fc, block.mlp.c_proj)]
     layers += [model.lm_head.weights] if weights == "bayes" else []
     # each layer has an empirical prior of its own
-    stds = [layer.second_moment().sqrt().item() if prior_std == "empirical" else prior_std for layer in layers]
+    stds = [
+        layer.second_moment().sqrt().item() if prior_std == "empirical" else prior_std
+        for layer in layers
+    ]
     expected = sum(slow_kl(layer, std).item() for layer, std in zip(layers, stds, strict=True))
     assert model.kl().item() == pytest.approx(expected, rel=1e-5)
     assert tiny_gpt().kl() == 0.0
@@ -308,7 +369,11 @@ def test_a_hidden_layers_noise_has_mean_0_and_variance_x2_by_std2(posterior, est
     x, n = torch.randn(2, 6), 20_000
     with torch.no_grad():
         # of "sample" a call has one matrix for all that is in it
-        out = torch.stack([layer(x) for _ in range(n // 4)]) if estimator == "sample" else layer(x.expand(n, 2, 6))
+        out = (
+            torch.stack([layer(x) for _ in range(n // 4)])
+            if estimator == "sample"
+            else layer(x.expand(n, 2, 6))
+        )
         variance = x.square() @ layer.log_std.exp().expand_as(layer.weight).square().T
         mean = x @ layer.weight.T + layer.bias
     assert ((out.mean(0) - mean).abs() < 5 * (variance / len(out)).sqrt()).all()
@@ -316,7 +381,11 @@ def test_a_hidden_layers_noise_has_mean_0_and_variance_x2_by_std2(posterior, est
     assert torch.allclose(layer.eval()(x), mean)
     # local: each position its own noise; sample: positions share the matrix
     covariance = ((out - mean)[:, 0] * (out - mean)[:, 1]).mean(0)
-    shared = (x[0] * x[1]) @ layer.log_std.exp().expand_as(layer.weight).square().T if estimator == "sample" else 0.0
+    shared = (
+        (x[0] * x[1]) @ layer.log_std.exp().expand_as(layer.weight).square().T
+        if estimator == "sample"
+        else 0.0
+    )
     assert ((covariance - shared).abs() < 6 * (variance.prod(0) / len(out)).sqrt()).all()
 
 
@@ -363,7 +432,9 @@ def assert_same_mean(ours: torch.Tensor, draws: torch.Tensor, n: int) -> None:
 @pytest.mark.parametrize(
     ("weights", "posterior", "estimator"), [("bayes", "row", "bound"), ("point", "full", "sample")]
 )
-def test_a_prediction_with_samples_averages_over_draws_of_all_weights(weights, posterior, estimator):
+def test_a_prediction_with_samples_averages_over_draws_of_all_weights(
+    weights, posterior, estimator
+):
     model, idx, n = noisy_gpt(weights, posterior=posterior, estimator=estimator), tokens(1, 4), 600
     torch.manual_seed(0)
     draws = draws_of_all_matrices(model, idx, n)
@@ -416,7 +487,11 @@ def test_sampling_ends_with_its_block_also_by_an_exception():
 def test_gradient_checkpointing_draws_the_same_noise_again(estimator):
     results = []
     for gradient_checkpointing in (False, True):
-        options = {"estimator": estimator, "gradient_checkpointing": gradient_checkpointing, "dropout": 0.2}
+        options = {
+            "estimator": estimator,
+            "gradient_checkpointing": gradient_checkpointing,
+            "dropout": 0.2,
+        }
         model = tiny_gpt("bayes", bayes_mlp=True, **options).train()
         torch.manual_seed(3)
         loss = model(tokens(2, 16), tokens(2, 16, seed=2))
@@ -444,15 +519,31 @@ def data(tmp_path_factory):
 
 END_TO_END = {
     "torchbnn": {"weights": "bayes", "posterior": "torchbnn", "prior_std": 0.1},
-    "torchbnn x sigmoid": {"weights": "bayes", "likelihood": "sigmoid", "posterior": "torchbnn", "prior_std": 0.1},
+    "torchbnn x sigmoid": {
+        "weights": "bayes",
+        "likelihood": "sigmoid",
+        "posterior": "torchbnn",
+        "prior_std": 0.1,
+    },
     "mlp": {"bayes_mlp": True},
-    "mlp and head": {"bayes_mlp": True, "weights": "bayes", "posterior": "full", "estimator": "sample", "bias": True},
+    "mlp and head": {
+        "bayes_mlp": True,
+        "weights": "bayes",
+        "posterior": "full",
+        "estimator": "sample",
+        "bias": True,
+    },
 }
 
 
 @pytest.mark.parametrize("options", END_TO_END.values(), ids=END_TO_END)
 def test_training_lowers_the_nll_and_resumes_bit_for_bit(data, tmp_path, options):
-    options = options | {"kl_weight": 0.1, "warmup_iters": 10, "lr_decay_iters": 30, "eval_interval": 15}
+    options = options | {
+        "kl_weight": 0.1,
+        "warmup_iters": 10,
+        "lr_decay_iters": 30,
+        "eval_interval": 15,
+    }
     whole = run(data, tmp_path / "whole", **options)
     nlls = [record["val_nll"] for record in records(tmp_path / "whole", "val_nll")]
     assert nlls[-1] < 0.8 * nlls[0]
@@ -466,19 +557,35 @@ def test_from_a_softmax_run_the_mlps_posteriors_start_around_its_weights(data, t
     softmax = run(data, tmp_path / "softmax")
     options = {"bayes_mlp": True, "kl_weight": 0.5, "n_data": 300}
     model = run(
-        data, tmp_path / "bayes", init_from=tmp_path / "softmax", max_iters=1, learning_rate=0, min_lr=0, **options
+        data,
+        tmp_path / "bayes",
+        init_from=tmp_path / "softmax",
+        max_iters=1,
+        learning_rate=0,
+        min_lr=0,
+        **options,
     )
     for ours, theirs in zip(model.transformer.h, softmax.transformer.h, strict=True):
         for name in ("c_fc", "c_proj"):
             layer, weight = getattr(ours.mlp, name), getattr(theirs.mlp, name).weight
             assert torch.equal(layer.weight, weight)
             precision = 1 / weight.square().mean() + 300 / 0.5
-            torch.testing.assert_close(layer.log_std.exp(), precision.rsqrt().expand_as(layer.log_std))
+            torch.testing.assert_close(
+                layer.log_std.exp(), precision.rsqrt().expand_as(layer.log_std)
+            )
 
 
-def test_bayesian_mlps_on_a_bayesian_run_leave_the_heads_posterior_as_it_learned_to_be(data, tmp_path):
+def test_bayesian_mlps_on_a_bayesian_run_leave_the_heads_posterior_as_it_learned_to_be(
+    data, tmp_path
+):
     bayes = run(data, tmp_path / "bayes", weights="bayes")
-    options = {"weights": "bayes", "bayes_mlp": True, "max_iters": 1, "learning_rate": 0, "min_lr": 0}
+    options = {
+        "weights": "bayes",
+        "bayes_mlp": True,
+        "max_iters": 1,
+        "learning_rate": 0,
+        "min_lr": 0,
+    }
     model = run(data, tmp_path / "mlp", init_from=tmp_path / "bayes", **options)
     assert torch.equal(model.lm_head.weights.log_std, bayes.lm_head.weights.log_std)
 
@@ -494,7 +601,9 @@ COMPILED = {
 def test_a_compiled_model_has_the_gradients_of_the_eager_one(options, backend):
     if backend == "inductor":
         if os.environ.get("SLOW_TESTS") != "1":
-            pytest.skip("a whole model takes inductor half a minute; SLOW_TESTS=1 runs this one too")
+            pytest.skip(
+                "a whole model takes inductor half a minute; SLOW_TESTS=1 runs this one too"
+            )
         if not shutil.which(os.environ.get("CXX", "g++")):
             pytest.skip("torch.compile on CPU needs a C++ compiler")
     import torch._inductor.config as inductor

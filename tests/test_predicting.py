@@ -65,7 +65,9 @@ def slow_log_probs(head: Head, logits: torch.Tensor) -> torch.Tensor:
 
 @every_head
 @pytest.mark.parametrize("n_samples", [-1, 0, 1, 5])
-def test_predict_has_the_log_probs_of_log_probs_and_entropies_that_add_up(weights, likelihood, n_samples):
+def test_predict_has_the_log_probs_of_log_probs_and_entropies_that_add_up(
+    weights, likelihood, n_samples
+):
     head, x, found = tiny_head(weights, likelihood), batch(2, 3)[0], []
     for predict in (head.log_probs, head.predict):
         torch.manual_seed(0)
@@ -75,9 +77,15 @@ def test_predict_has_the_log_probs_of_log_probs_and_entropies_that_add_up(weight
     torch.testing.assert_close(log_probs.logsumexp(-1), torch.zeros(2, 3), atol=2e-6, rtol=0)
     torch.testing.assert_close(prediction.total, Categorical(logits=log_probs).entropy())
     torch.testing.assert_close(prediction.aleatoric + prediction.epistemic, prediction.total)
-    assert prediction.total.shape == prediction.epistemic.shape == prediction.aleatoric.shape == (2, 3)
+    assert (
+        prediction.total.shape == prediction.epistemic.shape == prediction.aleatoric.shape == (2, 3)
+    )
     nothing = weights == "point" or n_samples == 1  # one draw knows nothing of other ones
-    assert (prediction.epistemic.abs().max() < 1e-6) if nothing else (prediction.epistemic > 1e-3).all()
+    assert (
+        (prediction.epistemic.abs().max() < 1e-6)
+        if nothing
+        else (prediction.epistemic > 1e-3).all()
+    )
 
 
 @every_bayesian
@@ -99,7 +107,9 @@ def test_draws_give_the_entropies_of_sampled_matrices(likelihood, options, poste
     assert (slow.mean(0)[2] > 20 * error[2]).all()  # what there is to find is far above the noise
 
 
-def errors(head: Head, x: torch.Tensor, n: int = 20_000) -> tuple[dict[int, float], dict[int, float]]:
+def errors(
+    head: Head, x: torch.Tensor, n: int = 20_000
+) -> tuple[dict[int, float], dict[int, float]]:
     """Of the sampling-free average (-1) and of the mean weights (0), against n draws of the logits: sum_v |p - p_v|
     and max_v |p / p_v - 1|, of the worst position."""
     torch.manual_seed(0)
@@ -135,7 +145,9 @@ def test_the_average_without_sampling_moves_under_4_percent_of_probability_for_w
 
 
 @every_bayesian
-def test_the_average_without_sampling_is_the_mean_prediction_where_nothing_is_uncertain(likelihood, options, posterior):
+def test_the_average_without_sampling_is_the_mean_prediction_where_nothing_is_uncertain(
+    likelihood, options, posterior
+):
     head, x = bayesian_head(likelihood, options, posterior, -30.0), 3 * batch(2, 3)[0]
     torch.testing.assert_close(head.log_probs(x, -1), head.log_probs(x, 0), atol=1e-5, rtol=1e-5)
     expected = slow_log_probs(head, head.logits(x))
@@ -157,7 +169,9 @@ def test_the_uncertainties_without_sampling_are_those_of_many_draws_for_narrow_p
     prediction = head.predict(x, -1)
     torch.testing.assert_close(prediction.total.double(), total, atol=0.01, rtol=0)
     torch.testing.assert_close(prediction.aleatoric.double(), aleatoric, atol=0.015, rtol=0)
-    torch.testing.assert_close(prediction.epistemic.double(), total - aleatoric, atol=1e-3, rtol=0.12)
+    torch.testing.assert_close(
+        prediction.epistemic.double(), total - aleatoric, atol=1e-3, rtol=0.12
+    )
 
 
 @every_likelihood
@@ -181,7 +195,10 @@ def test_of_hidden_states_for_each_draw_the_probabilities_are_averaged(weights, 
     torch.manual_seed(0)
     prediction = head.predict(list(xs), 4)
     torch.testing.assert_close(prediction.log_probs.exp().double(), expected, atol=1e-6, rtol=1e-4)
-    total, aleatoric = Categorical(probs=expected).entropy(), Categorical(logits=each).entropy().mean(0)
+    total, aleatoric = (
+        Categorical(probs=expected).entropy(),
+        Categorical(logits=each).entropy().mean(0),
+    )
     torch.testing.assert_close(prediction.total.double(), total, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(prediction.aleatoric.double(), aleatoric, atol=1e-5, rtol=1e-5)
     torch.manual_seed(0)
@@ -214,7 +231,9 @@ def test_expected_log_sigmoid_is_the_integral(std, tolerance):
                 )
 
             around = (mean - 12 * std, mean + 12 * std)
-            expected = scipy.integrate.quad(integrand, *around, epsabs=0)[0] / (std * math.sqrt(2 * math.pi))
+            expected = scipy.integrate.quad(integrand, *around, epsabs=0)[0] / (
+                std * math.sqrt(2 * math.pi)
+            )
         else:
             expected = 1 / (1 + math.exp(-mean))
         assert abs(math.exp(ours - math.log(expected)) - 1) < tolerance, mean
@@ -247,12 +266,20 @@ def soft_batch(k: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     if k > 2:
         targets[..., 1] = targets[..., 0]
     weights = torch.rand(*shape, k, generator=generator)
-    return torch.randn(*shape, C, generator=generator), targets, weights / weights.sum(-1, keepdim=True)
+    return (
+        torch.randn(*shape, C, generator=generator),
+        targets,
+        weights / weights.sum(-1, keepdim=True),
+    )
 
 
 def dense(targets: torch.Tensor, label_weights: torch.Tensor) -> torch.Tensor:
     """(..., K) -> the (..., V) target, float64."""
-    return torch.zeros(*targets.shape[:-1], V).double().scatter_add(-1, targets, label_weights.double())
+    return (
+        torch.zeros(*targets.shape[:-1], V)
+        .double()
+        .scatter_add(-1, targets, label_weights.double())
+    )
 
 
 def slow_soft_loss(head: Head, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -268,12 +295,19 @@ def slow_soft_loss(head: Head, x: torch.Tensor, target: torch.Tensor) -> torch.T
             target = (1 - EPS) * target + EPS / (V - 1) * (1 - target)
         return ((mean + half).logsumexp(-1) - (target * mean).sum(-1)).mean()
     of_labels = (config.pos_weight - 1) * target * (F.softplus(mean + half) - mean)
-    penalty = config.sum_penalty * ((mean + half - math.log(config.pos_weight)).sigmoid().sum(-1) - 1).square()
+    penalty = (
+        config.sum_penalty
+        * ((mean + half - math.log(config.pos_weight)).sigmoid().sum(-1) - 1).square()
+    )
     return ((F.softplus(mean + half) - target * mean + of_labels).sum(-1) + penalty).mean()
 
 
 SOFT = [(w, likelihood, {}) for w, likelihood in HEADS]
-SOFT += [(w, "sigmoid", o) for w in ("point", "bayes") for o in ({"pos_weight": 4.0}, {"sum_penalty": 0.3})]
+SOFT += [
+    (w, "sigmoid", o)
+    for w in ("point", "bayes")
+    for o in ({"pos_weight": 4.0}, {"sum_penalty": 0.3})
+]
 SOFT += [("bayes", likelihood, {"posterior": "full"}) for likelihood in LIKELIHOODS]
 SOFT += [("point", "sigmoid", {"pos_weight": 0.2, "sum_penalty": 0.1})]
 every_soft = pytest.mark.parametrize(("weights", "likelihood", "options"), SOFT, ids=str)
@@ -281,13 +315,20 @@ every_soft = pytest.mark.parametrize(("weights", "likelihood", "options"), SOFT,
 
 @every_soft
 @pytest.mark.parametrize("k", [1, 4])
-def test_loss_and_gradients_of_soft_labels_are_those_of_the_dense_target(weights, likelihood, options, k):
-    head, (x, targets, label_weights) = tiny_head(weights, likelihood, **options), soft_batch(k, 3, 5)
+def test_loss_and_gradients_of_soft_labels_are_those_of_the_dense_target(
+    weights, likelihood, options, k
+):
+    head, (x, targets, label_weights) = (
+        tiny_head(weights, likelihood, **options),
+        soft_batch(k, 3, 5),
+    )
     inputs = [x.requires_grad_(), *head.parameters()]
     ours = head.data_loss(x, targets, label_weights)
     slow = slow_soft_loss(head, x, dense(targets, label_weights))
     assert ours.dtype == torch.float32 and ours.item() == pytest.approx(slow.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(slow, inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(slow, inputs), strict=True
+    ):
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
@@ -298,18 +339,24 @@ def test_one_label_of_weight_1_is_the_plain_loss(weights, likelihood, options):
     soft = head.loss(x, targets.unsqueeze(-1), torch.ones(3, 5, 1))
     plain = head.loss(x, targets)
     assert soft.item() == pytest.approx(plain.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(soft, inputs), torch.autograd.grad(plain, inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(soft, inputs), torch.autograd.grad(plain, inputs), strict=True
+    ):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("pos_weight", [0.3, 1.0, 5.0])
-def test_the_sigmoids_loss_of_a_set_is_torchs_binary_cross_entropy_with_the_multi_hot_target(pos_weight):
+def test_the_sigmoids_loss_of_a_set_is_torchs_binary_cross_entropy_with_the_multi_hot_target(
+    pos_weight,
+):
     head, x = tiny_head("point", "sigmoid", pos_weight=pos_weight), batch(3, 5)[0]
     order = torch.rand(3, 5, V, generator=torch.Generator().manual_seed(3)).argsort(-1)
     targets = order[..., :4]
     multi_hot = torch.zeros(3, 5, V).double().scatter(-1, targets, 1.0)
     weight = torch.tensor(pos_weight).double()
-    slow = F.binary_cross_entropy_with_logits(head.logits(x).double(), multi_hot, pos_weight=weight, reduction="none")
+    slow = F.binary_cross_entropy_with_logits(
+        head.logits(x).double(), multi_hot, pos_weight=weight, reduction="none"
+    )
     ours = head.loss(x, targets, torch.ones(3, 5, 4))
     assert ours.item() == pytest.approx(slow.sum(-1).mean().item(), rel=1e-6)
 
@@ -317,7 +364,9 @@ def test_the_sigmoids_loss_of_a_set_is_torchs_binary_cross_entropy_with_the_mult
 @pytest.mark.parametrize("posterior", ["row", "full"])
 def test_under_the_bound_the_penalty_is_on_the_sum_of_the_sigmoids_of_the_bound(posterior):
     x, targets = batch(3, 5)
-    plain, penalised = (tiny_head("bayes", "sigmoid", posterior=posterior, sum_penalty=p) for p in (0.0, 0.3))
+    plain, penalised = (
+        tiny_head("bayes", "sigmoid", posterior=posterior, sum_penalty=p) for p in (0.0, 0.3)
+    )
     raised = (plain.logits(x) + plain.weights.variance(x) / 2).double()
     excess = (raised.sigmoid().sum(-1) - 1).square().mean().item()
     assert excess > 1
@@ -326,15 +375,24 @@ def test_under_the_bound_the_penalty_is_on_the_sum_of_the_sigmoids_of_the_bound(
 
 
 @pytest.mark.parametrize("pos_weight", [0.2, 1.0, 5.0])
-def test_the_bound_is_one_at_every_pos_weight_also_where_the_true_tokens_logit_alone_is_uncertain(pos_weight):
-    head, x = bayesian_head("sigmoid", {"pos_weight": pos_weight, "logit_bias": "none"}, "row", -9.0), batch(1)[0]
+def test_the_bound_is_one_at_every_pos_weight_also_where_the_true_tokens_logit_alone_is_uncertain(
+    pos_weight,
+):
+    head, x = (
+        bayesian_head("sigmoid", {"pos_weight": pos_weight, "logit_bias": "none"}, "row", -9.0),
+        batch(1)[0],
+    )
     weight = torch.tensor(pos_weight).double()
-    for target, log_std in ((t, s) for t in (head.logits(x).argmin(), head.logits(x).argmax()) for s in (-2.0, -1.0)):
+    for target, log_std in (
+        (t, s) for t in (head.logits(x).argmin(), head.logits(x).argmax()) for s in (-2.0, -1.0)
+    ):
         head.weights.log_std[target] = log_std
         torch.manual_seed(0)
         logits = Normal(head.logits(x), head.weights.variance(x).sqrt()).sample((20_000,)).double()
         onehot = F.one_hot(target.expand(1), V).double().expand_as(logits)
-        losses = F.binary_cross_entropy_with_logits(logits, onehot, pos_weight=weight, reduction="none").sum(-1)
+        losses = F.binary_cross_entropy_with_logits(
+            logits, onehot, pos_weight=weight, reduction="none"
+        ).sum(-1)
         error = losses.std().item() / math.sqrt(len(losses))
         assert head.data_loss(x, target.expand(1)).item() > losses.mean().item() - 4 * error
         head.weights.log_std[target] = -9.0
@@ -342,7 +400,9 @@ def test_the_bound_is_one_at_every_pos_weight_also_where_the_true_tokens_logit_a
 
 @pytest.mark.parametrize("label_smoothing", [0.05, 0.3])
 def test_desmoothed_inverts_smoothing_and_stays_finite_below_the_floor(label_smoothing):
-    smooth = LIKELIHOODS["smooth"](HeadConfig(likelihood="smooth", label_smoothing=label_smoothing), V)
+    smooth = LIKELIHOODS["smooth"](
+        HeadConfig(likelihood="smooth", label_smoothing=label_smoothing), V
+    )
     generator = torch.Generator().manual_seed(0)
     p = (
         (2 * torch.randn(20, V, generator=generator)).softmax(-1).double().clamp(min=5e-3)
@@ -351,16 +411,25 @@ def test_desmoothed_inverts_smoothing_and_stays_finite_below_the_floor(label_smo
     q = (1 - label_smoothing) * p + label_smoothing * (1 - p) / (V - 1)
     torch.testing.assert_close(q.sum(-1), torch.ones(20).double())
     torch.testing.assert_close(smooth.desmoothed(q.log()).exp(), p, rtol=1e-9, atol=0)
-    torch.testing.assert_close(smooth.desmoothed(q.log().float()).exp().double(), p, rtol=2e-3, atol=0)
-    below = (10 * torch.randn(20, V, generator=generator)).log_softmax(-1)  # as an untrained model may predict
+    torch.testing.assert_close(
+        smooth.desmoothed(q.log().float()).exp().double(), p, rtol=2e-3, atol=0
+    )
+    below = (10 * torch.randn(20, V, generator=generator)).log_softmax(
+        -1
+    )  # as an untrained model may predict
     assert below.exp().min() < label_smoothing / (V - 1) / 1000
     found = smooth.desmoothed(below)
-    assert torch.isfinite(found).all() and torch.isfinite(smooth.desmoothed(torch.eye(V).log())).all()
+    assert (
+        torch.isfinite(found).all() and torch.isfinite(smooth.desmoothed(torch.eye(V).log())).all()
+    )
     torch.testing.assert_close(found.logsumexp(-1), torch.zeros(20), atol=1e-5, rtol=0)
 
 
 def test_without_smoothing_there_is_nothing_to_undo_even_where_p_has_no_number():
-    smooth, log_probs = LIKELIHOODS["smooth"](HeadConfig(label_smoothing=0.0), V), torch.full((1, V), -200.0)
+    smooth, log_probs = (
+        LIKELIHOODS["smooth"](HeadConfig(label_smoothing=0.0), V),
+        torch.full((1, V), -200.0),
+    )
     log_probs[0, 0] = 0.0
     assert torch.equal(smooth.desmoothed(log_probs), log_probs)
 
@@ -372,16 +441,22 @@ def test_desmoothed_gives_the_perplexity_before_smoothing_at_gpt2s_vocabulary(sc
     p = (scale * torch.randn(4, n, generator=torch.Generator().manual_seed(0))).double().softmax(-1)
     q = (1 - eps) * p + eps * (1 - p) / (n - 1)
     nll, found, plain = (
-        -(p * x.log()).nan_to_num().sum(-1).mean().item() for x in (p, smooth.desmoothed(q.log()).exp(), q)
+        -(p * x.log()).nan_to_num().sum(-1).mean().item()
+        for x in (p, smooth.desmoothed(q.log()).exp(), q)
     )
     assert nll <= found < nll + 0.002 and plain > nll + (0.04 if scale > 2 else 0.01)
 
 
-@pytest.mark.parametrize("likelihood", ["smooth", "sigmoid"])  # categorical is smooth with an epsilon of 0
+@pytest.mark.parametrize(
+    "likelihood", ["smooth", "sigmoid"]
+)  # categorical is smooth with an epsilon of 0
 def test_compiled_gradients_of_soft_labels_are_those_of_the_eager_loss(likelihood):
     """Bayesian weights under the bound: where torch.compile 2.13 has its trap (see test_heads.py)."""
     options = {"pos_weight": 2.0} if likelihood == "sigmoid" else {}
-    head, (x, *labels) = tiny_head("bayes", likelihood, prior_std=0.5, **options), soft_batch(4, 2, 5)
+    head, (x, *labels) = (
+        tiny_head("bayes", likelihood, prior_std=0.5, **options),
+        soft_batch(4, 2, 5),
+    )
     inputs = [x.requires_grad_(), *head.parameters()]
     with compiling():
         losses = torch.compile(head.loss)(x, *labels), head.loss(x, *labels)
@@ -410,7 +485,9 @@ def stds(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("tolerance", [0.003, 0.05])
-def test_the_widest_posterior_costs_no_more_than_the_tolerance_and_a_wider_one_does(runs, tolerance):
+def test_the_widest_posterior_costs_no_more_than_the_tolerance_and_a_wider_one_does(
+    runs, tolerance
+):
     model, file = load_model(runs / "bayes"), TokenFile(runs / "data", "val")
     before = stds(model)
 
@@ -435,15 +512,21 @@ def test_the_factor_of_the_widest_posterior_is_right_to_5_percent(widest):
     start = model.lm_head.weights.log_std.detach().mean().item()
 
     def nll() -> float:  # 0 up to a factor, 1 beyond
-        return float(model.lm_head.weights.log_std.detach().mean().item() - start > math.log(widest) + 1e-5)
+        return float(
+            model.lm_head.weights.log_std.detach().mean().item() - start > math.log(widest) + 1e-5
+        )
 
     factor = widest_posterior(model, nll, tolerance=0.5)
     assert factor <= widest * (1 + 1e-4) and widest < 1.05 * factor
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize(("weights", "n_samples"), [("point", 0), ("bayes", 0), ("bayes", -1), ("bayes", 3)])
-def test_evaluate_reports_the_uncertainties_and_the_desmoothed_nll_where_they_exist(weights, likelihood, n_samples):
+@pytest.mark.parametrize(
+    ("weights", "n_samples"), [("point", 0), ("bayes", 0), ("bayes", -1), ("bayes", 3)]
+)
+def test_evaluate_reports_the_uncertainties_and_the_desmoothed_nll_where_they_exist(
+    weights, likelihood, n_samples
+):
     model, idx = tiny_gpt(weights, likelihood, std=0.3), torch.randint(V, (2, 17))
     if weights == "bayes":
         torch.nn.init.constant_(model.lm_head.weights.log_std, -2)
@@ -454,12 +537,16 @@ def test_evaluate_reports_the_uncertainties_and_the_desmoothed_nll_where_they_ex
     smooth = {"nll_desmoothed", "perplexity_desmoothed"}
     assert smooth & found.keys() == (smooth if likelihood == "smooth" else set())
     if weights == "bayes":
-        assert found["aleatoric"] + found["mutual_information"] == pytest.approx(found["entropy"], rel=1e-5)
+        assert found["aleatoric"] + found["mutual_information"] == pytest.approx(
+            found["entropy"], rel=1e-5
+        )
         assert found["mutual_information"] > 0.01
         if n_samples <= 0:  # without noise of its own
             with torch.no_grad():
                 expected = model.lm_head.predict(model.hidden(x), n_samples)
-            assert found["mutual_information"] == pytest.approx(expected.epistemic.mean().item(), rel=1e-4)
+            assert found["mutual_information"] == pytest.approx(
+                expected.epistemic.mean().item(), rel=1e-4
+            )
             assert found["aleatoric"] == pytest.approx(expected.aleatoric.mean().item(), rel=1e-4)
     if likelihood == "smooth" and n_samples <= 0:
         with torch.no_grad():
@@ -484,31 +571,47 @@ def test_evaluate_finds_what_bayesian_mlps_do_not_know_in_draws_of_them():
         log_probs = torch.stack([model.log_probs(x) for _ in range(16)]).double()
     total = Categorical(probs=log_probs.exp().mean(0)).entropy().mean().item()
     aleatoric = Categorical(logits=log_probs).entropy().mean().item()
-    assert found["mutual_information"] == pytest.approx(total - aleatoric, rel=0.1) and total - aleatoric > 0.01
+    assert (
+        found["mutual_information"] == pytest.approx(total - aleatoric, rel=0.1)
+        and total - aleatoric > 0.01
+    )
     assert found["entropy"] == pytest.approx(total, rel=0.03)
 
 
 def test_evaluates_figures_are_fp32_under_autocast():
-    model, x = tiny_gpt(std=0.3), torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(0))
+    model, x = (
+        tiny_gpt(std=0.3),
+        torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(0)),
+    )
     found = scores(model, (x, x), cast=torch.autocast("cpu", torch.bfloat16))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         log_probs = model.log_probs(x).double()
     of_target = log_probs.gather(-1, x.unsqueeze(-1)).exp().mean().item()
     brier = log_probs.exp().square().sum(-1).mean().item() - 2 * of_target + 1
     assert found["brier"] == pytest.approx(brier, rel=1e-5)
-    assert found["entropy"] == pytest.approx(Categorical(logits=log_probs).entropy().mean().item(), rel=1e-5)
+    assert found["entropy"] == pytest.approx(
+        Categorical(logits=log_probs).entropy().mean().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("n_full", [1, 10, 17])
 def test_a_limited_split_is_that_many_blocks_evenly_spaced(tmp_path, n_full):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n_full * T + 5)}), "val")
     for limit in {min(limit, n_full) for limit in (1, 3, 10, 17)}:
-        blocks = [pair for batch in windows(file, T, 4, limit) for pair in zip(batch.x, batch.y, strict=True)]
+        blocks = [
+            pair
+            for batch in windows(file, T, 4, limit)
+            for pair in zip(batch.x, batch.y, strict=True)
+        ]
         starts = [x[0].item() for x, _ in blocks]
         assert len(blocks) == limit and starts[0] == 0 and all(start % T == 0 for start in starts)
-        gaps = {after - before for before, after in zip(starts, [*starts[1:], n_full * T], strict=True)}
+        gaps = {
+            after - before for before, after in zip(starts, [*starts[1:], n_full * T], strict=True)
+        }
         assert min(gaps) > 0 and max(gaps) - min(gaps) <= T
-        assert all(x.tolist() == list(range(s, s + T)) for (x, _), s in zip(blocks, starts, strict=True))
+        assert all(
+            x.tolist() == list(range(s, s + T)) for (x, _), s in zip(blocks, starts, strict=True)
+        )
         assert all(torch.equal(y, x + 1) for x, y in blocks)
 
 
@@ -527,28 +630,48 @@ def evaluate_py(monkeypatch, **options) -> None:
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
 
 
-def test_evaluate_py_refuses_to_scale_the_posterior_of_a_point_run_in_one_line(runs, monkeypatch, capsys):
+def test_evaluate_py_refuses_to_scale_the_posterior_of_a_point_run_in_one_line(
+    runs, monkeypatch, capsys
+):
     with pytest.raises(SystemExit) as exit_:
         evaluate_py(monkeypatch, out_dir=runs / "point", std_tolerance=0.01)
     error = capsys.readouterr().err.strip()
     assert exit_.value.code == 2 and "std_tolerance" in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", ["--n_samples=-2", "--std_tolerance=-0.1", "--std_tolerance=nan", "--limit=-1"])
-def test_evaluate_py_refuses_an_impossible_option_in_one_line_that_names_it(runs, monkeypatch, capsys, option):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--out_dir={runs / 'bayes'}", "--device=cpu", option])
+@pytest.mark.parametrize(
+    "option", ["--n_samples=-2", "--std_tolerance=-0.1", "--std_tolerance=nan", "--limit=-1"]
+)
+def test_evaluate_py_refuses_an_impossible_option_in_one_line_that_names_it(
+    runs, monkeypatch, capsys, option
+):
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", f"--out_dir={runs / 'bayes'}", "--device=cpu", option]
+    )
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and option.split("=")[0].strip("-") in error and len(error.splitlines()) == 1
+    assert (
+        exit_.value.code == 2
+        and option.split("=")[0].strip("-") in error
+        and len(error.splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize("n_samples", [-1, 2])
-def test_evaluate_py_gives_a_scaled_posterior_a_row_and_leaves_the_raw_figures(runs, monkeypatch, capsys, n_samples):
+def test_evaluate_py_gives_a_scaled_posterior_a_row_and_leaves_the_raw_figures(
+    runs, monkeypatch, capsys, n_samples
+):
     found = []
     for options in ({}, {"std_tolerance": 0.01}):
         evaluate_py(
-            monkeypatch, out_dir=runs / "bayes", split="test", n_samples=n_samples, limit=5, report="none", **options
+            monkeypatch,
+            out_dir=runs / "bayes",
+            split="test",
+            n_samples=n_samples,
+            limit=5,
+            report="none",
+            **options,
         )
         found.append(json.loads((runs / "bayes" / "eval_test.json").read_text()))
     plain, both = found
@@ -556,19 +679,35 @@ def test_evaluate_py_gives_a_scaled_posterior_a_row_and_leaves_the_raw_figures(r
     assert both == plain and plain["n_tokens"] == 5 * T
     assert scaled["std_factor"] > 1 and scaled["std_tolerance"] == 0.01
     assert scaled["n_samples"] == plain["n_samples"] == n_samples
-    assert scaled["n_tokens"] == 5 * T and scaled["mutual_information"] > plain["mutual_information"]
+    assert (
+        scaled["n_tokens"] == 5 * T and scaled["mutual_information"] > plain["mutual_information"]
+    )
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("bayes")]
-    alone, *both = (line for line in rows if f" {plain['nll']:.4f} " in line or f" {scaled['nll']:.4f} " in line)
-    assert [line.split("  ")[0] for line in both] == ["bayes", f"bayes (std x {scaled['std_factor']:.2f})"]
+    alone, *both = (
+        line for line in rows if f" {plain['nll']:.4f} " in line or f" {scaled['nll']:.4f} " in line
+    )
+    assert [line.split("  ")[0] for line in both] == [
+        "bayes",
+        f"bayes (std x {scaled['std_factor']:.2f})",
+    ]
     assert f" {plain['nll']:.4f} " in alone and alone.startswith("bayes ")
 
 
 @pytest.mark.parametrize("n_samples", [0, -1, 2])
-def test_evaluate_py_scales_no_width_that_its_predictions_do_not_have(runs, monkeypatch, capsys, n_samples):
+def test_evaluate_py_scales_no_width_that_its_predictions_do_not_have(
+    runs, monkeypatch, capsys, n_samples
+):
     """The widths of hidden layers show in draws alone: without them it may refuse, or draw after all."""
     try:
-        evaluate_py(monkeypatch, out_dir=runs / "mlp", split="test", limit=5, n_samples=n_samples, std_tolerance=0.01)
+        evaluate_py(
+            monkeypatch,
+            out_dir=runs / "mlp",
+            split="test",
+            limit=5,
+            n_samples=n_samples,
+            std_tolerance=0.01,
+        )
     except SystemExit as exit_:
         assert n_samples <= 0 and exit_.code == 2
     else:

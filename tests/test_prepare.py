@@ -48,17 +48,29 @@ def undisturbed(source, tmp_path_factory) -> tuple[dict[str, str], float]:
     return token_files(folder), time.perf_counter() - started
 
 
-def test_a_split_larger_than_a_shard_comes_in_several_that_hold_all_of_it_in_order(source, tmp_path):
+def test_a_split_larger_than_a_shard_comes_in_several_that_hold_all_of_it_in_order(
+    source, tmp_path
+):
     texts = documents()
     folder = tmp_path / "out"
-    prepare(Options(folder=str(folder), tokenizer="byte", shard_tokens=SHARD), "test", lambda: whole(texts))
+    prepare(
+        Options(folder=str(folder), tokenizer="byte", shard_tokens=SHARD),
+        "test",
+        lambda: whole(texts),
+    )
     meta = json.loads((folder / "meta.json").read_text())
     shards = meta["splits"]["train"]["shards"]
-    assert len(shards) > 5 and [shard["file"] for shard in shards] == sorted(path.name for path in folder.glob("*.bin"))
-    assert {shard["tokens"] for shard in shards[:-1]} == {SHARD} and 0 < shards[-1]["tokens"] <= SHARD
+    assert len(shards) > 5 and [shard["file"] for shard in shards] == sorted(
+        path.name for path in folder.glob("*.bin")
+    )
+    assert {shard["tokens"] for shard in shards[:-1]} == {SHARD} and 0 < shards[-1][
+        "tokens"
+    ] <= SHARD
     ids = np.concatenate([np.fromfile(folder / shard["file"], "<u2") for shard in shards])
     tokenizer = ByteTokenizer()
-    expected = np.concatenate([piece for text in texts for piece in ([tokenizer.eot], tokenizer.encode(text))])[1:]
+    expected = np.concatenate(
+        [piece for text in texts for piece in ([tokenizer.eot], tokenizer.encode(text))]
+    )[1:]
     assert np.array_equal(ids, expected) and max(map(len, texts)) > SHARD
     for shard in shards:
         assert hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
@@ -78,7 +90,9 @@ def drawn() -> Corpus:
 def test_processes_write_what_one_process_writes(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(engine.data.encoding, "BATCH", 5000)
     for num_proc in (1, 3):
-        options = Options(tokenizer=tokenizer, vocab_size=300, num_proc=num_proc, shard_tokens=SHARD)
+        options = Options(
+            tokenizer=tokenizer, vocab_size=300, num_proc=num_proc, shard_tokens=SHARD
+        )
         prepare(replace(options, folder=str(tmp_path / str(num_proc))), "test", drawn)
     assert token_files(tmp_path / "1") == token_files(tmp_path / "3") != {}
 
@@ -89,10 +103,14 @@ def test_killed_at_any_instant_the_same_command_goes_on_and_ends_with_the_same_f
     assert found["with_the_undisturbed_files"] == found["preparations_finished"] > 0
 
 
-def test_a_kill_behind_each_file_costs_no_file_and_the_journal_is_all_that_is_needed(tmp_path, monkeypatch):
+def test_a_kill_behind_each_file_costs_no_file_and_the_journal_is_all_that_is_needed(
+    tmp_path, monkeypatch
+):
     """In one process: stop behind every journal entry in turn, and look at which files are written again."""
     corpus, stops = whole(documents()), 0
-    options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
+    options = Options(
+        folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1
+    )
     prepare(replace(options, folder=str(tmp_path / "plain")), "test", lambda: corpus)
     monkeypatch.setattr(engine.data.encoding, "BATCH", 3000)
     write_json, seen = engine.data.writer.write_json, {}
@@ -117,7 +135,9 @@ def test_a_kill_behind_each_file_costs_no_file_and_the_journal_is_all_that_is_ne
     assert stops > 5 and token_files(tmp_path / "out") == token_files(tmp_path / "plain")
 
 
-def test_killed_while_files_move_into_place_nothing_half_is_read_and_the_next_call_ends_it(tmp_path, monkeypatch):
+def test_killed_while_files_move_into_place_nothing_half_is_read_and_the_next_call_ends_it(
+    tmp_path, monkeypatch
+):
     """An earlier data set of other ids lies there; behind every single move the reader refuses or reads it whole."""
     new, old = tmp_path / "new", tmp_path / "out"
     options = Options(tokenizer="byte", shard_tokens=SHARD, num_proc=1)
@@ -168,13 +188,17 @@ def test_two_at_once_do_not_spoil_each_other(source, undisturbed, tmp_path):
 
 
 def test_the_processes_end_with_the_one_that_began_them(source, tmp_path):
-    process = subprocess.Popen(preparing(source, tmp_path / "out", tokenizer="gpt2"), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        preparing(source, tmp_path / "out", tokenizer="gpt2"), stdout=subprocess.DEVNULL
+    )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()
         pytest.skip("needs Linux's /proc")
     found = []
-    while len(found) < 3 and process.poll() is None:  # two that tokenise, one that Python starts beside them
+    while (
+        len(found) < 3 and process.poll() is None
+    ):  # two that tokenise, one that Python starts beside them
         found = children.read_text().split()
     process.kill()
     assert process.wait() == -signal.SIGKILL  # it had not come to its end by itself
@@ -191,7 +215,9 @@ def alive(pid: str) -> bool:
         return False
 
 
-def test_a_process_that_is_ended_from_outside_is_said_in_one_line_and_leaves_nothing_half(tmp_path, monkeypatch):
+def test_a_process_that_is_ended_from_outside_is_said_in_one_line_and_leaves_nothing_half(
+    tmp_path, monkeypatch
+):
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     if not children.exists():
         pytest.skip("needs Linux's /proc")
@@ -207,14 +233,22 @@ def test_a_process_that_is_ended_from_outside_is_said_in_one_line_and_leaves_not
     monkeypatch.setattr(engine.data.encoding, "BATCH", 5000)
     threading.Thread(target=end_one, daemon=True).start()
     with pytest.raises(UserError, match="ended from outside.*--num_proc"):
-        prepare(Options(folder=str(tmp_path / "out"), num_proc=2), "test", lambda: whole(documents()))
+        prepare(
+            Options(folder=str(tmp_path / "out"), num_proc=2), "test", lambda: whole(documents())
+        )
     assert ended and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("when", [1, 2, 3, 7, 12, 20])
-def test_a_full_disk_is_one_line_and_with_room_again_the_same_call_goes_on(when, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_with_room_again_the_same_call_goes_on(
+    when, tmp_path, monkeypatch
+):
     """The disk refuses at the n-th flush of a file or folder, whatever that is of."""
-    options, flushes, fsync = Options(tokenizer="byte", shard_tokens=SHARD, num_proc=1), [], os.fsync
+    options, flushes, fsync = (
+        Options(tokenizer="byte", shard_tokens=SHARD, num_proc=1),
+        [],
+        os.fsync,
+    )
 
     def full(fd: int) -> None:
         flushes.append(fd)
@@ -226,7 +260,9 @@ def test_a_full_disk_is_one_line_and_with_room_again_the_same_call_goes_on(when,
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises((UserError, OSError), match="No space left"):
         prepare(replace(options, folder=str(tmp_path / "out")), "test", lambda: whole(documents()))
-    assert not token_files(tmp_path / "out") and (when < 7 or list(tmp_path.glob("out/.preparing-*/train_*.bin")))
+    assert not token_files(tmp_path / "out") and (
+        when < 7 or list(tmp_path.glob("out/.preparing-*/train_*.bin"))
+    )
     for folder in ("out", "plain"):
         prepare(replace(options, folder=str(tmp_path / folder)), "test", lambda: whole(documents()))
     assert token_files(tmp_path / "out") == token_files(tmp_path / "plain")
@@ -242,7 +278,9 @@ def test_a_source_that_breaks_off_half_way_loses_nothing(tmp_path, monkeypatch):
             yield text
 
     monkeypatch.setattr(engine.data.encoding, "BATCH", 3000)
-    options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
+    options = Options(
+        folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1
+    )
     corpus = Corpus({"train": [part_of("train", until_it_breaks)]})
     with pytest.raises(UserError, match="the network is gone; .* the same command goes on"):
         prepare(options, "test", lambda: corpus)
@@ -263,17 +301,26 @@ def test_what_is_ready_is_not_made_again_until_options_or_files_change(source, t
     asked = []
 
     def run(**more) -> str:
-        options = Options(**{"source": str(texts), "tokenizer": "byte", "folder": str(tmp_path / "out")} | more)
+        options = Options(
+            **{"source": str(texts), "tokenizer": "byte", "folder": str(tmp_path / "out")} | more
+        )
         prepare(options, "test", lambda: asked.append(1) or whole([(texts / "a.txt").read_text()]))
         return capsys.readouterr().out
 
-    assert "1 documents" in run() and "is ready" in run() and "is ready" in run(num_proc=3) and len(asked) == 1
+    assert (
+        "1 documents" in run()
+        and "is ready" in run()
+        and "is ready" in run(num_proc=3)
+        and len(asked) == 1
+    )
     assert "is ready" not in run(shard_tokens=500) and len(asked) == 2
     (texts / "a.txt").write_text("other words " * 100)
     assert "is ready" not in run(shard_tokens=500) and len(asked) == 3
     (tmp_path / "out" / "train_000001.bin").unlink()
     assert "is ready" not in run(shard_tokens=500) and len(asked) == 4
-    assert "is ready" not in run() and len(list((tmp_path / "out").glob("*.bin"))) == 1  # of shards nothing is left
+    assert (
+        "is ready" not in run() and len(list((tmp_path / "out").glob("*.bin"))) == 1
+    )  # of shards nothing is left
 
 
 def test_in_any_row_of_documents_every_split_has_its_share():
@@ -287,8 +334,13 @@ def test_in_any_row_of_documents_every_split_has_its_share():
     assert draw(10**12, {"val": 0.9999999}) == "val"
 
 
-def test_every_document_goes_whole_to_one_split_and_an_official_split_stays_unless_val_is_drawn(tmp_path):
-    texts = {split: [f"{split} {i} " + words(50, seed=i) for i in range(100)] for split in ("train", "val", "test")}
+def test_every_document_goes_whole_to_one_split_and_an_official_split_stays_unless_val_is_drawn(
+    tmp_path,
+):
+    texts = {
+        split: [f"{split} {i} " + words(50, seed=i) for i in range(100)]
+        for split in ("train", "val", "test")
+    }
     parts = {split: [part_of(split, lambda t=t: t)] for split, t in texts.items()}
 
     def splits_of(fraction: float) -> dict[str, list[str]]:
@@ -312,7 +364,10 @@ def test_the_tokenizer_of_a_run_or_a_data_set_can_be_used_again(tmp_path):
         prepare(options, "test", lambda: whole(texts))
         prepare(Options(folder=str(second), tokenizer=str(first)), "test", lambda: whole(texts[:9]))
         metas = [json.loads((folder / "meta.json").read_text()) for folder in (first, second)]
-        assert metas[0]["tokenizer"] == metas[1]["tokenizer"] and metas[0]["vocab_size"] == metas[1]["vocab_size"]
+        assert (
+            metas[0]["tokenizer"] == metas[1]["tokenizer"]
+            and metas[0]["vocab_size"] == metas[1]["vocab_size"]
+        )
         ids = np.fromfile(second / "train.bin", "<u2")
         assert np.array_equal(ids, np.fromfile(first / "train.bin", "<u2")[: len(ids)])
         assert load_tokenizer(second).decode(ids).startswith(texts[0])
@@ -323,7 +378,9 @@ def test_end_of_text_inside_a_text_stays_text_in_every_process(tmp_path, monkeyp
     texts = [f"a <|endoftext|> in document {i}" for i in range(20)]
     for kind in ("gpt2", "byte"):
         folder = tmp_path / kind
-        prepare(Options(folder=str(folder), tokenizer=kind, num_proc=2), "test", lambda: whole(texts))
+        prepare(
+            Options(folder=str(folder), tokenizer=kind, num_proc=2), "test", lambda: whole(texts)
+        )
         tokenizer, ids = load_tokenizer(folder), np.fromfile(folder / "train.bin", "<u2")
         assert (ids == tokenizer.eot).sum() == 19
         assert tokenizer.decode(ids) == "<|endoftext|>".join(texts)
@@ -357,7 +414,11 @@ def test_characters_of_every_split_are_in_the_table(tmp_path):
     corpus = Corpus({split: [part_of(split, lambda t=t: t)] for split, t in parts.items()})
     prepare(Options(folder=str(tmp_path), tokenizer="char"), "test", lambda: corpus)
     tokenizer = load_tokenizer(tmp_path)
-    assert isinstance(tokenizer, CharTokenizer) and tokenizer.chars == list("abxy") and tokenizer.eot is None
+    assert (
+        isinstance(tokenizer, CharTokenizer)
+        and tokenizer.chars == list("abxy")
+        and tokenizer.eot is None
+    )
 
 
 def test_ready_means_made_of_this_and_whole(tmp_path):
@@ -369,7 +430,9 @@ def test_ready_means_made_of_this_and_whole(tmp_path):
     assert not is_ready(tmp_path, key)
 
 
-def test_a_disk_that_is_full_while_files_move_into_place_costs_nothing_either(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_while_files_move_into_place_costs_nothing_either(
+    tmp_path, monkeypatch
+):
     options, write_json = (
         Options(folder=str(tmp_path / "out"), tokenizer="byte", num_proc=1),
         engine.data.writer.write_json,
@@ -385,7 +448,10 @@ def test_a_disk_that_is_full_while_files_move_into_place_costs_nothing_either(tm
     monkeypatch.setattr(engine.data.writer, "write_json", full)
     with pytest.raises(UserError, match="No space left .* the same command goes on"):
         prepare(replace(options, shard_tokens=9), "test", lambda: whole(["BBBB"]))
-    assert token_files(tmp_path / "out") == before and TokenFile(tmp_path / "out", "train").check(257) is None
+    assert (
+        token_files(tmp_path / "out") == before
+        and TokenFile(tmp_path / "out", "train").check(257) is None
+    )
     monkeypatch.undo()
     asked = []
     prepare(replace(options, shard_tokens=9), "test", lambda: asked.append(1))
@@ -415,8 +481,12 @@ def stopped_behind_a_file(options: Options, corpus: Corpus, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("what", ["source", "damaged", "nothing", "gone"])
-def test_work_that_cannot_be_gone_on_with_is_begun_anew_and_said(what, tmp_path, monkeypatch, capsys):
-    options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
+def test_work_that_cannot_be_gone_on_with_is_begun_anew_and_said(
+    what, tmp_path, monkeypatch, capsys
+):
+    options = Options(
+        folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1
+    )
     stopped_behind_a_file(options, whole(documents()), monkeypatch)
     (journal,) = tmp_path.glob("out/.preparing-*/journal.json")
     texts, corpus = documents(), whole(documents())
@@ -435,11 +505,15 @@ def test_work_that_cannot_be_gone_on_with_is_begun_anew_and_said(what, tmp_path,
 
 
 def test_unfinished_work_of_other_options_is_left_and_named(tmp_path, monkeypatch, capsys):
-    options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
+    options = Options(
+        folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1
+    )
     stopped_behind_a_file(options, whole(documents()), monkeypatch)
     (work,) = tmp_path.glob("out/.preparing-*")
     prepare(replace(options, tokenizer="char"), "test", lambda: whole(["abc"]))
-    assert (work / "journal.json").is_file() and f"{work} is unfinished work" in capsys.readouterr().out
+    assert (
+        work / "journal.json"
+    ).is_file() and f"{work} is unfinished work" in capsys.readouterr().out
 
 
 def test_a_change_of_a_file_is_seen_wherever_the_source_finds_it(tmp_path, capsys):
@@ -467,7 +541,8 @@ def test_a_change_of_a_file_is_seen_wherever_the_source_finds_it(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "meta", ["[1, 2]", '{"splits": "x"}', "{", '{"made_from": 3, "splits": {"train": {"shards": {}}}}']
+    "meta",
+    ["[1, 2]", '{"splits": "x"}', "{", '{"made_from": 3, "splits": {"train": {"shards": {}}}}'],
 )
 def test_a_damaged_meta_json_is_prepared_anew(meta, tmp_path):
     options = Options(folder=str(tmp_path), tokenizer="byte")
@@ -482,13 +557,20 @@ def test_the_tokenizer_of_a_run_on_data_without_meta_can_be_used_again(tmp_path)
     GPT2Tokenizer().save(tmp_path)
     options = Options(folder=str(tmp_path / "out"), tokenizer=str(tmp_path))
     prepare(options, "test", lambda: whole(["the old sea"]))
-    assert load_tokenizer(tmp_path / "out").decode(TokenFile(tmp_path / "out", "train").ids) == "the old sea"
+    assert (
+        load_tokenizer(tmp_path / "out").decode(TokenFile(tmp_path / "out", "train").ids)
+        == "the old sea"
+    )
 
 
 def test_files_that_are_gone_from_finished_work_are_said_and_made_again(tmp_path, monkeypatch):
-    options = Options(folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1)
+    options = Options(
+        folder=str(tmp_path / "out"), tokenizer="byte", shard_tokens=SHARD, num_proc=1
+    )
     with monkeypatch.context() as patch:
-        patch.setattr("engine.data.corpus.install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "engine.data.corpus.install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             prepare(options, "test", lambda: whole(documents()))
     next(tmp_path.glob("out/.preparing-*/train_000001.bin")).unlink()
@@ -499,30 +581,50 @@ def test_files_that_are_gone_from_finished_work_are_said_and_made_again(tmp_path
     assert token_files(tmp_path / "out") == token_files(tmp_path / "plain")
 
 
-def test_on_a_terminal_a_bar_shows_how_far_it_is_how_fast_and_how_long_it_will_take(source, tmp_path):
+def test_on_a_terminal_a_bar_shows_how_far_it_is_how_fast_and_how_long_it_will_take(
+    source, tmp_path
+):
     pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
     ours, its_end = pty.openpty()
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 25, 120, 0, 0))
-    process = subprocess.Popen(preparing(source, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=its_end)
+    process = subprocess.Popen(
+        preparing(source, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=its_end
+    )
     os.close(its_end)
     said = b""
     with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
         while piece := os.read(ours, 4096):
             said += piece
     assert process.wait() == 0
-    assert re.search(rb"[1-9][0-9]?%.*[0-9.]+M/[0-9.]+M \[[0-9:]+<[0-9:]+, .*[0-9.]+ M tokens/s\]", said), said
+    assert re.search(
+        rb"[1-9][0-9]?%.*[0-9.]+M/[0-9.]+M \[[0-9:]+<[0-9:]+, .*[0-9.]+ M tokens/s\]", said
+    ), said
 
 
 def test_all_scripts_take_the_common_options_and_do_what_they_say(tmp_path, monkeypatch):
     common = {"source", "num_proc", "shard_tokens", "tokenizer", "val_fraction", "errors", "folder"}
-    scripts = {path.parent.name: runpy.run_path(str(path)) for path in ROOT.glob("data/*/prepare.py")}
+    scripts = {
+        path.parent.name: runpy.run_path(str(path)) for path in ROOT.glob("data/*/prepare.py")
+    }
     assert len(scripts) == 7
-    assert all(common <= {field.name for field in fields(script["Options"])} for script in scripts.values())
-    sources = {"shakespeare": "tinyshakespeare/input.txt", "shakespeare_char": "tinyshakespeare/input.txt"}
-    sources |= {"wikitext": "wikitext2"} | dict.fromkeys(("openwebtext", "fineweb_edu", "text"), "wikitext2")
+    assert all(
+        common <= {field.name for field in fields(script["Options"])} for script in scripts.values()
+    )
+    sources = {
+        "shakespeare": "tinyshakespeare/input.txt",
+        "shakespeare_char": "tinyshakespeare/input.txt",
+    }
+    sources |= {"wikitext": "wikitext2"} | dict.fromkeys(
+        ("openwebtext", "fineweb_edu", "text"), "wikitext2"
+    )
     for name, source in sources.items():
         folder = tmp_path / name
-        options = {"source": shared_data(source), "tokenizer": "byte", "val_fraction": 0.25, "folder": folder}
+        options = {
+            "source": shared_data(source),
+            "tokenizer": "byte",
+            "val_fraction": 0.25,
+            "folder": folder,
+        }
         options |= {"shard_tokens": 300_000, "num_proc": 2}
         argv = [str(ROOT / "data" / name / "prepare.py"), *flags(**options)]
         monkeypatch.setattr(sys, "argv", argv)
@@ -531,4 +633,7 @@ def test_all_scripts_take_the_common_options_and_do_what_they_say(tmp_path, monk
         assert meta["tokenizer"] == {"kind": "byte"} and {"train", "val"} <= meta["splits"].keys()
         assert meta["splits"]["train"]["shards"][0]["tokens"] == 300_000
         sizes = {split: about["tokens"] for split, about in meta["splits"].items()}
-        assert name in ("openwebtext", "fineweb_edu") or 0.2 < sizes["val"] / (sizes["train"] + sizes["val"]) < 0.3
+        assert (
+            name in ("openwebtext", "fineweb_edu")
+            or 0.2 < sizes["val"] / (sizes["train"] + sizes["val"]) < 0.3
+        )

@@ -36,14 +36,35 @@ def refusal(source) -> str:
 
 def write_nanogpt(path, model: GPT, bias: bool, prefix: str = "_orig_mod."):
     """The file that nanoGPT's train.py leaves: compiled names, tied weights twice, an optimiser, plain options."""
-    state = {name.replace("lm_head.weights.", "lm_head."): value for name, value in model.state_dict().items()}
-    state |= {f"transformer.h.{i}.attn.bias": torch.ones(16, 16).tril().view(1, 1, 16, 16) for i in range(2)}
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "bias": bias, "vocab_size": V, "dropout": 0.0}
+    state = {
+        name.replace("lm_head.weights.", "lm_head."): value
+        for name, value in model.state_dict().items()
+    }
+    state |= {
+        f"transformer.h.{i}.attn.bias": torch.ones(16, 16).tril().view(1, 1, 16, 16)
+        for i in range(2)
+    }
+    shape = {
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "block_size": 16,
+        "bias": bias,
+        "vocab_size": V,
+        "dropout": 0.0,
+    }
     optimizer = torch.optim.AdamW(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    contents = {"model": {prefix + name: value.clone() for name, value in state.items()}, "model_args": shape}
-    contents |= {"optimizer": optimizer.state_dict(), "iter_num": 3, "best_val_loss": torch.tensor(4.2)}
+    contents = {
+        "model": {prefix + name: value.clone() for name, value in state.items()},
+        "model_args": shape,
+    }
+    contents |= {
+        "optimizer": optimizer.state_dict(),
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(4.2),
+    }
     torch.save(contents | {"config": {"out_dir": "out", "dataset": "openwebtext"}}, path)
 
 
@@ -53,7 +74,9 @@ def test_a_transformers_folder_predicts_as_transformers_does(tmp_path, tied):
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(ours.log_probs(idx), theirs(idx).logits.log_softmax(-1), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            ours.log_probs(idx), theirs(idx).logits.log_softmax(-1), atol=1e-4, rtol=0
+        )
     assert ours.config.head == HeadConfig(tie_head=tied) and ours.config.bias and not ours.training
 
 
@@ -61,16 +84,24 @@ def test_the_hubs_own_file_with_bare_names_and_masks_loads_too(tmp_path):
     theirs = tiny_gpt2()
     theirs.save_pretrained(tmp_path)
     expected = load_model(tmp_path).state_dict()
-    tensors = {n.removeprefix("transformer."): t.clone() for n, t in theirs.transformer.state_dict().items()}
+    tensors = {
+        n.removeprefix("transformer."): t.clone()
+        for n, t in theirs.transformer.state_dict().items()
+    }
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
-    torch.testing.assert_close(dict(load_model(tmp_path).state_dict()), dict(expected), atol=0, rtol=0)
+    torch.testing.assert_close(
+        dict(load_model(tmp_path).state_dict()), dict(expected), atol=0, rtol=0
+    )
 
 
 def test_square_matrices_of_conv1d_are_transposed_as_well(tmp_path):
     theirs = tiny_gpt2()
     theirs.save_pretrained(tmp_path)
-    ours, theirs = load_model(tmp_path).transformer.h[1].attn.c_proj, theirs.transformer.h[1].attn.c_proj
+    ours, theirs = (
+        load_model(tmp_path).transformer.h[1].attn.c_proj,
+        theirs.transformer.h[1].attn.c_proj,
+    )
     assert ours.weight.shape == theirs.weight.shape == (32, 32)
     assert torch.equal(ours.weight, theirs.weight.T) and torch.equal(ours.bias, theirs.bias)
 
@@ -167,7 +198,9 @@ def test_a_missing_or_damaged_shard_and_an_index_of_nothing_are_named(tmp_path):
 def test_pickled_weights_are_not_read_but_said_how_to_convert(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path)
     expected = load_model(tmp_path)
-    torch.save(safetensors.torch.load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    torch.save(
+        safetensors.torch.load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin"
+    )
     assert same_weights(load_model(tmp_path), expected)  # the good format is there too
     (tmp_path / "model.safetensors").unlink()
     message = refusal(tmp_path)
@@ -186,26 +219,39 @@ def test_weights_saved_from_linear_layers_are_seen_by_their_shape(tmp_path, name
             tensors[each] = tensor.t().contiguous()
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     message = refusal(tmp_path)
-    assert f"h.0.{name}.weight has shape" in message and "saved from an nn.Linear: transpose" in message
+    assert (
+        f"h.0.{name}.weight has shape" in message
+        and "saved from an nn.Linear: transpose" in message
+    )
 
 
 def change_a_tensor(folder, name: str, change) -> str:
     tiny_gpt2().save_pretrained(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors |= {name: change(tensors.pop(name))}
-    safetensors.torch.save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
+    safetensors.torch.save_file(
+        {n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors"
+    )
     return refusal(folder)
 
 
 def test_a_tensor_of_another_shape_kind_or_not_there_is_named(tmp_path):
     name = "transformer.h.1.mlp.c_fc.weight"
-    assert "h.1.mlp.c_fc.weight has shape (32, 64)" in change_a_tensor(tmp_path, name, lambda t: t[:, :64].contiguous())
-    assert "h.1.mlp.c_fc.weight is torch.int8" in change_a_tensor(tmp_path, name, lambda t: t.to(torch.int8))
+    assert "h.1.mlp.c_fc.weight has shape (32, 64)" in change_a_tensor(
+        tmp_path, name, lambda t: t[:, :64].contiguous()
+    )
+    assert "h.1.mlp.c_fc.weight is torch.int8" in change_a_tensor(
+        tmp_path, name, lambda t: t.to(torch.int8)
+    )
     assert "h.1.mlp.c_fc.weight" in change_a_tensor(tmp_path, name, lambda t: None)
     name = "transformer.wpe.weight"
-    assert "wpe.weight has shape (8, 32)" in change_a_tensor(tmp_path, name, lambda t: t[:8].contiguous())
+    assert "wpe.weight has shape (8, 32)" in change_a_tensor(
+        tmp_path, name, lambda t: t[:8].contiguous()
+    )
     name = "transformer.wte.weight"
-    assert "wte.weight has shape (66, 32)" in change_a_tensor(tmp_path, name, lambda t: t[:66].contiguous())
+    assert "wte.weight has shape (66, 32)" in change_a_tensor(
+        tmp_path, name, lambda t: t[:66].contiguous()
+    )
 
 
 def test_half_written_weights_are_refused_wherever_they_end(tmp_path):
@@ -213,7 +259,19 @@ def test_half_written_weights_are_refused_wherever_they_end(tmp_path):
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for n in (0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
+    for n in (
+        0,
+        1,
+        7,
+        8,
+        9,
+        header // 2,
+        header - 1,
+        header,
+        header + 1,
+        len(whole) // 2,
+        len(whole) - 1,
+    ):
         weights.write_bytes(whole[:n])
         assert "model.safetensors is damaged" in refusal(tmp_path)
 
@@ -257,7 +315,9 @@ def test_a_folder_of_another_model_or_with_damaged_files_is_refused(tmp_path):
     assert "config.json is missing" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(("bias", "tied", "prefix"), [(True, True, "_orig_mod."), (False, True, ""), (True, False, "")])
+@pytest.mark.parametrize(
+    ("bias", "tied", "prefix"), [(True, True, "_orig_mod."), (False, True, ""), (True, False, "")]
+)
 def test_a_nanogpt_checkpoint_loads_as_a_file_and_as_a_folder(tmp_path, bias, tied, prefix):
     model, idx = tiny_gpt(std=0.3, bias=bias, tie_head=tied), tokens(2, 16)
     write_nanogpt(tmp_path / "ckpt.pt", model, bias, prefix)
@@ -319,7 +379,11 @@ def test_a_damaged_meta_pkl_is_refused_in_one_line(tmp_path, damage):
 def test_what_is_no_source_of_weights_is_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "none")
     assert "no checkpoint" in refusal(tmp_path)
-    for contents, message in (({"model": {}}, "nanoGPT"), ({"weights": {}}, "no model"), ([1], "no model")):
+    for contents, message in (
+        ({"model": {}}, "nanoGPT"),
+        ({"weights": {}}, "no model"),
+        ([1], "no model"),
+    ):
         torch.save(contents, tmp_path / "file.pt")
         assert message in refusal(tmp_path / "file.pt")
 
@@ -349,20 +413,36 @@ def test_a_softmax_gpt_takes_any_head_and_keeps_its_mean_logits(tmp_path, weight
     theirs, idx = tiny_gpt2(), tokens(2, 9)
     theirs.save_pretrained(tmp_path)
     shape, state = read_weights(tmp_path)
-    wanted = GPTConfig(block_size=9, dropout=0.1, head=HeadConfig(weights, likelihood, logit_bias="none", n_data=1000))
+    wanted = GPTConfig(
+        block_size=9,
+        dropout=0.1,
+        head=HeadConfig(weights, likelihood, logit_bias="none", n_data=1000),
+    )
     model = GPT(on_backbone(shape, wanted, {"block_size", "dropout"})).eval()
     assert load_state(model, state) == ([] if weights == "point" else ["lm_head.weights.log_std"])
-    assert (model.config.n_layer, model.config.bias, model.config.dropout, model.config.block_size) == (2, True, 0.1, 9)
+    assert (
+        model.config.n_layer,
+        model.config.bias,
+        model.config.dropout,
+        model.config.block_size,
+    ) == (2, True, 0.1, 9)
     with torch.no_grad():
         expected = theirs(idx).logits
-        torch.testing.assert_close(model.lm_head.logits(model.hidden(idx)), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            model.lm_head.logits(model.hidden(idx)), expected, atol=1e-4, rtol=0
+        )
         if likelihood != "sigmoid":
-            torch.testing.assert_close(model.log_probs(idx), expected.log_softmax(-1), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                model.log_probs(idx), expected.log_softmax(-1), atol=1e-4, rtol=0
+            )
 
 
 @every_head
 def test_a_head_of_its_own_bias_and_posterior_comes_back_from_its_state(weights, likelihood):
-    source, idx = tiny_gpt(weights, likelihood, std=0.3, logit_bias="unigram", tie_head=False), tokens(2, 9)
+    source, idx = (
+        tiny_gpt(weights, likelihood, std=0.3, logit_bias="unigram", tie_head=False),
+        tokens(2, 9),
+    )
     model = GPT(source.config).eval()
     assert load_state(model, source.state_dict()) == []
     for n_samples in (0, 2):
@@ -375,7 +455,13 @@ def test_a_head_of_its_own_bias_and_posterior_comes_back_from_its_state(weights,
 
 def test_a_backbone_refuses_options_that_contradict_it():
     shape = tiny_gpt(bias=True).config
-    for name, value in (("n_layer", 3), ("n_embd", 64), ("bias", False), ("vocab_size", 50), ("block_size", 32)):
+    for name, value in (
+        ("n_layer", 3),
+        ("n_embd", 64),
+        ("bias", False),
+        ("vocab_size", 50),
+        ("block_size", 32),
+    ):
         with pytest.raises(UserError, match=f"{name} = {value}"):
             on_backbone(shape, replace(shape, **{name: value}), {name})
     assert on_backbone(shape, GPTConfig(), set()) == replace(shape, head=HeadConfig())
@@ -417,7 +503,13 @@ def nanogpt_get_lr(it: int, config: SimpleNamespace) -> float:
 
 @pytest.mark.parametrize(("warmup_iters", "lr_decay_iters"), [(7, 40), (0, 40), (10, 11), (0, 60)])
 def test_the_learning_rate_is_nanogpts_at_every_step(warmup_iters, lr_decay_iters):
-    options = {"learning_rate": 6e-4, "min_lr": 6e-5, "max_iters": 60, "decay_lr": True, "warmup_iters": warmup_iters}
+    options = {
+        "learning_rate": 6e-4,
+        "min_lr": 6e-5,
+        "max_iters": 60,
+        "decay_lr": True,
+        "warmup_iters": warmup_iters,
+    }
     config = SimpleNamespace(**options, lr_decay_iters=lr_decay_iters)
     expected = [nanogpt_get_lr(step, config) for step in range(61)]
     assert [learning_rate_at(step, config) for step in range(61)] == pytest.approx(expected)
@@ -442,7 +534,9 @@ def test_weight_decay_acts_on_matrices_and_embeddings_alone(weights, likelihood,
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
 
-def test_a_nanogpt_checkpoint_says_where_it_differs_and_one_of_another_model_is_refused(tmp_path, capsys):
+def test_a_nanogpt_checkpoint_says_where_it_differs_and_one_of_another_model_is_refused(
+    tmp_path, capsys
+):
     write_nanogpt(tmp_path / "ckpt.pt", tiny_gpt(std=0.3), bias=False)
     load_model(tmp_path)
     assert "nanoGPT's GELU is exact" in capsys.readouterr().err

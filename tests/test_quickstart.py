@@ -21,17 +21,26 @@ def output_of(*command: str) -> str:
 
 
 @pytest.mark.skipif(
-    not (ROOT / ".venv" / ".installed").exists(), reason="make run would first install .venv: make test"
+    not (ROOT / ".venv" / ".installed").exists(),
+    reason="make run would first install .venv: make test",
 )
 def test_make_run_trains_compares_plots_and_samples_and_goes_on_with_what_is_there(tmp_path):
     output_of(sys.executable, "data/quickstart/prepare.py")
     for head in HEADS[:2]:
         script = "train.py" if head == "softmax" else f"train_{head}.py"
         output_of(
-            sys.executable, script, "config/quickstart.py", f"--out_dir={tmp_path / head}", *TINY.format(4).split()
+            sys.executable,
+            script,
+            "config/quickstart.py",
+            f"--out_dir={tmp_path / head}",
+            *TINY.format(4).split(),
         )
     shown = output_of("make", "run", f"OUT={tmp_path}", f"FLAGS={TINY.format(8)}")
-    assert "| val nll" in shown and shown.count("== training:") == 5 and shown.count("going on at step 4") == 2
+    assert (
+        "| val nll" in shown
+        and shown.count("== training:") == 5
+        and shown.count("going on at step 4") == 2
+    )
     table = shown[shown.index("quickstart, test split") :].splitlines()
     assert [line.split()[0] for line in table[4:10]] == ["unigram", *HEADS]
     for head in HEADS:

@@ -15,10 +15,17 @@ from train import TrainConfig
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 LINKED = [
     *PAGES,
-    *(page for folder in ("training_logs", "bench", "config") for page in sorted((ROOT / folder).rglob("README.md"))),
+    *(
+        page
+        for folder in ("training_logs", "bench", "config")
+        for page in sorted((ROOT / folder).rglob("README.md"))
+    ),
 ]
 TRAIN = {path.name for path in ROOT.glob("train*.py")}
-OPTIONS = dict.fromkeys(TRAIN, TrainConfig) | {"sample.py": SampleConfig, "evaluate.py": EvaluateConfig}
+OPTIONS = dict.fromkeys(TRAIN, TrainConfig) | {
+    "sample.py": SampleConfig,
+    "evaluate.py": EvaluateConfig,
+}
 OPTIONS |= {"hellaswag.py": HellaSwagConfig, "export.py": ExportConfig}
 
 
@@ -45,6 +52,11 @@ def test_commands_name_scripts_config_files_and_options_that_exist(page):
         if script == "mine.py" or not re.search(rf"(python|torchrun|sbatch)[^\n`]* {script}", text):
             continue
         assert (ROOT / script).is_file(), script
-        assert all((ROOT / config).is_file() for config in re.findall(r"config/(?!mine)[\w/]+\.py", rest)), rest
+        assert all(
+            (ROOT / config).is_file() for config in re.findall(r"config/(?!mine)[\w/]+\.py", rest)
+        ), rest
         if options := OPTIONS.get(script):
-            assert set(re.findall(r"--(\w+)", rest)) <= flat_fields(options).keys() | {"help"}, (script, rest)
+            assert set(re.findall(r"--(\w+)", rest)) <= flat_fields(options).keys() | {"help"}, (
+                script,
+                rest,
+            )

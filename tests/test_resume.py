@@ -30,10 +30,22 @@ from tests.helpers import (
     write_words,
 )
 
-LONG = {"max_iters": 60, "lr_decay_iters": 60, "dropout": 0.1, "gradient_accumulation_steps": 2, "eval_interval": 15}
+LONG = {
+    "max_iters": 60,
+    "lr_decay_iters": 60,
+    "dropout": 0.1,
+    "gradient_accumulation_steps": 2,
+    "eval_interval": 15,
+}
 LONG |= {"batch_size": 4, "warmup_iters": 40}
 
-PROCESSES = {"dropout": 0.1, "gradient_accumulation_steps": 4, "batch_size": 2, "max_iters": 10, "eval_interval": 5}
+PROCESSES = {
+    "dropout": 0.1,
+    "gradient_accumulation_steps": 4,
+    "batch_size": 2,
+    "max_iters": 10,
+    "eval_interval": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +83,15 @@ def test_thirty_steps_and_thirty_more_are_sixty_bit_for_bit(data, tmp_path, weig
 def test_float16_resumes_bit_for_bit_with_its_loss_scale(data, tmp_path):
     whole = run(data, tmp_path / "whole", **LONG | {"max_iters": 20, "dtype": "float16"})
     run(data, tmp_path / "parts", **LONG | {"max_iters": 10, "dtype": "float16"})
-    resumed = run(data, tmp_path / "parts", **LONG | {"max_iters": 20, "dtype": "float16"}, init_from="resume")
+    resumed = run(
+        data, tmp_path / "parts", **LONG | {"max_iters": 20, "dtype": "float16"}, init_from="resume"
+    )
     assert same_weights(whole, resumed)
 
 
-def test_a_run_killed_between_checkpoints_leaves_no_record_twice(data, whole, tmp_path, monkeypatch):
+def test_a_run_killed_between_checkpoints_leaves_no_record_twice(
+    data, whole, tmp_path, monkeypatch
+):
     class Killed(BaseException):
         pass
 
@@ -95,7 +111,9 @@ def test_a_run_killed_between_checkpoints_leaves_no_record_twice(data, whole, tm
     assert without_times(tmp_path) == without_times(whole[1])
 
 
-def test_auto_starts_where_there_is_no_run_and_resumes_where_there_is(data, whole, tmp_path, capsys):
+def test_auto_starts_where_there_is_no_run_and_resumes_where_there_is(
+    data, whole, tmp_path, capsys
+):
     run(data, tmp_path, **LONG | {"max_iters": 30}, init_from="auto")
     assert "going on" not in capsys.readouterr().out
     assert same_weights(run(data, tmp_path, **LONG, init_from="auto"), whole[0])
@@ -103,7 +121,9 @@ def test_auto_starts_where_there_is_no_run_and_resumes_where_there_is(data, whol
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(data, whole, tmp_path, capsys, damage):
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
+    data, whole, tmp_path, capsys, damage
+):
     run(data, tmp_path, **LONG | {"max_iters": 30})
     newest = tmp_path / "ckpt_00000030.pt"
     contents = newest.read_bytes()
@@ -119,7 +139,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(data, whole, tmp_p
     newest.write_bytes(damaged[damage])
     assert same_weights(run(data, tmp_path, **LONG, init_from="resume"), whole[0])
     output = capsys.readouterr()
-    assert f"warning: {newest} is not a good checkpoint" in output.err and output.err.count("\n") == 1
+    assert (
+        f"warning: {newest} is not a good checkpoint" in output.err and output.err.count("\n") == 1
+    )
     assert "going on at step 15" in output.out
 
 
@@ -129,17 +151,25 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         checkpoint.read(tmp_path / "ckpt_00000001.pt")
 
 
-@pytest.mark.parametrize("change", [{"n_layer": 2}, {"block_size": 8}, {"likelihood": "sigmoid"}, {"tie_head": False}])
+@pytest.mark.parametrize(
+    "change", [{"n_layer": 2}, {"block_size": 8}, {"likelihood": "sigmoid"}, {"tie_head": False}]
+)
 def test_resuming_another_model_is_refused(data, whole, change):
     ((name, value),) = change.items()
-    with pytest.raises(UserError, match=f"{name} = {value!r}, but the run to resume has .*--allow_change={name}"):
+    with pytest.raises(
+        UserError, match=f"{name} = {value!r}, but the run to resume has .*--allow_change={name}"
+    ):
         run(data, whole[1], **LONG | change, init_from="resume")
 
 
-def test_a_change_of_meaning_is_refused_unless_said_and_the_length_of_the_run_is_free(data, tmp_path):
+def test_a_change_of_meaning_is_refused_unless_said_and_the_length_of_the_run_is_free(
+    data, tmp_path
+):
     run(data, tmp_path, **LONG | {"max_iters": 5})
     longer = LONG | {"max_iters": 8, "dropout": 0.3, "learning_rate": 2e-3, "init_from": "resume"}
-    with pytest.raises(UserError, match=r"dropout = 0\.3, but the run to resume has 0\.1.*--allow_change=dropout"):
+    with pytest.raises(
+        UserError, match=r"dropout = 0\.3, but the run to resume has 0\.1.*--allow_change=dropout"
+    ):
         run(data, tmp_path, **longer)
     with pytest.raises(UserError, match=r"learning_rate = .*--allow_change=dropout,learning_rate"):
         run(data, tmp_path, **longer, allow_change="dropout")
@@ -162,7 +192,8 @@ def test_files_of_the_user_that_look_like_checkpoints_are_left_alone(data, whole
     model = run(data, tmp_path, **LONG)
     assert same_weights(model, whole[0]) and len(list(tmp_path.glob("ckpt_0*.pt"))) in (2, 3)
     assert all(
-        (tmp_path / name).read_text() == "mine" for name in ("ckpt_best.pt", "ckpt_before_change.pt", "notes.tmp")
+        (tmp_path / name).read_text() == "mine"
+        for name in ("ckpt_best.pt", "ckpt_before_change.pt", "notes.tmp")
     )
 
 
@@ -216,7 +247,10 @@ def test_two_processes_repeat_the_run_of_one(data, two_processes, tmp_path, scri
     two = checkpoint.load_model(two_processes / script)
     assert difference(one, two) < 1e-5
     for key in ("loss", "grad_norm", "val_nll", "val_perplexity", "val_ece", "val_loss"):
-        values = [[record[key] for record in records(folder, key)] for folder in (tmp_path, two_processes / script)]
+        values = [
+            [record[key] for record in records(folder, key)]
+            for folder in (tmp_path, two_processes / script)
+        ]
         assert values[0] == pytest.approx(values[1], abs=1e-5) and len(values[0]) > 2
     assert checkpoint.read_newest(two_processes / script)["model"].keys() == one.state_dict().keys()
 
@@ -228,17 +262,30 @@ def test_a_run_of_two_processes_goes_on_with_one(data, two_processes, tmp_path):
     assert difference(run(data, folder, **longer, init_from="resume"), one) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", 8), ("gradient_accumulation_steps", 1), ("seed", 7)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 8), ("gradient_accumulation_steps", 1), ("seed", 7)]
+)
 def test_resuming_with_another_order_of_samples_is_refused(data, whole, name, value):
     before = (whole[1] / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"{name} = .*, but the run to resume has .*--allow_change={name}"):
+    with pytest.raises(
+        UserError, match=f"{name} = .*, but the run to resume has .*--allow_change={name}"
+    ):
         run(data, whole[1], **LONG | {"init_from": "resume", name: value})
     assert (whole[1] / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_checkpoint_holds_all_that_a_run_is(data, whole):
     state = checkpoint.read_newest(whole[1])
-    assert state.keys() >= {"model", "optimizer", "scaler", "step", "tokens", "best_val_nll", "best_step", "wandb_id"}
+    assert state.keys() >= {
+        "model",
+        "optimizer",
+        "scaler",
+        "step",
+        "tokens",
+        "best_val_nll",
+        "best_step",
+        "wandb_id",
+    }
     assert (state["step"], state["tokens"]) == (60, 60 * 2 * 4 * TINY["block_size"])
     assert state["config"]["seed"] == 1337 and state["best_val_nll"] == min(
         r["val_nll"] for r in records(whole[1], "val_nll")
@@ -257,7 +304,8 @@ def test_resuming_on_other_data_is_refused_unless_said(data, tmp_path):
     write_dataset(moved, {"train": [words(4000, seed=7)], "val": [words(500, seed=1)]}, chars)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(
-        UserError, match=r"train\.bin holds other tokens than the run to resume.*--allow_change=dataset"
+        UserError,
+        match=r"train\.bin holds other tokens than the run to resume.*--allow_change=dataset",
     ):
         run(moved, tmp_path / "run", **longer | {"max_iters": 9})
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

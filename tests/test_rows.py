@@ -34,7 +34,11 @@ every_scale = pytest.mark.parametrize("scale", SCALES)
 
 def fixed_by(script: str) -> dict[str, str]:
     """The options that a training script decides itself."""
-    calls = [node for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Call)]
+    calls = [
+        node
+        for node in ast.walk(ast.parse((ROOT / script).read_text()))
+        if isinstance(node, ast.Call)
+    ]
     main = next(c for c in calls if getattr(c.func, "id", "") == "main")
     return {keyword.arg: ast.literal_eval(keyword.value) for keyword in main.keywords}
 
@@ -91,7 +95,9 @@ def test_the_script_of_a_head_takes_scale_and_row_and_trains_what_train_py_does(
 @every_scale
 def test_a_scale_tells_how_a_row_is_run_on_it_in_a_folder_of_its_own(scale, monkeypatch):
     text = (ROOT / f"config/{scale}.py").read_text()
-    argv = re.search(r"python train\.py (config/\w+\.py config/rows/\w+\.py --out_dir=\S+)", text)[1].split()
+    argv = re.search(r"python train\.py (config/\w+\.py config/rows/\w+\.py --out_dir=\S+)", text)[
+        1
+    ].split()
     monkeypatch.chdir(ROOT)
     found, row = flatten(load_config(TrainConfig, argv)[0]), Path(argv[1]).stem
     assert found == options(scale, row) | {"out_dir": found["out_dir"]}
@@ -107,8 +113,14 @@ def test_a_scale_tells_its_epochs_truly(scale):
 
 
 def test_the_table_of_rows_says_what_their_files_do():
-    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "config/README.md").read_text(), re.MULTILINE))
+    table = dict(
+        re.findall(
+            r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "config/README.md").read_text(), re.MULTILINE
+        )
+    )
     assert sorted(table) == ROWS
     for row, cell in table.items():
         given = runpy.run_path(str(ROOT / f"config/rows/{row}.py")).items()
-        assert cell == ", ".join(f"`{name} = {json.dumps(value)}`" for name, value in given if name[0] != "_")
+        assert cell == ", ".join(
+            f"`{name} = {json.dumps(value)}`" for name, value in given if name[0] != "_"
+        )

@@ -67,17 +67,23 @@ def lines_of(path) -> list[dict]:
 # texts
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"n_samples": 3}, {"top_k": 3}, {"top_p": 0.5, "seed": 7}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"n_samples": 3}, {"top_k": 3}, {"top_p": 0.5, "seed": 7}]
+)
 def test_a_text_is_what_generate_draws_with_this_seed(bayes, options):
     torch.manual_seed(options.get("seed", 1337))
     idx = torch.tensor([bayes.encode("the ")])
-    of_model = {"temperature": 0.8, "top_k": 200} | {name: v for name, v in options.items() if name != "seed"}
+    of_model = {"temperature": 0.8, "top_k": 200} | {
+        name: v for name, v in options.items() if name != "seed"
+    }
     ids = bayes.model.generate(idx, 40, **of_model)[0, 4:]
     assert bayes.generate_text("the ", max_new_tokens=40, **options) == bayes.tokenizer.decode(ids)
 
 
 def test_figures_of_a_text_are_those_of_reading_it(bayes):
-    *_, (text,) = bayes.stream("the ", 1, Sampling(max_new_tokens=12))  # within a block: nothing slides
+    *_, (text,) = bayes.stream(
+        "the ", 1, Sampling(max_new_tokens=12)
+    )  # within a block: nothing slides
     read = bayes.uncertainty("the " + text.text)[4:]
     for token, again in zip(text.tokens, read, strict=True):
         assert (token.text, token.id, [name for name, _ in token.top]) == (
@@ -110,8 +116,12 @@ def test_what_comes_next_is_the_models_last_prediction_of_all_that_fits(bayes, n
     idx = torch.tensor([bayes.encode(prompt)[-16:]])
     torch.manual_seed(1)
     expected = bayes.model.log_probs(idx, n_samples if n_samples < 1 else 4000)[0, -1]
-    torch.testing.assert_close(found.log_probs.exp(), expected.exp(), rtol=0, atol=1e-6 if n_samples < 1 else 0.05)
-    assert found.total.item() == pytest.approx(-(found.log_probs.exp() * found.log_probs).sum().item(), rel=1e-4)
+    torch.testing.assert_close(
+        found.log_probs.exp(), expected.exp(), rtol=0, atol=1e-6 if n_samples < 1 else 0.05
+    )
+    assert found.total.item() == pytest.approx(
+        -(found.log_probs.exp() * found.log_probs).sum().item(), rel=1e-4
+    )
     assert 0 < found.epistemic < found.total and torch.equal(found.log_probs, again.log_probs)
 
 
@@ -136,7 +146,9 @@ def test_a_character_that_is_split_by_the_end_of_the_prompt_comes_out_whole():
 
 
 def test_a_text_that_is_being_written_leaves_the_precision_of_all_else_alone(folder):
-    texts = Run(folder / "bayes", device="cpu", dtype="bfloat16").stream("the ", 1, Sampling(max_new_tokens=5))
+    texts = Run(folder / "bayes", device="cpu", dtype="bfloat16").stream(
+        "the ", 1, Sampling(max_new_tokens=5)
+    )
     for _ in texts:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
@@ -152,7 +164,9 @@ def test_a_text_ends_before_the_first_stop_string_and_shows_nothing_of_it_on_the
     stops = ["".join(rng.choice(list("ab\n"), rng.integers(2, 5))) for _ in range(2)]
     full = "".join(pieces)
     end = min([full.find(stop) for stop in stops if stop in full], default=len(full))
-    text = Continuation(Sampling(max_new_tokens=len(pieces), stop="|".join(stops).replace("\n", "\\n")))
+    text = Continuation(
+        Sampling(max_new_tokens=len(pieces), stop="|".join(stops).replace("\n", "\\n"))
+    )
     for i, piece in enumerate(pieces):
         before = text.text
         text.add(Token(piece, i))
@@ -176,10 +190,16 @@ def test_abstaining_goes_by_the_epistemic_uncertainty(bayes, abstain):
     *_, (text,) = bayes.stream("the ", 1, sampling)
     above = [i for i, value in enumerate(epistemic) if value > limit]
     if abstain == "mark":
-        assert text.text == plain.text and [i for i, t in enumerate(text.tokens) if sampling.too_uncertain(t)] == above
+        assert (
+            text.text == plain.text
+            and [i for i, t in enumerate(text.tokens) if sampling.too_uncertain(t)] == above
+        )
     else:
         assert text.tokens == plain.tokens[: above[0]] and text.ended == "abstain"
-        assert bayes.generate_text("the ", max_new_tokens=40, abstain="stop", max_epistemic=limit) == text.text
+        assert (
+            bayes.generate_text("the ", max_new_tokens=40, abstain="stop", max_epistemic=limit)
+            == text.text
+        )
 
 
 def test_end_of_text_is_a_stop_string_whose_bars_part_nothing():
@@ -193,7 +213,9 @@ def test_end_of_text_is_a_stop_string_whose_bars_part_nothing():
 
 def test_ids_that_the_tokenizer_does_not_have_are_never_drawn(bayes, monkeypatch):
     monkeypatch.setattr(bayes.tokenizer, "vocab_size", 3)
-    *_, (text,) = bayes.stream([0], 1, Sampling(max_new_tokens=50, temperature=100.0, top_k=0), uncertain=False)
+    *_, (text,) = bayes.stream(
+        [0], 1, Sampling(max_new_tokens=50, temperature=100.0, top_k=0), uncertain=False
+    )
     assert {token.id for token in text.tokens} == {0, 1, 2}
 
 
@@ -210,7 +232,10 @@ def test_a_text_goes_on_in_the_middle_of_its_prompts_last_character(folder, monk
     ("ask", "message"),
     [
         (lambda run: run.generate_text("the", stop=["a"]), r"stop = \['a'\] must be of type str"),
-        (lambda run: run.generate_text("the", max_new_tokens=2.0), "max_new_tokens = 2.0 must be of type int"),
+        (
+            lambda run: run.generate_text("the", max_new_tokens=2.0),
+            "max_new_tokens = 2.0 must be of type int",
+        ),
         (lambda run: run.generate_text("\ud800"), "the text is not Unicode"),
         (lambda run: run.uncertainty("the \ud800"), "the text is not Unicode"),
         (lambda run: run.predict("the", n_samples=-5), "n_samples = -5 must be at least -1"),
@@ -246,7 +271,9 @@ def test_point_weights_have_no_epistemic_uncertainty_in_any_number_of_draws(fold
 # the script
 
 
-def test_the_text_stands_behind_its_prompt_and_is_plain_when_piped(folder, bayes, monkeypatch, capsys):
+def test_the_text_stands_behind_its_prompt_and_is_plain_when_piped(
+    folder, bayes, monkeypatch, capsys
+):
     expected = "the " + bayes.generate_text("the ", max_new_tokens=30)
     sample_py(monkeypatch, folder)
     assert capsys.readouterr().out == expected + "\n---------------\n"
@@ -256,7 +283,9 @@ def test_the_text_stands_behind_its_prompt_and_is_plain_when_piped(folder, bayes
     assert re.search(r"total \d\.\d+ nats, epistemic \d\.\d+", output)
 
 
-def test_colours_are_those_of_the_legend_and_a_tenth_is_underlined(folder, bayes, monkeypatch, capsys):
+def test_colours_are_those_of_the_legend_and_a_tenth_is_underlined(
+    folder, bayes, monkeypatch, capsys
+):
     monkeypatch.setenv("FORCE_COLOR", "1")
     sample_py(monkeypatch, folder, "--show_uncertainty", max_new_tokens=200)
     legend, text = capsys.readouterr().out.split("\n", 1)
@@ -268,8 +297,14 @@ def test_colours_are_those_of_the_legend_and_a_tenth_is_underlined(folder, bayes
         limits = [2, 5, 20, 100, math.inf]
         limit = next(limit for limit in limits if math.exp(token.total) <= limit)
         assert shade == shades["more" if limit == math.inf else str(limit)]
-    marked = [token.epistemic for (_, underlined, _), token in zip(found, expected.tokens, strict=True) if underlined]
-    assert 10 <= len(marked) <= 60 and min(marked) > np.median([token.epistemic for token in expected.tokens])
+    marked = [
+        token.epistemic
+        for (_, underlined, _), token in zip(found, expected.tokens, strict=True)
+        if underlined
+    ]
+    assert 10 <= len(marked) <= 60 and min(marked) > np.median(
+        [token.epistemic for token in expected.tokens]
+    )
 
 
 @pytest.mark.parametrize("plain", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
@@ -296,7 +331,9 @@ def test_marks_stand_behind_the_tokens_that_abstaining_takes(folder, bayes, monk
     sample_py(monkeypatch, folder, abstain="mark", max_epistemic=limit)
     sample_py(monkeypatch, folder, abstain="mark", max_epistemic=limit, jsonl="marked.jsonl")
     (record,) = lines_of(folder / "marked.jsonl")
-    assert record["uncertain"] == [i for i, token in enumerate(text.tokens) if token.epistemic > limit]
+    assert record["uncertain"] == [
+        i for i, token in enumerate(text.tokens) if token.epistemic > limit
+    ]
     sample_py(monkeypatch, folder, abstain="stop", max_epistemic=limit)
     marked = "".join(token.text + "[?]" * (token.epistemic > limit) for token in text.tokens)
     output = capsys.readouterr().out
@@ -310,7 +347,12 @@ def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, c
     (folder / "prompts.txt").write_text("the ship\nold \n")
     for name in ("jsonl", "txt"):
         sample_py(
-            monkeypatch, folder, "--show_uncertainty", prompts=f"prompts.{name}", num_samples=2, jsonl=f"o_{name}"
+            monkeypatch,
+            folder,
+            "--show_uncertainty",
+            prompts=f"prompts.{name}",
+            num_samples=2,
+            jsonl=f"o_{name}",
         )
     assert capsys.readouterr().out == ""
     found, of_txt = lines_of(folder / "o_jsonl"), lines_of(folder / "o_txt")
@@ -322,8 +364,13 @@ def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, c
         ("old ", 1, 1338),
     ]
     for record in found:
-        assert record["text"] == "".join(token["text"] for token in record["tokens"]) and record["n_tokens"] == 30
-        assert record["nll"] == pytest.approx(sum(token["nll"] for token in record["tokens"]) / 30, abs=1e-4)
+        assert (
+            record["text"] == "".join(token["text"] for token in record["tokens"])
+            and record["n_tokens"] == 30
+        )
+        assert record["nll"] == pytest.approx(
+            sum(token["nll"] for token in record["tokens"]) / 30, abs=1e-4
+        )
     sample_py(monkeypatch, folder, prompts="prompts.txt", jsonl="alone", seed=1338, start="ignored")
     assert [record["seed"] for record in lines_of(folder / "alone")] == [1338, 1339]
 
@@ -334,17 +381,23 @@ def test_the_page_has_every_text_with_its_figures(folder, monkeypatch, capsys):
     documents = embedded(folder / "texts.html")["documents"]
     assert ["".join(token[0] for token in d["runs"][0]["tokens"]) for d in documents] == texts
     given, drawn = documents[0]["runs"][0]["tokens"][:4], documents[0]["runs"][0]["tokens"][4:]
-    assert all(token[1:] == [None] * 4 for token in given) and all(None not in token for token in drawn)
+    assert all(token[1:] == [None] * 4 for token in given) and all(
+        None not in token for token in drawn
+    )
     assert "Numbers" not in (folder / "texts.html").read_text()
 
 
-def test_a_conversation_goes_on_behind_its_last_text_and_outlives_mistakes(folder, bayes, monkeypatch, capsys):
+def test_a_conversation_goes_on_behind_its_last_text_and_outlives_mistakes(
+    folder, bayes, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "stdin", io.StringIO("the \n\nTHE\nold "))
     sample_py(monkeypatch, folder, "--interactive", max_new_tokens=10)
     output, sampling = capsys.readouterr(), {"max_new_tokens": 10}
     first = bayes.generate_text("the ", **sampling)
     second = bayes.generate_text("the " + first, seed=1338, **sampling)
-    assert output.out == "\n".join([first, second, bayes.generate_text("old ", seed=1339, **sampling), ""])
+    assert output.out == "\n".join(
+        [first, second, bayes.generate_text("old ", seed=1339, **sampling), ""]
+    )
     assert "error: the character 'T' is not in this data set" in output.err
 
 
@@ -367,7 +420,9 @@ def test_an_interrupted_batch_leaves_the_texts_that_are_done(folder, monkeypatch
 
 
 def test_a_reader_that_has_seen_enough_ends_sampling_without_a_word(folder):
-    argv = flags(out_dir=folder / "softmax", device="cpu", start="the ", num_samples=3, max_new_tokens=2000)
+    argv = flags(
+        out_dir=folder / "softmax", device="cpu", start="the ", num_samples=3, max_new_tokens=2000
+    )
     command, pipe = [sys.executable, str(ROOT / "sample.py"), *argv], subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=ROOT)
     assert process.stdout.read(1) == b"t"
@@ -375,7 +430,9 @@ def test_a_reader_that_has_seen_enough_ends_sampling_without_a_word(folder):
     assert process.stderr.read() == b"" and process.wait(60) == 141
 
 
-def test_an_interrupt_ends_a_text_of_a_conversation_and_not_the_conversation(folder, bayes, monkeypatch, capsys):
+def test_an_interrupt_ends_a_text_of_a_conversation_and_not_the_conversation(
+    folder, bayes, monkeypatch, capsys
+):
     add, left = Continuation.add, iter([0] * 5 + [1] + [0] * 99)
 
     def interrupted(self, token):
@@ -402,7 +459,9 @@ def test_a_terminal_sees_tokens_one_by_one_and_no_character_that_steers_it(tmp_p
         dtype="float32",
     )
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *argv], stdout=theirs, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), *argv], stdout=theirs, cwd=ROOT
+    )
     os.close(theirs)
     output = b""
     while True:
@@ -425,21 +484,38 @@ def test_a_terminal_sees_tokens_one_by_one_and_no_character_that_steers_it(tmp_p
         ({"jsonl": "nowhere/x.jsonl"}, "there is no folder nowhere; make it"),
         ({"prompts": "missing.txt"}, "cannot read the prompt missing.txt"),
         ({"prompts": "there.txt"}, "there.txt has no prompts"),
-        ({"prompts": "bad.jsonl", "jsonl": "new"}, 'bad.jsonl: its prompt 2 is no JSON object with a text "prompt"'),
+        (
+            {"prompts": "bad.jsonl", "jsonl": "new"},
+            'bad.jsonl: its prompt 2 is no JSON object with a text "prompt"',
+        ),
         ({"prompts": "strange.txt", "jsonl": "new"}, "the character 'S' is not in this data set"),
-        ({"prompts": "taken.jsonl"}, "taken.jsonl: its prompt 1 has the field 'text', which the output has; rename it"),
+        (
+            {"prompts": "taken.jsonl"},
+            "taken.jsonl: its prompt 1 has the field 'text', which the output has; rename it",
+        ),
         ({"html": "new", "jsonl": "./new"}, "--html and --jsonl both name new; give two files"),
         ({"interactive": True, "num_samples": 3}, "leave --num_samples out"),
-        ({"n_samples": 4, "out_dir": "softmax"}, "softmax has point weights, of which there is nothing to draw"),
-        ({"out_dir": "diverged"}, "the weights diverged: transformer.wte.weight has values that are not finite"),
+        (
+            {"n_samples": 4, "out_dir": "softmax"},
+            "softmax has point weights, of which there is nothing to draw",
+        ),
+        (
+            {"out_dir": "diverged"},
+            "the weights diverged: transformer.wte.weight has values that are not finite",
+        ),
         ({"interactive": True, "jsonl": "new"}, "leave --prompts and --jsonl out"),
         ({"abstain": "maybe"}, "abstain = 'maybe' is not one of: no, mark, stop"),
         ({"abstain": "stop"}, "abstain = 'stop' needs a limit: --max_epistemic=0.05"),
-        ({"abstain": "stop", "max_epistemic": 0.1, "out_dir": "softmax"}, "softmax has point weights"),
+        (
+            {"abstain": "stop", "max_epistemic": 0.1, "out_dir": "softmax"},
+            "softmax has point weights",
+        ),
         ({"max_epistemic": -1}, "max_epistemic = -1.0 must be at least 0"),
     ],
 )
-def test_mistakes_end_in_one_line_before_anything_is_written(folder, monkeypatch, capsys, options, message):
+def test_mistakes_end_in_one_line_before_anything_is_written(
+    folder, monkeypatch, capsys, options, message
+):
     for name, text in {
         "there.txt": "\n",
         "bad.jsonl": '{"prompt": "the"}\n{"text": "the"}\n',
@@ -447,12 +523,16 @@ def test_mistakes_end_in_one_line_before_anything_is_written(folder, monkeypatch
         "taken.jsonl": '{"prompt": "the", "text": "mine"}',
     }.items():
         (folder / name).write_text(text)
-    argv = flags(**{"out_dir": "bayes", "device": "cpu", "start": "the", "max_new_tokens": 2} | options)
+    argv = flags(
+        **{"out_dir": "bayes", "device": "cpu", "start": "the", "max_new_tokens": 2} | options
+    )
     assert message in refused("sample.py", argv, folder, monkeypatch, capsys)
 
 
 def test_a_notebook_shows_hostile_texts_as_text():
-    page = Reading([Token("<script>", 0), Token("</p>\"'", 1, 0.5, 1.0, 1.0, 0.0, (("<b>", 0.5),))])._repr_html_()
+    page = Reading(
+        [Token("<script>", 0), Token("</p>\"'", 1, 0.5, 1.0, 1.0, 0.0, (("<b>", 0.5),))]
+    )._repr_html_()
     assert "<script>" not in page and '</p>"' not in page and "<b>" not in page
     assert "&lt;script&gt;" in page and "nll 0.5" in page
 

@@ -19,7 +19,18 @@ from engine.data.labels import LabelFile, LabelWriter, identity, pack
 from engine.data.order import Order
 from engine.data.tokens import Batches, TokenFile
 from engine.eval.evaluation import windows
-from tests.helpers import ROOT, TINY, records, refused, run, same_weights, scores_of, tiny_gpt, words, write_nanogpt
+from tests.helpers import (
+    ROOT,
+    TINY,
+    records,
+    refused,
+    run,
+    same_weights,
+    scores_of,
+    tiny_gpt,
+    words,
+    write_nanogpt,
+)
 
 MAGIC = {"<u2": (20240520, 1), "<u4": (20240801, 7)}
 
@@ -28,7 +39,11 @@ def headed(path: Path, ids, dtype: str = "<u2", **changes) -> Path:
     """A file as llm.c's dev/data scripts write it; changes: magic, version or n other than they should be."""
     magic, version = MAGIC[dtype]
     header = np.zeros(256, "<i4")
-    header[:3] = changes.get("magic", magic), changes.get("version", version), changes.get("n", len(ids))
+    header[:3] = (
+        changes.get("magic", magic),
+        changes.get("version", version),
+        changes.get("n", len(ids)),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(header.tobytes() + np.asarray(ids).astype(dtype).tobytes())
     return path
@@ -36,11 +51,15 @@ def headed(path: Path, ids, dtype: str = "<u2", **changes) -> Path:
 
 def sharded(folder: Path, **splits: list[np.ndarray]) -> Path:
     """Shards without a meta file, numbered from 0."""
-    names = {f"{split}_{i:06d}": ids for split, shards in splits.items() for i, ids in enumerate(shards)}
+    names = {
+        f"{split}_{i:06d}": ids for split, shards in splits.items() for i, ids in enumerate(shards)
+    }
     return write_nanogpt(folder, names)
 
 
-def described(folder: Path, vocab_size: int = 257, kind: str = "byte", **splits: list[np.ndarray]) -> Path:
+def described(
+    folder: Path, vocab_size: int = 257, kind: str = "byte", **splits: list[np.ndarray]
+) -> Path:
     """Shards as our writer leaves them, with a meta.json."""
     sharded(folder, **splits)
     about = {}
@@ -48,10 +67,18 @@ def described(folder: Path, vocab_size: int = 257, kind: str = "byte", **splits:
         paths = sorted(folder.glob(f"{split}_*.bin"))
         sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
         sizes = [path.stat().st_size // 2 for path in paths]
-        shards = [{"file": p.name, "tokens": n, "sha256": s} for p, n, s in zip(paths, sizes, sums, strict=True)]
+        shards = [
+            {"file": p.name, "tokens": n, "sha256": s}
+            for p, n, s in zip(paths, sizes, sums, strict=True)
+        ]
         about[split] = {"documents": 1, "tokens": sum(sizes), "bytes": sum(sizes), "shards": shards}
         about[split]["sha256"] = hashlib.sha256("\n".join(sums).encode()).hexdigest()
-    meta = {"tokenizer": {"kind": kind}, "vocab_size": vocab_size, "dtype": "uint16", "splits": about}
+    meta = {
+        "tokenizer": {"kind": kind},
+        "vocab_size": vocab_size,
+        "dtype": "uint16",
+        "splits": about,
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -67,14 +94,21 @@ def flip(path: Path, place: int) -> None:
 
 
 TEXT = np.frombuffer(words(900).encode(), np.uint8).astype(int)
-SHARDS = cut(TEXT, 700, 90, 1, 1500, 16)  # among them one too short for a block of 16, and one of one token
+SHARDS = cut(
+    TEXT, 700, 90, 1, 1500, 16
+)  # among them one too short for a block of 16, and one of one token
 
 
 @pytest.mark.parametrize("dtype", MAGIC)
-@pytest.mark.parametrize("name", ["train.bin", "tiny_shakespeare_train.bin", "fineweb_train_000001.bin"])
+@pytest.mark.parametrize(
+    "name", ["train.bin", "tiny_shakespeare_train.bin", "fineweb_train_000001.bin"]
+)
 def test_a_headed_file_holds_the_tokens_of_a_raw_one(tmp_path, name, dtype):
     headed(tmp_path / "headed" / name, TEXT, dtype)
-    files = TokenFile(tmp_path / "headed", "train"), TokenFile(write_nanogpt(tmp_path / "d", {"train": TEXT}), "train")
+    files = (
+        TokenFile(tmp_path / "headed", "train"),
+        TokenFile(write_nanogpt(tmp_path / "d", {"train": TEXT}), "train"),
+    )
     for file in files:
         assert file.ids.tolist() == TEXT.tolist() and len(file) == len(TEXT)
         assert file.counts(257).tolist() == np.bincount(TEXT, minlength=257).tolist()
@@ -100,7 +134,11 @@ def test_rows_and_ids_straddle_shards(tmp_path, how):
         assert (file.rows(starts, length) == TEXT[starts[:, None] + np.arange(length)]).all()
     where = np.array([[2000, 5], [700, 699]])
     assert (file.ids[where] == TEXT[where]).all() and (file.ids[690:800] == TEXT[690:800]).all()
-    assert (np.asarray(file.ids) == TEXT).all() and len(file.ids) == len(TEXT) and file.ids[7:7].tolist() == []
+    assert (
+        (np.asarray(file.ids) == TEXT).all()
+        and len(file.ids) == len(TEXT)
+        and file.ids[7:7].tolist() == []
+    )
     assert file.rows(np.array([len(TEXT) - 3]), 3)[0].tolist() == TEXT[-3:].tolist()
     with pytest.raises(UserError, match="changed while it was read"):
         file.rows(np.array([len(TEXT) - 3]), 4)
@@ -126,12 +164,22 @@ def test_what_begins_as_a_header_and_is_none_is_refused_never_read_as_ids(tmp_pa
     for dtype in MAGIC:
         for version in (0, 2, 3, -1):
             headed(tmp_path / "train.bin", TEXT, dtype, version=version)
-            with pytest.raises(UserError, match=rf"train\.bin begins as a file of llm\.c's, of version {version}, not"):
+            with pytest.raises(
+                UserError,
+                match=rf"train\.bin begins as a file of llm\.c's, of version {version}, not",
+            ):
                 TokenFile(tmp_path, "train")
-    (tmp_path / "train.bin").write_bytes(np.array([55432, 308] + [1, 0] * 9, "<u2").tobytes())  # the magic, two ids
+    (tmp_path / "train.bin").write_bytes(
+        np.array([55432, 308] + [1, 0] * 9, "<u2").tobytes()
+    )  # the magic, two ids
     with pytest.raises(UserError, match=r"train\.bin is cut short or damaged"):
         TokenFile(tmp_path, "train")
-    meta = {"tokenizer": {"kind": "none"}, "vocab_size": 60000, "dtype": "uint16", "splits": {"train": {}}}
+    meta = {
+        "tokenizer": {"kind": "none"},
+        "vocab_size": 60000,
+        "dtype": "uint16",
+        "splits": {"train": {}},
+    }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     file = TokenFile(tmp_path, "train")  # who says what it is, is believed
     file.check(60000)
@@ -160,20 +208,29 @@ def test_files_of_two_formats_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("other", ["train", "other_train_000001", "other_train", "train_000001"])
 def test_files_that_may_each_be_the_split_are_refused_by_name(tmp_path, other):
-    folder = write_nanogpt(tmp_path / "d", {"fineweb_train_000001": TEXT, "fineweb_val_000000": TEXT, other: TEXT})
-    with pytest.raises(UserError, match=rf"has {min('fineweb', other)}.*\.bin and .*\.bin: which is the train split"):
+    folder = write_nanogpt(
+        tmp_path / "d", {"fineweb_train_000001": TEXT, "fineweb_val_000000": TEXT, other: TEXT}
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"has {min('fineweb', other)}.*\.bin and .*\.bin: which is the train split",
+    ):
         TokenFile(folder, "train")
     assert len(TokenFile(folder, "val")) == len(TEXT)
 
 
-def test_llama_3s_ids_are_read_and_trained_on_and_nobody_decodes_them_as_gpt2s(tmp_path, capsys, monkeypatch):
+def test_llama_3s_ids_are_read_and_trained_on_and_nobody_decodes_them_as_gpt2s(
+    tmp_path, capsys, monkeypatch
+):
     for split in ("train", "val"):
         headed(tmp_path / "d" / f"fineweb_{split}_000000.bin", TEXT * 500, "<u4")
     file = TokenFile(tmp_path / "d", "train")
     assert (
         file.vocab_size == 128256
         and identity(file)["tokenizer_sha256"]
-        != identity(TokenFile(write_nanogpt(tmp_path / "n", {"train": TEXT}), "train"))["tokenizer_sha256"]
+        != identity(TokenFile(write_nanogpt(tmp_path / "n", {"train": TEXT}), "train"))[
+            "tokenizer_sha256"
+        ]
     )
     model = run(tmp_path / "d", tmp_path / "out", max_iters=1, n_embd=4, batch_size=1, eval_iters=1)
     assert model.config.vocab_size == 128256 and "GPT-2's BPE" not in capsys.readouterr().out
@@ -185,19 +242,37 @@ def test_llama_3s_ids_are_read_and_trained_on_and_nobody_decodes_them_as_gpt2s(t
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda shards: shards[0].update(file="../train_000000.bin"), "does not describe the files of 'train'"),
-        (lambda shards: shards[0].update(file="/etc/passwd"), "does not describe the files of 'train'"),
+        (
+            lambda shards: shards[0].update(file="../train_000000.bin"),
+            "does not describe the files of 'train'",
+        ),
+        (
+            lambda shards: shards[0].update(file="/etc/passwd"),
+            "does not describe the files of 'train'",
+        ),
         (lambda shards: shards[0].update(file=".."), "does not describe the files of 'train'"),
         (lambda shards: shards[0].update(file="\ud800"), "does not describe the files of 'train'"),
         (lambda shards: shards[0].update(file=5), "does not describe the files of 'train'"),
         (lambda shards: shards[0].update(tokens="5"), "does not describe the files of 'train'"),
-        (lambda shards: shards[0].update(tokens=701), "does not describe the files of 'train'"),  # in all one more
-        (lambda shards: shards[0].update(sha256=shards[1]["sha256"]), "does not describe the files of 'train'"),
+        (
+            lambda shards: shards[0].update(tokens=701),
+            "does not describe the files of 'train'",
+        ),  # in all one more
+        (
+            lambda shards: shards[0].update(sha256=shards[1]["sha256"]),
+            "does not describe the files of 'train'",
+        ),
         (lambda shards: shards[0].pop("sha256"), "does not describe the files of 'train'"),
         (lambda shards: shards.append(shards[0]), "does not describe the files of 'train'"),
         (lambda shards: shards.clear(), "does not describe the files of 'train'"),
-        (lambda shards: shards.__setitem__(0, "train_000000.bin"), "does not describe the files of 'train'"),
-        (lambda shards: (shards[0].update(tokens=699), shards[1].update(tokens=91)), "holds 700 tokens.*says 699"),
+        (
+            lambda shards: shards.__setitem__(0, "train_000000.bin"),
+            "does not describe the files of 'train'",
+        ),
+        (
+            lambda shards: (shards[0].update(tokens=699), shards[1].update(tokens=91)),
+            "holds 700 tokens.*says 699",
+        ),
     ],
 )
 def test_a_meta_json_with_wrong_shards_is_refused_in_a_line(tmp_path, change, says):
@@ -222,7 +297,9 @@ def test_a_few_shards_are_checked_and_counted_as_a_whole_at_start(tmp_path):
     folder = described(tmp_path / "d", train=SHARDS)
     file = TokenFile(folder, "train")
     assert file.counts(257).tolist() == np.bincount(TEXT, minlength=257).tolist()
-    assert file.sha256 == json.loads((folder / "meta.json").read_text())["splits"]["train"]["sha256"]
+    assert (
+        file.sha256 == json.loads((folder / "meta.json").read_text())["splits"]["train"]["sha256"]
+    )
     assert TokenFile(sharded(tmp_path / "e", train=SHARDS), "train").sha256 == file.sha256
     flip(folder / "train_000003.bin", 9)
     with pytest.raises(UserError, match=r"train_000003\.bin is damaged or another file"):
@@ -236,9 +313,15 @@ def large(monkeypatch):
     monkeypatch.setattr(engine.data.scan, "SETTLED", 0)
 
 
-@pytest.mark.parametrize("what", ["damaged or another file", "holds token id 65000, outside the vocabulary"])
-def test_a_bad_shard_of_a_large_split_ends_training_by_name_when_it_is_first_read(tmp_path, large, monkeypatch, what):
-    monkeypatch.setattr(engine.data.tokens, "PIECES", 1)  # or the frequencies, at the start, would find the bad id
+@pytest.mark.parametrize(
+    "what", ["damaged or another file", "holds token id 65000, outside the vocabulary"]
+)
+def test_a_bad_shard_of_a_large_split_ends_training_by_name_when_it_is_first_read(
+    tmp_path, large, monkeypatch, what
+):
+    monkeypatch.setattr(
+        engine.data.tokens, "PIECES", 1
+    )  # or the frequencies, at the start, would find the bad id
     monkeypatch.setattr(engine.data.tokens, "PIECE", 9)
     if "damaged" in what:
         folder = described(tmp_path / "d", train=[TEXT, TEXT], val=[TEXT])
@@ -248,17 +331,26 @@ def test_a_bad_shard_of_a_large_split_ends_training_by_name_when_it_is_first_rea
     file = TokenFile(folder, "train")
     file.check(257)
     assert all(shard.scan is None for shard in file.row.shards)  # nothing was read yet
-    seed = next(seed for seed in range(99) if Order([len(TEXT)] * 2, 16, seed).start(0, 0) < len(TEXT))
+    seed = next(
+        seed for seed in range(99) if Order([len(TEXT)] * 2, 16, seed).start(0, 0) < len(TEXT)
+    )
     with pytest.raises(UserError, match=rf"train_000001\.bin (is )?{what}"):
         run(folder, tmp_path / "out", max_iters=200, vocab_size=257, seed=seed)
-    assert (folder / ".train_000000.scanned.json").exists() and not (folder / ".train_000001.scanned.json").exists()
-    assert len(records(tmp_path / "out", "loss")) == Order([len(TEXT)], 16, 0).n_blocks // TINY["batch_size"]
+    assert (folder / ".train_000000.scanned.json").exists() and not (
+        folder / ".train_000001.scanned.json"
+    ).exists()
+    assert (
+        len(records(tmp_path / "out", "loss"))
+        == Order([len(TEXT)], 16, 0).n_blocks // TINY["batch_size"]
+    )
 
 
 def test_an_id_outside_the_vocabulary_is_found_wherever_a_large_split_is_read(tmp_path, large):
     file = TokenFile(sharded(tmp_path / "d", train=[TEXT, np.append(TEXT, 300), TEXT]), "train")
     file.check(257)
-    with pytest.raises(UserError, match=r"train_000001\.bin holds token id 300, outside the vocabulary of 257"):
+    with pytest.raises(
+        UserError, match=r"train_000001\.bin holds token id 300, outside the vocabulary of 257"
+    ):
         list(windows(file, 16, 8))
 
 
@@ -275,7 +367,8 @@ def test_frequencies_of_a_large_split_come_from_pieces_of_all_of_it(tmp_path, la
 def test_the_fingerprint_of_a_large_split_is_stated_or_seen_without_reading_it(tmp_path, large):
     folder = described(tmp_path / "d", train=SHARDS)
     assert (
-        TokenFile(folder, "train").sha256 == json.loads((folder / "meta.json").read_text())["splits"]["train"]["sha256"]
+        TokenFile(folder, "train").sha256
+        == json.loads((folder / "meta.json").read_text())["splits"]["train"]["sha256"]
     )
     (folder / "meta.json").unlink()
     prints = [TokenFile(folder, "train").sha256 for _ in range(2)]
@@ -325,14 +418,21 @@ def test_an_epoch_goes_shard_by_shard_and_visits_each_block_of_each_once(block_s
         for shard in visits:
             mine = sorted(start for start, of in zip(starts, shards, strict=True) if of == shard)
             assert mine == list(range(mine[0], mine[0] + len(mine) * block_size, block_size))
-            assert mine[-1] + block_size < begins[shard + 1] and (len(mine) + 2) * block_size > lengths[shard] - 1
-    other = [Order(lengths, block_size, seed).start(epoch, 0) for seed in range(5) for epoch in range(5)]
+            assert (
+                mine[-1] + block_size < begins[shard + 1]
+                and (len(mine) + 2) * block_size > lengths[shard] - 1
+            )
+    other = [
+        Order(lengths, block_size, seed).start(epoch, 0) for seed in range(5) for epoch in range(5)
+    ]
     assert len(set(other)) > 5
 
 
 @pytest.mark.parametrize("seed", [0, 1337, (1 << 63) - 1])
 def test_the_order_over_one_file_is_what_it_was_before_there_were_shards(tmp_path, seed):
-    batches = Batches(TokenFile(write_nanogpt(tmp_path / "d", {"train": np.arange(1000)}), "train"), 1, 16, seed)
+    batches = Batches(
+        TokenFile(write_nanogpt(tmp_path / "d", {"train": np.arange(1000)}), "train"), 1, 16, seed
+    )
     n_blocks = (1000 - 1) // 16 - 1
     for epoch in (0, 1, 5):
         rng = np.random.default_rng((seed, epoch))
@@ -341,21 +441,32 @@ def test_the_order_over_one_file_is_what_it_was_before_there_were_shards(tmp_pat
         assert [batches[epoch * n_blocks + k][0][0, 0].item() for k in range(n_blocks)] == expected
 
 
-def test_any_batch_of_shards_is_the_same_whatever_was_read_before_and_two_processes_share_an_epoch(tmp_path):
+def test_any_batch_of_shards_is_the_same_whatever_was_read_before_and_two_processes_share_an_epoch(
+    tmp_path,
+):
     file = TokenFile(described(tmp_path / "d", train=SHARDS), "train")
     forward = [Batches(file, 1, 16, 5)[i][0].tolist() for i in range(60)]
     batches = Batches(file, 1, 16, 5)
     assert [batches[i][0].tolist() for i in reversed(range(60))] == forward[::-1]
     n = batches.n_blocks // 2 * 2
-    halves = [{int(Batches(file, 1, 16, 5).starts(i)[0]) for i in range(rank, n, 2)} for rank in (0, 1)]
+    halves = [
+        {int(Batches(file, 1, 16, 5).starts(i)[0]) for i in range(rank, n, 2)} for rank in (0, 1)
+    ]
     whole = [Order([len(shard) for shard in SHARDS], 16, 5).start(0, k) for k in range(n)]
-    assert not halves[0] & halves[1] and halves[0] | halves[1] == set(whole) and len(whole) == len(set(whole))
+    assert (
+        not halves[0] & halves[1]
+        and halves[0] | halves[1] == set(whole)
+        and len(whole) == len(set(whole))
+    )
 
 
 def test_a_split_whose_shards_are_all_shorter_than_a_block_is_refused(tmp_path):
     file = TokenFile(described(tmp_path / "d", train=cut(TEXT[:50], 10, 20)), "train")
     file.check(257, 19)
-    with pytest.raises(UserError, match=r"train\.bin has 20 tokens in its longest shard, too few for one block of 20"):
+    with pytest.raises(
+        UserError,
+        match=r"train\.bin has 20 tokens in its longest shard, too few for one block of 20",
+    ):
         file.check(257, 20)
 
 
@@ -385,7 +496,9 @@ def test_training_on_shards_resumes_bit_for_bit_and_learns(tmp_path, is_large, m
     )["splits"]["val"]
     (tmp_path / "e" / "val_000001.bin").replace(data / "val_000001.bin")
     (data / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=r"val\.bin holds other tokens than the run to resume began with"):
+    with pytest.raises(
+        UserError, match=r"val\.bin holds other tokens than the run to resume began with"
+    ):
         run(data, tmp_path / "parts", init_from="resume", max_iters=40)
 
 
@@ -400,7 +513,9 @@ def test_teacher_labels_speak_of_positions_over_all_shards(tmp_path):
     for i in range(20):
         x, targets, weights = batches[i]
         position = batches.starts(i)[:, None] + np.arange(16)
-        assert (x.numpy() == TEXT[position]).all() and (targets[..., 0].numpy() == TEXT[position + 1]).all()
+        assert (x.numpy() == TEXT[position]).all() and (
+            targets[..., 0].numpy() == TEXT[position + 1]
+        ).all()
         assert (targets[..., 1].numpy() == (TEXT[position] + 1) % 257).all()
         assert torch.allclose(weights, torch.tensor([0.75, 0.25]))
 
@@ -428,7 +543,9 @@ print(json.dumps(about | {"files": len(os.listdir("/proc/self/fd"))}))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="resident memory is read from /proc"
+)
 @pytest.mark.parametrize("form", ["raw", "headed", "described"])
 def test_ten_thousand_shards_of_100_million_tokens_open_and_read_in_flat_memory(tmp_path, form):
     n, n_shards = 100_000_000, 10_000
@@ -440,11 +557,17 @@ def test_ten_thousand_shards_of_100_million_tokens_open_and_read_in_flat_memory(
             file.truncate(2 * n + header.nbytes * (form == "headed"))
     if form == "described":
         sums = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(n_shards)]
-        shards = [{"file": f"train_{i:06d}.bin", "tokens": n, "sha256": sums[i]} for i in range(n_shards)]
+        shards = [
+            {"file": f"train_{i:06d}.bin", "tokens": n, "sha256": sums[i]} for i in range(n_shards)
+        ]
         meta = {"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}
-        (tmp_path / "meta.json").write_text(json.dumps(meta | {"splits": {"train": {"shards": shards}}}))
+        (tmp_path / "meta.json").write_text(
+            json.dumps(meta | {"splits": {"train": {"shards": shards}}})
+        )
     command = [sys.executable, "-c", LOOK, str(tmp_path)]
-    about = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    about = json.loads(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
     print(form, about)
     assert about["tokens"] == n * n_shards
     assert about["growth"] < 16 and about["start"] < 64  # MB

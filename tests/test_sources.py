@@ -110,7 +110,10 @@ def odd_text(seed: int, n: int = 300) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizers() -> list:
-    return [GPT2Tokenizer(), BPETokenizer.train([odd_text(seed) for seed in range(30)] + ["a word or two. " * 99], 600)]
+    return [
+        GPT2Tokenizer(),
+        BPETokenizer.train([odd_text(seed) for seed in range(30)] + ["a word or two. " * 99], 600),
+    ]
 
 
 def assert_pieces_encode_as_the_whole(text: str, tokenizers: list) -> int:
@@ -122,7 +125,9 @@ def assert_pieces_encode_as_the_whole(text: str, tokenizers: list) -> int:
     return len(pieces)
 
 
-def test_the_tokens_of_the_pieces_are_the_tokens_of_the_text_whatever_the_spaces(small, monkeypatch, tokenizers):
+def test_the_tokens_of_the_pieces_are_the_tokens_of_the_text_whatever_the_spaces(
+    small, monkeypatch, tokenizers
+):
     monkeypatch.setattr(sources, "LONGEST_PIECE", 10**6)
     for seed in range(200):
         assert assert_pieces_encode_as_the_whole(odd_text(seed), tokenizers) > 5
@@ -135,11 +140,19 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_real_text(monkeypatch, token
         assert assert_pieces_encode_as_the_whole(text, tokenizers) > 150
 
 
-def test_a_cut_behind_any_control_format_or_space_character_changes_no_token(monkeypatch, tokenizers):
+def test_a_cut_behind_any_control_format_or_space_character_changes_no_token(
+    monkeypatch, tokenizers
+):
     monkeypatch.setattr(sources, "PIECE", 1)
-    odd = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) in ("Cc", "Cf", "Zs", "Zl", "Zp")]
+    odd = [
+        chr(c)
+        for c in range(0x110000)
+        if unicodedata.category(chr(c)) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+    ]
     for space in (" ", "\n", "  ", " \n"):
-        assert_pieces_encode_as_the_whole("".join(f"a{c}{space}{c}b{space}" for c in odd), tokenizers)
+        assert_pieces_encode_as_the_whole(
+            "".join(f"a{c}{space}{c}b{space}" for c in odd), tokenizers
+        )
 
 
 def test_pieces_join_to_the_documents_and_those_of_whitespace_alone_are_passed_over(small):
@@ -165,11 +178,18 @@ def test_text_comes_back_whole_line_ends_nul_bytes_and_all(compression, small, t
         source = write(tmp_path / f"a.txt{compression}", COMPRESS[compression](text.encode()))
         assert documents_of(find(source)) == [text]
         data = text.encode()
-        write(tmp_path / f"a.txt{compression}", COMPRESS[compression](data[:77]) + COMPRESS[compression](data[77:]))
-        assert documents_of(find(source)) == [text]  # two streams in one file, as parallel compressors write
+        write(
+            tmp_path / f"a.txt{compression}",
+            COMPRESS[compression](data[:77]) + COMPRESS[compression](data[77:]),
+        )
+        assert documents_of(find(source)) == [
+            text
+        ]  # two streams in one file, as parallel compressors write
 
 
-def test_the_pieces_of_a_text_do_not_depend_on_the_chunks_it_is_read_in(small, monkeypatch, tmp_path):
+def test_the_pieces_of_a_text_do_not_depend_on_the_chunks_it_is_read_in(
+    small, monkeypatch, tmp_path
+):
     for seed in range(60):
         part = find(write(tmp_path / "a.txt", text := odd_text(seed)))[0]
         for chunk in (2, 7, 1000):
@@ -196,13 +216,16 @@ def test_a_byte_order_mark_is_dropped_at_the_begin_of_a_file_only(small, tmp_pat
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_each_line_of_json_is_a_document(compression, small, tmp_path):
     texts = [odd_text(seed) for seed in range(30)]
-    data = lines([*texts, None, "", " \n"]).replace("\n", "\r\n\n") + json.dumps({"text": "last 😀"})
+    data = lines([*texts, None, "", " \n"]).replace("\n", "\r\n\n") + json.dumps(
+        {"text": "last 😀"}
+    )
     source = write(tmp_path / f"a.jsonl{compression}", COMPRESS[compression](data.encode()))
     assert documents_of(find(source)) == [*texts, "last 😀"]
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
 )
 def test_each_row_of_a_table_is_a_document(kind, small, tmp_path):
     texts = [odd_text(seed) for seed in range(30)]
@@ -229,7 +252,12 @@ def test_files_folders_and_globs_are_read_in_order_each_once(tmp_path, monkeypat
     os.symlink(tmp_path / "in" / "b.txt", tmp_path / "in" / "link.txt")
     monkeypatch.chdir(tmp_path)
     assert documents_of(find("in")) == ["a.md", "b.txt", "e.raw", "c.text", "d.TXT.gz"]
-    assert documents_of(find("in/e.raw,in/*.txt,in/sub/,./in/e.raw")) == ["e.raw", "b.txt", "c.text", "d.TXT.gz"]
+    assert documents_of(find("in/e.raw,in/*.txt,in/sub/,./in/e.raw")) == [
+        "e.raw",
+        "b.txt",
+        "c.text",
+        "d.TXT.gz",
+    ]
     assert documents_of(find("in/**/*.t*xt")) == ["b.txt", "c.text"]
     write(tmp_path / "with,comma.txt", "comma")
     parts = find("with,comma.txt")
@@ -237,12 +265,18 @@ def test_files_folders_and_globs_are_read_in_order_each_once(tmp_path, monkeypat
     assert documents_of(parts) == ["comma"]
 
 
-def test_a_part_tells_its_size_and_identity_gives_the_same_pieces_again_and_can_be_sent_to_a_process(tmp_path):
+def test_a_part_tells_its_size_and_identity_gives_the_same_pieces_again_and_can_be_sent_to_a_process(
+    tmp_path,
+):
     source = write(tmp_path / "a.txt", "word " * 600_000)
     part = find(source)[0]
     again = pickle.loads(pickle.dumps(part))
     assert list(again.pieces()) == list(part.pieces()) and len(list(part.pieces())) == 3
-    assert part.size == 3_000_000 and str(os.stat(source).st_mtime_ns) in part.identity and source in part.identity
+    assert (
+        part.size == 3_000_000
+        and str(os.stat(source).st_mtime_ns) in part.identity
+        and source in part.identity
+    )
     first = find(source)[0].identity
     os.utime(source, ns=(1, 1))
     assert find(source)[0].identity != first == part.identity
@@ -250,12 +284,20 @@ def test_a_part_tells_its_size_and_identity_gives_the_same_pieces_again_and_can_
 
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
-def test_what_is_not_utf8_is_refused_with_its_place_or_replaced(compression, ending, small, tmp_path):
+def test_what_is_not_utf8_is_refused_with_its_place_or_replaced(
+    compression, ending, small, tmp_path
+):
     good = "naïve 東京 " * 9 + "\n"
-    data = {"txt": good.encode() + b"caf\xe9 end", "jsonl": lines([good]).encode() + b'{"text": "caf\xe9 end"}'}[ending]
+    data = {
+        "txt": good.encode() + b"caf\xe9 end",
+        "jsonl": lines([good]).encode() + b'{"text": "caf\xe9 end"}',
+    }[ending]
     source = write(tmp_path / f"a.{ending}{compression}", COMPRESS[compression](data))
     message = refused(source)
-    assert re.search(rf"is not UTF-8 at byte {data.index(0xE9)}\b", message) and "--errors=replace" in message
+    assert (
+        re.search(rf"is not UTF-8 at byte {data.index(0xE9)}\b", message)
+        and "--errors=replace" in message
+    )
     assert ("decompresses" in message) == bool(compression)
     assert (
         documents_of(find(source, errors="replace"))
@@ -298,7 +340,9 @@ def test_a_bad_line_of_json_is_refused_by_its_number(line, expected, tmp_path):
 
 def test_a_line_of_json_longer_than_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LONGEST_LINE", 1 << 20)
-    assert "line 2 has more than 1 MB" in refused(write(tmp_path / "a.jsonl", "\n" + lines(["x" * (1 << 20)])))
+    assert "line 2 has more than 1 MB" in refused(
+        write(tmp_path / "a.jsonl", "\n" + lines(["x" * (1 << 20)]))
+    )
 
 
 def test_a_bad_table_is_refused(tmp_path):
@@ -307,27 +351,38 @@ def test_a_bad_table_is_refused(tmp_path):
     assert "has no column 'text' but body, id" in refused(good)
     assert "column 'id' is no string but int64" in refused(good, field="id")
     data = Path(good).read_bytes()
-    for i, bad in enumerate([data[:-20], data[:100], b"", b"PAR1" * 10, data[:50] + b"\xff" * 100 + data[150:]]):
+    for i, bad in enumerate(
+        [data[:-20], data[:100], b"", b"PAR1" * 10, data[:50] + b"\xff" * 100 + data[150:]]
+    ):
         assert "damaged" in refused(write(tmp_path / f"bad{i}.parquet", bad), field="body")
     binary = pa.array([b"good", b"caf\xe9"])
-    source = table(tmp_path / "latin.parquet", {"text": pa.Array.from_buffers(pa.string(), 2, binary.buffers())})
+    source = table(
+        tmp_path / "latin.parquet",
+        {"text": pa.Array.from_buffers(pa.string(), 2, binary.buffers())},
+    )
     assert "row 2 is not UTF-8" in refused(source)
     assert documents_of(find(source, errors="replace")) == ["good", "caf\ufffd"]
 
 
 def test_no_damage_to_a_tables_footer_loses_rows_silently(tmp_path):
-    rows = Path(table(tmp_path / "rows.parquet", {"text": ["row"] * 9}, row_group_size=3)).read_bytes()
+    rows = Path(
+        table(tmp_path / "rows.parquet", {"text": ["row"] * 9}, row_group_size=3)
+    ).read_bytes()
     for place in range(len(rows) // 2, len(rows)):  # the footer
         bad = rows[:place] + bytes([rows[place] ^ 4]) + rows[place + 1 :]
         try:
-            n_rows = len(documents_of(find(write(tmp_path / "fewer.parquet", bad), errors="replace")))
+            n_rows = len(
+                documents_of(find(write(tmp_path / "fewer.parquet", bad), errors="replace"))
+            )
         except UserError:
             continue
         assert n_rows == 9
 
 
 @pytest.mark.parametrize("compression", list(COMPRESS)[1:])
-def test_a_compressed_file_that_is_cut_short_damaged_or_something_else_is_refused(compression, tmp_path):
+def test_a_compressed_file_that_is_cut_short_damaged_or_something_else_is_refused(
+    compression, tmp_path
+):
     whole = COMPRESS[compression]("".join(odd_text(seed) for seed in range(30)).encode())
     for bad in (
         b"",
@@ -362,10 +417,14 @@ def test_a_source_that_names_no_text_is_refused(tmp_path):
     write(tmp_path / "a.parquet.gz", "x")
     os.symlink(tmp_path / "gone", tmp_path / "link.txt")
     os.mkfifo(tmp_path / "fifo.txt")
-    assert "does not exist" in refused(f"{tmp_path}/none.txt") and "does not exist" in refused(f"{tmp_path}/*.md")
+    assert "does not exist" in refused(f"{tmp_path}/none.txt") and "does not exist" in refused(
+        f"{tmp_path}/*.md"
+    )
     assert "holds no file" in (message := refused(f"{tmp_path}/empty")) and ".parquet" in message
     assert "known: .txt" in (message := refused(f"{tmp_path}/a.json")) and "jq" in message
-    assert "no known ending" in refused(f"{tmp_path}/a.parquet.gz") and "no known ending" in refused(f"{tmp_path}/a.*")
+    assert "no known ending" in refused(
+        f"{tmp_path}/a.parquet.gz"
+    ) and "no known ending" in refused(f"{tmp_path}/a.*")
     assert "No such file" in refused(str(tmp_path)) or "no regular file" in refused(str(tmp_path))
     assert "no regular file" in refused(f"{tmp_path}/fifo.txt")
     assert "which text" in refused("") and "which text" in refused(",")
@@ -419,9 +478,19 @@ def test_memory_stays_flat_however_long_the_file(name, tmp_path):
         if name == "jsonl.gz":  # streams of 1 MB, one behind the other
             write(tmp_path / f"{label}.{name}", gzip.compress(lines([text]).encode(), 1) * n)
         if name == "parquet":
-            table(tmp_path / f"{label}.{name}", {"text": [f"{i} {text}" for i in range(n)]}, compression="zstd")
+            table(
+                tmp_path / f"{label}.{name}",
+                {"text": [f"{i} {text}" for i in range(n)]},
+                compression="zstd",
+            )
     files = [str(tmp_path / f"{label}.{name}") for label in ("short", "long")]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *files], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     n_characters, megabytes = map(int, done.stdout.split())
     assert n_characters >= n * len(text) and megabytes < 60
 
@@ -434,7 +503,10 @@ def hub_folder(tmp_path, monkeypatch) -> Path:
     for split, n in (("train", 3), ("validation", 1)):
         for i in range(n):
             texts = [f"{split} {i} {j}" for j in range(100)] + [None, " "]
-            table(tmp_path / "set" / "data" / f"{split}-0000{i}-of-0000{n}.parquet", {"text": texts, "id": range(102)})
+            table(
+                tmp_path / "set" / "data" / f"{split}-0000{i}-of-0000{n}.parquet",
+                {"text": texts, "id": range(102)},
+            )
     return tmp_path / "set"
 
 
@@ -447,10 +519,20 @@ def hub_refused(*names: str, **options) -> str:
 
 def test_a_hub_data_set_gives_a_part_per_file_in_order(hub_folder):
     parts = hub(str(hub_folder))
-    assert [documents_of([part]) for part in parts] == [[f"train {i} {j}" for j in range(100)] for i in range(3)]
-    assert list(parts[1].pieces()) == list(parts[1].pieces()) == list(pickle.loads(pickle.dumps(parts[1])).pieces())
-    assert len({part.identity for part in parts}) == 3 and "train-00001-of-00003" in parts[1].identity
-    assert documents_of(hub(str(hub_folder), split="validation")) == [f"validation 0 {j}" for j in range(100)]
+    assert [documents_of([part]) for part in parts] == [
+        [f"train {i} {j}" for j in range(100)] for i in range(3)
+    ]
+    assert (
+        list(parts[1].pieces())
+        == list(parts[1].pieces())
+        == list(pickle.loads(pickle.dumps(parts[1])).pieces())
+    )
+    assert (
+        len({part.identity for part in parts}) == 3 and "train-00001-of-00003" in parts[1].identity
+    )
+    assert documents_of(hub(str(hub_folder), split="validation")) == [
+        f"validation 0 {j}" for j in range(100)
+    ]
     assert hub_splits(str(hub_folder)) == ["train", "validation"]
 
 
@@ -460,7 +542,9 @@ def test_a_hub_data_set_of_json_lines_is_read_too(tmp_path, hub_folder):
             tmp_path / "json" / f"train-{i}.jsonl.gz",
             gzip.compress(lines([f"{i} {j} naïve" for j in range(9)]).encode()),
         )
-    assert documents_of(hub(str(tmp_path / "json"))) == [f"{i} {j} naïve" for i in range(2) for j in range(9)]
+    assert documents_of(hub(str(tmp_path / "json"))) == [
+        f"{i} {j} naïve" for i in range(2) for j in range(9)
+    ]
 
 
 def test_what_a_hub_data_set_lacks_is_said_in_one_line(tmp_path, hub_folder, capfd):
@@ -470,9 +554,14 @@ def test_what_a_hub_data_set_lacks_is_said_in_one_line(tmp_path, hub_folder, cap
     assert "default" in hub_refused(str(hub_folder), "other")
     write(tmp_path / "script" / "script.py", "import datasets")
     said = hub_refused(str(tmp_path / "script"))
-    assert "scripts are no longer supported" in said and f"{tmp_path / 'script'}@refs/convert/parquet" in said
+    assert (
+        "scripts are no longer supported" in said
+        and f"{tmp_path / 'script'}@refs/convert/parquet" in said
+    )
     (hub_folder / "data" / "train-00001-of-00003.parquet").write_bytes(b"PAR1 and no more")
-    assert "ArrowInvalid" in (message := hub_refused(str(hub_folder))) and "the network" not in message
+    assert (
+        "ArrowInvalid" in (message := hub_refused(str(hub_folder))) and "the network" not in message
+    )
     assert capfd.readouterr() == ("", "")
 
 
@@ -481,7 +570,9 @@ def test_without_the_hub_the_way_on_is_said_at_once(monkeypatch, capfd):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for ask in (hub, hub_splits):
-        with pytest.raises(UserError, match="someone/something: ConnectionError: .*goes on where this one stopped"):
+        with pytest.raises(
+            UserError, match="someone/something: ConnectionError: .*goes on where this one stopped"
+        ):
             ask("someone/something")
     assert capfd.readouterr() == ("", "")
 
@@ -494,7 +585,9 @@ def test_a_network_that_fails_in_the_middle_is_said_in_one_line(hub_folder, monk
         raise ConnectionError("Server Disconnected")
 
     monkeypatch.setattr("datasets.IterableDataset.iter", fail)
-    with pytest.raises(UserError, match="train 1/3: ConnectionError: Server Disconnected; .*goes on"):
+    with pytest.raises(
+        UserError, match="train 1/3: ConnectionError: Server Disconnected; .*goes on"
+    ):
         list(part.pieces())
 
 
@@ -502,9 +595,15 @@ def test_the_name_of_a_hubs_data_set_may_say_its_revision(tmp_path, monkeypatch)
     import datasets
 
     asked = []
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda **named: asked.append(named) or ["train"])
+    monkeypatch.setattr(
+        datasets, "get_dataset_split_names", lambda **named: asked.append(named) or ["train"]
+    )
     (tmp_path / "a@b").mkdir()
-    for name, subset in (("me/tales@refs/pr/2", "old"), ("me/tales", ""), (str(tmp_path / "a@b"), "")):
+    for name, subset in (
+        ("me/tales@refs/pr/2", "old"),
+        ("me/tales", ""),
+        (str(tmp_path / "a@b"), ""),
+    ):
         hub_splits(name, subset)
     assert asked[0] == {"path": "me/tales", "name": "old", "revision": "refs/pr/2"}
     assert asked[1:] == [{"path": "me/tales"}, {"path": str(tmp_path / "a@b")}]

@@ -29,7 +29,9 @@ KNOBS = {"softmax": "--weight_decay=0.0", BOTH: "--kl_weight=0.5"}
 def main(home: Path, argv: list[str], put=setattr) -> None:
     """The study in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
     knobs = {"weight_decay": 0.0, "kl_weight": 0.5}
-    small = studies.Study("small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], 2, True)
+    small = studies.Study(
+        "small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], 2, True
+    )
     values = {"ROOT": home, "SEEDS": SEEDS, "MAIN": ROWS[:1], "STUDIES": {"small": small}}
     for name, value in values.items():
         for module in (study, studies):
@@ -43,7 +45,9 @@ def main(home: Path, argv: list[str], put=setattr) -> None:
 def start(home: Path, *argv: str) -> subprocess.Popen:
     code = f"from tests.test_study import Path, main; main(Path({str(home)!r}), {list(argv)})"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, **streams)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, **streams
+    )
 
 
 def commands(home: Path, *argv: str) -> list[str]:
@@ -61,10 +65,20 @@ def home(tmp_path_factory):
     (home / "config").mkdir()
     for name in ("train.py", "evaluate.py", "augmentation", "config/rows"):
         (home / name).symlink_to(ROOT / name)
-    scale = TINY | {"dataset": str(write_words(home / "words")), "eval_interval": 4, "eval_iters": 2}
-    (home / "config/small.py").write_text("".join(f"{name} = {value!r}\n" for name, value in scale.items()))
+    scale = TINY | {
+        "dataset": str(write_words(home / "words")),
+        "eval_interval": 4,
+        "eval_iters": 2,
+    }
+    (home / "config/small.py").write_text(
+        "".join(f"{name} = {value!r}\n" for name, value in scale.items())
+    )
     tokenizer = CharTokenizer.train([words(4000)])
-    write_dataset(home / "foreign", {split: [words(200, seed=3)[::-1]] for split in ("train", "test")}, tokenizer)
+    write_dataset(
+        home / "foreign",
+        {split: [words(200, seed=3)[::-1]] for split in ("train", "test")},
+        tokenizer,
+    )
     return home
 
 
@@ -96,13 +110,18 @@ def calls(home):
 
 
 def trials(home: Path) -> list[dict]:
-    return [json.loads(line) for line in (home / "logs/small/tuning.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (home / "logs/small/tuning.jsonl").read_text().splitlines()
+    ]
 
 
 def test_every_row_has_three_trials_of_full_length_all_listed(home, calls):
     for row in ROWS:
         first, second, third = [trial for trial in trials(home) if trial["row"] == row]
-        assert [first["flags"], second["flags"]] == [["--learning_rate=0.01"], ["--learning_rate=0.001"]]
+        assert [first["flags"], second["flags"]] == [
+            ["--learning_rate=0.01"],
+            ["--learning_rate=0.001"],
+        ]
         better = min(first, second, key=lambda trial: trial["val_nll"])
         assert third["flags"] == [*better["flags"], KNOBS[row]]
     assert len(trials(home)) == 6
@@ -120,37 +139,63 @@ def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home
         assert ("eval_test_averaged.json" in names) == name.startswith(BOTH)
         assert ("eval_test_ensemble_of_2.json" in names) == (name == "softmax-seed7")
         test = json.loads((kept / "eval_test.json").read_text())
-        assert test["ood"]["dataset"] == str(home / "foreign") and ("continuations" in test) == ("seed7" in name)
-        best = min((t for t in trials(home) if name.startswith(t["row"])), key=lambda trial: trial["val_nll"])
+        assert test["ood"]["dataset"] == str(home / "foreign") and ("continuations" in test) == (
+            "seed7" in name
+        )
+        best = min(
+            (t for t in trials(home) if name.startswith(t["row"])),
+            key=lambda trial: trial["val_nll"],
+        )
         options = json.loads((kept / "config.json").read_text())
         for flag in best["flags"]:  # all seeds, and the taught row, as the validation split chose
             key, _, value = flag.lstrip("-").partition("=")
             assert options[key] == float(value)
-        assert (options["seed"], options["labels"]) == (int(name[-1]), "study" if "taught" in name else "")
+        assert (options["seed"], options["labels"]) == (
+            int(name[-1]),
+            "study" if "taught" in name else "",
+        )
         nll = json.loads((kept / "eval_val.json").read_text())["nll"]
         assert (nll == best["val_nll"]) == (name in ("softmax-seed7", f"{BOTH}-seed7"))
 
 
 def test_killed_the_same_command_goes_on_and_once_complete_it_runs_nothing(home, calls):
     done, tried, rest, again = calls
-    assert done and all(files.items() <= contents(Path(next(iter(files))).parent).items() for files in done)
+    assert done and all(
+        files.items() <= contents(Path(next(iter(files))).parent).items() for files in done
+    )
     assert len(tried) >= 3 and trials(home)[: len(tried)] == tried
     for trial in tried:  # what is listed is not asked again
-        folder = "_".join([trial["row"], *(flag.removeprefix("--") for flag in trial["flags"])]) + f"-seed{SEEDS[0]}"
+        folder = (
+            "_".join([trial["row"], *(flag.removeprefix("--") for flag in trial["flags"])])
+            + f"-seed{SEEDS[0]}"
+        )
         assert not any("--split=val" in command and f"/{folder} " in command for command in rest)
     assert len(rest) > 3 and again == []
 
 
-def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(home, calls, monkeypatch):
+def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(
+    home, calls, monkeypatch
+):
     monkeypatch.setattr(study, "run", lambda main: None)
     main(home, [], monkeypatch.setattr)
-    runner = study.Runner(study.StudyConfig(logs="logs", train_flags=FLAGS[-1].removeprefix("--train_flags=")))
+    runner = study.Runner(
+        study.StudyConfig(logs="logs", train_flags=FLAGS[-1].removeprefix("--train_flags="))
+    )
     assert runner.done("small", "softmax", 8)
     path = home / "logs/small/softmax-seed8/config.json"
     kept = path.read_text()
     try:
-        for name in ("learning_rate", "weight_decay", "dropout", "max_iters", "n_embd"):  # trials, row, call, scale
-            for options in (json.loads(kept) | {name: 0.123}, {k: v for k, v in json.loads(kept).items() if k != name}):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "dropout",
+            "max_iters",
+            "n_embd",
+        ):  # trials, row, call, scale
+            for options in (
+                json.loads(kept) | {name: 0.123},
+                {k: v for k, v in json.loads(kept).items() if k != name},
+            ):
                 path.write_text(json.dumps(options))
                 assert not runner.done("small", "softmax", 8), name
     finally:
@@ -167,10 +212,15 @@ def test_a_run_whose_scale_has_changed_is_not_gone_on_with(home, calls):
     finally:
         scale.write_text(text)
     assert process.returncode == 2 and errors.count("\n") == 1 and "python " not in output
-    assert "small/softmax_learning_rate=0.01-seed7 was trained with another n_layer; delete it" in errors
+    assert (
+        "small/softmax_learning_rate=0.01-seed7 was trained with another n_layer; delete it"
+        in errors
+    )
 
 
-@pytest.mark.parametrize("line", ['{"row": "softmax", "val_nll": 1.0}', '{"flags": [], "val_nll": 1.0}', "null", "{"])
+@pytest.mark.parametrize(
+    "line", ['{"row": "softmax", "val_nll": 1.0}', '{"flags": [], "val_nll": 1.0}', "null", "{"]
+)
 def test_a_damaged_list_of_trials_is_named(tmp_path, line):
     runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
     (tmp_path / "wikitext2_8k").mkdir()
@@ -190,12 +240,20 @@ def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(hom
     monkeypatch.setitem(studies.STUDIES, "small", small)
     runner.together([lambda: best.update(softmax=runner.tune("small", "softmax"))])
     logs = home / "diverging/small"
-    listed = {trial["flags"][0]: trial["val_nll"] for trial in read_json_lines(logs / "tuning.jsonl")}
-    assert listed["--learning_rate=1000"] == math.inf and math.isfinite(listed["--learning_rate=0.001"])
-    assert best["softmax"][0] == "--learning_rate=0.001" and "learning_rate 1000: inf" in tuning(logs)
+    listed = {
+        trial["flags"][0]: trial["val_nll"] for trial in read_json_lines(logs / "tuning.jsonl")
+    }
+    assert listed["--learning_rate=1000"] == math.inf and math.isfinite(
+        listed["--learning_rate=0.001"]
+    )
+    assert best["softmax"][0] == "--learning_rate=0.001" and "learning_rate 1000: inf" in tuning(
+        logs
+    )
 
 
-def test_a_trial_of_other_options_is_made_anew_and_listed_instead_of_the_old_one(tmp_path, monkeypatch):
+def test_a_trial_of_other_options_is_made_anew_and_listed_instead_of_the_old_one(
+    tmp_path, monkeypatch
+):
     runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
     path, flags = tmp_path / "wikitext2_8k/tuning.jsonl", ["--learning_rate=0.5"]
     monkeypatch.setattr(runner, "train", lambda *about: Path())
@@ -203,23 +261,36 @@ def test_a_trial_of_other_options_is_made_anew_and_listed_instead_of_the_old_one
         monkeypatch.setattr(runner, "evaluate", lambda *about, nll=nll: {"nll": nll})
         for row in ("softmax", "bayes"):
             assert runner.trial("wikitext2_8k", row, flags)["val_nll"] == 5.0
-    assert read_json_lines(path)[1]["options"].items() >= {"learning_rate": 0.5, "n_layer": 3, "kl_weight": 0.1}.items()
+    assert (
+        read_json_lines(path)[1]["options"].items()
+        >= {"learning_rate": 0.5, "n_layer": 3, "kl_weight": 0.1}.items()
+    )
     path.write_text(path.read_text().replace('"n_layer": 3', '"n_layer": 4', 1))  # of softmax's
-    assert [runner.trial("wikitext2_8k", row, flags)["val_nll"] for row in ("softmax", "bayes")] == [4.0, 5.0]
-    assert [(trial["row"], trial["val_nll"]) for trial in read_json_lines(path)] == [("bayes", 5.0), ("softmax", 4.0)]
+    assert [
+        runner.trial("wikitext2_8k", row, flags)["val_nll"] for row in ("softmax", "bayes")
+    ] == [4.0, 5.0]
+    assert [(trial["row"], trial["val_nll"]) for trial in read_json_lines(path)] == [
+        ("bayes", 5.0),
+        ("softmax", 4.0),
+    ]
 
 
 def test_the_kept_trials_are_of_todays_scales_so_that_none_is_made_again():
     runner = study.Runner(study.StudyConfig())
     for name in studies.STUDIES:
         for trial in read_json_lines(ROOT / f"training_logs/{name}/tuning.jsonl"):
-            assert trial["options"] == runner.options(name, trial["row"], trial["flags"]), (name, trial["row"])
+            assert trial["options"] == runner.options(name, trial["row"], trial["flags"]), (
+                name,
+                trial["row"],
+            )
 
 
 @pytest.mark.parametrize("name", ["wikitext2_8k", "wikitext2_8k_tenth", "sotu_8k"])
 def test_the_kept_runs_of_the_tuned_studies_are_complete_and_what_the_code_chooses_today(name):
     runner, about = study.Runner(study.StudyConfig()), studies.STUDIES[name]
-    assert all(runner.done(name, row, seed) for row in about.all_rows() for seed in about.seeds(row))
+    assert all(
+        runner.done(name, row, seed) for row in about.all_rows() for seed in about.seeds(row)
+    )
     assert runner.ensemble_of(name).is_file() == about.ensemble
 
 
@@ -228,10 +299,14 @@ def test_an_ensemble_goes_when_one_of_its_members_is_trained_anew(tmp_path, monk
     (kept := runner.ensemble_of("wikitext2_8k")).parent.mkdir(parents=True)
     kept.touch()
     for missing, stays in ((None, True), (studies.SEEDS[-1], False)):
-        monkeypatch.setattr(runner, "done", lambda _study, _row, seed, missing=missing: seed != missing)
+        monkeypatch.setattr(
+            runner, "done", lambda _study, _row, seed, missing=missing: seed != missing
+        )
         monkeypatch.setattr(runner, "run", lambda *about: None)
         there = []  # when the run's records come: a kill behind that must leave no old ensemble
-        monkeypatch.setattr(runner, "finish", lambda *about, there=there: there.append(kept.is_file()))
+        monkeypatch.setattr(
+            runner, "finish", lambda *about, there=there: there.append(kept.is_file())
+        )
         runner.row("wikitext2_8k", "softmax")
         assert kept.is_file() == stays and there == ([] if stays else [False])
 
@@ -261,7 +336,11 @@ def test_every_data_set_is_prepared_behind_the_one_whose_tokenizer_it_has(tmp_pa
         study.main()
         for i, data in enumerate(prepared):
             asked = studies.preparation(data, "", "sotu.txt")
-            tokenizers = [word.partition("=data/")[2] for word in asked if word.startswith("--tokenizer=data/")]
+            tokenizers = [
+                word.partition("=data/")[2]
+                for word in asked
+                if word.startswith("--tokenizer=data/")
+            ]
             assert set(tokenizers) <= set(prepared[:i])
 
 
@@ -269,7 +348,10 @@ def test_every_data_set_is_prepared_behind_the_one_whose_tokenizer_it_has(tmp_pa
     "argv, message",
     [
         (["--studies=small,smal"], "studies = 'smal' is not one of: small"),
-        (["--rows=softmax,none"], f"rows = 'none' is not one of: softmax, {BOTH}, {BOTH}_taught, bayes"),
+        (
+            ["--rows=softmax,none"],
+            f"rows = 'none' is not one of: softmax, {BOTH}, {BOTH}_taught, bayes",
+        ),
         (["--jobs=0"], "jobs = 0 must be at least 1"),
         (["--train_flags=--max_iter=8"], "unknown option '--max_iter'; did you mean 'max_iters'?"),
     ],
@@ -284,12 +366,16 @@ def test_a_mistake_ends_in_one_line(home, argv, message, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("given", ["", "no.txt"])
-def test_a_missing_file_of_addresses_is_said_before_anything_is_prepared(tmp_path, monkeypatch, capsys, given):
+def test_a_missing_file_of_addresses_is_said_before_anything_is_prepared(
+    tmp_path, monkeypatch, capsys, given
+):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     (tmp_path / "config").symlink_to(ROOT / "config")
     monkeypatch.setattr(sys, "argv", ["study.py", "--studies=wikitext2", f"--sotu={given}"])
     with pytest.raises(SystemExit) as exit_:
         study.run(study.main)
     errors = capsys.readouterr().err
-    assert exit_.value.code == 2 and errors.count("\n") == 1 and f"--sotu={given or 'FILE'}" in errors
+    assert (
+        exit_.value.code == 2 and errors.count("\n") == 1 and f"--sotu={given or 'FILE'}" in errors
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["config"]

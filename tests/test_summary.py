@@ -25,13 +25,23 @@ def write(study, nll=NLL):
         for seed, value in seeds.items():
             folder = study / f"{row}-seed{seed}"
             folder.mkdir(parents=True)
-            numbers = {"nll": value, "perplexity": math.exp(value), "ece": seed / 100, "nll_se": 0.03 * seed}
+            numbers = {
+                "nll": value,
+                "perplexity": math.exp(value),
+                "ece": seed / 100,
+                "nll_se": 0.03 * seed,
+            }
             (folder / "eval_test.json").write_text(json.dumps(numbers))
             nlls = (
                 value + above for above in (0, 0.5, 0.25, 0.375)
             )  # lowest before the first step, which is no result
-            steps = [{"step": step, "tokens": 100 * step, "val_nll": nll} for step, nll in enumerate(nlls)]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+            steps = [
+                {"step": step, "tokens": 100 * step, "val_nll": nll}
+                for step, nll in enumerate(nlls)
+            ]
+            (folder / "metrics.jsonl").write_text(
+                "".join(json.dumps(step) + "\n" for step in steps)
+            )
     return study
 
 
@@ -46,7 +56,12 @@ def test_a_table_has_means_and_standard_deviations_over_seeds_and_ratios_of_the_
     for row, label in (("softmax", "softmax"), ("sigmoid", "sigmoid")):
         nll = np.array(list(NLL[row].values()))
         ratio = np.exp(nll - np.array(list(NLL["softmax"].values())))
-        expected = ["3", f"{nll.mean():.3f} ± {nll.std(ddof=1):.3f}", "0.060", f"{np.exp(nll).mean():.2f}"]
+        expected = [
+            "3",
+            f"{nll.mean():.3f} ± {nll.std(ddof=1):.3f}",
+            "0.060",
+            f"{np.exp(nll).mean():.2f}",
+        ]
         of_ratio = "1.000" if row == "softmax" else f"{ratio.mean():.3f} ± {ratio.std(ddof=1):.3f}"
         expected += [of_ratio, "0.0200 ± 0.0100"]
         assert found[label] == expected
@@ -74,7 +89,9 @@ def test_every_seed_of_a_row_is_in_its_mean_and_ratios_are_of_the_seeds_that_sof
 
 def test_what_the_frequencies_of_the_training_text_reach_stands_first(tmp_path):
     study = write(tmp_path / "study")
-    (study / "sigmoid-seed1/eval_test.json").write_text(json.dumps({"nll": 4.9, "unigram_nll": 7.0}))
+    (study / "sigmoid-seed1/eval_test.json").write_text(
+        json.dumps({"nll": 4.9, "unigram_nll": 7.0})
+    )
     found = cells(summary.table(study, "prediction"))
     unigram = ["", "7.000", "", f"{math.exp(7.0):.2f}", f"{math.exp(7.0 - 5.1):.3f}", ""]
     assert list(found)[2] == "unigram frequencies" and found["unigram frequencies"] == unigram
@@ -109,7 +126,13 @@ SHAPE = {"n_layer": 3, "n_embd": 192, "block_size": 256, "vocab_size": 8192}
 
 def write_bench(path, monkeypatch, *records):
     """Records of bench/step.py: case, time ratio, and what else is not as usual."""
-    usual = {"bench": "step", "baseline": "softmax", "machine": "A", "memory_ratio": 1.0, "shapes": SHAPE}
+    usual = {
+        "bench": "step",
+        "baseline": "softmax",
+        "machine": "A",
+        "memory_ratio": 1.0,
+        "shapes": SHAPE,
+    }
     lines = (usual | {"case": case, "time_ratio": ratio} | other for case, ratio, other in records)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(summary, "BENCH", path)
@@ -118,7 +141,11 @@ def write_bench(path, monkeypatch, *records):
 def costs(study) -> dict[str, str]:
     found = cells(summary.table(study, "summary"))
     at = found["head"].index("time of a step") if "time of a step" in found["head"] else None
-    return {row: line[at] for row, line in found.items() if at and line[at] not in ("", "---", "time of a step")}
+    return {
+        row: line[at]
+        for row, line in found.items()
+        if at and line[at] not in ("", "---", "time of a step")
+    }
 
 
 def test_costs_are_the_latest_of_one_machine_and_of_the_studys_size(tmp_path, monkeypatch):
@@ -136,15 +163,24 @@ def test_costs_are_the_latest_of_one_machine_and_of_the_studys_size(tmp_path, mo
 
 
 def test_rows_that_cost_what_another_does_have_its_measurement(tmp_path, monkeypatch):
-    study = write(tmp_path / "study", dict.fromkeys(("softmax", "smooth_05", "sigmoid_weighted"), {1: 5.0}))
+    study = write(
+        tmp_path / "study", dict.fromkeys(("softmax", "smooth_05", "sigmoid_weighted"), {1: 5.0})
+    )
     (study / "softmax-seed1/config.json").write_text(json.dumps(SHAPE))
     write_bench(tmp_path / "bench.jsonl", monkeypatch, ("smooth", 1.1, {}), ("sigmoid", 1.3, {}))
-    assert costs(study) == {"softmax": "1.00", "smooth, ε = 0.05": "1.10", "sigmoid weighted": "1.30"}
+    assert costs(study) == {
+        "softmax": "1.00",
+        "smooth, ε = 0.05": "1.10",
+        "sigmoid weighted": "1.30",
+    }
 
 
 def test_all_trials_are_listed_and_the_lowest_stands_out(tmp_path):
     trials = [("softmax", "--learning_rate=0.1", 5.0), ("softmax", "--learning_rate=0.2", 4.5)]
-    lines = [json.dumps({"row": row, "flags": [flag], "val_nll": nll}) + "\n" for row, flag, nll in trials]
+    lines = [
+        json.dumps({"row": row, "flags": [flag], "val_nll": nll}) + "\n"
+        for row, flag, nll in trials
+    ]
     (tmp_path / "tuning.jsonl").write_text("".join(lines))
     found = cells(summary.table(tmp_path, "tuning"))
     assert found["softmax"] == ["learning_rate 0.1: 5.000", "**learning_rate 0.2: 4.500**"]
@@ -155,15 +191,45 @@ def test_all_trials_are_listed_and_the_lowest_stands_out(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "kind", "says"),
     [
-        ("softmax-seed1/eval_test.json", "{", "prediction", "softmax-seed1/eval_test.json is damaged"),
-        ("softmax-seed1/eval_test.json", "[]", "prediction", "softmax-seed1/eval_test.json is damaged"),
-        ("softmax-seed1/eval_test.json", '{"ece": 1}', "doubt", "softmax-seed1/eval_test.json has no nll"),
+        (
+            "softmax-seed1/eval_test.json",
+            "{",
+            "prediction",
+            "softmax-seed1/eval_test.json is damaged",
+        ),
+        (
+            "softmax-seed1/eval_test.json",
+            "[]",
+            "prediction",
+            "softmax-seed1/eval_test.json is damaged",
+        ),
+        (
+            "softmax-seed1/eval_test.json",
+            '{"ece": 1}',
+            "doubt",
+            "softmax-seed1/eval_test.json has no nll",
+        ),
         ("softmax-seed1/config.json", "{", "prediction", "softmax-seed1/config.json is damaged"),
         ("tuning.jsonl", '{"row": "softmax", "fl', "tuning", "tuning.jsonl, line 1, is damaged"),
-        ("softmax-seed1/eval_test.json", '{"nll": NaN}', "prediction", "softmax-seed1/eval_test.json has no nll"),
-        ("softmax-seed1/eval_test.json", '{"nll": 1e9}', "prediction", "softmax-seed1/eval_test.json has no nll"),
+        (
+            "softmax-seed1/eval_test.json",
+            '{"nll": NaN}',
+            "prediction",
+            "softmax-seed1/eval_test.json has no nll",
+        ),
+        (
+            "softmax-seed1/eval_test.json",
+            '{"nll": 1e9}',
+            "prediction",
+            "softmax-seed1/eval_test.json has no nll",
+        ),
         ("tuning.jsonl", '{"row": "softmax"}', "tuning", "tuning.jsonl: trial 1 lacks"),
-        ("tuning.jsonl", '{"row": 1, "flags": null, "val_nll": null}', "tuning", "tuning.jsonl: trial 1 lacks"),
+        (
+            "tuning.jsonl",
+            '{"row": 1, "flags": null, "val_nll": null}',
+            "tuning",
+            "tuning.jsonl: trial 1 lacks",
+        ),
         ("softmax-seedx/eval_test.json", "{}", "prediction", "softmax-seedx is not named"),
     ],
 )
@@ -180,10 +246,14 @@ def test_a_run_without_curve_or_evaluation_costs_no_more_than_its_cell(tmp_path)
     study = write(tmp_path / "study", {"softmax": {1: 5.0, 2: 5.2}, "sigmoid": {1: 5.0, 2: 5.2}})
     (study / "softmax-seed1/metrics.jsonl").unlink()
     for seed in (1, 2):
-        (study / f"sigmoid-seed{seed}/metrics.jsonl").write_text('{"step": 1, "tokens": 100, "loss": 5.0}\n{"st')
+        (study / f"sigmoid-seed{seed}/metrics.jsonl").write_text(
+            '{"step": 1, "tokens": 100, "loss": 5.0}\n{"st'
+        )
     (study / "softmax-seed3").mkdir()
     (study / "softmax-seedx.zip").write_text("")
-    assert [row[:2] for row in cells(summary.table(study, "prediction")).values()][2:] == [["2", "5.100 ± 0.141"]] * 2
+    assert [row[:2] for row in cells(summary.table(study, "prediction")).values()][2:] == [
+        ["2", "5.100 ± 0.141"]
+    ] * 2
     assert [len(row.curves[2]) for row in summary.read(study).values()] == [3, 0]
 
 
@@ -213,7 +283,10 @@ def test_a_number_changed_by_hand_is_seen(tmp_path, monkeypatch):
         ("<!-- table: prediction -->\n<!-- end -->", "there is no study ''"),
         ("<!-- table: of-mine tuning -->\n<!-- end -->", "the logs have nothing for this table"),
         ("<!-- table: of-mine beside -->\n<!-- end -->", "the logs have nothing for this table"),
-        ("<!-- table: of-mine+of-mine prediction -->\n<!-- end -->", "the logs have nothing for this table"),
+        (
+            "<!-- table: of-mine+of-mine prediction -->\n<!-- end -->",
+            "the logs have nothing for this table",
+        ),
         ("<!-- table: of-mine+of_mine beside -->\n<!-- end -->", "there is no study 'of_mine'"),
         (
             "<!-- table: of-mine predictions -->\n<!-- end -->",
@@ -223,7 +296,9 @@ def test_a_number_changed_by_hand_is_seen(tmp_path, monkeypatch):
 )
 def test_a_slip_in_a_pages_marker_is_said_and_no_page_written(tmp_path, monkeypatch, page, says):
     write(tmp_path / "of-mine")
-    (good := tmp_path / "good.md").write_text("<!-- table: of-mine prediction -->\nold\n<!-- end -->\nprose")
+    (good := tmp_path / "good.md").write_text(
+        "<!-- table: of-mine prediction -->\nold\n<!-- end -->\nprose"
+    )
     (bad := tmp_path / "bad.md").write_text(page)
     monkeypatch.setattr(summary, "LOGS", tmp_path)
     monkeypatch.setattr(summary, "PAGES", [good, bad])
@@ -231,7 +306,9 @@ def test_a_slip_in_a_pages_marker_is_said_and_no_page_written(tmp_path, monkeypa
         summary.main()
     assert str(error.value).startswith(page.split("\n")[0]) and says in str(error.value)
     assert "old" in good.read_text() and bad.read_text() == page
-    assert "| softmax | 3 |" in summary.fill(good.read_text()) and summary.fill(good.read_text()).endswith("prose")
+    assert "| softmax | 3 |" in summary.fill(good.read_text()) and summary.fill(
+        good.read_text()
+    ).endswith("prose")
 
 
 def test_every_study_of_the_logs_has_a_table_in_a_page():
@@ -244,7 +321,9 @@ def test_every_study_of_the_logs_has_a_table_in_a_page():
 def test_make_results_draws_the_pictures_that_pages_show(tmp_path, monkeypatch):
     study = write(tmp_path / "study")
     shutil.copy(summary.LOGS / "quickstart/softmax-seed1337/config.json", study / "softmax-seed1")
-    (page := tmp_path / "page.md").write_text("![](study/summary.png) <!-- table: study prediction -->\n<!-- end -->\n")
+    (page := tmp_path / "page.md").write_text(
+        "![](study/summary.png) <!-- table: study prediction -->\n<!-- end -->\n"
+    )
     monkeypatch.setattr(summary, "LOGS", tmp_path)
     monkeypatch.setattr(summary, "PAGES", [page])
     summary.main()
@@ -258,27 +337,49 @@ def decimals(text: str) -> set[float]:
 
 def tables_and_prose(text: str) -> tuple[str, str]:
     text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
-    return tuple("\n".join(line for line in text.splitlines() if (line[:1] == "|") == is_) for is_ in (True, False))
+    return tuple(
+        "\n".join(line for line in text.splitlines() if (line[:1] == "|") == is_)
+        for is_ in (True, False)
+    )
 
 
 def test_a_decimal_in_the_studys_prose_stands_in_the_tables_beside_it():
     """Of the same section, or of the page of its text and regime; what has no tables of logs, and the README's results,
     speak of all tables."""
     texts = {name: page.read_text(encoding="utf-8") for name, page in PAGES.items()}
-    everywhere = decimals("\n".join(made[0] for text in texts.values() for made in summary.MARKED.finditer(text)))
-    studies = [text for name, text in texts.items() if re.fullmatch(r"training_logs/\w+_8k\w*/README.md", name)]
+    everywhere = decimals(
+        "\n".join(made[0] for text in texts.values() for made in summary.MARKED.finditer(text))
+    )
+    studies = [
+        text
+        for name, text in texts.items()
+        if re.fullmatch(r"training_logs/\w+_8k\w*/README.md", name)
+    ]
     assert len(studies) == 3
     for part in [*texts["training_logs/README.md"].split("\n## "), *studies]:
         tables, prose = map(decimals, tables_and_prose(part))
-        assert prose - (tables if "<!-- table:" in part else everywhere) == set(), part.partition("\n")[0]
+        assert prose - (tables if "<!-- table:" in part else everywhere) == set(), part.partition(
+            "\n"
+        )[0]
     results = texts["README.md"].partition("## What you see")[2].partition("## What now?")[0]
-    errors = [json.loads(path.read_text())["nll_se"] for path in summary.LOGS.glob("quickstart/*/eval_test.json")]
-    assert decimals(tables_and_prose(results)[1]) - everywhere - {round(error, 3) for error in errors} == set()
+    errors = [
+        json.loads(path.read_text())["nll_se"]
+        for path in summary.LOGS.glob("quickstart/*/eval_test.json")
+    ]
+    assert (
+        decimals(tables_and_prose(results)[1]) - everywhere - {round(error, 3) for error in errors}
+        == set()
+    )
     assert decimals("of 1.25, .5 or -0.031 nats, not 2.10.3") == {1.25, 0.5, 0.031}
 
 
 def test_no_tuned_run_over_fits_in_nll():
     """As the study's page says: each ends at the lowest nll of its validation curve."""
-    rows = [row for study in summary.LOGS.glob("*_8k*") for row in summary.read(study).values() if row.curves]
+    rows = [
+        row
+        for study in summary.LOGS.glob("*_8k*")
+        for row in summary.read(study).values()
+        if row.curves
+    ]
     curves = [list(curve.values()) for row in rows for curve in row.curves.values()]
     assert curves and all(curve[-1] == min(curve) for curve in curves)

@@ -16,20 +16,34 @@ def sweep(capsys, monkeypatch, *argv: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_sweep_finds_the_best_of_its_trials_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+def test_a_sweep_finds_the_best_of_its_trials_and_goes_on_where_it_stopped(
+    tmp_path, capsys, monkeypatch
+):
     data = write_words(tmp_path / "data")
     run(data, tmp_path / "teacher", max_iters=20)
     before = sorted(data.glob("[!.]*"))  # but for what remembers that it was checked
-    options = {"teacher": tmp_path / "teacher", "dataset": data, "out_dir": tmp_path / "sweep", "thresholds": "0,200"}
+    options = {
+        "teacher": tmp_path / "teacher",
+        "dataset": data,
+        "out_dir": tmp_path / "sweep",
+        "thresholds": "0,200",
+    }
     argv = flags(**TINY | options | {"max_iters": 5, "eval_interval": 5})
     capsys.readouterr()
     first = sweep(capsys, monkeypatch, *argv, "--trials=1").splitlines()
     more = sweep(capsys, monkeypatch, *argv, "--trials=3").splitlines()
     assert [line.split(":")[0] for line in first] == ["without a teacher", "trial 0", "best"]
-    assert [line.split(":")[0] for line in more] == ["without a teacher", "trial 1", "trial 2", "best"]
+    assert [line.split(":")[0] for line in more] == [
+        "without a teacher",
+        "trial 1",
+        "trial 2",
+        "best",
+    ]
     nlls = [float(line.split("val nll ")[1].split()[0]) for line in [first[1], *more[1:]]]
     assert nlls[-1] == min(nlls[:-1])
-    assert first[0] == more[0] and records(tmp_path / "sweep/no_teacher", "val_nll")[-1]["step"] == 5
+    assert (
+        first[0] == more[0] and records(tmp_path / "sweep/no_teacher", "val_nll")[-1]["step"] == 5
+    )
     with pytest.raises(SystemExit):
         sweep(capsys, monkeypatch, *argv, "--trials=4", "--max_iters=6")
     assert "holds a sweep with other options" in capsys.readouterr().err
@@ -44,7 +58,11 @@ def test_a_sweep_finds_the_best_of_its_trials_and_goes_on_where_it_stopped(tmp_p
         (["--teacher=x", "--script=train_foo.py"], "none of ours"),
         (["--teacher=x", "--labels=y"], "leave --labels out"),
         (
-            ["--teacher=nowhere", "--max_iters=1", *flags(**{k: v for k, v in TINY.items() if k != "max_iters"})],
+            [
+                "--teacher=nowhere",
+                "--max_iters=1",
+                *flags(**{k: v for k, v in TINY.items() if k != "max_iters"}),
+            ],
             "nowhere",
         ),
     ],
@@ -54,4 +72,9 @@ def test_a_mistake_is_one_line(argv, message, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         sweep(capsys, monkeypatch, *argv, f"--dataset={data}", f"--out_dir={tmp_path / 'sweep'}")
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert (
+        exit_.value.code == 2
+        and error.startswith("error: ")
+        and error.count("\n") == 1
+        and message in error
+    )

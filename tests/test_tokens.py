@@ -23,7 +23,10 @@ def numbered(tmp_path) -> TokenFile:
 
 def epoch(batches: Batches, number: int) -> list[int]:
     """The first token of every block of an epoch (batch_size 1)."""
-    return [batches[i][0][0, 0].item() for i in range(number * batches.n_blocks, (number + 1) * batches.n_blocks)]
+    return [
+        batches[i][0][0, 0].item()
+        for i in range(number * batches.n_blocks, (number + 1) * batches.n_blocks)
+    ]
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 16, 333, 499, 500, 998, 999])
@@ -31,7 +34,9 @@ def test_an_epoch_visits_every_block_exactly_once_and_no_token_twice(numbered, b
     batches = Batches(numbered, 1, block_size, seed=3)
     for number in range(3):
         starts = sorted(epoch(batches, number))
-        assert starts == list(range(starts[0], starts[0] + block_size * batches.n_blocks, block_size))
+        assert starts == list(
+            range(starts[0], starts[0] + block_size * batches.n_blocks, block_size)
+        )
         assert 0 <= starts[0] < block_size and starts[-1] + block_size < len(numbered)
     assert block_size * (batches.n_blocks + 2) > len(numbered) - 1  # nearly all of the file
 
@@ -66,7 +71,9 @@ def test_prefetched_batches_are_those_of_the_order_one_is_read_ahead_and_none_be
 
 def test_what_goes_wrong_in_the_reader_goes_wrong_where_its_batch_is_wanted(numbered, monkeypatch):
     batches = Batches(numbered, 2, 5, seed=1)
-    monkeypatch.setattr(engine.data.tokens, "gather", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    monkeypatch.setattr(
+        engine.data.tokens, "gather", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone"))
+    )
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches.prefetched(range(3), torch.device("cpu")))
 
@@ -95,7 +102,9 @@ class WideTokenizer(ByteTokenizer):
         return super().encode(text) + (1 << 16) - 200
 
 
-@pytest.mark.parametrize(("tokenizer", "dtype"), [(ByteTokenizer(), "uint16"), (WideTokenizer(), "uint32")])
+@pytest.mark.parametrize(
+    ("tokenizer", "dtype"), [(ByteTokenizer(), "uint16"), (WideTokenizer(), "uint32")]
+)
 def test_ids_take_two_bytes_where_they_fit_and_four_where_not(tmp_path, tokenizer, dtype):
     meta = write_dataset(tmp_path, {"train": ["sea"]}, tokenizer)
     file = TokenFile(tmp_path, "train")
@@ -110,7 +119,11 @@ def test_meta_json_tells_counts_bytes_and_hashes(tmp_path):
     meta = write_dataset(tmp_path, {"train": ["été", "", "b"], "val": ["c"]}, ByteTokenizer())
     assert json.loads((tmp_path / "meta.json").read_text()) == meta and meta["vocab_size"] == 257
     data = (tmp_path / "train.bin").read_bytes()
-    assert np.frombuffer(data, "<u2").tolist() == [*"été".encode(), 256, ord("b")]  # no end-of-text at either end
+    assert np.frombuffer(data, "<u2").tolist() == [
+        *"été".encode(),
+        256,
+        ord("b"),
+    ]  # no end-of-text at either end
     sha256 = hashlib.sha256(data).hexdigest()
     assert meta["splits"]["train"] == {"documents": 2, "tokens": 7, "bytes": 6, "sha256": sha256}
 
@@ -174,7 +187,9 @@ def test_a_truncated_file_is_refused_by_name(tmp_path):
 def test_a_broken_meta_json_is_refused_by_name(tmp_path):
     write_dataset(tmp_path, {"train": ["a long text"]}, ByteTokenizer())
     (tmp_path / "meta.json").write_text('{"dtype": "uint')
-    with pytest.raises(UserError, match=r"meta\.json does not describe a data set \(JSONDecodeError"):
+    with pytest.raises(
+        UserError, match=r"meta\.json does not describe a data set \(JSONDecodeError"
+    ):
         TokenFile(tmp_path, "train")
 
 
@@ -182,13 +197,17 @@ def test_an_id_outside_the_vocabulary_is_refused_wherever_it_stands(tmp_path, mo
     monkeypatch.setattr(engine.data.scan, "CHUNK", 10)
     file = TokenFile(write_nanogpt(tmp_path / "d", {"train": [0] * 95 + [67] + [0] * 4}), "train")
     file.check(vocab_size=68)
-    with pytest.raises(UserError, match=r"train\.bin holds token id 67, outside the vocabulary of 67"):
+    with pytest.raises(
+        UserError, match=r"train\.bin holds token id 67, outside the vocabulary of 67"
+    ):
         file.check(vocab_size=67)
 
 
 def test_a_split_shorter_than_a_block_and_its_target_is_refused_with_both_sizes(numbered):
     numbered.check(vocab_size=1000, block_size=999)
-    with pytest.raises(UserError, match=r"train\.bin has 1,000 tokens.*block of 1000.*--block_size=999"):
+    with pytest.raises(
+        UserError, match=r"train\.bin has 1,000 tokens.*block of 1000.*--block_size=999"
+    ):
         numbered.check(vocab_size=1000, block_size=1000)
 
 
@@ -202,7 +221,9 @@ def test_counts_are_bincounts_and_frequencies_sum_to_one(tmp_path, monkeypatch):
     assert np.allclose(file.frequencies(67).numpy(), expected, rtol=1e-12)
 
 
-def test_a_missing_split_names_those_that_are_there_or_the_command_that_makes_them(tmp_path, monkeypatch):
+def test_a_missing_split_names_those_that_are_there_or_the_command_that_makes_them(
+    tmp_path, monkeypatch
+):
     with pytest.raises(UserError, match="this data set has train"):
         TokenFile(write_nanogpt(tmp_path / "d", {"train": [1, 2]}), "test")
     monkeypatch.setattr(engine.data.tokens, "DATA_ROOT", tmp_path)
@@ -231,7 +252,9 @@ def test_a_nanogpt_folder_with_characters_reads_and_trains_unmodified(tmp_path):
     assert tokenizer.decode(file.ids) == text[int(0.9 * len(text)) :]
     model = run(folder, tmp_path / "out", max_iters=2)
     assert model.config.vocab_size == len(set(text))
-    assert load_tokenizer(tmp_path / "out").describe() == tokenizer.describe()  # the run has its tokenizer with it
+    assert (
+        load_tokenizer(tmp_path / "out").describe() == tokenizer.describe()
+    )  # the run has its tokenizer with it
 
 
 def test_a_nanogpt_folder_without_meta_is_gpt2s_bpe_and_says_so(tmp_path, capsys):
@@ -240,12 +263,17 @@ def test_a_nanogpt_folder_without_meta_is_gpt2s_bpe_and_says_so(tmp_path, capsys
     assert TokenFile(folder, "train").vocab_size == 50257
     model = run(folder, tmp_path / "out", max_iters=1, n_embd=4, batch_size=1)
     assert model.config.vocab_size == 50257
-    assert "no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE" in capsys.readouterr().out
+    assert (
+        "no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_meta_pkl_that_would_run_code_is_refused(tmp_path):
     folder = write_nanogpt(tmp_path / "d", {"train": [1, 2, 3]})
-    (folder / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    (folder / "meta.pkl").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    )
     with pytest.raises(UserError, match=r"meta\.pkl.*refused"):
         TokenFile(folder, "train")
     assert not (tmp_path / "ran").exists()

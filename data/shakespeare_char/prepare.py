@@ -22,7 +22,9 @@ class Options(corpus.Options):
 
 def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
-    corpus.prepare(options, "shakespeare_char", lambda: corpus.tiny_shakespeare(options, "shakespeare_char"))
+    corpus.prepare(
+        options, "shakespeare_char", lambda: corpus.tiny_shakespeare(options, "shakespeare_char")
+    )
 
 
 if __name__ == "__main__":

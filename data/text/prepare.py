@@ -30,8 +30,12 @@ class Options(corpus.Options):
     source: str = ""  # files, folders and globs, commas between (.txt .jsonl .parquet, also .gz .zst ...), or hub:NAME
     subset: str = ""  # of the hub's data set
     field: str = "text"  # where a .jsonl, a .parquet or the hub's data set has the text
-    separator: str = ""  # what stands between two documents of a .txt, e.g. '\n\n\n'; empty: it is one document
-    val_fraction: float = 0.05  # share of the documents, or of few documents' text, for val; 0: none
+    separator: str = (
+        ""  # what stands between two documents of a .txt, e.g. '\n\n\n'; empty: it is one document
+    )
+    val_fraction: float = (
+        0.05  # share of the documents, or of few documents' text, for val; 0: none
+    )
     test_fraction: float = 0.05  # the same for test
     name: str = "mytext"  # the data set's name: data/<name>/
 
@@ -45,12 +49,19 @@ def own_text(options: Options) -> Corpus:
         if "train" not in there:
             raise UserError(f"{name} has no train split, but {', '.join(there)}")
         official = {split: theirs for split, theirs in OFFICIAL.items() if theirs in there}
-        splits = {split: hub(name, options.subset, theirs, options.field) for split, theirs in official.items()}
-        return Corpus(splits, {split: share for split, share in fractions.items() if split not in splits})
+        splits = {
+            split: hub(name, options.subset, theirs, options.field)
+            for split, theirs in official.items()
+        }
+        return Corpus(
+            splits, {split: share for split, share in fractions.items() if split not in splits}
+        )
     separator = options.separator.replace("\\n", "\n").replace("\\t", "\t")
     parts = find(options.source, options.field, separator, options.errors)
     lengths = lengths_of_few(parts, ENOUGH_DOCUMENTS)
-    return Corpus({"train": parts}, fractions) if lengths is None else ends(parts, lengths, fractions)
+    return (
+        Corpus({"train": parts}, fractions) if lengths is None else ends(parts, lengths, fractions)
+    )
 
 
 def main() -> None:
@@ -59,10 +70,14 @@ def main() -> None:
         raise UserError("which text? --source=FILES (see --help)")
     own = options.name not in ("", ".", "..") and Path(options.name).name == options.name
     if not own or (corpus.DATA_ROOT / options.name / "prepare.py").is_file():
-        raise UserError(f"--name={options.name} must be a plain name and none of the data sets that have a prepare.py")
+        raise UserError(
+            f"--name={options.name} must be a plain name and none of the data sets that have a prepare.py"
+        )
     fractions = (options.val_fraction, options.test_fraction)
     if not (all(fraction >= 0 for fraction in fractions) and sum(fractions) < 1):
-        raise UserError("--val_fraction and --test_fraction must be 0 or more and leave something for train")
+        raise UserError(
+            "--val_fraction and --test_fraction must be 0 or more and leave something for train"
+        )
     corpus.prepare(options, options.name, partial(own_text, options))
 
 

@@ -20,7 +20,11 @@ from engine.data import corpus
 from engine.data.sources import Part, find, hub_texts
 from engine.data.splits import Corpus, with_val
 
-SPLITS = {"train": ("train", "train"), "val": ("valid", "validation"), "test": ("test", "test")}  # ours: file, hub
+SPLITS = {
+    "train": ("train", "train"),
+    "val": ("valid", "validation"),
+    "test": ("test", "test"),
+}  # ours: file, hub
 TITLE = re.compile(r" = [^=].* = \n")
 
 
@@ -51,7 +55,11 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         article.append(line)
         is_title = not line.strip() and len(article) > 1 and TITLE.fullmatch(article[-2])
-        if is_title and (len(article) == 2 or not article[-3].strip()) and "".join(article[:-2]).strip():
+        if (
+            is_title
+            and (len(article) == 2 or not article[-3].strip())
+            and "".join(article[:-2]).strip()
+        ):
             yield "".join(article[:-2])
             article = article[-2:]
     yield "".join(article)
@@ -64,7 +72,9 @@ def local(source: Path, name: str, errors: str, n: int | None) -> Part:
         raise UserError(f"{source} has neither {paths[0].name} nor {paths[1].name}")
     (part,) = find(str(path), errors=errors)
     return corpus.part_of(
-        part.name, lambda: islice(articles(lines(piece.text for piece in part.pieces())), n), part.size
+        part.name,
+        lambda: islice(articles(lines(piece.text for piece in part.pieces())), n),
+        part.size,
     )
 
 
@@ -82,7 +92,9 @@ def wikitext(options: Options) -> Corpus:
             return local(Path(options.source), file_name, options.errors, n)
         return from_hub(options.version, split, n)
 
-    return with_val({split: [part(*names)] for split, names in SPLITS.items()}, options.val_fraction)
+    return with_val(
+        {split: [part(*names)] for split, names in SPLITS.items()}, options.val_fraction
+    )
 
 
 def main() -> None:
@@ -90,7 +102,9 @@ def main() -> None:
     if options.version not in (2, 103):
         raise UserError(f"--version={options.version}: there are WikiText 2 and 103")
     check_ranges(options, {"train_articles": (0, MANY)})
-    corpus.prepare(options, "wikitext" if options.version == 103 else "wikitext2", partial(wikitext, options))
+    corpus.prepare(
+        options, "wikitext" if options.version == 103 else "wikitext2", partial(wikitext, options)
+    )
 
 
 if __name__ == "__main__":

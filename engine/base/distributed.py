@@ -39,12 +39,16 @@ class Processes:
         """Which of n pieces of work this process does."""
         return range(self.rank, n, self.world_size)
 
-    def wrap(self, model: torch.nn.Module, compile: bool, sharding: str = "none") -> tuple[torch.nn.Module, str]:
+    def wrap(
+        self, model: torch.nn.Module, compile: bool, sharding: str = "none"
+    ) -> tuple[torch.nn.Module, str]:
         """The model on this device, compiled if wanted and possible, its gradients averaged over all processes in
         backward; and how it runs, in words. Shards are made in place: parameters keep their names, as DTensors."""
         if self.world_size > 1 and sharding == "fsdp":
             how = _compiled(model.transformer.h, self.device) if compile else "eager"
-            shard(model, self.device.type, self.world_size)  # which moves it to the device block by block
+            shard(
+                model, self.device.type, self.world_size
+            )  # which moves it to the device block by block
             return model.to(self.device), f"{how}, parameters sharded"
         model = model.to(self.device)
         how = _compiled([model], self.device) if compile else "eager"
@@ -96,7 +100,9 @@ class Processes:
         if self.world_size > 1:
             dist.all_gather_object(seen, value)
             if len(set(seen)) > 1:
-                raise UserError(f"the processes disagree on {what}: {seen}; do all machines see the same out_dir?")
+                raise UserError(
+                    f"the processes disagree on {what}: {seen}; do all machines see the same out_dir?"
+                )
 
     def wait_for_all(self) -> None:
         if self.world_size > 1:
@@ -109,7 +115,9 @@ def start(device: str, backend: str, hang_timeout: float = 0.0):
 
     hang_timeout: seconds without progress, in a collective or in the loop, after which a process ends; 0: never."""
     keep_memory()
-    torch.backends.cuda.matmul.allow_tf32 = True  # for what autocast leaves in float32, as nanoGPT does
+    torch.backends.cuda.matmul.allow_tf32 = (
+        True  # for what autocast leaves in float32, as nanoGPT does
+    )
     if backend not in ("auto", "nccl", "gloo"):
         raise UserError(f"backend = {backend!r} is not one of: auto, nccl, gloo")
     world_size, rank = _place()
@@ -126,16 +134,22 @@ def start(device: str, backend: str, hang_timeout: float = 0.0):
             )
         torch.cuda.set_device(local)
     if backend == "nccl" and local.type != "cuda":
-        raise UserError(f"backend = 'nccl' needs CUDA, but the device is {local.type}; use --backend=gloo or auto")
+        raise UserError(
+            f"backend = 'nccl' needs CUDA, but the device is {local.type}; use --backend=gloo or auto"
+        )
     if backend == "auto":
         backend = "nccl" if local.type == "cuda" else "gloo"
     # the watch, which shows where each process is, comes first; this is for what happens before the loop
     timeout = timedelta(seconds=hang_timeout + 60) if hang_timeout else timedelta(days=365)
     try:
         store = _fresh_store(rank, world_size, timeout)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+        )
     except RuntimeError as error:  # a host that is not there, a port that is taken
-        raise UserError(f"cannot join the other processes ({str(error)[:200]}); start with torchrun") from None
+        raise UserError(
+            f"cannot join the other processes ({str(error)[:200]}); start with torchrun"
+        ) from None
     yield Processes(local, rank, world_size, Watch(rank, hang_timeout))
     dist.destroy_process_group()  # not behind an error: it would wait for peers that wait for this process
 
@@ -147,7 +161,9 @@ def pick_device(device: str) -> torch.device:
     try:
         picked = torch.device(device)
     except RuntimeError:
-        raise UserError(f"device = {device!r} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+        raise UserError(
+            f"device = {device!r} is not a device; use auto, cpu, cuda, cuda:N or mps"
+        ) from None
     if picked.type == "cuda":
         found = torch.cuda.device_count()
         if (picked.index or 0) >= found:
@@ -181,7 +197,11 @@ def autocast(device: torch.device, dtype: str) -> tuple[contextlib.AbstractConte
         if device.type == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
         else:
-            dtype = "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+            dtype = (
+                "bfloat16"
+                if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+                else "float32"
+            )
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype = {dtype!r} is not one of: auto, float32, bfloat16, float16")
     if dtype == "float32":
@@ -191,7 +211,9 @@ def autocast(device: torch.device, dtype: str) -> tuple[contextlib.AbstractConte
 
 def seed_micro_batch(seed: int, micro_batch: int) -> None:
     """Make dropout and noise of a micro-batch a function of (seed, micro_batch) alone."""
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + micro_batch * 0xBF58476D1CE4E5B9 + 1) % (1 << 63))
+    torch.manual_seed(
+        (seed * 0x9E3779B97F4A7C15 + micro_batch * 0xBF58476D1CE4E5B9 + 1) % (1 << 63)
+    )
 
 
 def peak_flops(device: torch.device) -> float:
@@ -226,7 +248,9 @@ def _place() -> tuple[int, int]:
     if world_size > 1:
         _whole("MASTER_PORT", range(1, 1 << 16))
         if not os.environ.get("MASTER_ADDR"):
-            raise UserError("WORLD_SIZE is set and MASTER_ADDR is not; start with torchrun, or unset WORLD_SIZE")
+            raise UserError(
+                "WORLD_SIZE is set and MASTER_ADDR is not; start with torchrun, or unset WORLD_SIZE"
+            )
     return world_size, rank
 
 
@@ -271,7 +295,9 @@ def _has_mps() -> bool:
 
 def _compiled(modules: Iterable[torch.nn.Module], device: torch.device) -> str:
     """Compile each in place; says how they run."""
-    compiler = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")  # as inductor looks
+    compiler = os.environ.get("CXX") or (
+        "clang++" if platform.system() == "Darwin" else "g++"
+    )  # as inductor looks
     if device.type == "cpu" and not shutil.which(compiler):
         return f"eager (torch.compile wants the C++ compiler {compiler} and does not find it)"
     for module in modules:

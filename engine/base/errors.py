@@ -40,16 +40,25 @@ def run(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed to it at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as of SIGPIPE
-    except (UserError, OSError) as error:  # OSError: a file or folder that cannot be read or written
+    except (
+        UserError,
+        OSError,
+    ) as error:  # OSError: a file or folder that cannot be read or written
         sys.exit(_say(f"error: {error}", getattr(error, "exit_code", 2)))
     except KeyboardInterrupt as interrupt:
-        _leave(128 + interrupt.signum if isinstance(interrupt, Interrupted) else _say("interrupted", 130))
+        _leave(
+            128 + interrupt.signum
+            if isinstance(interrupt, Interrupted)
+            else _say("interrupted", 130)
+        )
     except (MemoryError, RuntimeError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][-120:]
         if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
             way_out = "lower --batch_size, --block_size or the size of the model"
             sys.exit(_say(f"error: out of memory ({said}); {way_out}", 2))
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(words in str(error) for words in LOST):
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(
+            words in str(error) for words in LOST
+        ):
             raise
         sys.exit(_say(f"error: lost another process ({said}); its own message says why", 1))
 
@@ -69,7 +78,9 @@ def check_memory(n_bytes: int, what: str, way_out: str) -> None:
     if hasattr(os, "sysconf"):  # not on Windows
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if n_bytes > memory:
-            raise UserError(f"{what} takes {n_bytes // 10**9:,} GB, this machine has {memory // 10**9:,}; {way_out}")
+            raise UserError(
+                f"{what} takes {n_bytes // 10**9:,} GB, this machine has {memory // 10**9:,}; {way_out}"
+            )
 
 
 def warn(message: str) -> None:

@@ -33,7 +33,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside, which takes the name `path` once the block is done and all is on the disk: whoever is killed
     before leaves nothing there. A failure leaves nothing at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by one that was killed an hour ago or earlier
+    for left in path.parent.glob(
+        f".{glob.escape(path.name)}.*.tmp"
+    ):  # by one that was killed an hour ago or earlier
         if left.stat().st_mtime < time.time() - 3600:
             shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -69,9 +71,13 @@ def parse_json(text: bytes, what: str) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is damaged ({error}); mend it, or copy it from its run again") from None
+        raise UserError(
+            f"{what} is damaged ({error}); mend it, or copy it from its run again"
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{what} is damaged (it has no object); mend it, or copy it from its run again")
+        raise UserError(
+            f"{what} is damaged (it has no object); mend it, or copy it from its run again"
+        )
     return value
 
 
@@ -103,8 +109,13 @@ def alone(path: Path, busy: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
-        except (ImportError, OSError) as error:  # Windows; cluster file systems that are mounted without locks
-            warn(f"cannot lock {path} ({error}); nothing stops a second process from using this folder")
+        except (
+            ImportError,
+            OSError,
+        ) as error:  # Windows; cluster file systems that are mounted without locks
+            warn(
+                f"cannot lock {path} ({error}); nothing stops a second process from using this folder"
+            )
         if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
             raise UserError(busy)  # whoever held it has removed it meanwhile
         yield

@@ -23,10 +23,19 @@ from typing import Any, TypeVar
 from engine.base.errors import UserError
 
 T = TypeVar("T")
-WRONG = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError)  # what a conversion raises
+WRONG = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+)  # what a conversion raises
 
 
-def load_config(cls: type[T], argv: Sequence[str], fixed: Mapping[str, Any] | None = None) -> tuple[T, set[str]]:
+def load_config(
+    cls: type[T], argv: Sequence[str], fixed: Mapping[str, Any] | None = None
+) -> tuple[T, set[str]]:
     """The options of a script and the names that the user gave. argv: config files and flags, later ones win.
 
     fixed: what the script itself decides (train_bayes.py fixes weights); to override that is an error. --help prints
@@ -69,7 +78,9 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         if dataclasses.is_dataclass(inner):
             own[field.name] = build(inner, values)
         elif field.name in values:
-            own[field.name] = _checked({field.name: inner}, {}, field.name, values[field.name], where="options")
+            own[field.name] = _checked(
+                {field.name: inner}, {}, field.name, values[field.name], where="options"
+            )
     return cls(**own)
 
 
@@ -97,19 +108,25 @@ def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
 def _comments(cls: type) -> dict[str, str]:
     """Flat option name -> the comment on its line (and on comment lines right below it)."""
     types_of, found = typing.get_type_hints(cls), {}
-    source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])  # its own lines come first
+    source = "".join(
+        inspect.getsource(base) for base in cls.__mro__[:-1]
+    )  # its own lines come first
     for field in dataclasses.fields(cls):
         inner = types_of[field.name]
         if dataclasses.is_dataclass(inner):
             found |= _comments(inner)
         else:
             value = r"(?:[^#\n]*\(\n)?[^#\n]*"  # the formatter breaks a long line behind an opening bracket
-            line = re.search(rf"^    {field.name}: {value}(?:#\s*(.*(?:\n +#.*)*))?", source, re.MULTILINE)
+            line = re.search(
+                rf"^    {field.name}: {value}(?:#\s*(.*(?:\n +#.*)*))?", source, re.MULTILINE
+            )
             found[field.name] = re.sub(r"\n +#", "", (line.group(1) or "") if line else "")
     return found
 
 
-def _split_arguments(argv: Sequence[str], options: Mapping[str, Any]) -> tuple[list[Path], list[tuple[str, str]]]:
+def _split_arguments(
+    argv: Sequence[str], options: Mapping[str, Any]
+) -> tuple[list[Path], list[tuple[str, str]]]:
     """--key=value, --key value, --key alone for a truth value; everything else is a config file."""
     files, flags, rest = [], [], list(argv)
     while rest:
@@ -122,7 +139,9 @@ def _split_arguments(argv: Sequence[str], options: Mapping[str, Any]) -> tuple[l
         if not equals:
             is_bool = options.get(name) is bool
             has_value = bool(rest) and not rest[0].startswith("--")
-            if is_bool and not (has_value and rest[0] in ("True", "False", "true", "false", "0", "1")):
+            if is_bool and not (
+                has_value and rest[0] in ("True", "False", "true", "false", "0", "1")
+            ):
                 text = "True"
             elif has_value or name not in options:
                 text = rest.pop(0) if has_value else ""
@@ -141,19 +160,32 @@ def _run_config_file(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         if path.exists():
             raise UserError(f"config file {path} is not a file")
         hint = difflib.get_close_matches(str(path), map(str, Path("config").glob("*.py")), 1)
-        raise UserError(f"config file {path} does not exist" + (f"; did you mean {hint[0]}?" if hint else ""))
+        raise UserError(
+            f"config file {path} does not exist" + (f"; did you mean {hint[0]}?" if hint else "")
+        )
     try:
         names = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:  # the file is the user's own program: any exception is theirs to mend
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the file is the user's own program: any exception is theirs to mend
         frames = traceback.walk_tb(error.__traceback__)
         lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
         line = getattr(error, "lineno", 0) or max(lines, default=0)
-        raise UserError(f"config file {path}, line {line}: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"config file {path}, line {line}: {type(error).__name__}: {error}"
+        ) from None
     plain = (bool, int, float, str, type(None), list, tuple, dict)
-    return {n: v for n, v in names.items() if not n.startswith("_") and (n in options or isinstance(v, plain))}
+    return {
+        n: v
+        for n, v in names.items()
+        if not n.startswith("_") and (n in options or isinstance(v, plain))
+    }
 
 
-def _checked(options: Mapping[str, Any], fixed: Mapping[str, Any], name: str, value: Any, where: str) -> Any:
+def _checked(
+    options: Mapping[str, Any], fixed: Mapping[str, Any], name: str, value: Any, where: str
+) -> Any:
     """The value in the option's type; unknown names, wrong types and fixed options are refused with a way out."""
     in_file = f"{where}: " if where else ""
     shown = name if where else f"--{name}"

@@ -12,7 +12,9 @@ def shard(model: torch.nn.Module, device_type: str, world_size: int) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device_type, (world_size,))
-    for block in model.transformer.h:  # the KL of Bayesian MLPs is taken behind the blocks, from whole parameters
+    for block in (
+        model.transformer.h
+    ):  # the KL of Bayesian MLPs is taken behind the blocks, from whole parameters
         fully_shard(block, mesh=mesh, reshard_after_forward=not model.config.bayes_mlp)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "scores")
@@ -40,14 +42,22 @@ def whole(value, keep: bool = True):
 def whole_model(model: torch.nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
     """The model's state_dict as whole() makes it; tied weights stay one tensor."""
     state, first = model.state_dict(), {}
-    same = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
-    copies = whole({name: value for name, value in state.items() if same.get(name, name) == name}, keep)
+    same = {
+        name: first.setdefault(id(p), name)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    copies = whole(
+        {name: value for name, value in state.items() if same.get(name, name) == name}, keep
+    )
     return {name: copies[same.get(name, name)] for name in state}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimiser's whole state, in pieces where its parameters are sharded; its options stay as they are."""
-    options = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
+    options = [
+        {name: group[name] for name in ("weight_decay", "betas")}
+        for group in optimizer.param_groups
+    ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, of_parameter in state["state"].items():
         p = parameters[i]

@@ -16,7 +16,9 @@ import threading
 import time
 from collections.abc import Iterator
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 ECHO = 1.0  # seconds in which one signal may arrive twice: from a scheduler, and from torchrun that was told as well
 LAST_WORDS = 5.0  # seconds from the stacks to the end, which ends the peers too: they have stacks to show as well
 
@@ -25,7 +27,13 @@ class Watch:
     """signum: the signal that asks the loop to end, 0 while there is none. beat() is the loop's sign of life."""
 
     def __init__(self, rank: int = 0, timeout: float = 0.0):
-        self.rank, self.timeout, self.signum, self.since, self.last_beat = rank, timeout, 0, 0.0, 0.0
+        self.rank, self.timeout, self.signum, self.since, self.last_beat = (
+            rank,
+            timeout,
+            0,
+            0.0,
+            0.0,
+        )
         self.worth_saving = False  # a step is done that no checkpoint has
 
     def beat(self) -> None:
@@ -43,7 +51,11 @@ class Watch:
         # the interpreter writes each signal's number into the pipe even while the main thread is in C++
         fd_before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
         # a script's background jobs start with SIGINT ignored, and are meant all the same; nohup means what it says
-        wanted = [s for s in SIGNALS if s != getattr(signal, "SIGHUP", 0) or signal.getsignal(s) != signal.SIG_IGN]
+        wanted = [
+            s
+            for s in SIGNALS
+            if s != getattr(signal, "SIGHUP", 0) or signal.getsignal(s) != signal.SIG_IGN
+        ]
         before = {signum: signal.signal(signum, self._in_main_thread) for signum in wanted}
         thread = threading.Thread(target=self._look, args=(ear,), daemon=True)
         thread.start()
@@ -58,7 +70,9 @@ class Watch:
             os.close(ear)
 
     def _in_main_thread(self, signum: int, _) -> None:
-        if signum == signal.SIGINT and not self.worth_saving:  # in a notebook the process has to live on
+        if (
+            signum == signal.SIGINT and not self.worth_saving
+        ):  # in a notebook the process has to live on
             raise KeyboardInterrupt
 
     def _look(self, ear: int) -> None:
@@ -82,14 +96,22 @@ class Watch:
         now, name = time.monotonic(), signal.Signals(signum).name
         if not self.worth_saving:
             if signum != signal.SIGINT or self.signum:
-                self._end(128 + signum, f"{name} before the first step is done: there is nothing to save")
+                self._end(
+                    128 + signum, f"{name} before the first step is done: there is nothing to save"
+                )
             self.signum, self.since = signum, now
         elif not self.signum:
             self.signum, self.since = signum, now
             if self.rank == 0:
-                print(f"{name}: saving a checkpoint; a second signal ends at once", file=sys.stderr, flush=True)
+                print(
+                    f"{name}: saving a checkpoint; a second signal ends at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
         elif now - self.since > ECHO:
-            self._end(128 + signum, f"{name} again: ended at once, the last checkpoint is untouched")
+            self._end(
+                128 + signum, f"{name} again: ended at once, the last checkpoint is untouched"
+            )
 
     def _give_up(self, silence: float) -> None:
         with tempfile.TemporaryFile("w+") as file:
@@ -97,7 +119,11 @@ class Watch:
             file.seek(0)
             stacks = "".join(f"[rank {self.rank}] {line}" for line in file)
         what = f"no sign of life for {silence:.0f} s (hang_timeout = {self.timeout:g}): a peer or a disk is stuck"
-        print(f"[rank {self.rank}] {what}; the stacks of this process:\n{stacks}", file=sys.stderr, flush=True)
+        print(
+            f"[rank {self.rank}] {what}; the stacks of this process:\n{stacks}",
+            file=sys.stderr,
+            flush=True,
+        )
         beat = self.last_beat
         time.sleep(LAST_WORDS)
         if self.last_beat == beat:

@@ -27,19 +27,29 @@ def describe(where: str, files: dict, known_by: str, tokenizer) -> bool:
     print(f"{shown(where)}: {', '.join(map(shown, files))}; {tokenizes}")
     if source:
         print(f"from {shown(source if isinstance(source, str) else json.dumps(source))[:500]}")
-    return all([_split(name, file, tokenizer) for name, file in files.items()])  # a list: those behind a bad one too
+    return all(
+        [_split(name, file, tokenizer) for name, file in files.items()]
+    )  # a list: those behind a bad one too
 
 
 def _split(name: str, file, tokenizer) -> bool:
     about = (file.meta or {}).get("splits", {}).get(name, {})
-    documents, n_bytes = (n if isinstance(n := about.get(key), int) else 0 for key in ("documents", "bytes"))
+    documents, n_bytes = (
+        n if isinstance(n := about.get(key), int) else 0 for key in ("documents", "bytes")
+    )
     shards = file.row.shards
     has = [f"{len(shards):,} file{'s' * (len(shards) > 1)}"]
-    has += [f"{documents:,} documents"] * bool(documents) + [f"{len(file):,} tokens of {file.dtype.name}"]
+    has += [f"{documents:,} documents"] * bool(documents) + [
+        f"{len(file):,} tokens of {file.dtype.name}"
+    ]
     has += [f"{n_bytes:,} bytes of text, {n_bytes / len(file):.2f} a token"] * bool(n_bytes)
     print(f"{shown(name)}: {', '.join(has)}")
     bad = _damaged(name, file)
-    said = "good: as meta.json says" if shards[0].sha256 else "good: ids inside the vocabulary; no hash to hold against"
+    said = (
+        "good: as meta.json says"
+        if shards[0].sha256
+        else "good: ids inside the vocabulary; no hash to hold against"
+    )
     print("\n".join(f"  damaged: {shown(reason)}" for reason in bad) or f"  {said}")
     ids = file.row.rows(np.zeros(1, int), min(len(file), EXCERPT))[0]
     if tokenizer is None or int(ids.max()) >= tokenizer.vocab_size:
@@ -52,7 +62,13 @@ def _split(name: str, file, tokenizer) -> bool:
 def _damaged(name: str, file) -> list[str]:
     """What is wrong with each bad file of the split; all are read from end to end, whoever has read them before."""
     bad, shards = [], file.row.shards
-    show = {"desc": shown(name), "unit": "B", "unit_scale": True, "leave": False, "disable": not sys.stderr.isatty()}
+    show = {
+        "desc": shown(name),
+        "unit": "B",
+        "unit_scale": True,
+        "leave": False,
+        "disable": not sys.stderr.isatty(),
+    }
     with tqdm(total=sum(shard.size for shard in shards), **show) as bar:
         for k, shard in enumerate(shards):
             try:

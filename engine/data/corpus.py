@@ -31,7 +31,9 @@ from engine.data.writer import OURS, files_of, install, is_whole, keep_tokenizer
 
 FORMAT = 1  # of what is written here; with another one all is prepared anew
 LEARN_FROM = 1 << 30  # characters of the train split that a BPE learns from, at most
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -42,8 +44,12 @@ class Options:
     source: str = ""  # local files or folders with the text, commas between; empty: fetch it
     tokenizer: str = "gpt2"  # gpt2, bpe (learnt from the train split), char, byte, or the folder of a run or data set
     vocab_size: int = 4096  # of a bpe, with its 256 bytes and end-of-text
-    val_fraction: float = 0.0  # share of the train split's documents to draw for val; 0: the official val split
-    shard_tokens: int = 100_000_000  # ids in a file; a split with more has several, train_000000.bin ...
+    val_fraction: float = (
+        0.0  # share of the train split's documents to draw for val; 0: the official val split
+    )
+    shard_tokens: int = (
+        100_000_000  # ids in a file; a split with more has several, train_000000.bin ...
+    )
     num_proc: int = 0  # processes that tokenise; 0: as many as there are processors
     errors: str = "strict"  # text that is not UTF-8: strict refuses it, replace reads U+FFFD there
     folder: str = ""  # where the token files go; empty: data/<name>
@@ -54,11 +60,15 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
 
     What has been killed goes on, and what is there is ready, for as long as the options and local files are the same.
     """
-    check_ranges(options, {"val_fraction": (0, 0.999), "shard_tokens": (1, 1 << 40), "num_proc": (0, 1024)})
+    check_ranges(
+        options, {"val_fraction": (0, 0.999), "shard_tokens": (1, 1 << 40), "num_proc": (0, 1024)}
+    )
     if options.errors not in ("strict", "replace"):
         raise UserError(f"errors = {options.errors!r} must be strict or replace")
     folder = Path(options.folder or DATA_ROOT / name)
-    asked = {key: value for key, value in asdict(options).items() if key not in ("num_proc", "folder")}
+    asked = {
+        key: value for key, value in asdict(options).items() if key not in ("num_proc", "folder")
+    }
     asked |= {"format": FORMAT, "name": name, "source": _stamps(options.source) or options.source}
     if options.tokenizer not in KINDS:
         asked["tokenizer"] = tokenizer_in(options.tokenizer).describe()
@@ -82,7 +92,9 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
             if not kept:
                 shutil.rmtree(work, ignore_errors=True)
             if kept and isinstance(error, UserError | OSError):
-                raise UserError(f"{error}; with the same text the same command goes on behind whole files") from error
+                raise UserError(
+                    f"{error}; with the same text the same command goes on behind whole files"
+                ) from error
             raise
         finally:
             lock.unlink(missing_ok=True)
@@ -94,7 +106,9 @@ def _refuse_others_files(folder: Path) -> None:
     """Token files that no meta.json of ours describes are somebody's work."""
     found = sorted(path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name))
     if found and not (folder / "meta.json").is_file():
-        raise UserError(f"{folder} holds {found[0]} of another program; move it away, or give another --folder")
+        raise UserError(
+            f"{folder} holds {found[0]} of another program; move it away, or give another --folder"
+        )
 
 
 def _make(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]) -> None:
@@ -102,7 +116,14 @@ def _make(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]
     if not (work / "tokenizer").is_dir():
         keep_tokenizer(make_tokenizer(options, corpus), work)
     tokenizer = load_tokenizer(work / "tokenizer")
-    tokenise(corpus, tokenizer, work, options.shard_tokens, options.num_proc or available_processors(), about)
+    tokenise(
+        corpus,
+        tokenizer,
+        work,
+        options.shard_tokens,
+        options.num_proc or available_processors(),
+        about,
+    )
 
 
 def _say(folder: Path) -> None:
@@ -112,7 +133,9 @@ def _say(folder: Path) -> None:
         counts = f"{about['documents']:,} documents, {about['bytes']:,} bytes, {about['tokens']:,} tokens"
         print(f"{folder / where}: {counts}")
     for left in sorted(folder.glob(".preparing-*")):
-        print(f"{left} is unfinished work of other options or another text; delete it if nobody goes on with it")
+        print(
+            f"{left} is unfinished work of other options or another text; delete it if nobody goes on with it"
+        )
 
 
 def is_ready(folder: Path, key: str) -> bool:
@@ -128,8 +151,15 @@ def _stamps(source: str) -> list[str]:
     """The local files that --source names, with size and time, by which a change of them is seen."""
     source = source.removeprefix("hub:")
     items = [source] if os.path.exists(source) else source.split(",")
-    paths = [path for item in items for path in ([item] if os.path.exists(item) else glob.glob(item, recursive=True))]
-    files = [[path] if os.path.isfile(path) else [p for p in files_below(path) if endings(p)[0]] for path in paths]
+    paths = [
+        path
+        for item in items
+        for path in ([item] if os.path.exists(item) else glob.glob(item, recursive=True))
+    ]
+    files = [
+        [path] if os.path.isfile(path) else [p for p in files_below(path) if endings(p)[0]]
+        for path in paths
+    ]
     return sorted({identity_of(file) for some in files for file in some})
 
 
@@ -160,16 +190,22 @@ def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
         return CharTokenizer(sorted(characters), eot=max(documents.values(), default=0) > 1)
     if kind == "bpe":
         if not 257 <= options.vocab_size <= 1 << 20:
-            raise UserError(f"--vocab_size={options.vocab_size}: a BPE needs 257 (bytes, end-of-text) to {1 << 20}")
+            raise UserError(
+                f"--vocab_size={options.vocab_size}: a BPE needs 257 (bytes, end-of-text) to {1 << 20}"
+            )
         return BPETokenizer.train(_beginning_of_train(corpus, LEARN_FROM), options.vocab_size)
     return tokenizer_in(kind)
 
 
 def tokenizer_in(folder: str) -> Tokenizer:
     """That of a run or a data set."""
-    if Path(folder).is_dir() and (read_meta(folder) is not None or (Path(folder) / GPT2Tokenizer.file).is_file()):
+    if Path(folder).is_dir() and (
+        read_meta(folder) is not None or (Path(folder) / GPT2Tokenizer.file).is_file()
+    ):
         return load_tokenizer(folder)
-    raise UserError(f"unknown tokenizer {folder!r}; known: {', '.join(KINDS)}, and the folder of a run or a data set")
+    raise UserError(
+        f"unknown tokenizer {folder!r}; known: {', '.join(KINDS)}, and the folder of a run or a data set"
+    )
 
 
 def _beginning_of_train(corpus: Corpus, n: int) -> Iterator[str]:
@@ -189,7 +225,9 @@ def texts(options: Options, hub_name: str, subset: str = "") -> list[Part]:
 def check_sha256(data: bytes, expected: str, what: str) -> bytes:
     """The data, if its hash is the expected one."""
     if (found := hashlib.sha256(data).hexdigest()) != expected:
-        raise UserError(f"{what} has sha256 {found[:12]}..., not {expected[:12]}...: another file, or a damaged one")
+        raise UserError(
+            f"{what} has sha256 {found[:12]}..., not {expected[:12]}...: another file, or a damaged one"
+        )
     return data
 
 
@@ -201,7 +239,9 @@ def tiny_shakespeare(options: Options, name: str) -> Corpus:
             with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
                 data = check_sha256(response.read(), SHAKESPEARE_SHA256, SHAKESPEARE)
         except OSError as error:
-            raise UserError(f"cannot fetch {SHAKESPEARE} ({error}); give a local copy with --source=PATH") from None
+            raise UserError(
+                f"cannot fetch {SHAKESPEARE} ({error}); give a local copy with --source=PATH"
+            ) from None
         replace(path, lambda temporary: temporary.write_bytes(data))
     own_text = f"{path} (for a text of your own use data/text/prepare.py)"
     text = check_sha256(path.read_bytes(), SHAKESPEARE_SHA256, own_text).decode()

@@ -49,7 +49,8 @@ def encode(tokenizer: Tokenizer, batch: list[tuple[str, str, bool]]) -> dict[str
         about[1] += len(text.encode())
     dtype = dtype_of(tokenizer)
     return {
-        split: Encoded(np.concatenate(ids).astype(dtype).tobytes(), *about) for split, (ids, about) in found.items()
+        split: Encoded(np.concatenate(ids).astype(dtype).tobytes(), *about)
+        for split, (ids, about) in found.items()
     }
 
 
@@ -83,7 +84,9 @@ class Worker:
     concurrent.futures: where one of those is ended from outside, the others may wait for ever."""
 
     def __init__(self, kept: Path):
-        spawn = multiprocessing.get_context("spawn")  # the same on all systems, and safe beside threads
+        spawn = multiprocessing.get_context(
+            "spawn"
+        )  # the same on all systems, and safe beside threads
         self.pipe, its_end = spawn.Pipe()
         self.process = spawn.Process(target=_work, args=(its_end, kept), daemon=True)
         self.process.start()
@@ -121,7 +124,9 @@ def _work(pipe: Connection, kept: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that began it
     batches = queue.SimpleQueue()
 
-    def read() -> None:  # in a thread, so that neither end waits for the other to take what it sends
+    def read() -> (
+        None
+    ):  # in a thread, so that neither end waits for the other to take what it sends
         while True:
             try:
                 batches.put(pipe.recv())
@@ -139,7 +144,9 @@ def _work(pipe: Connection, kept: Path) -> None:
             pipe.send(found)
 
 
-def _batches(walked: Iterable[tuple[str, str, bool, Any]]) -> Iterator[tuple[Any, list[tuple[str, str, bool]]]]:
+def _batches(
+    walked: Iterable[tuple[str, str, bool, Any]],
+) -> Iterator[tuple[Any, list[tuple[str, str, bool]]]]:
     batch, size, position = [], 0, None
     for split, text, first, position in walked:
         batch.append((split, text, first))

@@ -42,10 +42,15 @@ def opened(path: str, identity: str, how: How) -> Iterator[tuple[BinaryIO, Binar
         same = identity_of(path) == identity
         if same:
             with open(path, "rb", buffering=CHUNK) as raw:
-                yield (io.BufferedReader(_decompressed(raw, how), CHUNK) if how.compression else raw), raw
+                yield (
+                    (io.BufferedReader(_decompressed(raw, how), CHUNK) if how.compression else raw),
+                    raw,
+                )
             same = identity_of(path) == identity
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno:  # of the system; the decompressors' own have none
+        if (
+            isinstance(error, OSError) and error.errno
+        ):  # of the system; the decompressors' own have none
             raise UserError(f"cannot read {how.name} any more: {error.strerror}") from None
         raise UserError(f"{how.name} is cut short or damaged ({reason(error)})") from None
     if not same:
@@ -66,7 +71,9 @@ def _decompressed(raw: BinaryIO, how: How) -> BinaryIO:
         return pyarrow.CompressedInputStream(raw, "zstd")
     if how.compression == ".gz":
         return gzip.open(raw)
-    return _Decompressed(raw, bz2.BZ2Decompressor if how.compression == ".bz2" else lzma.LZMADecompressor)
+    return _Decompressed(
+        raw, bz2.BZ2Decompressor if how.compression == ".bz2" else lzma.LZMADecompressor
+    )
 
 
 class _Decompressed(io.RawIOBase):
@@ -83,7 +90,9 @@ class _Decompressed(io.RawIOBase):
         text = b""
         while not text:
             if not self.data and (self.stream is None or self.stream.needs_input):
-                self.data = self.raw.read(CHUNK >> 4)  # not more: what a short stream leaves of it is copied
+                self.data = self.raw.read(
+                    CHUNK >> 4
+                )  # not more: what a short stream leaves of it is copied
                 if not self.data and self.stream is None:
                     return 0
                 if not self.data:
@@ -101,7 +110,10 @@ class _Decompressed(io.RawIOBase):
 
 def _text(stream: BinaryIO, how: How) -> Iterator[tuple[str, bool]]:
     """Chunks of a text and whether a document ends there: at each separator, and at the end."""
-    held, overlap = "", max(0, len(how.separator) - 1)  # so much of a chunk's end can begin a separator
+    held, overlap = (
+        "",
+        max(0, len(how.separator) - 1),
+    )  # so much of a chunk's end can begin a separator
     for text in _decoded(stream, how):
         held += text
         if how.separator:
@@ -124,7 +136,9 @@ def _decoded(stream: BinaryIO, how: How) -> Iterator[str]:
 def _decode(decoder: codecs.IncrementalDecoder, data: bytes, offset: int, how: How) -> str:
     try:
         return decoder.decode(data, final=not data)
-    except UnicodeDecodeError as error:  # its object begins with the bytes that the decoder had kept
+    except (
+        UnicodeDecodeError
+    ) as error:  # its object begins with the bytes that the decoder had kept
         raise _not_utf8(how, offset + len(data) - len(error.object) + error.start) from None
 
 
@@ -140,7 +154,9 @@ def _jsonl(stream: BinaryIO, how: How) -> Iterator[tuple[str, bool]]:
             return
         where = f"{how.name}, line {number:,}"
         if len(line) == LONGEST_LINE:
-            raise UserError(f"{where} has more than {LONGEST_LINE >> 20} MB; is it one JSON object a line?")
+            raise UserError(
+                f"{where} has more than {LONGEST_LINE >> 20} MB; is it one JSON object a line?"
+            )
         try:
             text = line.decode("utf-8", how.errors).removeprefix("\ufeff" if number == 1 else "")
         except UnicodeDecodeError as error:
@@ -159,14 +175,20 @@ def _field(line: str, where: str, how: How) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where} is no JSON object but {type(record).__name__}")
     if how.field not in record:
-        raise UserError(f"{where} has no field {how.field!r} but {listed(record) or 'none'}; give --field=...")
+        raise UserError(
+            f"{where} has no field {how.field!r} but {listed(record) or 'none'}; give --field=..."
+        )
     text = record[how.field]
     if not isinstance(text, str | None):
         raise UserError(f"{where}: its field {how.field!r} is no string but {type(text).__name__}")
-    escapes = text and not text.isascii() and ("\\ud" in line or "\\uD" in line)  # nothing else can make one
+    escapes = (
+        text and not text.isascii() and ("\\ud" in line or "\\uD" in line)
+    )  # nothing else can make one
     if escapes and LONE_SURROGATE.search(text):
         if how.errors == "strict":
-            raise UserError(f"{where} is not UTF-8: it has half a surrogate pair; --errors=replace goes on")
+            raise UserError(
+                f"{where} is not UTF-8: it has half a surrogate pair; --errors=replace goes on"
+            )
         text = LONE_SURROGATE.sub("\ufffd", text)
     return text or ""
 
@@ -180,7 +202,9 @@ def _parquet(stream: BinaryIO, how: How) -> Iterator[tuple[str, bool]]:
         file = parquet.ParquetFile(stream, buffer_size=CHUNK, page_checksum_verification=True)
         schema = file.schema_arrow
         if how.field not in schema.names:
-            raise UserError(f"{how.name} has no column {how.field!r} but {listed(schema.names)}; give --field=...")
+            raise UserError(
+                f"{how.name} has no column {how.field!r} but {listed(schema.names)}; give --field=..."
+            )
         kind = schema.field(how.field).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if kind not in (pa.string(), pa.large_string(), pa.string_view()):
@@ -188,13 +212,19 @@ def _parquet(stream: BinaryIO, how: How) -> Iterator[tuple[str, bool]]:
         for batch in file.iter_batches(ROWS, columns=[how.field]):
             column = batch.column(0)
             column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-            for data in column.cast(pa.large_binary()).to_pylist():  # bytes, which nobody has checked yet
+            for data in column.cast(
+                pa.large_binary()
+            ).to_pylist():  # bytes, which nobody has checked yet
                 number += 1
                 yield (data or b"").decode("utf-8", how.errors), True
         if number != file.metadata.num_rows:  # a damaged footer can have the reader stop early
-            raise UserError(f"{how.name} is damaged: it has {number:,} rows and says {file.metadata.num_rows:,}")
+            raise UserError(
+                f"{how.name} is damaged: it has {number:,} rows and says {file.metadata.num_rows:,}"
+            )
     except UnicodeDecodeError:
-        raise UserError(f"{how.name}, row {number:,} is not UTF-8; --errors=replace goes on") from None
+        raise UserError(
+            f"{how.name}, row {number:,} is not UTF-8; --errors=replace goes on"
+        ) from None
     except pa.ArrowException as error:
         raise UserError(f"{how.name} is cut short or damaged ({reason(error)})") from None
 

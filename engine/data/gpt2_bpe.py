@@ -17,7 +17,9 @@ from engine.base.files import replace
 
 # how text is cut before it is merged, as in tiktoken_ext/openai_public.py
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of the tokens, a line each
+SHA256 = (
+    "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of the tokens, a line each
+)
 MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # what tiktoken fetches
 
 
@@ -32,7 +34,9 @@ class GPT2Tokenizer:
         if tokens:
             ranks = {token_bytes: rank for rank, token_bytes in enumerate(map(to_bytes, tokens))}
             special = {"<|endoftext|>": self.eot}
-            self.bpe = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+            self.bpe = tiktoken.Encoding(
+                "gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
+            )
             return
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
@@ -54,7 +58,9 @@ class GPT2Tokenizer:
                 raise ValueError("its tokens have another sha256")
         except (ValueError, TypeError, RecursionError) as error:
             why = str(error)[:80]
-            raise UserError(f"{path} is not GPT-2's BPE ({why}); delete it, and tiktoken fetches it again") from None
+            raise UserError(
+                f"{path} is not GPT-2's BPE ({why}); delete it, and tiktoken fetches it again"
+            ) from None
         return cls(tokens)
 
     def encode(self, text: str) -> np.ndarray:
@@ -72,12 +78,19 @@ class GPT2Tokenizer:
         return {"kind": self.kind}
 
     def save(self, folder: Path) -> None:
-        tokens = ["".join(STAND_INS[byte] for byte in token) for token in self.token_bytes()[: self.eot]]
+        tokens = [
+            "".join(STAND_INS[byte] for byte in token) for token in self.token_bytes()[: self.eot]
+        ]
         write_tokens(Path(folder) / self.file, tokens)
 
 
 def write_tokens(path: Path, tokens: Sequence[str]) -> None:
-    replace(path, lambda temporary: temporary.write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8"))
+    replace(
+        path,
+        lambda temporary: temporary.write_text(
+            json.dumps(tokens, ensure_ascii=False), encoding="utf-8"
+        ),
+    )
 
 
 def cached_tokens() -> list[str]:
@@ -85,7 +98,9 @@ def cached_tokens() -> list[str]:
     default = Path(tempfile.gettempdir()) / "data-gym-cache"
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
     try:
-        text = (Path(folder) / hashlib.sha1(MERGES.encode()).hexdigest()).read_text(encoding="utf-8")
+        text = (Path(folder) / hashlib.sha1(MERGES.encode()).hexdigest()).read_text(
+            encoding="utf-8"
+        )
     except (OSError, ValueError):
         return []
     tokens = sorted(STAND_INS) + [line.replace(" ", "") for line in text.split("\n")[1:-1]]
@@ -98,7 +113,11 @@ def are_gpt2s(tokens: Sequence[str]) -> bool:
 
 def byte_alphabet() -> list[str]:
     """GPT-2's printable stand-in for each byte 0..255 (its bytes_to_unicode)."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    plain = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     stand_ins = iter(range(256, 512))
     return [chr(byte) if byte in plain else chr(next(stand_ins)) for byte in range(256)]
 

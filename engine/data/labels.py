@@ -29,14 +29,20 @@ def paths_of(file: TokenFile, name: str) -> tuple[Path, Path]:
     """Where the label set of that name lies: its rows and their description."""
     if not re.fullmatch(r"[\w-]+", name, re.ASCII):
         raise UserError(f"{name!r} cannot name labels; use letters, digits, _ and -")
-    return tuple(file.path.with_name(f"{file.path.stem}.{name}.labels{end}") for end in ("", ".json"))
+    return tuple(
+        file.path.with_name(f"{file.path.stem}.{name}.labels{end}") for end in ("", ".json")
+    )
 
 
 def identity(file: TokenFile) -> dict:
     """What labels belong to: these tokens under this tokenizer."""
     described = (file.meta or {"tokenizer": {"kind": "gpt2"}})["tokenizer"]
     tokenizer = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    return {"tokens": len(file), "tokens_sha256": file.sha256, "tokenizer_sha256": tokenizer.hexdigest()}
+    return {
+        "tokens": len(file),
+        "tokens_sha256": file.sha256,
+        "tokenizer_sha256": tokenizer.hexdigest(),
+    }
 
 
 def pack(ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -67,7 +73,9 @@ class LabelFile:
         self.mode, self.weight = mode, weight
         folder = file.path.parent
         dataset = folder.name if folder.parent == DATA_ROOT else folder
-        make = f"python augmentation/teacher_labels.py --teacher=RUN --dataset={dataset} --name={name}"
+        make = (
+            f"python augmentation/teacher_labels.py --teacher=RUN --dataset={dataset} --name={name}"
+        )
         make += "" if file.path.stem == "train" else f" --split={file.path.stem}"
         if not about.is_file():
             raise UserError(f"{about} is missing; run: {make}")
@@ -76,9 +84,13 @@ class LabelFile:
         refuse_other(identity(file), self.about, f"{self.path} was made for other data", way_out)
         if self.about["done"] < self.about["windows"]:
             done = self.about["done"] / self.about["windows"]
-            raise UserError(f"{self.path} is {done:.0%} done; to finish it run again what began it: {make} ...")
+            raise UserError(
+                f"{self.path} is {done:.0%} done; to finish it run again what began it: {make} ..."
+            )
         self.row = (2, self.about["k"])
-        if not self.path.is_file() or self.path.stat().st_size != 2 * len(file) * math.prod(self.row):
+        if not self.path.is_file() or self.path.stat().st_size != 2 * len(file) * math.prod(
+            self.row
+        ):
             raise UserError(f"{self.path} is not of the size that its .json says; {way_out}")
         self.reader = Reader(self.path)
 
@@ -91,7 +103,9 @@ class LabelFile:
         """Refuse a model without an id that may be among the labels."""
         if self.about["vocab_size"] > vocab_size:
             largest = self.about["vocab_size"] - 1
-            raise UserError(f"{self.path} has ids up to {largest}, but vocab_size = {vocab_size}; use other --labels")
+            raise UserError(
+                f"{self.path} has ids up to {largest}, but vocab_size = {vocab_size}; use other --labels"
+            )
 
     def targets(self, y: torch.Tensor, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """y (B, T), the tokens behind positions starts (B,) + 0 .. T - 1 -> ids (B, T, K + 1) int64, the true one
@@ -101,12 +115,20 @@ class LabelFile:
         rows = np.frombuffer(self.reader.pieces(starts * size, y.size(1) * size), "<u2")
         ids, weights = unpack(rows.reshape(*y.shape, *self.row))
         if ids.max() >= self.about["vocab_size"] or not ((weights >= 0) & (weights <= 1)).all():
-            raise UserError(f"{self.path} is damaged; delete it and its .json, and make the labels again")
+            raise UserError(
+                f"{self.path} is damaged; delete it and its .json, and make the labels again"
+            )
         y, total = y.unsqueeze(-1), weights.sum(-1, keepdim=True)
         targets = torch.cat([y, ids], -1)
         if self.mode == "set":
-            return targets, torch.cat([torch.ones_like(total), ((weights > 0) & (ids != y)).float()], -1)
-        speaks = ((ids == y) & (weights > 0)).any(-1, keepdim=True) if self.about.get("mode") == "topk" else total > 0
+            return targets, torch.cat(
+                [torch.ones_like(total), ((weights > 0) & (ids != y)).float()], -1
+            )
+        speaks = (
+            ((ids == y) & (weights > 0)).any(-1, keepdim=True)
+            if self.about.get("mode") == "topk"
+            else total > 0
+        )
         share = self.weight * speaks
         # float16 lets the total be off by some 1e-4
         return targets, torch.cat([1 - share, weights * (share / total.clamp(min=1e-6))], -1)
@@ -131,9 +153,13 @@ class LabelWriter:
             way_out = f"give another --name, or delete {self.path} and its .json"
             refuse_other(self.about, self.progress, f"{self.path} was made otherwise", way_out)
             if found != size and self.progress["done"]:
-                raise UserError(f"{self.path} has {found:,} bytes, not {size:,}; delete it and its .json")
+                raise UserError(
+                    f"{self.path} has {found:,} bytes, not {size:,}; delete it and its .json"
+                )
         elif found:
-            raise UserError(f"{self.path} has no .json beside it, so nobody knows what it is; delete it")
+            raise UserError(
+                f"{self.path} has no .json beside it, so nobody knows what it is; delete it"
+            )
         else:
             self.save(done=0)
         if found != size:

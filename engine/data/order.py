@@ -23,13 +23,17 @@ class Order:
         """The position of the first token of block k < n_blocks."""
         if epoch != self._epoch:
             # a number behind the last shard's: a stream of random numbers that no shard draws from
-            self._shards = np.random.default_rng((self.seed, epoch, len(self.lengths))).permutation(len(self.lengths))
+            self._shards = np.random.default_rng((self.seed, epoch, len(self.lengths))).permutation(
+                len(self.lengths)
+            )
             self._ends = self.blocks[self._shards].cumsum()
             self._epoch, self._place = epoch, -1
         place = int(self._ends.searchsorted(k, side="right"))
         if place != self._place:
             self._place, self._starts = place, self._shuffled(int(self._shards[place]))
-        return int(self._starts[k - self._ends[place]])  # counted from behind: the shard's last block is -1
+        return int(
+            self._starts[k - self._ends[place]]
+        )  # counted from behind: the shard's last block is -1
 
     def _shuffled(self, shard: int) -> np.ndarray:
         """The starts of a shard's blocks in this epoch's order."""

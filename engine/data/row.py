@@ -88,7 +88,9 @@ class Row:
                 if not self.is_large:
                     found = np.array(shard.scan.counts, np.int64)
                     n = max(len(self.counts), len(found))
-                    self.counts = sum(np.pad(counts, (0, n - len(counts))) for counts in (self.counts, found))
+                    self.counts = sum(
+                        np.pad(counts, (0, n - len(counts))) for counts in (self.counts, found)
+                    )
             return shard.scan
 
     def check(self, k: int, vocab_size: int, is_gpt2: bool) -> None:
@@ -145,7 +147,9 @@ class Ids:
         return self[:].astype(dtype or self.row.dtype)
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        where = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        where = (
+            np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        )
         if where.size == 0:
             return np.zeros(where.shape, self.row.dtype)
         first = int(where.min())

@@ -24,7 +24,9 @@ from engine.base.files import replace
 
 CHUNK = 1 << 20  # ids in one go: few enough that counting them stays near the processor's cache
 MOST_IDS = 1 << 24  # no vocabulary is as large; a damaged id of 4 billion would take 32 GB to count
-SETTLED = 2 * 10**9  # ns; a file that changed later than this before its scan may change again at the same file time
+SETTLED = (
+    2 * 10**9
+)  # ns; a file that changed later than this before its scan may change again at the same file time
 
 
 class Reader:
@@ -121,7 +123,11 @@ def _scan(file: BinaryIO, dtype: np.dtype, key: dict) -> Scan:
         while n := file.readinto(buffer) // dtype.itemsize:
             ids = buffer[:n]
             highest = max(highest, int(ids.max()))
-            of_chunk = counter.submit(np.bincount, ids, minlength=len(counts)) if highest < MOST_IDS else None
+            of_chunk = (
+                counter.submit(np.bincount, ids, minlength=len(counts))
+                if highest < MOST_IDS
+                else None
+            )
             sha256.update(ids)
             if of_chunk:
                 earlier, counts = counts, of_chunk.result()
@@ -132,7 +138,11 @@ def _scan(file: BinaryIO, dtype: np.dtype, key: dict) -> Scan:
 def _key(file: BinaryIO, dtype: np.dtype, header: int) -> dict:
     about = os.fstat(file.fileno())
     times = {"mtime_ns": about.st_mtime_ns, "ctime_ns": about.st_ctime_ns}
-    return {"size": about.st_size, "dtype": dtype.name} | times | ({"header": header} if header else {})
+    return (
+        {"size": about.st_size, "dtype": dtype.name}
+        | times
+        | ({"header": header} if header else {})
+    )
 
 
 def _memory(path: Path) -> Path:
@@ -140,7 +150,9 @@ def _memory(path: Path) -> Path:
 
 
 def _recall(path: Path, key: dict) -> Scan | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: as if there were none
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # none, or a damaged one: as if there were none
         memory = json.loads(_memory(path).read_text())
         if memory["check"] == _check(memory["scan"]) and memory["scan"]["key"] == key:
             return Scan(**memory["scan"])

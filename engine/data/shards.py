@@ -20,7 +20,10 @@ from engine.base.errors import UserError
 from engine.data.scan import Scan
 
 HEADER = 1024  # bytes of llm.c's header
-FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic number: version, type of the ids
+FORMATS = {
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}  # magic number: version, type of the ids
 NAME = re.compile(r"[\w-][\w .-]*")  # of a file in the same folder
 LOOKS = 16  # files looked at together: over a network one after the other takes minutes
 
@@ -50,7 +53,9 @@ def find(folder: Path, split: str, meta: dict | None) -> list[Shard]:
     if split in splits:
         return _stated(folder, split, splits[split], dtype)
     if path.is_file():
-        raise UserError(f"{path} is no split of this data set, which has {', '.join(splits)}; prepare it again")
+        raise UserError(
+            f"{path} is no split of this data set, which has {', '.join(splits)}; prepare it again"
+        )
     return []
 
 
@@ -63,13 +68,18 @@ def splits_in(folder: Path) -> list[str]:
 
 def _stated(folder: Path, split: str, about: dict, dtype: np.dtype) -> list[Shard]:
     """The files that meta.json names: ids alone."""
-    several, wrong = "shards" in about, f"{folder / 'meta.json'} does not describe the files of {split!r}"
+    several, wrong = (
+        "shards" in about,
+        f"{folder / 'meta.json'} does not describe the files of {split!r}",
+    )
     try:
         listed = about["shards"] if several else [about | {"file": f"{split}.bin"}]
         names = [shard["file"] for shard in listed]
         sizes = [shard["tokens"] if several else shard.get("tokens") for shard in listed]
         sums = [shard["sha256"] if several else shard.get("sha256") for shard in listed]
-        good = names and len(set(names)) == len(names) and all(NAME.fullmatch(name) for name in names)
+        good = (
+            names and len(set(names)) == len(names) and all(NAME.fullmatch(name) for name in names)
+        )
         good = good and all(isinstance(sha256, str if several else str | None) for sha256 in sums)
         good = good and (not several or about.get("tokens", sum(sizes)) == sum(sizes))
         good = good and (not several or about.get("sha256", joined(sums)) == joined(sums))
@@ -81,7 +91,9 @@ def _stated(folder: Path, split: str, about: dict, dtype: np.dtype) -> list[Shar
     if not several and not paths[0].is_file():
         return []
     found = each_of(paths, _size)
-    return [_raw(*shard) for shard in zip(paths, found, [dtype] * len(paths), sizes, sums, strict=True)]
+    return [
+        _raw(*shard) for shard in zip(paths, found, [dtype] * len(paths), sizes, sums, strict=True)
+    ]
 
 
 def _found(folder: Path, split: str, dtype: np.dtype) -> list[Shard]:
@@ -89,15 +101,24 @@ def _found(folder: Path, split: str, dtype: np.dtype) -> list[Shard]:
     pattern, kinds = re.compile(rf"(?:([^.].*)_)?{re.escape(split)}(?:_([0-9]+))?\.bin"), {}
     for entry in os.scandir(folder) if folder.is_dir() else []:
         if (match := pattern.fullmatch(entry.name)) and entry.is_file():
-            kinds.setdefault((match[1], match[2] is None), []).append((int(match[2] or 0), entry.name))
+            kinds.setdefault((match[1], match[2] is None), []).append(
+                (int(match[2] or 0), entry.name)
+            )
     if len(kinds) > 1:
         names = " and ".join(sorted(min(kind)[1] for kind in kinds.values()))
-        raise UserError(f"{folder} has {names}: which is the {split} split? leave the files of one there")
+        raise UserError(
+            f"{folder} has {names}: which is the {split} split? leave the files of one there"
+        )
     paths = [folder / name for kind in kinds.values() for _, name in sorted(kind)]
-    shards = [_with_header(path, *look, dtype) for path, look in zip(paths, each_of(paths, _look), strict=True)]
+    shards = [
+        _with_header(path, *look, dtype)
+        for path, look in zip(paths, each_of(paths, _look), strict=True)
+    ]
     for shard in shards:
         if (shard.header, shard.dtype) != (shards[0].header, shards[0].dtype):
-            raise UserError(f"{shards[0].path} and {shard.path.name} are of two formats; one split has one format")
+            raise UserError(
+                f"{shards[0].path} and {shard.path.name} are of two formats; one split has one format"
+            )
     return shards
 
 
@@ -122,7 +143,9 @@ def _with_header(path: Path, size: int, head: bytes, dtype: np.dtype) -> Shard:
     return Shard(path, dtype, HEADER, size)
 
 
-def _raw(path: Path, size: int, dtype: np.dtype, expected: int | None = None, sha256: str | None = None) -> Shard:
+def _raw(
+    path: Path, size: int, dtype: np.dtype, expected: int | None = None, sha256: str | None = None
+) -> Shard:
     if size < 0:
         raise UserError(f"{path} is missing, which meta.json names; prepare it again")
     n, rest = divmod(size, dtype.itemsize)

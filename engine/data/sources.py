@@ -31,7 +31,10 @@ from engine.data.formats import (
     reason,
 )
 
-PIECE, LONGEST_PIECE = 1 << 20, 1 << 24  # characters: cut at the first place after so many; after so many anywhere
+PIECE, LONGEST_PIECE = (
+    1 << 20,
+    1 << 24,
+)  # characters: cut at the first place after so many; after so many anywhere
 # Where GPT-2's pattern cuts whatever stands around it. Python's \s is all that Rust's and Oniguruma's is, and a little
 # more (\x1c to \x1f): its \S is a space to none of them.
 PLACE = re.compile(r"\S(?=[ \n])")
@@ -49,7 +52,9 @@ class Part:
 
     name: str  # for messages
     size: int  # bytes on the disk; 0: unknown
-    identity: str  # by which a change of it is seen: path, size and mtime_ns, or the hub's name for it
+    identity: (
+        str  # by which a change of it is seen: path, size and mtime_ns, or the hub's name for it
+    )
     pieces: Callable[[], Iterator[Piece]]  # the same ones each time
 
 
@@ -81,7 +86,9 @@ def _cut(texts: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
             held, first = "", True
 
 
-def find(source: str, field: str = "text", separator: str = "", errors: str = "strict") -> list[Part]:
+def find(
+    source: str, field: str = "text", separator: str = "", errors: str = "strict"
+) -> list[Part]:
     """The files that the source names (files, folders, globs, with commas between), each once, in order."""
     if errors not in ("strict", "replace"):
         raise UserError(f"--errors={errors}: strict or replace")
@@ -91,9 +98,13 @@ def find(source: str, field: str = "text", separator: str = "", errors: str = "s
             paths.setdefault(os.path.realpath(path), path)
     if not paths:
         raise UserError("which text? give files, folders or globs, with commas between")
-    hows = [How(printable(path), *endings(path), field, separator, errors) for path in paths.values()]
+    hows = [
+        How(printable(path), *endings(path), field, separator, errors) for path in paths.values()
+    ]
     if separator and not any(how.ending in TEXT for how in hows):
-        raise UserError("a separator is for plain text; these files say themselves where their documents end")
+        raise UserError(
+            "a separator is for plain text; these files say themselves where their documents end"
+        )
     return [_part(path, how) for path, how in zip(paths.values(), hows, strict=True)]
 
 
@@ -103,7 +114,11 @@ def _paths(item: str) -> list[str]:
         if found := [path for path in files_below(item) if endings(path)[0]]:
             return sorted(found)
         raise UserError(f"{printable(item)} holds no file of a known format; known: {KNOWN}")
-    found = [item] if os.path.exists(item) else sorted(p for p in glob.glob(item, recursive=True) if os.path.isfile(p))
+    found = (
+        [item]
+        if os.path.exists(item)
+        else sorted(p for p in glob.glob(item, recursive=True) if os.path.isfile(p))
+    )
     if not found:
         raise UserError(f"{printable(item)} does not exist, and no file matches it")
     for path in found:
@@ -118,7 +133,9 @@ def files_below(folder: str) -> Iterator[str]:
     for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         seen_before = (real := os.path.realpath(root)) in seen
         seen.add(real)
-        folders[:] = [] if seen_before else sorted(name for name in folders if not name.startswith("."))
+        folders[:] = (
+            [] if seen_before else sorted(name for name in folders if not name.startswith("."))
+        )
         if not seen_before:
             yield from (os.path.join(root, name) for name in names if not name.startswith("."))
 
@@ -134,7 +151,12 @@ def _part(path: str, how: How) -> Part:
         raise UserError(f"cannot read {how.name}: {error.strerror}") from None
     if not stat.S_ISREG(about.st_mode) or not os.access(path, os.R_OK):
         raise UserError(f"cannot read {how.name}: it is no regular file, or not yours to read")
-    return Part(how.name, about.st_size, identity, functools.partial(_pieces, os.path.abspath(path), identity, how))
+    return Part(
+        how.name,
+        about.st_size,
+        identity,
+        functools.partial(_pieces, os.path.abspath(path), identity, how),
+    )
 
 
 def _pieces(path: str, identity: str, how: How) -> Iterator[Piece]:
@@ -162,7 +184,9 @@ def hub(name: str, subset: str = "", split: str = "train", field: str = "text") 
     return parts
 
 
-def hub_texts(name: str, subset: str = "", split: str = "train", field: str = "text") -> Iterator[str]:
+def hub_texts(
+    name: str, subset: str = "", split: str = "train", field: str = "text"
+) -> Iterator[str]:
     """All texts of one split, the empty ones too: for a data set whose rows are lines."""
     rows, files = _streamed(name, subset, split, field)
     for i in range(len(files)):
@@ -176,7 +200,9 @@ def _streamed(name: str, subset: str, split: str, field: str) -> tuple:
         rows = builder.as_streaming_dataset(split=split)
         columns, n = rows.column_names, rows.num_shards
     if columns is not None and field not in columns:
-        raise UserError(f"{printable(name)} has no column {field!r} but {listed(columns)}; give --field=...")
+        raise UserError(
+            f"{printable(name)} has no column {field!r} but {listed(columns)}; give --field=..."
+        )
     files = list((builder.config.data_files or {}).get(split, []))
     return rows, files if len(files) == n else [""] * n
 
@@ -219,8 +245,12 @@ def _asking(what: str) -> Iterator[None]:
         if isinstance(error, ValueError | _datasets().exceptions.DatasetsError):
             way_out = ""
         elif "scripts are no longer" in str(error):
-            way_out = f"; the hub may have it as parquet too: {printable(what)}@refs/convert/parquet"
-        raise UserError(f"{printable(what)}: {type(error).__name__}: {reason(error)}{way_out}") from None
+            way_out = (
+                f"; the hub may have it as parquet too: {printable(what)}@refs/convert/parquet"
+            )
+        raise UserError(
+            f"{printable(what)}: {type(error).__name__}: {reason(error)}{way_out}"
+        ) from None
 
 
 def _hub_pieces(rows, n: int, i: int, field: str, name: str) -> Iterator[Piece]:
@@ -236,8 +266,12 @@ def _hub_texts(rows, n: int, i: int, field: str, name: str) -> Iterator[str]:
         shard = shard.select_columns([field]) if rows.column_names is not None else shard
         for batch in shard.iter(batch_size=ROWS):
             if field not in batch:
-                raise UserError(f"{name} has no column {field!r} but {listed(batch)}; give --field=...")
+                raise UserError(
+                    f"{name} has no column {field!r} but {listed(batch)}; give --field=..."
+                )
             for text in batch[field]:
                 if not isinstance(text, str | None):
-                    raise UserError(f"{name}: its column {field!r} is no string but {type(text).__name__}")
+                    raise UserError(
+                        f"{name}: its column {field!r} is no string but {type(text).__name__}"
+                    )
                 yield text or ""

@@ -78,7 +78,9 @@ def lengths_of_few(parts: Sequence[Part], enough: int) -> list[list[int]] | None
     return lengths
 
 
-def ends(parts: Sequence[Part], lengths: Sequence[Sequence[int]], fractions: Mapping[str, float]) -> Corpus:
+def ends(
+    parts: Sequence[Part], lengths: Sequence[Sequence[int]], fractions: Mapping[str, float]
+) -> Corpus:
     """Few documents: the beginning of each is train, its end the other splits, cut between paragraphs if possible."""
     splits, low, last = {}, 0.0, ("train", *fractions)[-1]
     for split, fraction in {"train": 1 - sum(fractions.values()), **fractions}.items():
@@ -97,7 +99,9 @@ def _stretch(part: Part, lengths: Sequence[int], low: float, high: float) -> Ite
     for text, begins, read in part.pieces():
         if begins:
             document, at, first = document + 1, 0, True
-        begin, end = (cut_near(text, round(lengths[document] * share) - at) for share in (low, high))
+        begin, end = (
+            cut_near(text, round(lengths[document] * share) - at) for share in (low, high)
+        )
         if begin < end:
             yield Piece(text[begin:end], first, read)
             first = False

@@ -66,9 +66,13 @@ class BPETokenizer:
             bpe.no_padding()
             tokenizer = cls(bpe)
             tokenizer.token_bytes()
-        except Exception as error:  # the library raises bare Exceptions; another kind of BPE has other letters
+        except (
+            Exception
+        ) as error:  # the library raises bare Exceptions; another kind of BPE has other letters
             why = str(error)[:80]
-            raise UserError(f"{path} is no byte-level BPE as ours ({why}); prepare or export it again") from None
+            raise UserError(
+                f"{path} is no byte-level BPE as ours ({why}); prepare or export it again"
+            ) from None
         return tokenizer
 
     def encode(self, text: str) -> np.ndarray:
@@ -117,7 +121,9 @@ class CharTokenizer:
         try:
             return np.fromiter((self.ids[char] for char in text), dtype=np.uint32, count=len(text))
         except KeyError as error:
-            raise UserError(f"the character {error.args[0]!r} is not in this data set's {len(self.ids)} ones") from None
+            raise UserError(
+                f"the character {error.args[0]!r} is not in this data set's {len(self.ids)} ones"
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join("<|endoftext|>" if i == self.eot else self.chars[i] for i in ids)
@@ -167,7 +173,9 @@ def piece_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
     """A function that takes a text's ids one by one and returns each one's text; a character that is split over tokens
     stands whole at the last of them."""
     pieces, decoder = pieces_of(tokenizer), codecs.getincrementaldecoder("utf-8")("replace")
-    return lambda token: "<|endoftext|>" if token == tokenizer.eot else decoder.decode(pieces[token])
+    return lambda token: (
+        "<|endoftext|>" if token == tokenizer.eot else decoder.decode(pieces[token])
+    )
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -205,10 +213,17 @@ def read_meta(folder: str | Path) -> dict | None:
     if path.exists():
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
-            known = isinstance(meta["vocab_size"], int) and meta.get("dtype", "uint16") in ("uint16", "uint32")
-            known = known and all(isinstance(about.get("tokens", 0), int) for about in meta.get("splits", {}).values())
+            known = isinstance(meta["vocab_size"], int) and meta.get("dtype", "uint16") in (
+                "uint16",
+                "uint32",
+            )
+            known = known and all(
+                isinstance(about.get("tokens", 0), int) for about in meta.get("splits", {}).values()
+            )
             if meta["tokenizer"].get("kind") == "char":
-                "".join(meta["tokenizer"]["chars"]).encode()  # raises unless it is characters, which all have bytes
+                "".join(
+                    meta["tokenizer"]["chars"]
+                ).encode()  # raises unless it is characters, which all have bytes
                 known = known and isinstance(meta["tokenizer"]["eot"], bool)
             if known:
                 return meta
@@ -227,9 +242,14 @@ def read_meta(folder: str | Path) -> dict | None:
             return {"tokenizer": {"kind": "none"}, "vocab_size": vocab_size}
         chars = [itos[i] for i in range(len(itos))]
         "".join(chars).encode()  # raises unless it is characters
-        return {"tokenizer": {"kind": "char", "chars": chars, "eot": False}, "vocab_size": vocab_size}
+        return {
+            "tokenizer": {"kind": "char", "chars": chars, "eot": False},
+            "vocab_size": vocab_size,
+        }
     except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
-        raise UserError(f"{path} is not a nanoGPT character table: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"{path} is not a nanoGPT character table: {type(error).__name__}: {error}"
+        ) from None
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -25,7 +25,10 @@ from engine.data.row import Ids, Row, not_in_vocabulary
 from engine.data.shards import find, splits_in
 from engine.data.tokenizer import GPT2Tokenizer, load_tokenizer, read_meta
 
-PIECES, PIECE = 256, 1 << 19  # of a large split so many pieces of so many ids tell how often each occurs
+PIECES, PIECE = (
+    256,
+    1 << 19,
+)  # of a large split so many pieces of so many ids tell how often each occurs
 # of llm.c's files of 32-bit ids, by Llama 3's tokenizer; we have none that knows their text
 LLAMA3 = {"tokenizer": {"kind": "none"}, "vocab_size": 128256}
 
@@ -65,9 +68,13 @@ class TokenFile:
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(len(starts), length): the ids from each of the starts on, read from the disk."""
         rows = self.row.rows(starts, length)
-        if self.row.is_large and rows.size and rows.max() >= self._n_ids:  # no check has seen all of it
+        if (
+            self.row.is_large and rows.size and rows.max() >= self._n_ids
+        ):  # no check has seen all of it
             i, j = np.unravel_index(rows.argmax(), rows.shape)
-            raise not_in_vocabulary(self.row.shards[self.row.which(starts[i] + j)], rows.max(), self._n_ids)
+            raise not_in_vocabulary(
+                self.row.shards[self.row.which(starts[i] + j)], rows.max(), self._n_ids
+            )
         return rows
 
     @cached_property
@@ -85,9 +92,15 @@ class TokenFile:
         latter two in a large split's shards when they are read: see check_shards."""
         longest = max(map(len, self.row.shards))
         if longest < block_size + 1:
-            has = f"{longest:,} tokens" + (" in its longest shard" if len(self.row.shards) > 1 else "")
-            way_out = "use more text" + (f" or --block_size={longest - 1} or less" if longest > 1 else "")
-            raise UserError(f"{self.path} has {has}, too few for one block of {block_size} and its target; {way_out}")
+            has = f"{longest:,} tokens" + (
+                " in its longest shard" if len(self.row.shards) > 1 else ""
+            )
+            way_out = "use more text" + (
+                f" or --block_size={longest - 1} or less" if longest > 1 else ""
+            )
+            raise UserError(
+                f"{self.path} has {has}, too few for one block of {block_size} and its target; {way_out}"
+            )
         self._n_ids = vocab_size
         if not self.row.is_large:
             self.check_shards(range(len(self.row.shards)))
@@ -95,7 +108,9 @@ class TokenFile:
     def check_shards(self, numbers: Iterable[int]) -> None:
         """Read these shards from end to end, if nobody has yet, and refuse one that is not as it should be."""
         for k in numbers:
-            self.row.check(k, self._n_ids, self._n_ids >= self.vocab_size == GPT2Tokenizer.vocab_size)
+            self.row.check(
+                k, self._n_ids, self._n_ids >= self.vocab_size == GPT2Tokenizer.vocab_size
+            )
 
     def counts(self, vocab_size: int) -> torch.Tensor:
         """How often each id occurs, (vocab_size,) float64; of a large split in PIECES evenly spaced pieces alone: so
@@ -125,7 +140,12 @@ class Batches:
     """
 
     def __init__(self, file: TokenFile, batch_size: int, block_size: int, seed: int, labels=None):
-        self.file, self.batch_size, self.block_size, self.labels = file, batch_size, block_size, labels
+        self.file, self.batch_size, self.block_size, self.labels = (
+            file,
+            batch_size,
+            block_size,
+            labels,
+        )
         self.order = Order([len(shard) for shard in file.row.shards], block_size, seed)
         self.n_blocks = self.order.n_blocks
 
@@ -141,23 +161,34 @@ class Batches:
         x, y = gather(self.file, starts, self.block_size)
         return (x, y) if self.labels is None else (x, *self.labels.targets(y, starts))
 
-    def prefetched(self, order: Iterable[int], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
+    def prefetched(
+        self, order: Iterable[int], device: torch.device
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
         """The micro-batches of that order on the device, each read while the one before it is worked on."""
         with ThreadPoolExecutor(1) as reader:
             ahead = None
             for i in itertools.chain(order, [None]):
-                batch, ahead = ahead, None if i is None else reader.submit(self._read, i, device.type == "cuda")
+                batch, ahead = (
+                    ahead,
+                    None if i is None else reader.submit(self._read, i, device.type == "cuda"),
+                )
                 if batch is not None:
-                    yield tuple(t.to(device, non_blocking=device.type == "cuda") for t in batch.result())
+                    yield tuple(
+                        t.to(device, non_blocking=device.type == "cuda") for t in batch.result()
+                    )
 
     def _read(self, i: int, pinned: bool) -> tuple[torch.Tensor, ...]:
         starts = self.starts(i)
         if self.file.row.is_large:  # all others are checked before
             self.file.check_shards(np.unique(self.file.row.which(starts)).tolist())
-        return tuple(t.pin_memory() if pinned else t for t in self._at(starts))  # from there alone a GPU copies aside
+        return tuple(
+            t.pin_memory() if pinned else t for t in self._at(starts)
+        )  # from there alone a GPU copies aside
 
 
-def gather(file: TokenFile, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gather(
+    file: TokenFile, starts: np.ndarray, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x, y (len(starts), block_size) int64: the blocks at `starts` and the same blocks one token later."""
     rows = torch.from_numpy(file.rows(starts, block_size + 1).astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -180,7 +211,9 @@ def main() -> None:
     from engine.data import contents
 
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("give one data folder or its name in data/: python -m engine.data.tokens wikitext")
+        raise UserError(
+            "give one data folder or its name in data/: python -m engine.data.tokens wikitext"
+        )
     folder = dataset_folder(sys.argv[1])
     meta = read_meta(folder)
     splits = (meta or {}).get("splits") or splits_in(folder)
@@ -191,7 +224,9 @@ def main() -> None:
     described = [name for name in ("meta.json", "meta.pkl") if (folder / name).is_file()]
     known_by = (described + ["nothing says another" if found is None else "by llm.c's headers"])[0]
     has_text = found is None or found["tokenizer"].get("kind", "none") != "none"
-    if not contents.describe(sys.argv[1], files, known_by, load_tokenizer(folder) if has_text else None):
+    if not contents.describe(
+        sys.argv[1], files, known_by, load_tokenizer(folder) if has_text else None
+    ):
         sys.exit(2)
 
 

@@ -24,18 +24,28 @@ from engine.data.shards import find, joined
 from engine.data.splits import SPLITS, Corpus, Position, walk
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 
-OURS = re.compile(rf"\.?({'|'.join(SPLITS)})(_\d+)?(\.bin|\.scanned\.json)")  # what a preparation may replace
+OURS = re.compile(
+    rf"\.?({'|'.join(SPLITS)})(_\d+)?(\.bin|\.scanned\.json)"
+)  # what a preparation may replace
 
 
 class SplitWriter:
     """The files of one split: all but the last hold shard_tokens ids; an end-of-text stands between documents."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, state: Mapping):
+    def __init__(
+        self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, state: Mapping
+    ):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.itemsize, self.eot = dtype_of(tokenizer).itemsize, tokenizer.eot
-        self.shards, self.documents, self.n_bytes = list(state["shards"]), state["documents"], state["bytes"]
+        self.shards, self.documents, self.n_bytes = (
+            list(state["shards"]),
+            state["documents"],
+            state["bytes"],
+        )
         self.file, self.sha256, self.n = None, hashlib.sha256(), state["open"]
-        if self.n:  # the file in progress; what was written behind the journal's end is written again
+        if (
+            self.n
+        ):  # the file in progress; what was written behind the journal's end is written again
             self.file = open(self.path, "r+b")  # noqa: SIM115 open until it is full
             self.file.truncate(self.n * self.itemsize)
             while piece := self.file.read(1 << 22):
@@ -56,7 +66,10 @@ class SplitWriter:
         data, before = memoryview(encoded.data), len(self.shards)
         if encoded.documents and not self.documents and self.eot is not None:
             data = data[self.itemsize :]  # nothing stands before the first of all
-        self.documents, self.n_bytes = self.documents + encoded.documents, self.n_bytes + encoded.n_bytes
+        self.documents, self.n_bytes = (
+            self.documents + encoded.documents,
+            self.n_bytes + encoded.n_bytes,
+        )
         while data:
             self.file = self.file or open(self.path, "wb")  # noqa: SIM115 open until it is full
             piece = data[: (self.shard_tokens - self.n) * self.itemsize]
@@ -71,7 +84,9 @@ class SplitWriter:
         if self.file:
             self.sync()
             self.file.close()
-            self.shards.append({"file": self.path.name, "tokens": self.n, "sha256": self.sha256.hexdigest()})
+            self.shards.append(
+                {"file": self.path.name, "tokens": self.n, "sha256": self.sha256.hexdigest()}
+            )
             self.file, self.sha256, self.n = None, hashlib.sha256(), 0
 
     def sync(self) -> None:
@@ -80,14 +95,22 @@ class SplitWriter:
             os.fsync(self.file.fileno())
 
     def state(self) -> dict:
-        return {"documents": self.documents, "bytes": self.n_bytes, "open": self.n, "shards": self.shards}
+        return {
+            "documents": self.documents,
+            "bytes": self.n_bytes,
+            "open": self.n,
+            "shards": self.shards,
+        }
 
     def described(self) -> dict:
         """The finished split as meta.json has it."""
         about = {"documents": self.documents, "tokens": self.tokens, "bytes": self.n_bytes}
         if len(self.shards) == 1:
             return about | {"sha256": self.shards[0]["sha256"]}
-        return about | {"sha256": joined(shard["sha256"] for shard in self.shards), "shards": self.shards}
+        return about | {
+            "sha256": joined(shard["sha256"] for shard in self.shards),
+            "shards": self.shards,
+        }
 
 
 def shard_name(split: str, i: int) -> str:
@@ -95,30 +118,51 @@ def shard_name(split: str, i: int) -> str:
 
 
 def tokenise(
-    corpus: Corpus, tokenizer: Tokenizer, work: Path, shard_tokens: int, num_proc: int, about: Mapping[str, str]
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    work: Path,
+    shard_tokens: int,
+    num_proc: int,
+    about: Mapping[str, str],
 ) -> None:
     """Write a corpus' files into the folder of work, from where a killed call stopped, and last of all meta.json.
 
     about: what else that says, such as the source."""
-    source = hashlib.sha256("\n".join(part.identity for _, part in corpus.parts).encode()).hexdigest()
+    source = hashlib.sha256(
+        "\n".join(part.identity for _, part in corpus.parts).encode()
+    ).hexdigest()
     journal, new = work / "journal.json", {"shards": [], "documents": 0, "bytes": 0, "open": 0}
     known = read_journal(journal, source, dtype_of(tokenizer).itemsize) or {"at": (), "splits": {}}
     names = [name for name in SPLITS if name in {*corpus.splits, *corpus.fractions}]
-    writers = {name: SplitWriter(work, name, tokenizer, shard_tokens, known["splits"].get(name, new)) for name in names}
+    writers = {
+        name: SplitWriter(work, name, tokenizer, shard_tokens, known["splits"].get(name, new))
+        for name in names
+    }
     sizes = [0, *itertools.accumulate(part.size for _, part in corpus.parts)]
     before, started = sum(writer.tokens for writer in writers.values()), time.perf_counter()
     if before:
         print(f"going on behind {before:,} tokens")
     at = Position(*known["at"])
-    show = {"total": sizes[-1] or None, "initial": sizes[at.part] + at.read, "unit": "B", "unit_scale": True}
+    show = {
+        "total": sizes[-1] or None,
+        "initial": sizes[at.part] + at.read,
+        "unit": "B",
+        "unit_scale": True,
+    }
     with tqdm(**show, disable=None) as bar:
-        for position, found in encode_all(walk(corpus, at), tokenizer, work / "tokenizer", num_proc):
+        for position, found in encode_all(
+            walk(corpus, at), tokenizer, work / "tokenizer", num_proc
+        ):
             full = [name for name, encoded in found.items() if writers[name].write(encoded)]
-            rate = (sum(writer.tokens for writer in writers.values()) - before) / (time.perf_counter() - started)
+            rate = (sum(writer.tokens for writer in writers.values()) - before) / (
+                time.perf_counter() - started
+            )
             bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s", refresh=False)
             bar.update(sizes[position.part] + position.read - bar.n)
             for name in full:
-                bar.write(f"{len(writers[name].shards):,} files of {name} are whole ({rate / 1e6:.2f} M tokens/s)")
+                bar.write(
+                    f"{len(writers[name].shards):,} files of {name} are whole ({rate / 1e6:.2f} M tokens/s)"
+                )
             if full:
                 for writer in writers.values():
                     writer.sync()
@@ -127,8 +171,14 @@ def tokenise(
     for writer in writers.values():
         writer.close_file()
         if not writer.shards:
-            raise UserError(f"there is no text for the {writer.split} split; give more text or another --val_fraction")
-    meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "dtype": dtype_of(tokenizer).name}
+            raise UserError(
+                f"there is no text for the {writer.split} split; give more text or another --val_fraction"
+            )
+    meta = {
+        "tokenizer": tokenizer.describe(),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype_of(tokenizer).name,
+    }
     splits = {name: writer.described() for name, writer in writers.items()}
     write_json(work / "meta.json", meta | {"splits": splits} | about)
 
@@ -142,10 +192,18 @@ def read_journal(journal: Path, source: str, itemsize: int) -> dict | None:
         Position(*known["at"])
         for split, about in known["splits"].items():
             sizes |= {shard["file"]: shard["tokens"] for shard in about["shards"]}
-            sizes |= {shard_name(split, len(about["shards"])): about["open"]} if about["open"] else {}
+            sizes |= (
+                {shard_name(split, len(about["shards"])): about["open"]} if about["open"] else {}
+            )
         paths = {journal.parent / name: tokens * itemsize for name, tokens in sizes.items()}
         there = all(path.is_file() and path.stat().st_size >= size for path, size in paths.items())
-        reason = "the text has changed" if known["source"] != source else "" if there else "its files are damaged"
+        reason = (
+            "the text has changed"
+            if known["source"] != source
+            else ""
+            if there
+            else "its files are damaged"
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         reason = "its journal is damaged"
     if reason:
@@ -161,7 +219,10 @@ def keep_tokenizer(tokenizer: Tokenizer, work: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     tokenizer.save(beside)
-    write_json(beside / "meta.json", {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size})
+    write_json(
+        beside / "meta.json",
+        {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size},
+    )
     beside.rename(work / "tokenizer")
 
 

@@ -26,10 +26,14 @@ def prompts(file: TokenFile, tokenizer: Tokenizer, n: int, length: int) -> torch
     """(n, length) int64: the beginnings of n documents, evenly spaced over the split; where there are too few that are
     longer (or the split is too large to look through), evenly spaced places. The same ones for every run."""
     if n < 1 or length < 1:
-        raise UserError(f"{n} prompts of {length} tokens: at least one prompt and one token are needed")
+        raise UserError(
+            f"{n} prompts of {length} tokens: at least one prompt and one token are needed"
+        )
     n_places = len(file) - length + 1
     if n_places < n:
-        raise UserError(f"{file.path} has {len(file):,} tokens, too few for {n} prompts of {length}")
+        raise UserError(
+            f"{file.path} has {len(file):,} tokens, too few for {n} prompts of {length}"
+        )
     starts = np.arange(n) * n_places // n
     if tokenizer.eot is not None and len(file) <= SEARCHED:
         ends = np.flatnonzero(file.ids[:] == tokenizer.eot)
@@ -62,7 +66,9 @@ def continuations(
     model.eval()
     device, found = next(model.parameters()).device, []
     options = {"temperature": temperature, "top_k": top_k, "n_samples": n_samples, "n_ids": n_ids}
-    with tqdm(total=len(prompts), desc=desc, leave=False, disable=None if desc else True) as bar:  # None: not in a file
+    with tqdm(
+        total=len(prompts), desc=desc, leave=False, disable=None if desc else True
+    ) as bar:  # None: not in a file
         for i, some in enumerate(prompts.split(batch_size)):
             seed_micro_batch(seed, i)
             tokens, ended = [], torch.zeros(len(some), 1, dtype=torch.bool, device=device)
@@ -76,13 +82,17 @@ def continuations(
     return found
 
 
-def diversity(texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> dict[str, float | str | None]:
+def diversity(
+    texts: Sequence[str], token_ids: Sequence[Sequence[int]]
+) -> dict[str, float | str | None]:
     """texts: the continuations; token_ids: their ids. All numbers of this module, None where they are not defined (of
     no text, or of too few words), and the amount of text that they are of."""
     words = [text.split() for text in texts]
     n = len(texts)
     result = {"n_texts": n, "n_words": sum(map(len, words)), "n_tokens": sum(map(len, token_ids))}
-    result["empty"] = sum(not text for text in words) / n if n else None  # the share of texts without a word
+    result["empty"] = (
+        sum(not text for text in words) / n if n else None
+    )  # the share of texts without a word
     result |= self_bleu(texts) | {f"distinct_{k}": distinct(words, k) for k in ORDERS}
     repeated = [1 - share for text in words if (share := distinct([text], 4)) is not None]
     result["repetition"] = sum(repeated) / len(repeated) if repeated else None
@@ -124,7 +134,10 @@ def self_bleu(texts: Sequence[str]) -> dict[str, float | str | None]:
     if len(texts) < 2:
         return {"self_bleu": None, "self_bleu_signature": None}
     bleu.num_refs = len(texts) - 1  # for the signature alone
-    counted = [extract_all_word_ngrams(bleu.tokenizer(text.rstrip()), 1, bleu.max_ngram_order) for text in texts]
+    counted = [
+        extract_all_word_ngrams(bleu.tokenizer(text.rstrip()), 1, bleu.max_ngram_order)
+        for text in texts
+    ]
     lengths, most = Counter(length for _, length in counted), {}
     for ngrams, _ in counted:
         for ngram, count in ngrams.items():
@@ -139,6 +152,11 @@ def self_bleu(texts: Sequence[str]) -> dict[str, float | str | None]:
         others = (other for other, n in lengths.items() if other != length or n > 1)
         closest = min(others, key=lambda other: (abs(other - length), other))
         scores.append(
-            bleu.compute_bleu(correct, total, length, closest, bleu.smooth_method, effective_order=True).score
+            bleu.compute_bleu(
+                correct, total, length, closest, bleu.smooth_method, effective_order=True
+            ).score
         )
-    return {"self_bleu": sum(scores) / len(scores), "self_bleu_signature": str(bleu.get_signature())}
+    return {
+        "self_bleu": sum(scores) / len(scores),
+        "self_bleu_signature": str(bleu.get_signature()),
+    }

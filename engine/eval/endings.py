@@ -18,7 +18,9 @@ from engine.eval.evaluation import in_pieces
 from engine.eval.generation import Branches
 from heads import Head
 
-Texts = tuple[list[int], list[list[int]]]  # token ids of a context and of each of its endings, none of them empty
+Texts = tuple[
+    list[int], list[list[int]]
+]  # token ids of a context and of each of its endings, none of them empty
 
 
 class Row(NamedTuple):
@@ -52,8 +54,12 @@ def score_endings(
     rows = in_rows(items, model.config.block_size)
     sums = torch.zeros(2, sum(len(endings) for _, endings in items), dtype=torch.float64)
     device, bayes = next(model.parameters()).device, bool(model.bayes_layers())
-    n = None if bayes else 256  # with fewer passes over the logits than evaluate() has, larger products win
-    with tqdm(total=len(rows), desc=desc, leave=False, disable=None if desc else True) as bar:  # None: not in a file
+    n = (
+        None if bayes else 256
+    )  # with fewer passes over the logits than evaluate() has, larger products win
+    with tqdm(
+        total=len(rows), desc=desc, leave=False, disable=None if desc else True
+    ) as bar:  # None: not in a file
         for some in by_length(rows, batch_size):
             idx, branches, at, targets, owners = batch_of(some, device)
             with cast or nullcontext():
@@ -69,7 +75,9 @@ def per_token(
     head: Head, hiddens: Sequence[torch.Tensor], ids: torch.Tensor, n_samples: int, bayes: bool
 ) -> torch.Tensor:
     """hiddens (n, C) each, ids (n,) -> log p(id) and the prediction's epistemic uncertainty, (2, n)."""
-    prediction = head.predict(hiddens, n_samples) if bayes else None  # its entropies cost further passes over V
+    prediction = (
+        head.predict(hiddens, n_samples) if bayes else None
+    )  # its entropies cost further passes over V
     log_probs = prediction.log_probs if bayes else head.log_probs(hiddens, n_samples)
     log_p = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     return torch.stack([log_p, prediction.epistemic if bayes else torch.zeros_like(log_p)])
@@ -79,7 +87,9 @@ def encode(tokenizer: Tokenizer, context: str, endings: Sequence[str]) -> Texts:
     """Context and endings are encoded apart, so that the endings share the context's tokens."""
     ids = tokenizer.encode(context).tolist()
     if not ids and tokenizer.eot is None:
-        raise UserError("a context is empty, and this tokenizer has no end-of-text token to start from")
+        raise UserError(
+            "a context is empty, and this tokenizer has no end-of-text token to start from"
+        )
     return ids or [tokenizer.eot], [tokenizer.encode(ending).tolist() for ending in endings]
 
 
@@ -92,11 +102,18 @@ def in_rows(items: Sequence[Texts], block_size: int) -> list[Row]:
     rows, number = {}, 0
     for item, (context, endings) in enumerate(items):
         for ids in endings:
-            whole, step = context + ids, len(ids) if len(ids) <= block_size else max(1, block_size // 2)
+            whole, step = (
+                context + ids,
+                len(ids) if len(ids) <= block_size else max(1, block_size // 2),
+            )
             for start in range(len(context), len(whole), step):
                 end = min(start + step, len(whole))
-                before = tuple(whole[max(0, end - 1 - block_size) : start])  # the last token is predicted, never read
-                rows.setdefault((item, before), Row(before, [])).texts.append((number, whole[start:end]))
+                before = tuple(
+                    whole[max(0, end - 1 - block_size) : start]
+                )  # the last token is predicted, never read
+                rows.setdefault((item, before), Row(before, [])).texts.append(
+                    (number, whole[start:end])
+                )
             number += 1
     return list(rows.values())
 
@@ -116,7 +133,11 @@ def batch_of(rows: Sequence[Row], device: torch.device) -> tuple[torch.Tensor | 
     """idx (B, T) and its Branches; and of each token that is predicted, (N,): where of the B * T its prediction stands,
     its id, its ending (on the CPU)."""
     B, T = len(rows), max(row.n_read for row in rows)
-    idx, branch, positions = torch.zeros(B, T).long(), torch.full((B, T), -1), torch.zeros(B, T).long()
+    idx, branch, positions = (
+        torch.zeros(B, T).long(),
+        torch.full((B, T), -1),
+        torch.zeros(B, T).long(),
+    )
     at, targets, owners = [], [], []
     for b, (context, texts) in enumerate(rows):
         n = end = len(context)

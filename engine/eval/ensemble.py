@@ -22,7 +22,11 @@ class Ensemble(nn.Module):
     def __init__(self, members: list[GPT]):
         super().__init__()
         self.members, self.config = nn.ModuleList(members), members[0].config
-        alike = ("block_size", "vocab_size", "bayes_mlp")  # the last: predict() takes as many hidden states of each
+        alike = (
+            "block_size",
+            "vocab_size",
+            "bayes_mlp",
+        )  # the last: predict() takes as many hidden states of each
         for name in alike:
             if len(values := {getattr(member.config, name) for member in members}) > 1:
                 said = " and ".join(map(str, sorted(values)))
@@ -40,7 +44,10 @@ class Ensemble(nn.Module):
         """As Head.predict; epistemic: the mutual information of the next token and the member (and its weights)."""
         n, each = len(self.members), len(hiddens) // len(self.members)
         parts = (hiddens[i : i + each] for i in range(0, len(hiddens), each))
-        found = (member.lm_head.predict(part, n_samples) for member, part in zip(self.members, parts, strict=True))
+        found = (
+            member.lm_head.predict(part, n_samples)
+            for member, part in zip(self.members, parts, strict=True)
+        )
         log_probs, aleatoric = mixture((p.log_probs, p.aleatoric, 1 / n) for p in found)
         total = entropy(log_probs)
         return Prediction(log_probs, total, total - aleatoric)

@@ -17,10 +17,14 @@ from engine.eval.texts import Text
 
 MAX_SCALE = 1000.0  # of a posterior's width
 NOISE = 64  # neighbouring tokens that share their draws of the output weights' noise
-ROWS = {"cpu": 64}  # positions whose (ROWS, V) log-probabilities exist at a time: a CPU's cache is small
+ROWS = {
+    "cpu": 64
+}  # positions whose (ROWS, V) log-probabilities exist at a time: a CPU's cache is small
 
 
-def eval_batches(file: TokenFile, block_size: int, batch_size: int, n_batches: int) -> list[np.ndarray]:
+def eval_batches(
+    file: TokenFile, block_size: int, batch_size: int, n_batches: int
+) -> list[np.ndarray]:
     """Block starts of the fixed batches that every evaluation of a run sees: evenly spaced over the split."""
     n_blocks = max(1, (len(file) - 1) // block_size)
     n = min(n_blocks, n_batches * batch_size)
@@ -60,11 +64,15 @@ def windows(
         yield Windows(x, y, first, at, units, () if labels is None else labels.targets(y, starts))
 
 
-def spans(n: int, block_size: int, batch_size: int, limit: int, stride: int) -> Iterator[tuple[np.ndarray, int]]:
+def spans(
+    n: int, block_size: int, batch_size: int, limit: int, stride: int
+) -> Iterator[tuple[np.ndarray, int]]:
     """The windows' starts in batches, and their length, for n targets."""
     n_full = (n - block_size) // stride + 1 if n >= block_size else 0
     n_taken = min(limit or n_full, n_full)
-    alone = min(n_taken, int(stride < block_size))  # all targets of the first window count: no batch with others
+    alone = min(
+        n_taken, int(stride < block_size)
+    )  # all targets of the first window count: no batch with others
     for i in itertools.chain(range(alone), range(alone, n_taken, batch_size)):
         numbers = np.arange(i, min(i + (batch_size if i >= alone else 1), n_taken))
         yield numbers * n_full // n_taken * stride, block_size
@@ -84,15 +92,23 @@ def mean_loss(
     The work is shared by all processes; the same numbers on each."""
     model.eval()
     totals, n = 0.0, len(batches)
-    for i in range(processes.rank, math.ceil(n / processes.world_size) * processes.world_size, processes.world_size):
-        x, y = (t.to(processes.device) for t in gather(file, batches[i % n], model.config.block_size))
+    for i in range(
+        processes.rank,
+        math.ceil(n / processes.world_size) * processes.world_size,
+        processes.world_size,
+    ):
+        x, y = (
+            t.to(processes.device) for t in gather(file, batches[i % n], model.config.block_size)
+        )
         seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
         with cast:
             loss, of_tokens = model.scores(x, y)
         nll, confidence, correct = of_tokens.cpu().double()
         gaps = torch.bincount(bins_of(confidence), confidence - correct, N_BINS)
         sums = nll.new_tensor([nll.sum().item(), loss.item() * len(nll), len(nll)])
-        values = torch.cat([sums, gaps]) * (i < n)  # as many rounds for all, or those with shards would wait for ever
+        values = torch.cat([sums, gaps]) * (
+            i < n
+        )  # as many rounds for all, or those with shards would wait for ever
         totals += np.array(processes.agree(values.to(processes.device, _widest(processes.device))))
     model.train()
     nll, loss, n_tokens, *gaps = totals.tolist()
@@ -118,38 +134,57 @@ def evaluate(
     tally, last = Tally(), -1
     for i, batch in enumerate(batches):
         y, units = batch.y[:, batch.first :], batch.units.flatten()
-        tally.n_units, last = tally.n_units + len(units.unique()) - int(units[0] == last), int(units[-1])
+        tally.n_units, last = (
+            tally.n_units + len(units.unique()) - int(units[0] == last),
+            int(units[-1]),
+        )
         if text:
             text.count(y)
         if i % processes.world_size == processes.rank:
             with cast or contextlib.nullcontext():
                 values = _of_tokens(model, batch, processes.device, n_samples)
             if not values["nll"].isfinite().all():
-                raise UserError("this model's log-probabilities are not finite; train it again, or use --dtype=float32")
+                raise UserError(
+                    "this model's log-probabilities are not finite; train it again, or use --dtype=float32"
+                )
             if text:
                 values["unigram_nll"] = -text.log_frequencies[y.flatten()]
-            tally.add(values, units, text.bytes[y.flatten()] if text else torch.zeros_like(units), len(y))
+            tally.add(
+                values, units, text.bytes[y.flatten()] if text else torch.zeros_like(units), len(y)
+            )
     tally.join(processes)
     return tally
 
 
-def _of_tokens(model: torch.nn.Module, batch: Windows, device: torch.device, n_samples: int) -> dict[str, torch.Tensor]:
+def _of_tokens(
+    model: torch.nn.Module, batch: Windows, device: torch.device, n_samples: int
+) -> dict[str, torch.Tensor]:
     """name -> (n,), of the tokens that count."""
     seed_micro_batch(0, 0)  # of Bayesian hidden layers: the same draws for all windows
     hiddens = [x[:, batch.first :] for x in model.hiddens(batch.x.to(device), n_samples)]
     of_tokens = [t[:, batch.first :].to(device) for t in (batch.y, *batch.labels)]
     found, sizes, seeds = [], None, itertools.repeat(None)
-    if n_samples > 0:  # the output weights' noise is that of a token's place, whatever else is in the batch
+    if (
+        n_samples > 0
+    ):  # the output weights' noise is that of a token's place, whatever else is in the batch
         groups = torch.arange(len(batch.at))[:, None] * (1 << 40) + batch.at // NOISE
         seeds, sizes = (t.tolist() for t in groups.flatten().unique_consecutive(return_counts=True))
-    for seed, (pieces, targets, *labels) in zip(seeds, in_pieces(hiddens, *of_tokens, n=sizes), strict=False):
+    for seed, (pieces, targets, *labels) in zip(
+        seeds, in_pieces(hiddens, *of_tokens, n=sizes), strict=False
+    ):
         if seed is not None:
             seed_micro_batch(1, seed % (1 << 40))
         found.append(_per_token(model, pieces, targets, labels, n_samples))
     return {name: torch.cat([values[name] for values in found]) for name in found[0]}
 
 
-def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels: list[torch.Tensor], n_samples: int):
+def _per_token(
+    model,
+    hiddens: list[torch.Tensor],
+    targets: torch.Tensor,
+    labels: list[torch.Tensor],
+    n_samples: int,
+):
     """name -> (n,)."""
     head, hidden = model.lm_head, hiddens[0]
     prediction = head.predict(hiddens, n_samples)
@@ -176,7 +211,9 @@ def _per_token(model, hiddens: list[torch.Tensor], targets: torch.Tensor, labels
     return values
 
 
-def set_scores(scores: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -> dict[str, torch.Tensor]:
+def set_scores(
+    scores: torch.Tensor, ids: torch.Tensor, members: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """How well scores (n, V) rank the members of a set above the rest; ids (n, K), members (n, K) above 0.
 
     recall_at_k: the share of the set among the K best. lrap: label-ranking average precision, the mean over members of
@@ -184,7 +221,9 @@ def set_scores(scores: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -
     """
     of_ids, is_member = scores.gather(-1, ids), members > 0
     rank = torch.stack([(scores >= score.unsqueeze(-1)).sum(-1) for score in of_ids.unbind(-1)], -1)
-    among_members = ((of_ids.unsqueeze(-2) >= of_ids.unsqueeze(-1)) & is_member.unsqueeze(-2)).sum(-1)
+    among_members = ((of_ids.unsqueeze(-2) >= of_ids.unsqueeze(-1)) & is_member.unsqueeze(-2)).sum(
+        -1
+    )
     size = is_member.sum(-1)
     recall = (is_member & (rank <= ids.size(-1))).sum(-1) / size
     return {"recall_at_k": recall, "lrap": (is_member * among_members / rank).sum(-1) / size}
@@ -198,7 +237,11 @@ def abstaining(correct: torch.Tensor, doubt: torch.Tensor) -> dict[str, float]:
     half = (len(correct) + 1) // 2
     error_rate = 1 - correct.cumsum(0) / torch.arange(1, len(correct) + 1)
     rest = correct[half:] if len(correct) > 1 else correct
-    means = {"accuracy_certain_half": correct[:half], "accuracy_rest": rest, "risk_coverage_area": error_rate}
+    means = {
+        "accuracy_certain_half": correct[:half],
+        "accuracy_rest": rest,
+        "risk_coverage_area": error_rate,
+    }
     return {name: values.mean().item() for name, values in means.items()}
 
 
@@ -223,7 +266,9 @@ def scale_posterior(model: torch.nn.Module, factor: float) -> None:
         layer.log_std += math.log(factor)
 
 
-def in_pieces(hiddens: list[torch.Tensor], *of_tokens: torch.Tensor, n: int | list[int] | None = None):
+def in_pieces(
+    hiddens: list[torch.Tensor], *of_tokens: torch.Tensor, n: int | list[int] | None = None
+):
     """(B, T, C) or (N, C) each, (B, T, ...) or (N, ...) each -> pieces (<= n, C) and (<= n, ...): all logits together
     never exist. n: the most in a piece, or the number in each; None is what suits the device."""
     n, last = n or ROWS.get(hiddens[0].device.type, 1024), hiddens[0].dim() - 2

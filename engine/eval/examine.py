@@ -47,11 +47,15 @@ class Evaluation:
         self.drops_out = config.mc_dropout and self._drop_out()
         self.n_samples = config.n_samples if self.model.bayes_layers() or self.drops_out else 0
         if config.continuations and len(self.members) > 1:
-            raise UserError(f"{source} is an ensemble, which does not write; leave --continuations out")
+            raise UserError(
+                f"{source} is an ensemble, which does not write; leave --continuations out"
+            )
         if config.std_tolerance and not self.model.bayes_layers() and source == config.out_dir:
             raise UserError(f"{source} has no posterior to scale; leave --std_tolerance out")
         if self.model.config.bayes_mlp and config.n_samples < 0:
-            raise UserError(f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say")
+            raise UserError(
+                f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say"
+            )
         if config.stride > self.model.config.block_size:
             raise UserError(
                 f"stride = {config.stride} leaves tokens out: {source} reads {self.model.config.block_size}"
@@ -60,26 +64,42 @@ class Evaluation:
         if self.dataset is None:
             raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
         self.foreign = self._split(config.ood_dataset, config.split) if config.ood_dataset else None
-        self.file, self.train = self._split(self.dataset, config.split), TokenFile(self.dataset, "train")
+        self.file, self.train = (
+            self._split(self.dataset, config.split),
+            TokenFile(self.dataset, "train"),
+        )
         if self.foreign and self.foreign.sha256 == self.file.sha256:
-            raise UserError(f"ood_dataset = {config.ood_dataset!r} is the run's own text; name another data set")
+            raise UserError(
+                f"ood_dataset = {config.ood_dataset!r} is the run's own text; name another data set"
+            )
         self.labels = LabelFile(self.file, config.labels, "set") if config.labels else None
         widens = config.std_tolerance and self.model.bayes_layers()
         self.val = self._split(self.dataset, "val") if widens else None
         for file in filter(None, (self.foreign, self.file, self.labels, self.val)):
             file.check(self.model.config.vocab_size)
         folder = folder_of(self.members[0])
-        self.tokenizer = load_tokenizer(folder if has_tokenizer(folder) else dataset_folder(self.dataset))
-        eot, name = self.tokenizer.eot, f"{self.dataset}, {config.split} split, document {config.document}"
+        self.tokenizer = load_tokenizer(
+            folder if has_tokenizer(folder) else dataset_folder(self.dataset)
+        )
+        eot, name = (
+            self.tokenizer.eot,
+            f"{self.dataset}, {config.split} split, document {config.document}",
+        )
         self.shown = {name: document(self.file, eot, config.document, SHOWN)}
         if self.foreign:
             self.shown[f"foreign: {config.ood_dataset}"] = document(self.foreign, eot, 0, SHOWN)
         if config.continuations:
-            self.prompts = prompts(self.file, self.tokenizer, config.continuations, config.prompt_tokens)
+            self.prompts = prompts(
+                self.file, self.tokenizer, config.continuations, config.prompt_tokens
+            )
 
     def _drop_out(self) -> bool:
         """Leave dropout on, if the run (of an ensemble each one) was trained with it; whether it was."""
-        without = [name for name, model in zip(self.members, self.models, strict=True) if not model.config.dropout]
+        without = [
+            name
+            for name, model in zip(self.members, self.models, strict=True)
+            if not model.config.dropout
+        ]
         if without and (len(without) < len(self.models) or self.source == self.config.out_dir):
             raise UserError(f"{without[0]} was trained without dropout; leave --mc_dropout out")
         for model in self.models:
@@ -94,9 +114,15 @@ class Evaluation:
     def scores(self) -> tuple[dict, Tally]:
         """All numbers on the whole split, and what they were made of."""
         config, n_ids = self.config, self.model.config.vocab_size
-        heads = dict.fromkeys(f"{m.config.head.weights} x {m.config.head.likelihood}" for m in self.models)
-        n_documents = 0 if self.tokenizer.eot is None else self.file.counts(n_ids)[self.tokenizer.eot].item()
-        text = Text(self.tokenizer, self.train.frequencies(n_ids), n_documents, part=bool(config.limit))
+        heads = dict.fromkeys(
+            f"{m.config.head.weights} x {m.config.head.likelihood}" for m in self.models
+        )
+        n_documents = (
+            0 if self.tokenizer.eot is None else self.file.counts(n_ids)[self.tokenizer.eot].item()
+        )
+        text = Text(
+            self.tokenizer, self.train.frequencies(n_ids), n_documents, part=bool(config.limit)
+        )
         tally = self._evaluate(self.file, config.limit, self.source, text, self.labels)
         ensemble = f", ensemble of {len(self.members)}" if len(self.members) > 1 else ""
         row = {
@@ -104,8 +130,15 @@ class Evaluation:
             "dataset": str(self.dataset),
             "split": config.split,
         }
-        row |= {"sha256": self.file.sha256, "tokenizer": self.tokenizer.describe(), "unit": text.unit}
-        row |= {"block_size": self.model.config.block_size, "stride": config.stride or self.model.config.block_size}
+        row |= {
+            "sha256": self.file.sha256,
+            "tokenizer": self.tokenizer.describe(),
+            "unit": text.unit,
+        }
+        row |= {
+            "block_size": self.model.config.block_size,
+            "stride": config.stride or self.model.config.block_size,
+        }
         row |= {"mc_dropout": True} if self.drops_out else {}
         row |= {"n_samples": self.n_samples, "limit": config.limit, "n_words": text.n_words}
         row |= {"labels": config.labels, "k": self.labels.about["k"] + 1} if self.labels else {}
@@ -114,20 +147,29 @@ class Evaluation:
         if len(self.members) == 1 and (kl := float(torch.as_tensor(self.model.kl()).detach())):
             row |= {"kl": kl, "kl_weight": self.model.config.head.kl_weight}
         if self.foreign:
-            foreign = self._evaluate(self.foreign, config.limit, f"{self.source}: {config.ood_dataset}")
+            foreign = self._evaluate(
+                self.foreign, config.limit, f"{self.source}: {config.ood_dataset}"
+            )
             row["ood"] = {"dataset": config.ood_dataset} | out_of_domain(tally, foreign)
         return row, tally
 
     def continuations(self) -> dict:
         """How varied what the run writes is, and by which settings; the texts go beside its numbers."""
         names = ("max_new_tokens", "temperature", "top_k", "n_samples")
-        settings = {name: getattr(self.config, name) for name in names} | {"seed": 1337, "batch_size": 32}
+        settings = {name: getattr(self.config, name) for name in names} | {
+            "seed": 1337,
+            "batch_size": 32,
+        }
         ids = {"n_ids": self.tokenizer.vocab_size, "eot": self.tokenizer.eot}
         with self.cast:
-            found = continuations(self.model, self.prompts, **settings, **ids, desc=f"{self.source}: continuations")
+            found = continuations(
+                self.model, self.prompts, **settings, **ids, desc=f"{self.source}: continuations"
+            )
         texts = [self.tokenizer.decode(row) for row in found]
         pairs = zip(map(self.tokenizer.decode, self.prompts.tolist()), texts, strict=True)
-        lines = "".join(json.dumps({"prompt": prompt, "continuation": text}) + "\n" for prompt, text in pairs)
+        lines = "".join(
+            json.dumps({"prompt": prompt, "continuation": text}) + "\n" for prompt, text in pairs
+        )
         path = result_file(self.source, self.config)
         path = path.with_name(path.name.replace("eval_", "continuations_", 1) + "l")
         replace(path, lambda temporary: temporary.write_text(lines))
@@ -144,11 +186,18 @@ class Evaluation:
         nll = partial(self._evaluate, self.val, SCALE_BLOCKS, f"{self.source}: width")
         return widest_posterior(self.model, lambda: nll().mean("nll"), self.config.std_tolerance)
 
-    def _evaluate(self, file: TokenFile, limit: int, what: str, text: Text | None = None, labels=None) -> Tally:
+    def _evaluate(
+        self, file: TokenFile, limit: int, what: str, text: Text | None = None, labels=None
+    ) -> Tally:
         shape = (self.model.config.block_size, self.config.batch_size, limit, self.config.stride)
         n = (len(file) - 1) / (self.config.stride or shape[0])
         hidden = not (sys.stderr.isatty() and self.processes.is_main)
-        show = {"desc": what, "total": math.ceil(min(limit or n, n) / shape[1]), "leave": False, "disable": hidden}
+        show = {
+            "desc": what,
+            "total": math.ceil(min(limit or n, n) / shape[1]),
+            "leave": False,
+            "disable": hidden,
+        }
         batches = tqdm(windows(file, *shape, text, labels), **show)
         return evaluate(self.model, batches, self.processes, self.cast, self.n_samples, text)
 
@@ -158,4 +207,7 @@ def result_file(source: str, config: "EvaluateConfig") -> Path:
     first, *others = members_of(source)
     home = Path("out", first) if first in HUB else folder_of(first)
     name = f"_{Path(first).stem}" if Path(first).is_file() else ""
-    return home / f"eval_{config.split}{name}{f'_ensemble_of_{1 + len(others)}' if others else ''}.json"
+    return (
+        home
+        / f"eval_{config.split}{name}{f'_ensemble_of_{1 + len(others)}' if others else ''}.json"
+    )

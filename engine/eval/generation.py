@@ -17,11 +17,15 @@ class KVCache:
         self.n_layer, self.size, self.kv = n_layer, size, None
         self.length = 0  # tokens held so far
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Write k, v (B, H, t, C / H) behind what the layer holds; returns all its keys and values, no mask."""
         if self.kv is None:  # only now batch size and dtype (autocast) are known
             B, H, _, n_embd = k.shape
-            self.kv = k.new_zeros(2, self.n_layer, B, H, self.size, n_embd)  # a mask would not hide a NaN
+            self.kv = k.new_zeros(
+                2, self.n_layer, B, H, self.size, n_embd
+            )  # a mask would not hide a NaN
         end = self.length + k.size(2)
         self.kv[0, layer, :, :, self.length : end] = k
         self.kv[1, layer, :, :, self.length : end] = v
@@ -38,12 +42,18 @@ class OneToken:
     def __init__(self, kv: torch.Tensor, position: torch.Tensor):
         self.kv, self.position = kv, position
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Write k, v (B, H, 1, C / H); returns all keys and values of the layer and the mask (1, size)."""
         keys, values = self.kv[0, layer], self.kv[1, layer]
         keys.index_copy_(2, self.position, k)
         values.index_copy_(2, self.position, v)
-        return keys, values, torch.arange(keys.size(2), device=keys.device).unsqueeze(0) <= self.position
+        return (
+            keys,
+            values,
+            torch.arange(keys.size(2), device=keys.device).unsqueeze(0) <= self.position,
+        )
 
 
 class Branches:
@@ -55,14 +65,21 @@ class Branches:
 
     def __init__(self, branch: torch.Tensor, positions: torch.Tensor):
         own = branch.unsqueeze(1) == branch.unsqueeze(2)
-        self.positions, self.mask = positions, ((branch.unsqueeze(1) == 0) | own).tril().unsqueeze(1)
+        self.positions, self.mask = (
+            positions,
+            ((branch.unsqueeze(1) == 0) | own).tril().unsqueeze(1),
+        )
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """k, v (B, H, T, C / H) as they are, and who sees whom: (B, 1, T, T)."""
         return k, v, self.mask
 
 
-def draw(log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+def draw(
+    log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
     """log_probs (B, V) -> a token for each row, (B, 1), from the distribution tempered, then cut by top_k and top_p.
 
     The inverse of the cumulated probabilities at a uniform number: a twentieth of torch.multinomial's time on a CPU.
@@ -74,14 +91,22 @@ def draw(log_probs: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_
         log_probs, ids = log_probs.topk(top_k)
     elif top_p < 1:
         log_probs, ids = log_probs.sort(descending=True)
-    probs = ((log_probs - log_probs.amax(-1, keepdim=True)) / temperature).softmax(-1)  # the likeliest stays finite
+    probs = ((log_probs - log_probs.amax(-1, keepdim=True)) / temperature).softmax(
+        -1
+    )  # the likeliest stays finite
     # in float32 a vocabulary's sum is off by more than its rare tokens' shares (MPS knows nothing wider)
     below = probs.cumsum(-1, dtype=torch.float32 if probs.device.type == "mps" else torch.float64)
     total = below[:, -1:]
     if top_p < 1:  # the token that crosses top_p stays, so one always does
-        total = below.gather(-1, (below < top_p).sum(-1, keepdim=True).clamp(max=below.size(-1) - 1))
-    u = torch.rand(len(below), 1, dtype=below.dtype, device=below.device) * total  # below total: the last one counts
-    drawn = torch.searchsorted(below, u, right=True)  # the first sum above u: never a token of probability 0
+        total = below.gather(
+            -1, (below < top_p).sum(-1, keepdim=True).clamp(max=below.size(-1) - 1)
+        )
+    u = (
+        torch.rand(len(below), 1, dtype=below.dtype, device=below.device) * total
+    )  # below total: the last one counts
+    drawn = torch.searchsorted(
+        below, u, right=True
+    )  # the first sum above u: never a token of probability 0
     return drawn if ids is None else ids.gather(-1, drawn)
 
 
@@ -105,7 +130,9 @@ def stream(
     """
     B, n_prompt = idx.shape
     block_size, n_tokens = model.config.block_size, n_prompt + max_new_tokens
-    size = block_size if model.compiled_step else min(block_size, n_tokens)  # each size is a graph of its own
+    size = (
+        block_size if model.compiled_step else min(block_size, n_tokens)
+    )  # each size is a graph of its own
     cache = KVCache(model.config.n_layer, size) if use_cache else None
     new, text = idx, torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
     for end in range(n_prompt, n_tokens):
@@ -116,7 +143,9 @@ def stream(
         elif model.compiled_step:
             torch._dynamo.mark_static_address(cache.kv)  # a CUDA graph may then write to it
             position = torch.full((1,), cache.length, device=idx.device)
-            x = model.compiled_step(new, cache.kv, position).clone()  # the graph's next run overwrites its result
+            x = model.compiled_step(
+                new, cache.kv, position
+            ).clone()  # the graph's next run overwrites its result
             cache.length += 1
         else:
             x = model.hidden(new, cache)

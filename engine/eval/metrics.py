@@ -17,7 +17,12 @@ N_REPLICATES = 1000  # of the bootstrap: a standard error is right to 2 %
 FEW = 10  # units: too few to resample
 # what orders tokens by doubt; nll, which needs the true token, tells own text from foreign alone
 DOUBTS = ("confidence", "entropy", "aleatoric", "mutual_information")
-RESAMPLED = ("nll", "accuracy", "accuracy_top5", "brier")  # with n_tokens, n_bytes and the calibration's bins
+RESAMPLED = (
+    "nll",
+    "accuracy",
+    "accuracy_top5",
+    "brier",
+)  # with n_tokens, n_bytes and the calibration's bins
 # doubts are told apart to a 2,048th of themselves from 2^-40 to 2^8; within that they are ties
 OCTAVES, BITS = range(-40, 8), 11
 N_FINE = len(OCTAVES) << BITS
@@ -44,23 +49,37 @@ class Tally:
         values = {name: value.cpu().double() for name, value in values.items()}
         for name, value in values.items():
             self._part(f"sum {name}", ()).add_(value.sum())
-        ones, confidence, correct = torch.ones_like(values["nll"]), values["confidence"], values["accuracy"]
+        ones, confidence, correct = (
+            torch.ones_like(values["nll"]),
+            values["confidence"],
+            values["accuracy"],
+        )
         self._part("sum n_tokens", ()).add_(len(ones))
         bins = bins_of(confidence)
-        self._part("bins", (N_BINS, 3)).index_add_(0, bins, torch.stack([ones, confidence, correct], 1))
+        self._part("bins", (N_BINS, 3)).index_add_(
+            0, bins, torch.stack([ones, confidence, correct], 1)
+        )
         for name in (*DOUBTS, "nll"):
             if name in values:
                 doubt = 1 - confidence if name == "confidence" else values[name]
                 columns = torch.stack([ones, 1 - correct, confidence], 1)
                 self._part(f"tokens {name}", (N_FINE, 3)).index_add_(0, place_of(doubt), columns)
                 blocks = place_of(doubt.view(n_rows, -1).mean(1))
-                self._part(f"blocks {name}", (N_FINE, 1)).index_add_(0, blocks, torch.ones(n_rows, 1).double())
+                self._part(f"blocks {name}", (N_FINE, 1)).index_add_(
+                    0, blocks, torch.ones(n_rows, 1).double()
+                )
         numbers, which = units.unique(return_inverse=True)
         columns = torch.stack([ones, n_bytes.double(), *(values[name] for name in RESAMPLED)], 1)
-        gaps = torch.zeros(len(ones), N_BINS).double().scatter_(1, bins[:, None], (confidence - correct)[:, None])
+        gaps = (
+            torch.zeros(len(ones), N_BINS)
+            .double()
+            .scatter_(1, bins[:, None], (confidence - correct)[:, None])
+        )
         columns = torch.cat([columns, gaps], 1)
         of_units = columns.new_zeros(len(numbers), columns.size(1)).index_add_(0, which, columns)
-        self._part("replicates", (N_REPLICATES, columns.size(1))).add_(weights_of(numbers.tolist()).T @ of_units)
+        self._part("replicates", (N_REPLICATES, columns.size(1))).add_(
+            weights_of(numbers.tolist()).T @ of_units
+        )
         self._part("sum n_bytes", ()).add_(n_bytes.sum())
 
     def join(self, processes: Processes) -> None:
@@ -69,7 +88,9 @@ class Tally:
             shapes = processes.first_says({name: part.shape for name, part in self.parts.items()})
             mine = [self._part(name, shape).flatten() for name, shape in shapes.items()]
             sizes = [len(part) for part in mine]
-            whole = torch.tensor(processes.agree(torch.cat(mine).to(processes.device)), dtype=torch.float64)
+            whole = torch.tensor(
+                processes.agree(torch.cat(mine).to(processes.device)), dtype=torch.float64
+            )
             pieces = zip(shapes.items(), whole.split(sizes), strict=True)
             self.parts = {name: piece.view(shape) for (name, shape), piece in pieces}
 
@@ -80,9 +101,15 @@ class Tally:
         """All scores; nats per token where they have a unit, `_se` the standard error by the bootstrap (of a text that
         has units enough)."""
         names = [name.removeprefix("sum ") for name in self.parts if name.startswith("sum ")]
-        n_tokens, n_bytes = (int(self.parts[f"sum {name}"].item()) for name in ("n_tokens", "n_bytes"))
+        n_tokens, n_bytes = (
+            int(self.parts[f"sum {name}"].item()) for name in ("n_tokens", "n_bytes")
+        )
         result = {name: self.mean(name) for name in names if name not in ("n_tokens", "n_bytes")}
-        result |= {name.replace("nll", "perplexity"): exp(result[name]) for name in names if name.startswith("nll")}
+        result |= {
+            name.replace("nll", "perplexity"): exp(result[name])
+            for name in names
+            if name.startswith("nll")
+        }
         result |= {"n_tokens": n_tokens, "n_bytes": n_bytes, "n_units": self.n_units}
         if n_bytes:
             result["bits_per_byte"] = result["nll"] * n_tokens / n_bytes / math.log(2)
@@ -93,14 +120,22 @@ class Tally:
             result |= {f"{name}_se": spread(values) for name, values in self.replicates().items()}
         result["calibration"] = {
             "n": n.long().tolist(),
-            "confidence": [c / k if k else None for c, k in zip(confidence.tolist(), n.tolist(), strict=True)],
-            "accuracy": [c / k if k else None for c, k in zip(correct.tolist(), n.tolist(), strict=True)],
+            "confidence": [
+                c / k if k else None for c, k in zip(confidence.tolist(), n.tolist(), strict=True)
+            ],
+            "accuracy": [
+                c / k if k else None for c, k in zip(correct.tolist(), n.tolist(), strict=True)
+            ],
         }
-        ranked = {name: self.parts[f"tokens {name}"] for name in DOUBTS if f"tokens {name}" in self.parts}
+        ranked = {
+            name: self.parts[f"tokens {name}"] for name in DOUBTS if f"tokens {name}" in self.parts
+        }
         result["aurc"] = {name: aurc(table) for name, table in ranked.items()}
         n_right = correct.sum().item()  # the least area there is: all wrong answers come last
         n_wrong = n_tokens - n_right
-        result["aurc"]["oracle"] = aurc(torch.tensor([[n_right, 0.0], [n_wrong, n_wrong]], dtype=torch.float64))
+        result["aurc"]["oracle"] = aurc(
+            torch.tensor([[n_right, 0.0], [n_wrong, n_wrong]], dtype=torch.float64)
+        )
         risk = {name: risks(table, COVERAGES) for name, table in ranked.items()}
         result["risk_coverage"] = {"coverage": COVERAGES.tolist(), "risk": risk}
         result["histograms"] = self.histograms()
@@ -122,7 +157,9 @@ class Tally:
         for name, edges in EDGES.items():
             if (table := self.parts.get(f"tokens {name}")) is not None:
                 at = 1 - values if name == "confidence" else values
-                shares = np.histogram(at.clip(edges[0], edges[-1]), edges, weights=table[:, 0].numpy())[0]
+                shares = np.histogram(
+                    at.clip(edges[0], edges[-1]), edges, weights=table[:, 0].numpy()
+                )[0]
                 shares = (shares / max(1.0, shares.sum())).tolist()
                 found[name] = {"edges": edges.tolist(), "share": shares}
         return found
@@ -154,7 +191,9 @@ def weights_of(units: list[int]) -> Tensor:
     """(len(units), N_REPLICATES): how often each document is in each resampled text. Poisson(1), the bootstrap's
     multinomial but for the total number (Hanley and MacGibbon 2006); a function of the document's number alone, so that
     two models are compared on the same texts."""
-    draws = [np.random.Generator(np.random.Philox(key=unit)).poisson(1.0, N_REPLICATES) for unit in units]
+    draws = [
+        np.random.Generator(np.random.Philox(key=unit)).poisson(1.0, N_REPLICATES) for unit in units
+    ]
     return torch.from_numpy(np.stack(draws).astype(np.float64))
 
 
@@ -166,7 +205,9 @@ def spread(replicates: Tensor) -> float:
 def adaptive_ece(table: Tensor) -> float:
     """The calibration error in N_BINS bins of as many tokens each (Nixon et al. 2019). table: (N_FINE, 3) of tokens, of
     wrong ones and of the sum of confidence, in order of doubt."""
-    n, wrong, confidence = (np.concatenate([[0.0], column.cumsum(0).numpy()]) for column in table.unbind(1))
+    n, wrong, confidence = (
+        np.concatenate([[0.0], column.cumsum(0).numpy()]) for column in table.unbind(1)
+    )
     ends = np.linspace(0, n[-1], N_BINS + 1)
     of_bins = np.diff(np.interp(ends, n, confidence)) - np.diff(ends - np.interp(ends, n, wrong))
     return float(np.abs(of_bins).sum() / n[-1])
@@ -195,10 +236,16 @@ def tell_apart(own: Tensor, foreign: Tensor) -> tuple[float, float]:
     (Liang et al. 2018)."""
     before = foreign.cumsum(0) - foreign
     auroc = 1 - (own @ (before + foreign / 2)) / (own.sum() * foreign.sum())
-    n_own, n_foreign = (np.concatenate([[0.0], column.cumsum(0).numpy()]) for column in (own, foreign))
-    last = n_own.searchsorted(0.95 * n_own[-1])  # the first place by which so many of the own have passed
+    n_own, n_foreign = (
+        np.concatenate([[0.0], column.cumsum(0).numpy()]) for column in (own, foreign)
+    )
+    last = n_own.searchsorted(
+        0.95 * n_own[-1]
+    )  # the first place by which so many of the own have passed
     at = slice(last - 1, last + 1)  # within a tie as many as a random order lets pass
-    return auroc.item(), float(np.interp(0.95 * n_own[-1], n_own[at], n_foreign[at]) / n_foreign[-1])
+    return auroc.item(), float(
+        np.interp(0.95 * n_own[-1], n_own[at], n_foreign[at]) / n_foreign[-1]
+    )
 
 
 def out_of_domain(own: Tally, foreign: Tally) -> dict:

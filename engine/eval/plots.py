@@ -27,7 +27,9 @@ SCORES = {  # as the tables name them
 }
 
 
-def draw(folder: Path, rows: dict[str, dict], curves: dict[str, list[dict]]) -> dict[str, list[Path]]:
+def draw(
+    folder: Path, rows: dict[str, dict], curves: dict[str, list[dict]]
+) -> dict[str, list[Path]]:
     """Write all pictures that there are numbers for; name -> its PNG and SVG. The same numbers give the same bytes."""
     import matplotlib
 
@@ -37,7 +39,11 @@ def draw(folder: Path, rows: dict[str, dict], curves: dict[str, list[dict]]) -> 
         "risk_coverage": risk_coverage_figure(rows),
         "uncertainty": uncertainty_figure(rows),
     }
-    written = {name: [folder / f"{name}.png", folder / f"{name}.svg"] for name, figure in figures.items() if figure}
+    written = {
+        name: [folder / f"{name}.png", folder / f"{name}.svg"]
+        for name, figure in figures.items()
+        if figure
+    }
     with matplotlib.rc_context({"svg.hashsalt": "pictures"}):  # else the ids in an SVG are random
         for name, (png, svg) in written.items():
             replace(png, partial(figures[name].savefig, format="png", dpi=200))
@@ -56,7 +62,9 @@ def label(name: str, row: dict) -> str:
 def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]):
     """Validation nll against tokens and against time, a line for each run."""
     curves = {name: list(filter(_is_evaluation, curve)) for name, curve in curves.items()}
-    trained = {name: [record for record in curve if record["step"] > 0] for name, curve in curves.items()}
+    trained = {
+        name: [record for record in curve if record["step"] > 0] for name, curve in curves.items()
+    }
     if any(trained.values()):  # step 0 would flatten all that follows
         curves = trained
     curves = {name: curve for name, curve in curves.items() if curve}
@@ -67,12 +75,25 @@ def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]):
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60)
     order = list(dict.fromkeys([*rows, *curves]))  # a run looks the same in all pictures
     for name, curve in curves.items():
-        nll, about = [record["val_nll"] for record in curve], _plain(label(name, rows.get(name, {})))
+        nll, about = (
+            [record["val_nll"] for record in curve],
+            _plain(label(name, rows.get(name, {}))),
+        )
         for panel, key, scale in ((axes[0, 0], "tokens", 1e6), (axes[0, 1], "seconds", seconds)):
             x = [record[key] / scale for record in curve]
-            panel.plot(x, nll, **line_style(order.index(name), len(x)), label=f"{about}: {nll[-1]:.3f}")
-    later = [r["val_nll"] for curve in curves.values() for r in curve if r["tokens"] >= curve[-1]["tokens"] / 10]
-    low, high = min(filter(math.isfinite, later), default=0), max(filter(math.isfinite, later), default=0)
+            panel.plot(
+                x, nll, **line_style(order.index(name), len(x)), label=f"{about}: {nll[-1]:.3f}"
+            )
+    later = [
+        r["val_nll"]
+        for curve in curves.values()
+        for r in curve
+        if r["tokens"] >= curve[-1]["tokens"] / 10
+    ]
+    low, high = (
+        min(filter(math.isfinite, later), default=0),
+        max(filter(math.isfinite, later), default=0),
+    )
     if low < high:  # the first tenth may leave at the top: the end is what is compared
         axes[0, 0].set_ylim(low - (high - low) / 20, high + (high - low) / 20)
     axes[0, 0].set(xlabel="training tokens (millions)", ylabel="validation nll (nats per token)")
@@ -98,14 +119,22 @@ def reliability_figure(rows: dict[str, dict]):
         panel.set_visible(False)
     for panel, (name, row) in zip(axes.flat, rows.items(), strict=False):
         counts, n_tokens = row["calibration"]["n"], sum(row["calibration"]["n"])
-        bins = list(zip(*(row["calibration"][key] for key in ("confidence", "accuracy", "n")), strict=True))
+        bins = list(
+            zip(*(row["calibration"][key] for key in ("confidence", "accuracy", "n")), strict=True)
+        )
         confidence, accuracy, n = zip(*(values for values in bins if values[2]), strict=True)
         ends = zip(*(wilson(*share) for share in zip(accuracy, n, strict=True)), strict=True)
-        error = [[abs(end - share) for end, share in zip(side, accuracy, strict=True)] for side in ends]
+        error = [
+            [abs(end - share) for end, share in zip(side, accuracy, strict=True)] for side in ends
+        ]
         edges = [i / len(counts) for i in range(len(counts) + 1)]
-        panel.stairs([count / n_tokens for count in counts], edges, fill=True, color=IN_DOMAIN, alpha=0.5)
+        panel.stairs(
+            [count / n_tokens for count in counts], edges, fill=True, color=IN_DOMAIN, alpha=0.5
+        )
         panel.plot([0, 1], [0, 1], color="0.5", linewidth=1)
-        panel.errorbar(confidence, accuracy, error, color="black", marker="o", markersize=4, linewidth=1.2)
+        panel.errorbar(
+            confidence, accuracy, error, color="black", marker="o", markersize=4, linewidth=1.2
+        )
         panel.text(0.05, 0.92, f"ECE {row['ece']:.4f}", transform=panel.transAxes)
         panel.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=(0, 0.5, 1))
         panel.set_title(wrap(label(name, row), 26), fontsize=10)
@@ -118,14 +147,19 @@ def reliability_figure(rows: dict[str, dict]):
 def wilson(share: float, n: int) -> tuple[float, float]:
     """The ends of Wilson's 95 % interval for a share seen in n trials; not empty where all of them agree."""
     z = 1.96
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    middle, half = (
+        share + z * z / (2 * n),
+        z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2),
+    )
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def risk_coverage_figure(rows: dict[str, dict]):
     """A panel for each score: the error rate of the answers that are given, the surest first."""
     risks = {name: row["risk_coverage"] for name, row in rows.items() if "risk_coverage" in row}
-    scores = [score for score in SCORES if any(score in of_run["risk"] for of_run in risks.values())]
+    scores = [
+        score for score in SCORES if any(score in of_run["risk"] for of_run in risks.values())
+    ]
     if not scores:
         return None
     figure, axes = panels(1, len(scores), 3.4, sharey=True)
@@ -170,10 +204,18 @@ def _histogram(panel, row: dict, score: str) -> None:
         panel.text(0.5, 0.5, "point weights have none", **where, color="0.4")
         return
     inside, ood = row["histograms"][score], row.get("ood", {})
-    about = {"fill": True, "color": IN_DOMAIN, "label": f"in domain: {_plain(Path(row['dataset']).name)}"}
+    about = {
+        "fill": True,
+        "color": IN_DOMAIN,
+        "label": f"in domain: {_plain(Path(row['dataset']).name)}",
+    }
     panel.stairs(inside["share"], inside["edges"], **about)
     if outside := ood.get("histograms", {}).get(score):
-        about = {"linewidth": 1.5, "color": OUTSIDE, "label": f"outside: {_plain(Path(ood['dataset']).name)}"}
+        about = {
+            "linewidth": 1.5,
+            "color": OUTSIDE,
+            "label": f"outside: {_plain(Path(ood['dataset']).name)}",
+        }
         panel.stairs(outside["share"], outside["edges"], **about)
         of_units = ", ".join(f"{unit} {value:.2f}" for unit, value in ood["auroc"][score].items())
         panel.set_title(f"AUROC: {of_units}", fontsize=9, pad=3)
@@ -181,7 +223,9 @@ def _histogram(panel, row: dict, score: str) -> None:
 
 def _seen(rows: dict[str, dict], score: str) -> tuple[float, float]:
     """The part of a score's axis where any run has more than a thin tail of its tokens."""
-    histograms = [part["histograms"] for row in rows.values() for part in (row, row.get("ood")) if part]
+    histograms = [
+        part["histograms"] for row in rows.values() for part in (row, row.get("ood")) if part
+    ]
     used = []
     for share, edges in ((h[score]["share"], h[score]["edges"]) for h in histograms if score in h):
         bins = zip(share, edges[:-1], edges[1:], strict=True)
@@ -208,7 +252,11 @@ def line_style(i: int, n_points: int) -> dict:
     """How run i is drawn, with some ten markers on a line of n_points, not where another run has its own."""
     style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
     every = max(1, n_points // 10)
-    marker = {"marker": MARKERS[i % len(MARKERS)], "markevery": (3 * i % every, every), "markersize": 5}
+    marker = {
+        "marker": MARKERS[i % len(MARKERS)],
+        "markevery": (3 * i % every, every),
+        "markersize": 5,
+    }
     return style | marker | {"markerfacecolor": "none", "linewidth": 1.5}
 
 
@@ -220,7 +268,9 @@ def _plain(text: str) -> str:
 def wrap(text: str, width: int) -> str:
     """In lines of about the width, what stands in brackets on its own; an option stays whole, with its value."""
     text = _plain(text).replace(" (", "\n(")
-    text = re.sub(r"(\w+) (?=\d)", lambda match: match[1].replace("_", "\1") + "\N{NO-BREAK SPACE}", text)
+    text = re.sub(
+        r"(\w+) (?=\d)", lambda match: match[1].replace("_", "\1") + "\N{NO-BREAK SPACE}", text
+    )
     breakable = text.replace("_", "_\0 ")  # names may be cut behind a _
     wrapped = "\n".join(textwrap.fill(line, width) for line in breakable.splitlines())
     return wrapped.replace("\0 ", "").replace("\0", "").replace("\1", "_")
@@ -234,4 +284,11 @@ def show_legend(figure, *panels) -> None:
             handles.setdefault(name, handle)
     n_columns = max(1, min(4, 118 // (8 + max(map(len, handles), default=1))))
     figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(handles) / n_columns))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=n_columns, frameon=False, fontsize=9)
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="outside lower center",
+        ncols=n_columns,
+        frameon=False,
+        fontsize=9,
+    )

@@ -39,7 +39,10 @@ class Reading(list[Token]):
 
     def means(self) -> dict[str, float]:
         """nll, total and epistemic, nats per token."""
-        return {name: sum(getattr(token, name) for token in self) / max(1, len(self)) for name in AVERAGED}
+        return {
+            name: sum(getattr(token, name) for token in self) / max(1, len(self))
+            for name in AVERAGED
+        }
 
     def __repr__(self) -> str:
         return f"Reading({self.text!r}, {len(self)} tokens)"
@@ -48,14 +51,20 @@ class Reading(list[Token]):
         colouring = colouring or ("epistemic" if any(token.epistemic for token in self) else "nll")
         values = [getattr(token, colouring) or 0.0 for token in self]
         most = float(np.quantile(values, 0.99)) if values else 0.0
-        tokens = "".join(self._span(*pair, most, colouring) for pair in zip(self, values, strict=True))
+        tokens = "".join(
+            self._span(*pair, most, colouring) for pair in zip(self, values, strict=True)
+        )
         note = f"<small>{colouring}, nats: white 0, orange {most:.3g} and more</small>"
-        return f'<p style="white-space: pre-wrap; color: black; background: white">{tokens}</p>{note}'
+        return (
+            f'<p style="white-space: pre-wrap; color: black; background: white">{tokens}</p>{note}'
+        )
 
     @staticmethod
     def _span(token: Token, value: float, most: float, colouring: str) -> str:
         shade = min(1.0, value / most) if most else 0.0
-        about = "given" if token.nll is None else f"{colouring} {value:.3g}, nll {token.nll:.3g} nats"
+        about = (
+            "given" if token.nll is None else f"{colouring} {value:.3g}, nll {token.nll:.3g} nats"
+        )
         title = html.escape("\n".join([about, *(f"{name!r} {p:.1%}" for name, p in token.top)]))
         style = f"background: rgba(254, 153, 41, {shade:.2f})"
         return f'<span title="{title}" style="{style}">{html.escape(token.text)}</span>'
@@ -65,7 +74,10 @@ class Reading(list[Token]):
 def names_of(tokenizer: Tokenizer) -> list[str]:
     """How each id is shown."""
     pieces = enumerate(pieces_of(tokenizer))
-    return ["<|endoftext|>" if i == tokenizer.eot else piece.decode(errors="replace") for i, piece in pieces]
+    return [
+        "<|endoftext|>" if i == tokenizer.eot else piece.decode(errors="replace")
+        for i, piece in pieces
+    ]
 
 
 def reader(tokenizer: Tokenizer) -> Callable[..., list[Token]]:
@@ -75,7 +87,10 @@ def reader(tokenizer: Tokenizer) -> Callable[..., list[Token]]:
 
     def tokens(ids: Iterable[int], found: Iterable[tuple] = ()) -> list[Token]:
         rows = found or [()] * len(ids)
-        return [Token(decode(token), token, *row) for token, row in zip(map(int, ids), rows, strict=True)]
+        return [
+            Token(decode(token), token, *row)
+            for token, row in zip(map(int, ids), rows, strict=True)
+        ]
 
     return tokens
 
@@ -93,17 +108,24 @@ def figures(prediction: Prediction, ids: torch.Tensor, tokenizer: Tokenizer) -> 
 
 
 @torch.no_grad()
-def read(model: torch.nn.Module, tokenizer: Tokenizer, ids: np.ndarray, n_samples: int = 0) -> Reading:
+def read(
+    model: torch.nn.Module, tokenizer: Tokenizer, ids: np.ndarray, n_samples: int = 0
+) -> Reading:
     """ids (n,) -> their Tokens; the first is given. The same draws each time, where n_samples asks for some."""
     model.eval()
     seed_micro_batch(0, 0)
     tokens = reader(tokenizer)
     reading, block_size = Reading(tokens(ids[:1])), model.config.block_size
     idx = torch.from_numpy(np.asarray(ids).astype(np.int64)).to(next(model.parameters()).device)
-    stride = -(-block_size // 2)  # but for the first window, tokens have at least half a window before them
+    stride = -(
+        -block_size // 2
+    )  # but for the first window, tokens have at least half a window before them
     for (start,), length in spans(len(ids) - 1, block_size, 1, 0, stride):
         first, end = block_size - stride if start else 0, start + length
         hiddens = [hidden[:, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
         for hidden, targets in in_pieces(hiddens, idx[None, start + first + 1 : end + 1]):
-            reading += tokens(targets.tolist(), figures(model.lm_head.predict(hidden, n_samples), targets, tokenizer))
+            reading += tokens(
+                targets.tolist(),
+                figures(model.lm_head.predict(hidden, n_samples), targets, tokenizer),
+            )
     return reading

@@ -23,7 +23,15 @@ from engine.eval.reading import Token
 from engine.eval.table import Table
 
 COLOURINGS = ("epistemic", "aleatoric", "total", "nll")
-LOWER = {"nll", "perplexity", "bits", "ece", "brier", "aurc", "fpr95"}  # words of a column whose least value is best
+LOWER = {
+    "nll",
+    "perplexity",
+    "bits",
+    "ece",
+    "brier",
+    "aurc",
+    "fpr95",
+}  # words of a column whose least value is best
 HIGHER = {"accuracy", "auroc", "recall", "lrap"}
 CAPTIONS = {  # how to read a picture
     "val_nll": "Validation nll while training: lower is better, left for the same tokens, right for the same time.",
@@ -59,7 +67,11 @@ def write_report(
     metrics.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(folder, rows, curves)
-    captions = CAPTIONS if any("ood" in row for row in rows.values()) else CAPTIONS | {"uncertainty": OWN_DOMAIN}
+    captions = (
+        CAPTIONS
+        if any("ood" in row for row in rows.values())
+        else CAPTIONS | {"uncertainty": OWN_DOMAIN}
+    )
     body = [NUMBERS.format("\n".join(as_html(table, rows) for table in tables))] if tables else []
     body += [figure(captions[name], svg) for name, (_, svg) in pictures.items()]
     write_page(folder / "report.html", title, note, "\n".join(body), documents, rows)
@@ -84,14 +96,19 @@ def write_page(
         "body": body,
         "data": page_data(documents, rows),
     }
-    page = re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], page)  # one pass: what is filled in stays as it is
+    page = re.sub(
+        r"{{(\w+)}}", lambda found: parts[found[1]], page
+    )  # one pass: what is filled in stays as it is
     replace(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def as_html(table: Table, rows: dict[str, dict]) -> str:
     """The table, with a star at the best of each column where all rows are of the same text."""
     same = len({(row.get("dataset"), row.get("split")) for row in rows.values()}) == 1
-    stars = [best(name, [line[i] for line in table.lines]) if same else set() for i, name in enumerate(table.header)]
+    stars = [
+        best(name, [line[i] for line in table.lines]) if same else set()
+        for i, name in enumerate(table.header)
+    ]
     text = ["".join(f'<th scope="col">{html.escape(name)}</th>' for name in table.header)]
     star = '<span role="img" aria-label="best">★</span> '
     for y, (name, *cells) in enumerate(table.lines):
@@ -108,11 +125,15 @@ def as_html(table: Table, rows: dict[str, dict]) -> str:
 def best(name: str, cells: list[str]) -> set[int]:
     """Which cells of a column are the best; none where they are all the same, or more is neither good nor bad."""
     words = set(name.lower().replace("_", " ").split())
-    found = {i: re.match(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?", cell.strip()) for i, cell in enumerate(cells)}
+    found = {
+        i: re.match(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?", cell.strip()) for i, cell in enumerate(cells)
+    }
     values = {i: float(match[0].replace(",", "")) for i, match in found.items() if match}
     if "se" in words or not words & (LOWER | HIGHER) or len(set(values.values())) < 2:
         return set()
-    winner = max(values.values()) if words & HIGHER else min(values.values())  # nll AUROC is an AUROC
+    winner = (
+        max(values.values()) if words & HIGHER else min(values.values())
+    )  # nll AUROC is an AUROC
     return {i for i, value in values.items() if value == winner}
 
 
@@ -132,14 +153,30 @@ def page_data(documents: list[Document], rows: Mapping[str, dict]) -> str:
         for run, tokens in document.tokens.items():
             known = any(token.epistemic for token in tokens)  # point weights have none
             for name in COLOURINGS if known else COLOURINGS[1:]:
-                values[name] += [value for token in tokens if (value := getattr(token, name)) is not None]
-            fields = [[token.text, *(short(getattr(token, name)) for name in COLOURINGS)] for token in tokens]
+                values[name] += [
+                    value for token in tokens if (value := getattr(token, name)) is not None
+                ]
+            fields = [
+                [token.text, *(short(getattr(token, name)) for name in COLOURINGS)]
+                for token in tokens
+            ]
             top = [[[text, short(p)] for text, p in token.top] for token in tokens]
-            runs.append({"name": label(run, rows.get(run, {})), "known": known, "tokens": fields, "top": top})
+            runs.append(
+                {
+                    "name": label(run, rows.get(run, {})),
+                    "known": known,
+                    "tokens": fields,
+                    "top": top,
+                }
+            )
         texts.append({"title": document.title, "runs": runs})
-    finite = {name: [value for value in found if math.isfinite(value)] for name, found in values.items()}
+    finite = {
+        name: [value for value in found if math.isfinite(value)] for name, found in values.items()
+    }
     scales = {name: float(np.quantile(found, 0.99)) for name, found in finite.items() if found}
-    data = json.dumps({"colourings": COLOURINGS, "scales": scales, "documents": texts}, separators=(",", ":"))
+    data = json.dumps(
+        {"colourings": COLOURINGS, "scales": scales, "documents": texts}, separators=(",", ":")
+    )
     return data.replace("<", "\\u003c")  # neither </script> nor <!-- can be in it
 
 

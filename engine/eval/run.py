@@ -33,21 +33,36 @@ class Sampling:
     top_k: int = 200  # draw from the k likeliest tokens; 0: from all
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
     n_samples: int = 0  # Bayesian heads: posterior draws averaged per token; 0: the mean weights; -1: all, not sampled
-    stop: str = ""  # end before this string, or before one of several with | between; \n: a line's end
+    stop: str = (
+        ""  # end before this string, or before one of several with | between; \n: a line's end
+    )
     abstain: str = "no"  # no | mark: such tokens | stop: before the first whose epistemic uncertainty is above the next
-    max_epistemic: float = 0.0  # nats; --show_uncertainty and uncertainty() show what is usual for a run
+    max_epistemic: float = (
+        0.0  # nats; --show_uncertainty and uncertainty() show what is usual for a run
+    )
     seed: int = 1337  # the same seed, the same text
 
     def __post_init__(self):
         for name, kind in flat_fields(Sampling).items():
             value = getattr(self, name)  # of NumPy or torch, too
             try:
-                found = operator.index(value) if kind is int else float(value) if kind is float else "" + value
+                found = (
+                    operator.index(value)
+                    if kind is int
+                    else float(value)
+                    if kind is float
+                    else "" + value
+                )
             except (TypeError, ValueError):
                 raise UserError(f"{name} = {value!r} must be of type {kind.__name__}") from None
             object.__setattr__(self, name, found)
-        check_ranges(self, {"max_new_tokens": (1, 10**6), "n_samples": (-1, 10**6), "max_epistemic": (0.0, 1e6)})
-        check_ranges(self, {"temperature": (0.0, 1e6), "top_k": (0, MANY), "seed": (0, (1 << 63) - 1)})
+        check_ranges(
+            self,
+            {"max_new_tokens": (1, 10**6), "n_samples": (-1, 10**6), "max_epistemic": (0.0, 1e6)},
+        )
+        check_ranges(
+            self, {"temperature": (0.0, 1e6), "top_k": (0, MANY), "seed": (0, (1 << 63) - 1)}
+        )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} must lie in (0, 1]")
         if self.abstain not in ("no", "mark", "stop"):
@@ -92,7 +107,12 @@ class Continuation:
         elif len(self.tokens) + len(self.held) == self.sampling.max_new_tokens:
             self._let_go(MANY, "length")
         else:
-            begun = [n for stop in self.sampling.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            begun = [
+                n
+                for stop in self.sampling.stops
+                for n in range(1, len(stop))
+                if text.endswith(stop[:n])
+            ]
             self._let_go(len(text) - max(begun, default=0))
 
     def _let_go(self, n_chars: int, ended: str = "") -> None:
@@ -123,7 +143,9 @@ class Run:
         if text not in ("", "<|endoftext|>"):
             return self._ids(text).tolist()
         if self.tokenizer.eot is None:
-            raise UserError("this tokenizer has no end-of-text token to start from; give some text to start with")
+            raise UserError(
+                "this tokenizer has no end-of-text token to start from; give some text to start with"
+            )
         return [self.tokenizer.eot]
 
     def _ids(self, text: str) -> np.ndarray:
@@ -132,36 +154,50 @@ class Run:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError("the text is not Unicode; is it in another encoding than UTF-8?") from None
+            raise UserError(
+                "the text is not Unicode; is it in another encoding than UTF-8?"
+            ) from None
         return self.tokenizer.encode(text)
 
     def check(self, sampling: Sampling) -> None:
         """Refuse what this model cannot do."""
         if sampling.abstain != "no" and not self.model.bayes_layers():
-            raise UserError(f"{self.source} has point weights, which have no epistemic uncertainty to abstain by")
+            raise UserError(
+                f"{self.source} has point weights, which have no epistemic uncertainty to abstain by"
+            )
 
     def generate_text(self, prompt: str = "", **options: float | str) -> str:
         """The prompt's continuation. Options: the fields of Sampling, such as max_new_tokens, temperature, seed."""
         sampling = Sampling(**options)
-        *_, (text,) = self.stream(self.encode(prompt), 1, sampling, uncertain=sampling.abstain != "no")
+        *_, (text,) = self.stream(
+            self.encode(prompt), 1, sampling, uncertain=sampling.abstain != "no"
+        )
         return text.text
 
     def stream(
-        self, prompt: str | list[int], num_samples: int = 1, sampling: Sampling = Sampling(), uncertain: bool = True
+        self,
+        prompt: str | list[int],
+        num_samples: int = 1,
+        sampling: Sampling = Sampling(),
+        uncertain: bool = True,
     ) -> Iterator[list[Continuation]]:
         """Continuations of a prompt (text, or its ids) while they are written, in one batch: yields the same list after
         each token. uncertain: their tokens have figures, each of the prediction that it was drawn from."""
         self.check(sampling)
         prompt = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not prompt or num_samples < 1:
-            raise UserError(f"{num_samples} texts behind {len(prompt)} tokens: at least one of both is needed")
+            raise UserError(
+                f"{num_samples} texts behind {len(prompt)} tokens: at least one of both is needed"
+            )
         if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
             raise UserError(f"the prompt has ids outside 0 .. {self.model.config.vocab_size - 1}")
         texts = [Continuation(sampling) for _ in range(num_samples)]
         readers = [reader(self.tokenizer) for _ in texts]
         for tokens in readers:
             tokens(prompt)  # a character may be split over the prompt's end
-        options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "n_samples")}
+        options = {
+            name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "n_samples")
+        }
         options |= {"n_ids": self.tokenizer.vocab_size, "uncertain": uncertain}
         torch.manual_seed(sampling.seed)
         idx = torch.tensor([prompt] * num_samples, device=self.device)
@@ -174,7 +210,9 @@ class Run:
                 for text, tokens, new, row in zip(texts, readers, ids.tolist(), rows, strict=True):
                     for token in tokens(new, row):
                         text.add(token)
-                with torch.autocast(self.device.type, enabled=False):  # the caller's code between two tokens is its own
+                with torch.autocast(
+                    self.device.type, enabled=False
+                ):  # the caller's code between two tokens is its own
                     yield texts
                 if all(text.ended for text in texts):
                     return
@@ -185,7 +223,9 @@ class Run:
         last block_size tokens are read. n_samples: as in Sampling; the same draws each time."""
         n_samples = Sampling(n_samples=n_samples).n_samples
         seed_micro_batch(0, 0)
-        idx = torch.tensor([self.encode(prompt)[-self.model.config.block_size :]], device=self.device)
+        idx = torch.tensor(
+            [self.encode(prompt)[-self.model.config.block_size :]], device=self.device
+        )
         with self.cast:
             last = [hidden[0, -1:] for hidden in self.model.hiddens(idx, n_samples)]
             return Prediction(*(part[0] for part in self.model.lm_head.predict(last, n_samples)))
@@ -198,5 +238,10 @@ class Run:
         ids, eot = self._ids(text), self.tokenizer.eot
         before = [] if eot is None else [eot]
         with self.cast:
-            reading = read(self.model, self.tokenizer, np.concatenate([np.array(before, ids.dtype), ids]), n_samples)
+            reading = read(
+                self.model,
+                self.tokenizer,
+                np.concatenate([np.array(before, ids.dtype), ids]),
+                n_samples,
+            )
         return Reading(reading[len(before) :])

@@ -40,7 +40,11 @@ GROUPS = {
     },
     "foreign text told from own by its doubt (AUROC of blocks and tokens, FPR95 of blocks)": {
         f"ood_{score}_{doubt}_{level}": (f"{name} {score.upper()} {level}s", "{:.4f}")
-        for doubt, name in (("nll", "nll"), ("entropy", "total"), ("mutual_information", "epistemic"))
+        for doubt, name in (
+            ("nll", "nll"),
+            ("entropy", "total"),
+            ("mutual_information", "epistemic"),
+        )
         for score, level in (("auroc", "block"), ("auroc", "token"), ("fpr95", "block"))
     },
     "continuations (distinct-n falls with the number of words; repetition: of 4-grams, within a text)": {
@@ -68,7 +72,10 @@ def tables(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> list[Table
     """The results by group; columns that no run has are left out. rows, tallies: by the names of the runs; without
     tallies (of rows read from their files) the ratios have no standard error."""
     if not comparable(rows):
-        bits = {name: f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "" for name, row in rows.items()}
+        bits = {
+            name: f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else ""
+            for name, row in rows.items()
+        }
         lines = [[name, bits[name], str(row["dataset"])] for name, row in rows.items()]
         return [Table(OTHER_TEXTS, ["run", "bits per byte", "text"], lines)]
     first = next(iter(rows))
@@ -79,7 +86,9 @@ def tables(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> list[Table
     found = []
     for title, columns in GROUPS.items():
         shown = [
-            name for name in columns if any(row.get(name) not in (None, UNUSED.get(name)) for row in values.values())
+            name
+            for name in columns
+            if any(row.get(name) not in (None, UNUSED.get(name)) for row in values.values())
         ]
         lines = [
             [run, *(columns[name][1].format(row[name]) if name in row else "" for name in shown)]
@@ -93,10 +102,14 @@ def tables(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> list[Table
 
 def comparable(rows: Mapping[str, dict]) -> bool:
     """Whether all runs were asked for the same tokens of the same text."""
-    return len({(row["sha256"], str(row["tokenizer"]), row["n_tokens"]) for row in rows.values()}) == 1
+    return (
+        len({(row["sha256"], str(row["tokenizer"]), row["n_tokens"]) for row in rows.values()}) == 1
+    )
 
 
-def against(name: str, first: str, rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> dict[str, float]:
+def against(
+    name: str, first: str, rows: Mapping[str, dict], tallies: Mapping[str, Tally]
+) -> dict[str, float]:
     """The ratio of a run's perplexity to the first one's; its standard error, where both have resampled the same."""
     ratio = {"vs_first": exp(rows[name]["nll"] - rows[first]["nll"])}
     units = {(row.get("unit"), row.get("n_units")) for row in (rows[name], rows[first])}
@@ -119,7 +132,10 @@ def flat(row: Mapping, prefix: str = "") -> dict:
 
 def as_text(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(table.header, *table.lines, strict=True)]
-    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (table.header, *table.lines)]
+    rows = [
+        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        for row in (table.header, *table.lines)
+    ]
     return "\n".join([table.title, *("  ".join(row) for row in rows)])
 
 
@@ -127,7 +143,10 @@ def as_markdown(table: Table) -> str:
     rule = ["---", *["---:"] * (len(table.header) - 1)]
     rows = [table.header, rule, *table.lines]
     return "\n".join(
-        [f"{table.title}\n", *(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in rows)]
+        [
+            f"{table.title}\n",
+            *(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in rows),
+        ]
     )
 
 
@@ -135,9 +154,13 @@ def as_csv(rows: Mapping[str, dict], tallies: Mapping[str, Tally]) -> str:
     """Every number of every run; of runs that cannot be compared bits per byte alone."""
     if comparable(rows):
         first = next(iter(rows))
-        values = {name: flat(row) | against(name, first, rows, tallies) for name, row in rows.items()}
+        values = {
+            name: flat(row) | against(name, first, rows, tallies) for name, row in rows.items()
+        }
     else:
-        values = {name: {"bits_per_byte": row.get("bits_per_byte", "")} for name, row in rows.items()}
+        values = {
+            name: {"bits_per_byte": row.get("bits_per_byte", "")} for name, row in rows.items()
+        }
     text, names = io.StringIO(), dict.fromkeys(name for row in values.values() for name in row)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", *names])

@@ -28,10 +28,21 @@ class Screen:
         self.silent, self.seen = bool(config.jsonl), 0
         if config.show_uncertainty and self.colours:
             names = [f"{limit:.0f}" if limit < math.inf else "more" for limit, _ in SHADES]
-            shown = [self._styled(name, f"38;5;{c}") for name, (_, c) in zip(names, SHADES, strict=True)]
-            marked = f"above {config.sampling.max_epistemic} nats" if config.sampling.max_epistemic else "a high tenth"
-            text = f"[the model wavers between up to {' / '.join(shown)} tokens (exp of the entropy)"
-            self._print(text + (f"; underlined: epistemic uncertainty, {marked}]" if known else "]"), end="\n")
+            shown = [
+                self._styled(name, f"38;5;{c}") for name, (_, c) in zip(names, SHADES, strict=True)
+            ]
+            marked = (
+                f"above {config.sampling.max_epistemic} nats"
+                if config.sampling.max_epistemic
+                else "a high tenth"
+            )
+            text = (
+                f"[the model wavers between up to {' / '.join(shown)} tokens (exp of the entropy)"
+            )
+            self._print(
+                text + (f"; underlined: epistemic uncertainty, {marked}]" if known else "]"),
+                end="\n",
+            )
 
     def begin(self, prompt: Reading) -> None:
         """A text begins; in a conversation its prompt stands there already."""
@@ -44,8 +55,12 @@ class Screen:
         for token in text.tokens[self.seen :]:
             styles, mark, coloured = [], "", self.config.show_uncertainty
             if coloured:
-                styles.append(f"38;5;{next(colour for limit, colour in SHADES if math.exp(token.total) <= limit)}")
-            if (coloured or text.sampling.abstain == "mark") and self._is_high(token, text.sampling):
+                styles.append(
+                    f"38;5;{next(colour for limit, colour in SHADES if math.exp(token.total) <= limit)}"
+                )
+            if (coloured or text.sampling.abstain == "mark") and self._is_high(
+                token, text.sampling
+            ):
                 styles.append("4")
                 mark = "" if self.colours else "[?]" * text.sampling.too_uncertain(token)
             self._print(self._styled(token.text, *styles) + mark)
@@ -54,7 +69,10 @@ class Screen:
     def end(self, text: Continuation) -> None:
         self._print("", end="\n")
         if text.ended == "abstain":
-            self._print(f"[abstains: epistemic uncertainty above {text.sampling.max_epistemic} nats]", end="\n")
+            self._print(
+                f"[abstains: epistemic uncertainty above {text.sampling.max_epistemic} nats]",
+                end="\n",
+            )
         if self.config.show_uncertainty and text.tokens:
             mean = text.tokens.means()
             epistemic = f", epistemic {mean['epistemic']:.4f} nats" if self.known else ""
@@ -69,7 +87,10 @@ class Screen:
         if sampling.max_epistemic:
             return token.epistemic > sampling.max_epistemic
         bisect.insort(self.epistemic, token.epistemic)
-        return len(self.epistemic) >= 10 and token.epistemic >= self.epistemic[-(len(self.epistemic) // 10)]
+        return (
+            len(self.epistemic) >= 10
+            and token.epistemic >= self.epistemic[-(len(self.epistemic) // 10)]
+        )
 
     def _styled(self, text: str, *codes: str) -> str:
         text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if self.tty else text

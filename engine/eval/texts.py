@@ -20,10 +20,18 @@ class Text:
     unit: what a bootstrap resamples. Documents; of a split with few of them stretches of STRETCH tokens (which depend
     on each other: a standard error is then too small); of a part of a split its windows."""
 
-    def __init__(self, tokenizer: Tokenizer, frequencies: Tensor, n_documents: float = 0.0, part: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        frequencies: Tensor,
+        n_documents: float = 0.0,
+        part: bool = False,
+    ):
         """frequencies: (V,) of the training text."""
         self.eot, self.log_frequencies, n_ids = tokenizer.eot, frequencies.log(), len(frequencies)
-        self.pieces = [*tokenizer.token_bytes(), *[b""] * n_ids][:n_ids]  # of ids that the tokenizer has not: nothing
+        self.pieces = [*tokenizer.token_bytes(), *[b""] * n_ids][
+            :n_ids
+        ]  # of ids that the tokenizer has not: nothing
         self.bytes = torch.tensor(list(map(len, self.pieces)))
         self.unit = "window" if part else "document" if n_documents >= FEW else "stretch"
         self.n_words, self.n_documents = 0, 0
@@ -56,7 +64,9 @@ def document(file: TokenFile, eot: int | None, number: int, n_tokens: int) -> np
         left -= len(ends)
         start += int(ends[-1]) + 1 if left == 0 else len(ids)
         if start == len(file):
-            raise UserError(f"{file.path} has fewer than {number + 1} documents; give a lower --document")
+            raise UserError(
+                f"{file.path} has fewer than {number + 1} documents; give a lower --document"
+            )
     ids = file.rows(np.array([start]), min(n_tokens, len(file) - start))[0]
     ids = ids[np.argmax(ids != eot) :]  # llm.c's documents begin with end-of-text
     ends = np.flatnonzero(ids == eot)

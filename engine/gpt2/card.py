@@ -47,38 +47,58 @@ def card(
     about = {"head": f"{head.weights} x {head.likelihood}"} | facts
     about["tokenizer"] = f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids" if tokenizer else "none"
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in about.items()), ""]
-    lines += ["## How well it predicts", "", *_prediction(lost, measured), "", *_use(name, tokenizer)]
+    lines += [
+        "## How well it predicts",
+        "",
+        *_prediction(lost, measured),
+        "",
+        *_use(name, tokenizer),
+    ]
     return "\n".join([*lines, "## What is not in it", "", *_missing(model, tokenizer, lost), ""])
 
 
 def _prediction(lost: Sequence[str], measured: Measured) -> list[str]:
     difference = f"log-probabilities differ by at most {measured.largest:.1e} nats from those of the original"
     if not measured.rows:
-        return [f"Not measured: the data set was not at hand. The export is exact: on {measured.text} {difference}."]
+        return [
+            f"Not measured: the data set was not at hand. The export is exact: on {measured.text} {difference}."
+        ]
     lines = ["| prediction | nll, nats per token | perplexity |", "|---|---|---|"]
     lines += [f"| {whose} | {nll:.4f} | {exp(nll):.2f} |" for whose, nll in measured.rows]
     lines += ["", f"Measured by export.py on {measured.n_tokens:,} tokens: {measured.text}."]
     if not lost:
         return [*lines, f"The export is exact: on them {difference}."]
     change = measured.rows[-1][1] - measured.rows[0][1]
-    return [*lines, f"The export is approximate, the nearest GPT-2: its nll differs by {change:+.4f} nats per token."]
+    return [
+        *lines,
+        f"The export is approximate, the nearest GPT-2: its nll differs by {change:+.4f} nats per token.",
+    ]
 
 
 def _use(name: str, tokenizer: Tokenizer | None) -> list[str]:
     lines = ["## Use", "", "```python"]
     if tokenizer is None:
-        call = f'model = GPT2LMHeadModel.from_pretrained("{name}")  # of token ids; they have no text'
+        call = (
+            f'model = GPT2LMHeadModel.from_pretrained("{name}")  # of token ids; they have no text'
+        )
         return [*lines, "from transformers import GPT2LMHeadModel", "", call, "```", ""]
-    call = [f'generate = pipeline("text-generation", model="{name}")', 'print(generate("The", max_new_tokens=50))']
+    call = [
+        f'generate = pipeline("text-generation", model="{name}")',
+        'print(generate("The", max_new_tokens=50))',
+    ]
     return [*lines, "from transformers import pipeline", "", *call, "```", ""]
 
 
 def _missing(model: GPT, tokenizer: Tokenizer | None, lost: Sequence[str]) -> list[str]:
     lines = [f"- {what[0].upper()}{what[1:]}." for what in lost]
     if model.bayes_layers():
-        lines.append("- Uncertainty of the weights: this is one model, which does not know what it does not know.")
+        lines.append(
+            "- Uncertainty of the weights: this is one model, which does not know what it does not know."
+        )
     if model.config.head.likelihood == "smooth":
-        lines.append("- The correction for label smoothing: probabilities are as smooth as those it was trained on.")
+        lines.append(
+            "- The correction for label smoothing: probabilities are as smooth as those it was trained on."
+        )
     lines.append("- The state of the optimiser: training goes on from the weights alone.")
     if tokenizer and tokenizer.eot is not None:
         lines.append(
@@ -86,7 +106,9 @@ def _missing(model: GPT, tokenizer: Tokenizer | None, lost: Sequence[str]) -> li
         )
     if tokenizer and tokenizer.vocab_size < model.config.vocab_size:
         n = model.config.vocab_size
-        lines.append(f"- Text for the ids {tokenizer.vocab_size:,} to {n - 1:,}, which the tokenizer does not have.")
+        lines.append(
+            f"- Text for the ids {tokenizer.vocab_size:,} to {n - 1:,}, which the tokenizer does not have."
+        )
     return lines
 
 
@@ -104,5 +126,9 @@ def known_of(about: dict, meta: dict | None, config: dict, here: dict) -> dict[s
         facts["steps"] = f"{step:,}"
         facts |= {"tokens trained": f"{about['tokens']:,}"} if about.get("tokens") else {}
     code = {"trained with": config.get("environment", {}), "exported with": here}
-    facts |= {what: f"commit {by['commit']}, torch {by['torch']}" for what, by in code.items() if "torch" in by}
+    facts |= {
+        what: f"commit {by['commit']}, torch {by['torch']}"
+        for what, by in code.items()
+        if "torch" in by
+    }
     return facts

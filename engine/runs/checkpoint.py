@@ -23,12 +23,20 @@ from engine.data.tokens import dataset_folder
 from engine.gpt2.loading import HUB, from_nanogpt, from_transformers, is_transformers, load_state
 from model import GPT, GPTConfig
 
-PARTS = {"model": dict, "model_config": dict, "config": dict, "optimizer": dict, "scaler": dict}  # what save() is given
+PARTS = {
+    "model": dict,
+    "model_config": dict,
+    "config": dict,
+    "optimizer": dict,
+    "scaler": dict,
+}  # what save() is given
 PARTS |= {"step": int, "best_step": int, "best_val_nll": float, "seconds": float}
 KINDS = PARTS | {"tokens": int, "skipped": int, "wandb_id": str, "data": dict}
 KINDS |= {"model_args": dict}  # nanoGPT's
 SUMS = "SHA256SUMS"
-GPT2S = {"tokenizer": {"kind": GPT2Tokenizer.kind}}  # what is said of GPT-2's tokens, or to be said of them
+GPT2S = {
+    "tokenizer": {"kind": GPT2Tokenizer.kind}
+}  # what is said of GPT-2's tokens, or to be said of them
 
 
 def name_of(step: int) -> str:
@@ -49,11 +57,21 @@ def read(path: Path) -> dict:
         else:  # torch.load itself does not look at the checksums
             check_zip(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old formats, which are read or refused all the same
+            warnings.simplefilter(
+                "ignore"
+            )  # of old formats, which are read or refused all the same
             state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and "model" in state:
-            odd = [name for name, kind in KINDS.items() if name in state and not isinstance(state[name], kind)]
-            odd = odd or [name for name, tensor in state["model"].items() if not isinstance(tensor, torch.Tensor)]
+            odd = [
+                name
+                for name, kind in KINDS.items()
+                if name in state and not isinstance(state[name], kind)
+            ]
+            odd = odd or [
+                name
+                for name, tensor in state["model"].items()
+                if not isinstance(tensor, torch.Tensor)
+            ]
             if not odd:
                 return state
             reason = f"its {odd[0]} is of another kind"
@@ -74,7 +92,9 @@ def read_newest(out_dir: Path) -> dict:
             return read(path)
         except UserError as error:
             if path == paths[0]:
-                raise UserError(f"{error}; there is no other one in {out_dir}, give another --out_dir") from None
+                raise UserError(
+                    f"{error}; there is no other one in {out_dir}, give another --out_dir"
+                ) from None
             warn(f"{error}; trying the one before")
     raise UserError(f"there is no checkpoint in {out_dir}; train first, or give another --out_dir")
 
@@ -93,12 +113,16 @@ def read_weights(source: str | Path) -> tuple[GPTConfig, dict]:
             raise UserError(f"{source} is neither a checkpoint of ours nor one of nanoGPT's")
         shape, state = from_nanogpt(contents)
     else:
-        raise UserError(f"{source} does not exist; give a run folder, a checkpoint file, or one of: {', '.join(HUB)}")
+        raise UserError(
+            f"{source} does not exist; give a run folder, a checkpoint file, or one of: {', '.join(HUB)}"
+        )
     tied = torch.equal(state["transformer.wte.weight"], state["lm_head.weights.weight"])
     return build(GPTConfig, shape | {"tie_head": tied}), state
 
 
-def load_model(source: str | Path, device: torch.device | str = "cpu", config: GPTConfig | None = None) -> GPT:
+def load_model(
+    source: str | Path, device: torch.device | str = "cpu", config: GPTConfig | None = None
+) -> GPT:
     """The model of read_weights(source), ready to predict; config: another head or a shorter block_size on the same
     backbone (what the new head has beyond the old one stays as initialised)."""
     found, state = read_weights(source)
@@ -116,20 +140,30 @@ def check_tokenizer(source: str | Path, dataset: Path) -> None:
     """Refuse data whose tokenizer is another than that of the run in the folder of source, where both are known."""
     folder, theirs = folder_of(source), read_meta(dataset)
     ours = GPT2S if str(source) in HUB else read_meta(folder)
-    if theirs and ours is None and has_tokenizer(folder):  # transformers': its files of a BPE are not ours to the byte
+    if (
+        theirs and ours is None and has_tokenizer(folder)
+    ):  # transformers': its files of a BPE are not ours to the byte
         found = load_tokenizer(folder)
         same = found.kind == "bpe" == theirs["tokenizer"].get("kind")
         same = same and found.token_bytes() == load_tokenizer(dataset).token_bytes()
         ours = theirs if same else {"tokenizer": found.describe()}
     if ours and theirs and ours["tokenizer"] != theirs["tokenizer"]:
         kinds = [meta["tokenizer"].get("kind") for meta in (ours, theirs)]
-        raise UserError(f"{source} was trained with another tokenizer ({kinds[0]}) than {dataset} has ({kinds[1]})")
+        raise UserError(
+            f"{source} was trained with another tokenizer ({kinds[0]}) than {dataset} has ({kinds[1]})"
+        )
 
 
 def about(source: str | Path) -> dict:
     """What the checkpoint of a run, the newest in a folder, holds beside the model; {} where source is none."""
     path = Path(source)
-    state = read(path) if path.is_file() else read_newest(path) if path.is_dir() and exists(path) else {}
+    state = (
+        read(path)
+        if path.is_file()
+        else read_newest(path)
+        if path.is_dir() and exists(path)
+        else {}
+    )
     return {name: value for name, value in state.items() if name not in ("model", "optimizer")}
 
 
@@ -141,7 +175,9 @@ def trained_on(source: str | Path) -> str | None:
 def tokenizer_folder(source: str | Path) -> Path:
     """The folder that says what the tokens of a model mean."""
     folder = folder_of(source)
-    if not has_tokenizer(folder) and (dataset := trained_on(source)):  # nanoGPT keeps its tokenizer with the data
+    if not has_tokenizer(folder) and (
+        dataset := trained_on(source)
+    ):  # nanoGPT keeps its tokenizer with the data
         return dataset_folder(dataset)
     return folder
 
@@ -150,7 +186,11 @@ def tokenizer_of(source: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer that a run, a checkpoint file or GPT-2's weights belong to; GPT-2's where nothing names another."""
     tokenizer = load_tokenizer(folder := tokenizer_folder(source))
     if tokenizer.vocab_size > vocab_size:
-        needed = "tokenizer files of its own" if is_transformers(folder) else "the meta.json of its data set"
+        needed = (
+            "tokenizer files of its own"
+            if is_transformers(folder)
+            else "the meta.json of its data set"
+        )
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}: {source} needs {needed}"
         )
@@ -175,7 +215,9 @@ def lacks_bpe(folder: Path) -> bool:
 def all_in(out_dir: Path) -> list[Path]:
     """Oldest first; a lone ckpt.pt is nanoGPT's."""
     ours = [path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
-    return sorted(ours, key=lambda path: int(path.stem[5:])) or sorted(Path(out_dir).glob("ckpt.pt"))
+    return sorted(ours, key=lambda path: int(path.stem[5:])) or sorted(
+        Path(out_dir).glob("ckpt.pt")
+    )
 
 
 def sha256_of(path: Path, from_disk: bool = False) -> str:

@@ -34,13 +34,17 @@ def on_weights(config, init_from: str, head: HeadConfig, data: TokenFile, given:
             "or give --logit_bias=uniform"
         )
     if any(name.endswith(".log_std") for name in weights.keys() - model.state_dict().keys()):
-        warn(f"the means of {init_from}'s posterior go on, its widths do not (--weights=bayes, --bayes_mlp keep them)")
+        warn(
+            f"the means of {init_from}'s posterior go on, its widths do not (--weights=bayes, --bayes_mlp keep them)"
+        )
     with torch.no_grad():
         if "lm_head.bias" in new:
             model.lm_head.bias.zero_()
         taken = model.lm_head.take_over(shape.head, lambda: hidden_states(model, data))
         if head.tie_head:
-            model.transformer.wpe.weight += taken  # embeddings of token and position add up to the same as before
+            model.transformer.wpe.weight += (
+                taken  # embeddings of token and position add up to the same as before
+            )
     model.start_posteriors(data.frequencies(model.config.vocab_size), only=new)
     return model
 
@@ -51,7 +55,9 @@ def hidden_states(model: GPT, data: TokenFile) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         blocks = eval_batches(data, block_size, 1, max(1, POSITIONS // block_size))
-        hidden = [model.hidden(gather(data, starts, block_size)[0]).flatten(0, 1) for starts in blocks]
+        hidden = [
+            model.hidden(gather(data, starts, block_size)[0]).flatten(0, 1) for starts in blocks
+        ]
     model.train()
     return torch.cat(hidden)
 
@@ -65,6 +71,8 @@ def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConf
                 f"{name} = {getattr(wanted, name)}, but the weights to start from have {getattr(shape, name)}"
             )
     if wanted.block_size > shape.block_size and "block_size" in given:
-        raise UserError(f"block_size = {wanted.block_size}, but the weights to start from end at {shape.block_size}")
+        raise UserError(
+            f"block_size = {wanted.block_size}, but the weights to start from end at {shape.block_size}"
+        )
     block_size = min(wanted.block_size, shape.block_size)
     return replace(wanted, block_size=block_size, **{name: getattr(shape, name) for name in fixed})

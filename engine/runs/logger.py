@@ -42,8 +42,15 @@ class Logger:
         progress,
         max_iters: int,
     ):
-        self.is_main, self.tokens_per_step, self.max_iters = processes.is_main, tokens_per_step, max_iters
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(processes.device) * processes.world_size
+        self.is_main, self.tokens_per_step, self.max_iters = (
+            processes.is_main,
+            tokens_per_step,
+            max_iters,
+        )
+        self.flops_per_token, self.peak_flops = (
+            flops_per_token,
+            peak_flops(processes.device) * processes.world_size,
+        )
         self.progress, self.clock = progress, time.perf_counter()
         self.begun, self.first = self.clock, progress.step  # for the time left
         self.last_step, self.last_seconds = progress.step, progress.seconds
@@ -53,7 +60,11 @@ class Logger:
             self.file = open(self.path, "a")  # noqa: SIM115  closed in close()
             show = sys.stderr.isatty()
             self.bar = tqdm(
-                total=max_iters, initial=progress.step, disable=not show, dynamic_ncols=True, bar_format=BAR
+                total=max_iters,
+                initial=progress.step,
+                disable=not show,
+                dynamic_ncols=True,
+                bar_format=BAR,
             )
 
     @contextlib.contextmanager
@@ -78,8 +89,13 @@ class Logger:
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
         record |= {"mfu": mfu} if math.isfinite(mfu) else {}
         record |= {"skipped": self.progress.skipped} if self.progress.skipped else {}
-        line = f"loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.2f} | {speed:,.0f} tokens/s | "
-        self._write(record, line + (f"mfu {mfu:.1%} | " if "mfu" in record else "") + f"{clock_time(left)} left")
+        line = (
+            f"loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.2f} | {speed:,.0f} tokens/s | "
+        )
+        self._write(
+            record,
+            line + (f"mfu {mfu:.1%} | " if "mfu" in record else "") + f"{clock_time(left)} left",
+        )
 
     def skipped(self, loss: float, grad_norm: float) -> None:
         """Count a step that was left out, and write it down."""
@@ -90,7 +106,10 @@ class Logger:
 
     def evaluation(self, scores: dict[str, float]) -> None:
         """An evaluation record."""
-        parts = [f"{name[4:]} {value:{'.5g' if 'perplexity' in name else '.4f'}}" for name, value in scores.items()]
+        parts = [
+            f"{name[4:]} {value:{'.5g' if 'perplexity' in name else '.4f'}}"
+            for name, value in scores.items()
+        ]
         self._write(scores, "val " + " | ".join(parts))  # each is named val_...
 
     def say(self, text: str) -> None:
@@ -118,11 +137,17 @@ class Logger:
             self.wandb.define_metric("val/nll", step_metric="tokens", summary="min")
             for path in sorted(out_dir.glob("code*.zip")):
                 shutil.copy(path, self.wandb.dir)  # wandb.save would make a link, and warn of it
-            for record in read_records(self.path):  # of a resumed run: what wandb lacks, offline all
+            for record in read_records(
+                self.path
+            ):  # of a resumed run: what wandb lacks, offline all
                 self._chart(record)
-        except Exception as error:  # a third party's service: any failure of it must not cost a training run
+        except (
+            Exception
+        ) as error:  # a third party's service: any failure of it must not cost a training run
             self.wandb = None
-            self.say(f"warning: wandb does not start ({type(error).__name__}: {error}); going on without it")
+            self.say(
+                f"warning: wandb does not start ({type(error).__name__}: {error}); going on without it"
+            )
         # a service that does not answer takes a minute, which is no training
         self.begun = self.clock = time.perf_counter()
 
@@ -154,14 +179,18 @@ class Logger:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}); make room and resume the run") from None
+            raise UserError(
+                f"cannot write {self.path} ({error.strerror}); make room and resume the run"
+            ) from None
         self.bar.update(record["step"] - self.bar.n)
         self.say(f"step {record['step']:>{len(str(self.max_iters))}}/{self.max_iters} | {line}")
         if self.wandb is not None:
             try:
                 self._chart(record)
             except Exception as error:  # see start_wandb
-                self.say(f"warning: wandb fails ({type(error).__name__}: {error}); going on without it")
+                self.say(
+                    f"warning: wandb fails ({type(error).__name__}: {error}); going on without it"
+                )
                 self.wandb = None
 
     def _chart(self, record: dict) -> None:
@@ -178,7 +207,10 @@ def _has_key(wandb) -> bool:
         return True
     try:
         return bool(wandb.login(prompt=False))
-    except (AttributeError, TypeError):  # an older wandb, whose login would ask; newer ones warn of wandb.api
+    except (
+        AttributeError,
+        TypeError,
+    ):  # an older wandb, whose login would ask; newer ones warn of wandb.api
         return bool(getattr(getattr(wandb, "api", None), "api_key", None))
     except Exception:  # a key that wandb refuses is none
         return False
@@ -195,11 +227,17 @@ PACKAGES = ("numpy", "tokenizers", "tiktoken")
 def environment() -> dict[str, str]:
     """What a number depends on beside the options: code ("-dirty": with changes that are not committed), versions,
     machine."""
-    here, git, commit = Path(__file__), {"capture_output": True, "text": True, "cwd": Path(__file__).parent}, ""
+    here, git, commit = (
+        Path(__file__),
+        {"capture_output": True, "text": True, "cwd": Path(__file__).parent},
+        "",
+    )
     with contextlib.suppress(OSError):  # no git on this machine
         # an unpacked copy may lie in a repository of something else, which does not know this file
         if subprocess.run(["git", "ls-files", "--error-unmatch", here.name], **git).returncode == 0:
-            commit = subprocess.run(["git", "describe", "--always", "--dirty"], **git).stdout.strip()
+            commit = subprocess.run(
+                ["git", "describe", "--always", "--dirty"], **git
+            ).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {}
     for name in PACKAGES:
@@ -229,5 +267,14 @@ def read_records(path: Path) -> list[dict]:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the records that a resumed run will write again: later ones, and the evaluation of this very step."""
-    kept = [r for r in read_records(path) if r["step"] < step or (r["step"] == step and "val_nll" not in r)]
-    replace(path, lambda temporary: temporary.write_text("".join(json.dumps(record) + "\n" for record in kept)))
+    kept = [
+        r
+        for r in read_records(path)
+        if r["step"] < step or (r["step"] == step and "val_nll" not in r)
+    ]
+    replace(
+        path,
+        lambda temporary: temporary.write_text(
+            "".join(json.dumps(record) + "\n" for record in kept)
+        ),
+    )

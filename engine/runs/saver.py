@@ -42,7 +42,9 @@ class Saver:
             if state.get("scaler") and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"the checkpoint in {self.out_dir} has no optimiser of this model: {error}") from None
+            raise UserError(
+                f"the checkpoint in {self.out_dir} has no optimiser of this model: {error}"
+            ) from None
 
     def save(self) -> None:
         """Take a copy of all and start to write it; nothing to do where this step is saved already."""
@@ -54,7 +56,9 @@ class Saver:
             keep = self.processes.is_main
             state = {"model": whole_model(self.model, keep)} | whole(parts, keep)
         if self.processes.is_main:
-            self.pending = self.thread.submit(self._write, state | self.about | asdict(self.progress))
+            self.pending = self.thread.submit(
+                self._write, state | self.about | asdict(self.progress)
+            )
         self.saved = self.progress.step
 
     def stepped(self) -> None:
@@ -75,8 +79,15 @@ class Saver:
                 self.pending.result()
                 self.processes.wait_for_all()  # torchrun ends all as soon as one is gone
             if interrupted and self.processes.is_main:
-                saved = f"{self.out_dir / name_of(self.saved)} holds it; " if self.saved else "nothing to save; "
-                print(f"interrupted at step {self.saved}: {saved}go on with --init_from=auto", file=sys.stderr)
+                saved = (
+                    f"{self.out_dir / name_of(self.saved)} holds it; "
+                    if self.saved
+                    else "nothing to save; "
+                )
+                print(
+                    f"interrupted at step {self.saved}: {saved}go on with --init_from=auto",
+                    file=sys.stderr,
+                )
         finally:
             self.thread.shutdown()
 
@@ -91,8 +102,15 @@ class Saver:
                     if old.name not in kept:
                         old.unlink()
             sums = read_sums(self.out_dir)
-            write_sums(self.out_dir, {name: sums[name][:1] for name in sums if (self.out_dir / name).exists()})
-        except (OSError, RuntimeError, ValueError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            write_sums(
+                self.out_dir,
+                {name: sums[name][:1] for name in sums if (self.out_dir / name).exists()},
+            )
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # torch's zip writer turns a full disk into a RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:150]
             raise UserError(
                 f"cannot write {path} ({reason}; {shutil.disk_usage(self.out_dir).free >> 20:,} MiB free); the earlier "
@@ -109,5 +127,7 @@ class Saver:
         beat()
         check_zip(temporary)
         beat()
-        sums = read_sums(self.out_dir)  # a file of this name that is there keeps its line until it is replaced
+        sums = read_sums(
+            self.out_dir
+        )  # a file of this name that is there keeps its line until it is replaced
         write_sums(self.out_dir, sums | {name: [sha256, *sums.get(name, [])]})

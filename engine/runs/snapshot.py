@@ -14,10 +14,21 @@ from pathlib import Path
 from engine.base.files import replace
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = ("*.py", "heads/*.py", "engine/*.py", "engine/*/*.py", "study/*.py", "augmentation/*.py", "data/*/prepare.py")
+CODE = (
+    "*.py",
+    "heads/*.py",
+    "engine/*.py",
+    "engine/*/*.py",
+    "study/*.py",
+    "augmentation/*.py",
+    "data/*/prepare.py",
+)
 # what zipfile raises at bytes that are no archive: the two at the end at flags and methods that it does not know
 DAMAGED = (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
-GIVEN = ("config/", "given/")  # where config files lie in the archive; they are no code: their options are compared
+GIVEN = (
+    "config/",
+    "given/",
+)  # where config files lie in the archive; they are no code: their options are compared
 
 
 def command() -> str:
@@ -30,12 +41,20 @@ def starts(out_dir: Path) -> list[dict]:
     starts were kept has the newest alone, and no step."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         written = json.loads((out_dir / "config.json").read_text())
-        known = written.get("starts", [written.get("environment")]) if isinstance(written, dict) else None
-        return [start for start in known if isinstance(start, dict)] if isinstance(known, list) else []
+        known = (
+            written.get("starts", [written.get("environment")])
+            if isinstance(written, dict)
+            else None
+        )
+        return (
+            [start for start in known if isinstance(start, dict)] if isinstance(known, list) else []
+        )
     return []
 
 
-def save_code(out_dir: Path, step: int, config_files: Iterable[Path], last: str = "code.zip") -> tuple[str, str]:
+def save_code(
+    out_dir: Path, step: int, config_files: Iterable[Path], last: str = "code.zip"
+) -> tuple[str, str]:
     """Keep the code as code.zip, or that of a run which goes on at step > 0, where no archive has it yet, beside as
     code_<step>.zip. last: the archive of the start before. Returns the archive's name, and a line on how the code
     differs from that of the last start, "" where it does not or nobody knows."""
@@ -44,12 +63,24 @@ def save_code(out_dir: Path, step: int, config_files: Iterable[Path], last: str 
     known = {path: _code_in(path) for path in (sorted(out_dir.glob("code*.zip")) if step else [])}
     path, changed = next((path for path, there in known.items() if there == now), None), []
     if before := known.get(out_dir / last):
-        changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        changed = sorted(
+            name for name in now.keys() | before.keys() if now.get(name) != before.get(name)
+        )
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    line = f"the code has changed since the last start: {', '.join(changed[:3])}{more}" if changed else ""
+    line = (
+        f"the code has changed since the last start: {', '.join(changed[:3])}{more}"
+        if changed
+        else ""
+    )
     if not path:
-        path = out_dir / (_free_name(f"code_{step:08d}.zip", {path.name for path in known}) if step else "code.zip")
-        replace(path, lambda temporary: _write(temporary, code | _configs(config_files, code.values())))
+        path = out_dir / (
+            _free_name(f"code_{step:08d}.zip", {path.name for path in known})
+            if step
+            else "code.zip"
+        )
+        replace(
+            path, lambda temporary: _write(temporary, code | _configs(config_files, code.values()))
+        )
         line += f"; kept as {path.name}" if line else ""
     return path.name, line
 
@@ -64,7 +95,9 @@ def _configs(given: Iterable[Path], code: Collection[Path]) -> dict[str, Path]:
     for path in dict.fromkeys([*given, *(path for path in imported if path.parent in folders)]):
         if path.is_file() and path not in code:
             ours = path.is_relative_to(ROOT / "config")
-            found[str(path.relative_to(ROOT)) if ours else _free_name(f"given/{path.name}", found)] = path
+            found[
+                str(path.relative_to(ROOT)) if ours else _free_name(f"given/{path.name}", found)
+            ] = path
     return found
 
 
@@ -85,5 +118,7 @@ def _write(temporary: Path, files: dict[str, Path]) -> None:
 def _code_in(path: Path) -> dict[str, bytes]:
     """The code in an archive, by name; {} where there is none, or no whole one."""
     with contextlib.suppress(*DAMAGED), zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist() if not name.startswith(GIVEN)}
+        return {
+            name: archive.read(name) for name in archive.namelist() if not name.startswith(GIVEN)
+        }
     return {}

@@ -30,8 +30,23 @@ from model import GPT
 # what belongs to this start of a run, not to the run
 HERE = {"out_dir", "init_from", "allow_change", "eval_only", "backend", "device", "hang_timeout"}
 # what may change in the middle, and stays as it was where it is not given: how long, how, with which reports it runs
-FREE = {"max_iters", "eval_interval", "eval_iters", "log_interval", "save_interval", "always_save_checkpoint"}
-FREE |= {"wandb_log", "wandb_project", "wandb_run_name", "gradient_checkpointing", "dtype", "compile", "sharding"}
+FREE = {
+    "max_iters",
+    "eval_interval",
+    "eval_iters",
+    "log_interval",
+    "save_interval",
+    "always_save_checkpoint",
+}
+FREE |= {
+    "wandb_log",
+    "wandb_project",
+    "wandb_run_name",
+    "gradient_checkpointing",
+    "dtype",
+    "compile",
+    "sharding",
+}
 FREE |= {"patience"}
 FREE |= {"dataset"}  # what counts is what is in it, see check_data
 LAUNCH = ".launch"  # a file in out_dir: which torchrun trains there
@@ -48,7 +63,9 @@ def start(config, given: Set[str], processes: Processes):
     if state:
         config = resumed(config, state, given)
     elif checkpoint.exists(out_dir):
-        raise UserError(f"{out_dir} already holds a run; go on with --init_from=resume, or give another --out_dir")
+        raise UserError(
+            f"{out_dir} already holds a run; go on with --init_from=resume, or give another --out_dir"
+        )
     data = {split: TokenFile(config.dataset, split) for split in ("train", "val")}
     if state:
         model = GPT(config.model)
@@ -67,7 +84,13 @@ def how_to_begin(out_dir: Path, init_from: str) -> str:
     """auto: resume, if there is a run. What this very torchrun has begun, and starts anew, is resumed too."""
     ours, mark = _launch(), out_dir / LAUNCH
     if init_from == "auto" or (ours and mark.is_file() and mark.read_text() == ours):
-        return "resume" if checkpoint.exists(out_dir) else "scratch" if init_from == "auto" else init_from
+        return (
+            "resume"
+            if checkpoint.exists(out_dir)
+            else "scratch"
+            if init_from == "auto"
+            else init_from
+        )
     return init_from
 
 
@@ -82,7 +105,9 @@ def begin(config, init_from: str, data: TokenFile, given: Set[str]) -> GPT:
     torch.manual_seed(config.seed)
     head = replace(config.model.head, n_data=config.model.head.n_data or len(data))
     if init_from == "scratch":
-        model = GPT(replace(config.model, vocab_size=config.model.vocab_size or data.vocab_size, head=head))
+        model = GPT(
+            replace(config.model, vocab_size=config.model.vocab_size or data.vocab_size, head=head)
+        )
         data.check(model.config.vocab_size)
         model.lm_head.start_from(data.frequencies(model.config.vocab_size))
         return model
@@ -93,14 +118,26 @@ def resumed(config, state: dict, given: Set[str]):
     """The config to go on with: the run's own, but for what is said now and may change."""
     out_dir = config.out_dir
     if checkpoint.PARTS.keys() - state.keys():
-        what = "a nanoGPT checkpoint" if "model_args" in state else "a model without the state of its training"
+        what = (
+            "a nanoGPT checkpoint"
+            if "model_args" in state
+            else "a model without the state of its training"
+        )
         raise UserError(f"{out_dir} holds {what}; start from its weights: --init_from={out_dir}")
-    now, before = flatten(config), flatten(type(config)()) | state["config"]  # of an older version: its defaults
+    now, before = (
+        flatten(config),
+        flatten(type(config)()) | state["config"],
+    )  # of an older version: its defaults
     allowed = allowed_changes(config)
     for name in allowed - now.keys():
         close = difflib.get_close_matches(name, now, 1)
-        raise UserError(f"allow_change: unknown option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    said = {name for name in given - HERE & before.keys() if not (name in FROM_DATA and now[name] == 0)}
+        raise UserError(
+            f"allow_change: unknown option {name!r}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+    said = {
+        name for name in given - HERE & before.keys() if not (name in FROM_DATA and now[name] == 0)
+    }
     now |= {name: before[name] for name in now.keys() & before.keys() - HERE - said}
     ends = [values["lr_decay_iters"] or values["max_iters"] for values in (before, now)]
     changed = {name for name in said - FREE - allowed if now[name] != before[name]}
@@ -110,9 +147,13 @@ def resumed(config, state: dict, given: Set[str]):
             f"or change it on purpose with --allow_change={','.join(sorted(allowed | {name}))}"
         )
     if now["decay_lr"] and ends[0] != ends[1]:
-        warn(f"the learning rate decays to step {ends[1]} now, not {ends[0]} (--lr_decay_iters={ends[0]} keeps it)")
+        warn(
+            f"the learning rate decays to step {ends[1]} now, not {ends[0]} (--lr_decay_iters={ends[0]} keeps it)"
+        )
     if state["step"] > now["max_iters"]:
-        raise UserError(f"{out_dir} is at step {state['step']} already, beyond max_iters = {now['max_iters']}")
+        raise UserError(
+            f"{out_dir} is at step {state['step']} already, beyond max_iters = {now['max_iters']}"
+        )
     checkpoint.check_tokenizer(out_dir, dataset_folder(now["dataset"]))
     return build(type(config), now)
 
@@ -140,10 +181,16 @@ def training_batches(config, file: TokenFile, state: dict) -> Batches:
         raise UserError("label_mode = 'set' needs --labels=NAME")
     if config.labels:
         if config.label_mode == "set" and config.model.head.likelihood != "sigmoid":
-            raise UserError("label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1")
+            raise UserError(
+                "label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1"
+            )
         labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
         labels.check(config.model.vocab_size)
-        if state and state.get("labels") != labels.about and "labels" not in allowed_changes(config):
+        if (
+            state
+            and state.get("labels") != labels.about
+            and "labels" not in allowed_changes(config)
+        ):
             raise UserError(
                 f"{labels.path} was made anew since the run to resume began; use another --out_dir, or go on with it "
                 "on purpose with --allow_change=labels"
@@ -155,25 +202,44 @@ def describe(config, data: dict[str, TokenFile], batches: Batches) -> dict:
     """What a checkpoint says of its run: options, seeds among them, and the data by their hashes."""
     labels = {"labels": batches.labels.about} if batches.labels else {}
     hashes = {split: file.sha256 for split, file in data.items()}
-    return {"config": flatten(config), "model_config": flatten(config.model), "data": hashes} | labels
+    return {
+        "config": flatten(config),
+        "model_config": flatten(config.model),
+        "data": hashes,
+    } | labels
 
 
 @contextlib.contextmanager
 def open_run(
-    config, data: dict[str, TokenFile], processes: Processes, model: GPT, how: tuple[str, str], progress
+    config,
+    data: dict[str, TokenFile],
+    processes: Processes,
+    model: GPT,
+    how: tuple[str, str],
+    progress,
 ) -> Iterator[Logger]:
     """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder.
 
     how: the dtype, and compiled or eager, as Processes.wrap says it."""
     out_dir, meta, changed = Path(config.out_dir), data["train"].meta, ""
-    about = environment() | {"command": command(), "device": str(processes.device), "world_size": processes.world_size}
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+    about = environment() | {
+        "command": command(),
+        "device": str(processes.device),
+        "world_size": processes.world_size,
+    }
+    tokens_per_step = (
+        config.gradient_accumulation_steps * config.batch_size * config.model.block_size
+    )
     with contextlib.ExitStack() as stack:
         if processes.is_main:
             _take(out_dir, stack)
-            if not (progress.step and config.eval_only):  # to evaluate a run adds a record and leaves all else as it is
+            if not (
+                progress.step and config.eval_only
+            ):  # to evaluate a run adds a record and leaves all else as it is
                 changed = _write_down(config, meta, about, progress.step)
-        log = Logger(out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters)
+        log = Logger(
+            out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters
+        )
         stack.callback(log.close)
         for line in (
             *banner(config, processes, model, how, len(data["train"]), progress.step),
@@ -183,9 +249,13 @@ def open_run(
             if line:
                 log.say(line)
         if meta is None:
-            log.say(f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE")
+            log.say(
+                f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE"
+            )
         if processes.is_main and checkpoint.lacks_bpe(out_dir):
-            log.say(f"tiktoken has not fetched GPT-2's BPE, so {out_dir} goes without; sample.py will fetch it")
+            log.say(
+                f"tiktoken has not fetched GPT-2's BPE, so {out_dir} goes without; sample.py will fetch it"
+            )
         if config.wandb_log:
             n_params = sum(p.numel() for p in model.parameters())
             log.start_wandb(out_dir, **wandb_options(config, about, n_params))
@@ -199,7 +269,9 @@ def _take(out_dir: Path, stack: contextlib.ExitStack) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir") from None
+        raise UserError(
+            f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir"
+        ) from None
     check_writable(out_dir)
     busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
     stack.enter_context(alone(out_dir / ".lock", busy))
@@ -219,7 +291,9 @@ def _write_down(config, meta: dict | None, about: dict, step: int) -> str:
     last = str(before[-1].get("code", newest)) if before else newest
     code, changed = save_code(out_dir, step, config_files(type(config), sys.argv[1:]), last)
     all_starts = [*before, {"step": step, "code": code} | about]
-    write_json(out_dir / "config.json", flatten(config) | {"environment": about, "starts": all_starts})
+    write_json(
+        out_dir / "config.json", flatten(config) | {"environment": about, "starts": all_starts}
+    )
     forget_after(out_dir / "metrics.jsonl", step)
     return changed
 
@@ -239,10 +313,16 @@ def wandb_options(config, about: dict, n_params: int) -> dict:
 
 def ending(config, progress) -> str:
     """Why a run ended where it did, and how to sample from its best checkpoint."""
-    why = f"no lower val nll in {config.patience} evaluations: stopped; " if progress.step < config.max_iters else ""
+    why = (
+        f"no lower val nll in {config.patience} evaluations: stopped; "
+        if progress.step < config.max_iters
+        else ""
+    )
     best = f"{why}best val nll {progress.best_val_nll:.4f} at step {progress.best_step}"
     path = Path(config.out_dir) / checkpoint.name_of(progress.best_step)
     if not path.is_file():  # the weights that it began with are kept where they came from
-        return best + (": training made it worse, try a lower --learning_rate" if progress.step else "")
+        return best + (
+            ": training made it worse, try a lower --learning_rate" if progress.step else ""
+        )
     newest = checkpoint.all_in(path.parent)[-1] == path
     return f"{best}: python sample.py {shlex.quote(f'--out_dir={path.parent if newest else path}')}"
