@@ -33,32 +33,32 @@ from engine.runs.logger import read_records
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    out_dir: str = "out"  # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset; A+B
+    # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset; A+B
+    out_dir: str = "out"
     split: str = "test"  # test | val | train
     dataset: str = ""  # another data set than the run's own (same tokenizer)
-    ood_dataset: str = (
-        ""  # the same split of this one as foreign text: which doubt tells it from the run's own?
-    )
+    # the same split of this one as foreign text: which doubt tells it from the run's own?
+    ood_dataset: str = ""
     stride: int = 0  # windows this far apart: more context for each token, more time; 0: block_size
     batch_size: int = 16  # windows at a time: speed and memory
     limit: int = 0  # this many windows, evenly spread over the split; 0: the whole split
-    n_samples: int = 0  # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
+    # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
+    n_samples: int = 0
     mc_dropout: bool = False  # runs trained with dropout: leave it on and average n_samples passes
-    std_tolerance: float = (
-        0.0  # Bayesian: also with the widest posterior within so many nats on val; 0: do not
-    )
-    labels: str = (
-        ""  # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
-    )
-    continuations: int = 0  # also generate so many, behind beginnings from the split: Self-BLEU, distinct-n, repetition
+    # Bayesian: also with the widest posterior within so many nats on val; 0: do not
+    std_tolerance: float = 0.0
+    # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
+    labels: str = ""
+    # also generate so many, behind beginnings from the split: Self-BLEU, distinct-n, repetition
+    continuations: int = 0
     prompt_tokens: int = 32  # of each beginning
     max_new_tokens: int = 100  # of each continuation
     temperature: float = 1.0  # of the continuations; these four are the same for all runs
     top_k: int = 0  # of the continuations: draw from the k likeliest tokens; 0: from all
-    document: int = (
-        0  # the report colours the beginning of this document of the split by uncertainty
-    )
-    report: str = ""  # folder of tables, pictures, report.html; default: report_<split> beside the first run; none
+    # the report colours the beginning of this document of the split by uncertainty
+    document: int = 0
+    # folder of tables, pictures, report.html; default: report_<split> beside the first run; none
+    report: str = ""
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
@@ -105,9 +105,8 @@ def main() -> None:
             said = f"{other} and {source} would both be written to {result_file(source, config)}"
             raise UserError(f"{said}; name each run once, and begin each ensemble with another run")
     with distributed.start(config.device, "auto") as processes:
-        torch.backends.cuda.matmul.allow_tf32 = (
-            False  # start() allows it, for training; float32 here is float32
-        )
+        # start() allows it, for training; float32 here is float32
+        torch.backends.cuda.matmul.allow_tf32 = False
         for source in sources:
             Evaluation(
                 source, config, processes

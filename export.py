@@ -37,13 +37,15 @@ from engine.runs.checkpoint import (
 from engine.runs.logger import environment
 from model import GPT
 
-N_TOKENS = 20_480  # of the validation split, to measure on: both are asked about the same, a difference needs few
+# of the validation split, to measure on: both are asked about the same, a difference needs few
+N_TOKENS = 20_480
 TOLERANCE = 1e-4  # nats by which log-probabilities of an exact export may differ
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    out_dir: str = "out"  # a run (its newest checkpoint), a checkpoint file, nanoGPT's or transformers' folder, gpt2*
+    # a run (its newest checkpoint), a checkpoint file, nanoGPT's or transformers' folder, gpt2*
+    out_dir: str = "out"
     to: str = ""  # the folder to make; one that has files is never touched
     approximate: bool = False  # export what no GPT-2 can be as the nearest one
     dataset: str = ""  # measure on another data set than the run's own (same tokenizer)

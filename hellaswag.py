@@ -37,15 +37,17 @@ FIELDS = {
 @dataclass(frozen=True)
 class HellaSwagConfig:
     out_dir: str = ""  # the run to score; hellaswag.json and the answers are written there
-    model: str = ""  # or OpenAI's: gpt2 | gpt2-medium | gpt2-large | gpt2-xl; what is written goes to out/<model>
+    # or OpenAI's: gpt2 | gpt2-medium | gpt2-large | gpt2-xl; what is written goes to out/<model>
+    model: str = ""
     source: str = ""  # the items, a JSONL file
-    download: bool = False  # or the 10,042 validation items from the Hugging Face Hub (kept by datasets' own cache)
+    # or the 10,042 validation items from the Hugging Face Hub (kept by datasets' own cache)
+    download: bool = False
     style: str = "completion"  # completion | harness
-    limit: int | str = (
-        "all"  # so many items, the first ones (3,243 of ActivityNet, then 6,799 of WikiHow)
-    )
+    # so many items, the first ones (3,243 of ActivityNet, then 6,799 of WikiHow)
+    limit: int | str = "all"
     batch_size: int = 16  # items at a time: speed and memory (and which noise n_samples draws)
-    n_samples: int = 0  # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
+    # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
+    n_samples: int = 0
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 

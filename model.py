@@ -31,12 +31,13 @@ class GPTConfig:
     n_head: int = 12  # gpt2: 12, -medium: 16, -large: 20, -xl: 25; must divide n_embd
     n_embd: int = 768  # gpt2: 768, -medium: 1024, -large: 1280, -xl: 1600
     dropout: float = 0.0  # 0 for pretraining; try 0.1 or more for fine-tuning or small data
-    bias: bool = False  # biases in all linear and norm layers, as GPT-2 has; without is a bit better and faster
+    # biases in all linear and norm layers, as GPT-2 has; without is a bit better and faster
+    bias: bool = False
     qkv_bias: bool = False  # with bias=False: a bias in the attention's c_attn alone
-    gradient_checkpointing: bool = (
-        False  # recompute each block in backward: less memory, about a third more time
-    )
-    bayes_mlp: bool = False  # Bayesian MLPs too (any head), with the Bayesian head's options; bound draws as local there
+    # recompute each block in backward: less memory, about a third more time
+    gradient_checkpointing: bool = False
+    # Bayesian MLPs too (any head), with the Bayesian head's options; bound draws as local there
+    bayes_mlp: bool = False
     head: HeadConfig = HeadConfig()
 
     def __post_init__(self):

@@ -39,29 +39,25 @@ TAKEN = {
 
 @dataclass(frozen=True)
 class SampleConfig:
-    init_from: str = "resume"  # resume: the newest checkpoint in out_dir | gpt2* | a run folder or checkpoint file
+    # resume: the newest checkpoint in out_dir | gpt2* | a run folder or checkpoint file
+    init_from: str = "resume"
     out_dir: str = "out"  # with init_from=resume: the run, or one of its checkpoint files
-    start: str = (
-        "\n"  # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
-    )
+    # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
+    start: str = "\n"
     prompts: str = ""  # a file of prompts: one in each line, or .jsonl with a field "prompt"
-    interactive: bool = (
-        False  # ask for prompts; an empty one goes on with the text, Ctrl-C ends a text, Ctrl-D all
-    )
+    # ask for prompts; an empty one goes on with the text, Ctrl-C ends a text, Ctrl-D all
+    interactive: bool = False
     num_samples: int = 10  # continuations of each prompt; with --interactive 1
     sampling: Sampling = Sampling()
-    show_uncertainty: bool = (
-        False  # colour the tokens by uncertainty, and give figures with --jsonl
-    )
-    html: str = (
-        ""  # write all texts there, a page coloured by uncertainty with figures under the pointer
-    )
+    # colour the tokens by uncertainty, and give figures with --jsonl
+    show_uncertainty: bool = False
+    # write all texts there, a page coloured by uncertainty with figures under the pointer
+    html: str = ""
     jsonl: str = ""  # write all texts there, a JSON object per line, instead of to the screen
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
-    compile: bool = (
-        False  # one compiled graph per token (on CUDA a CUDA graph): for long texts on a GPU
-    )
+    # one compiled graph per token (on CUDA a CUDA graph): for long texts on a GPU
+    compile: bool = False
 
     def __post_init__(self):
         check_ranges(self, {"num_samples": (1, 10**6)})

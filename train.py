@@ -48,35 +48,34 @@ class TrainConfig:
     out_dir: str = "out"  # the run's folder: checkpoints, metrics.jsonl, config.json
     eval_interval: int = 2000  # steps between evaluations; the last step always has one
     log_interval: int = 1  # steps between training records
-    eval_iters: int = (
-        200  # batches of the validation split in an evaluation, the same ones each time
-    )
+    # batches of the validation split in an evaluation, the same ones each time
+    eval_iters: int = 200
     eval_only: bool = False  # evaluate once and end
-    patience: int = 0  # end after so many eval_intervals without a lower validation nll (early stop); 0: at max_iters
-    always_save_checkpoint: bool = (
-        True  # False: save only when the validation nll is the lowest yet
-    )
+    # end after so many eval_intervals without a lower validation nll (early stop); 0: at max_iters
+    patience: int = 0
+    # False: save only when the validation nll is the lowest yet
+    always_save_checkpoint: bool = True
     save_interval: int = 0  # steps between checkpoints; 0: as eval_interval
-    init_from: str = "scratch"  # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
-    allow_change: str = ""  # with resume: options, by commas, that may differ from the run's own (dataset: other tokens)
+    # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
+    init_from: str = "scratch"
+    # with resume: options, by commas, that may differ from the run's own (dataset: other tokens)
+    allow_change: str = ""
     seed: int = 1337  # of weights, data order, dropout and noise
-    wandb_log: bool = False  # log to Weights & Biases as well (offline without an account); val/ compares heads there
+    # log to Weights & Biases as well (offline without an account); val/ compares heads there
+    wandb_log: bool = False
     wandb_project: str = "owt"  # project name there
-    wandb_run_name: str = (
-        ""  # run name there; empty: out_dir (nanoGPT's default, gpt2, would name all heads alike)
-    )
-    dataset: str = (
-        "openwebtext"  # a folder in data/, or the path of a folder with train.bin and val.bin
-    )
-    labels: str = (
-        ""  # teacher labels to train on, by their --name in augmentation/teacher_labels.py
-    )
-    label_mode: str = "soft"  # soft: the teacher shares in the true token's label | set: all are labels of 1 (sigmoid)
+    # run name there; empty: out_dir (nanoGPT's default, gpt2, would name all heads alike)
+    wandb_run_name: str = ""
+    # a folder in data/, or the path of a folder with train.bin and val.bin
+    dataset: str = "openwebtext"
+    # teacher labels to train on, by their --name in augmentation/teacher_labels.py
+    labels: str = ""
+    # soft: the teacher shares in the true token's label | set: all are labels of 1 (sigmoid)
+    label_mode: str = "soft"
     label_weight: float = 0.5  # soft: the teacher's share where there are labels, in [0, 1]
     gradient_accumulation_steps: int = 40  # micro-batches in a step, counted over all processes
-    batch_size: int = (
-        12  # blocks in a micro-batch; lower it when memory runs out, and accumulate more
-    )
+    # blocks in a micro-batch; lower it when memory runs out, and accumulate more
+    batch_size: int = 12
     model: GPTConfig = GPTConfig()
     learning_rate: float = 6e-4  # peak; small models take more: 1e-3 and above
     max_iters: int = 600000  # steps in all
@@ -85,23 +84,20 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW's memory of its square; 0.99 where a step has few tokens
     grad_clip: float = 1.0  # clip the gradient's norm; 0 does not
     decay_lr: bool = True  # False: a constant learning rate
-    warmup_iters: int = (
-        2000  # steps of linear warm-up, of the learning rate and of a Bayesian head's KL
-    )
+    # steps of linear warm-up, of the learning rate and of a Bayesian head's KL
+    warmup_iters: int = 2000
     lr_decay_iters: int = 0  # steps to decay over; 0: max_iters
     min_lr: float = 6e-5  # where the cosine ends; about learning_rate / 10
-    sharding: str = "none"  # none: each process has all weights (DDP) | fsdp: in pieces over all processes (fully_shard)
-    hang_timeout: float = (
-        600.0  # seconds without progress after which a process shows its stacks and ends; 0: never
-    )
+    # none: each process has all weights (DDP) | fsdp: in pieces over all processes (fully_shard)
+    sharding: str = "none"
+    # seconds without progress after which a process shows its stacks and ends; 0: never
+    hang_timeout: float = 600.0
     backend: str = "auto"  # of torch.distributed: nccl | gloo | auto: nccl on CUDA, else gloo
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto: the best there is
-    dtype: str = (
-        "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 where the hardware is fast at it
-    )
-    compile: bool = (
-        torch.cuda.is_available()
-    )  # torch.compile: starts a minute later; on a CPU it pays at 50,000 ids
+    # float32 | bfloat16 | float16 | auto: bfloat16 where the hardware is fast at it
+    dtype: str = "auto"
+    # torch.compile: starts a minute later; on a CPU it pays at 50,000 ids
+    compile: bool = torch.cuda.is_available()
 
     def __post_init__(self):
         check_ranges(self, RANGES)

@@ -28,9 +28,8 @@ class Options:
     teacher: str = ""  # a run folder or checkpoint file, or gpt2, gpt2-medium ...
     script: str = "train_sigmoid.py"  # what trains on the labels
     trials: int = 20  # in all, those of an interrupted study counted in
-    thresholds: str = (
-        "0"  # values of max_perplexity to choose from, separated by commas; 0 keeps all labels
-    )
+    # values of max_perplexity to choose from, separated by commas; 0 keeps all labels
+    thresholds: str = "0"
     train: TrainConfig = TrainConfig(out_dir="out/sweep")
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """Teacher labels: what a trained model expects at each position of a data set, written once.
 
-python augmentation/teacher_labels.py --teacher=out/softmax --dataset=wikitext --name=mine     # or --teacher=gpt2
+# or --teacher=gpt2
+python augmentation/teacher_labels.py --teacher=out/softmax --dataset=wikitext --name=mine
 python train_sigmoid.py config/mine.py --dataset=wikitext --labels=mine
 
 The teacher is any model that train.py makes, or OpenAI's GPT-2, with the data's tokenizer. It reads windows of its
@@ -28,7 +29,8 @@ from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.runs.checkpoint import check_tokenizer, load_model
 
-ROWS = 256  # positions whose log-probabilities (ROWS, V) exist at a time, and sentences that are read together
+# positions whose log-probabilities (ROWS, V) exist at a time, and sentences that are read together
+ROWS = 256
 SENTENCE = 64  # tokens of a sentence, at most, that max_perplexity looks at
 FREE = (
     "teacher",
@@ -46,13 +48,14 @@ class Options:
     name: str = ""  # of the labels; any number of sets can lie beside each other
     split: str = "train"  # train | val | test: labels of those are for evaluate.py --labels
     k: int = 8  # labels per position, 4 bytes each on the disk
-    mode: str = "topk"  # topk: the likeliest, renormalised | sample: draws of 1 / k each, in expectation the teacher
+    # topk: the likeliest, renormalised | sample: draws of 1 / k each, in expectation the teacher
+    mode: str = "topk"
     share: float = 1.0  # share of the positions that get labels
     max_tokens: int = 0  # label this many positions only, the first ones; 0: all
-    max_perplexity: float = (
-        0.0  # drop a label that gives its sentence more under the teacher; slow; 0: keep all
-    )
-    stride: int = 0  # positions labelled per window; 0: half the teacher's block_size; all of it is twice as fast
+    # drop a label that gives its sentence more under the teacher; slow; 0: keep all
+    max_perplexity: float = 0.0
+    # positions labelled per window; 0: half the teacher's block_size; all of it is twice as fast
+    stride: int = 0
     batch_size: int = 16  # windows at a time: speed and memory
     seed: int = 1337  # of share and sample
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto

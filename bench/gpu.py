@@ -1,8 +1,11 @@
 """What a GPU makes of GPT-2 124M: attention, products, training steps, heads, decoding.
 
-    python bench/gpu.py                           # under 20 minutes on one CUDA GPU; appends to bench/results.jsonl
-    python bench/gpu.py --cases=products,heads    # some of its parts: attention, products, steps, heads, decode
-    python bench/gpu.py --quick                   # tiny shapes on whatever device there is: does it run?
+    # under 20 minutes on one CUDA GPU; appends to bench/results.jsonl
+    python bench/gpu.py
+    # some of its parts: attention, products, steps, heads, decode
+    python bench/gpu.py --cases=products,heads
+    # tiny shapes on whatever device there is: does it run?
+    python bench/gpu.py --quick
 
 All in bf16. A ratio is of times per FLOP, where FLOPs are known; for a step these are the softmax model's for every
 head, and their share of the data sheet's is MFU. Memory is what one call needs, gradients included, and for a step also
@@ -141,9 +144,8 @@ def decode(shape: dict[str, int], rounds: int, device: torch.device) -> None:
     """Texts of the Bayesian head that averages draws for each token, the backbone eager and as one compiled graph."""
     shape = {name: size for name, size in shape.items() if name != "batch_size"}
     n_new = shape["block_size"] // 4
-    torch._dynamo.config.recompile_limit = (
-        64  # one code for two models, and for caches that may lie elsewhere
-    )
+    # one code for two models, and for caches that may lie elsewhere
+    torch._dynamo.config.recompile_limit = 64
     for batch in (1, 32):
         models = {how: generate.gpt("bayes", shape).to(device) for how in ("eager", "compiled")}
         models["compiled"].compile_step()

@@ -90,7 +90,8 @@ def main() -> None:
         name: prepare(name, **shapes) for name in dict.fromkeys(["plain", *(args.cases or CASES)])
     }
     seconds = measure.in_turns(cases, args.rounds)
-    memory = None  # under the tuned allocator a peak says what the process grew to, not what a call needs
+    # under the tuned allocator a peak says what the process grew to, not what a call needs
+    memory = None
     if args.allocator == "default":
         memory = {
             name: measure.peak_of("bench.heads", name, args.allocator, **shapes) for name in cases

@@ -1,6 +1,7 @@
 """What a context that is read once saves: HellaSwag items by engine/eval/endings.py, and as four separate rows.
 
-    python bench/hellaswag.py --source=hellaswag_val.jsonl             # GPT-2 124M, random weights, under two minutes
+    # GPT-2 124M, random weights, under two minutes
+    python bench/hellaswag.py --source=hellaswag_val.jsonl
 
 Completion style, fp32. four_rows: what users write, log_probs of an item's four padded rows, at all positions.
 separate: our own code given each ending with a context of its own, so that only the sharing differs.

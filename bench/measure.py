@@ -105,9 +105,8 @@ def _call_kept() -> None:
 
 def compiled(function: Callable) -> Callable:
     """torch.compile for a function that a process compiles for many models."""
-    torch._dynamo.config.recompile_limit = (
-        64  # by default a ninth version of one code is given up, for eager
-    )
+    # by default a ninth version of one code is given up, for eager
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=False)
 
 

@@ -11,9 +11,8 @@ n_layer = 36
 n_head = 20
 n_embd = 1280
 batch_size = 4
-gradient_accumulation_steps = (
-    120  # 4 x 120 x 1,024 tokens, as in train_gpt2.py; GPT-3 took 0.5 M at this size too
-)
+# 4 x 120 x 1,024 tokens, as in train_gpt2.py; GPT-3 took 0.5 M at this size too
+gradient_accumulation_steps = 120
 
 learning_rate = 2.5e-4  # Brown et al. 2020, table 2.1: 2.5e-4 at 760M
 min_lr = 2.5e-5  # a tenth of it, as there

@@ -11,9 +11,8 @@ n_layer = 24
 n_head = 16
 n_embd = 1024
 batch_size = 8
-gradient_accumulation_steps = (
-    60  # 8 x 60 x 1,024 tokens, as in train_gpt2.py; GPT-3 took 0.5 M at this size too
-)
+# 8 x 60 x 1,024 tokens, as in train_gpt2.py; GPT-3 took 0.5 M at this size too
+gradient_accumulation_steps = 60
 
 learning_rate = 3e-4  # Brown et al. 2020, table 2.1: 3e-4 at 350M
 min_lr = 3e-5  # a tenth of it, as there

@@ -11,9 +11,8 @@ n_layer = 48
 n_head = 25
 n_embd = 1600
 batch_size = 2
-gradient_accumulation_steps = (
-    240  # 2 x 240 x 1,024 tokens, as in train_gpt2.py; GPT-3 took 1 M at this size
-)
+# 2 x 240 x 1,024 tokens, as in train_gpt2.py; GPT-3 took 1 M at this size
+gradient_accumulation_steps = 240
 
 learning_rate = 2e-4  # Brown et al. 2020, table 2.1: 2e-4 at 1.3B
 min_lr = 2e-5  # a tenth of it, as there

@@ -19,7 +19,8 @@ N_AT_ONCE = 16  # draws whose noise (N_AT_ONCE, V) exists at a time
 BLOCK = {
     "cpu": 1 << 18
 }  # logits of a draw that are worked on at a time: the half dozen of such arrays fit a CPU's L2
-LOWEST = -70.0  # of a logarithm whose number is added up as it is: fp32 ends at -87, and ln(2 V) must lie between
+# of a logarithm whose number is added up as it is: fp32 ends at -87, and ln(2 V) must lie between
+LOWEST = -70.0
 
 Part = tuple[
     torch.Tensor, torch.Tensor | None, float

@@ -38,21 +38,25 @@ class HeadConfig:
 
     weights: str = "point"  # point | bayes
     likelihood: str = "categorical"  # categorical | smooth | sigmoid
-    tie_head: bool = (
-        True  # the output weights (for bayes: their means) are the token embedding, as in GPT-2
-    )
-    logit_bias: str = "auto"  # unigram | uniform | none | auto: sigmoid unigram (on a model without bias uniform), else none
+    # the output weights (for bayes: their means) are the token embedding, as in GPT-2
+    tie_head: bool = True
+    # unigram | uniform | none | auto: sigmoid unigram (on a model without bias uniform), else none
+    logit_bias: str = "auto"
     label_smoothing: float = 0.1  # smooth: probability spread over the V - 1 other tokens
-    pos_weight: float = 1.0  # sigmoid: weight of the true token's term; undone in predictions, which use z - ln pos_weight
+    # sigmoid: weight of the true token's term; undone in predictions, which use z - ln pos_weight
+    pos_weight: float = 1.0
     sum_penalty: float = 0.0  # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
-    posterior: str = "row"  # bayes: row (a std per token, almost free) | full (per weight) | torchbnn (its own layer)
-    estimator: str = "bound"  # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
+    # bayes: row (a std per token, almost free) | full (per weight) | torchbnn (its own layer)
+    posterior: str = "row"
+    # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
+    estimator: str = "bound"
     prior_mean: float = 0.0  # bayes: of the prior N(prior_mean, prior_std^2) of every weight
-    prior_std: float | str = (
-        "empirical"  # bayes: a number, or "empirical": fit to the posterior as that moves
-    )
-    kl_weight: float = 1.0  # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, for data below 1e9 tokens
-    n_data: int = 0  # bayes: training tokens in the data set, the N of KL / N; train.py reads it from the data
+    # bayes: a number, or "empirical": fit to the posterior as that moves
+    prior_std: float | str = "empirical"
+    # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, for data below 1e9 tokens
+    kl_weight: float = 1.0
+    # bayes: training tokens in the data set, the N of KL / N; train.py reads it from the data
+    n_data: int = 0
 
     def __post_init__(self):
         choices = {

@@ -30,7 +30,9 @@ class Categorical:
 
     default_bias = "none"
     on_labels, on_all = 1.0, 0.0
-    level = None  # by how much a logit stands above log p: any amount, if it is the same for all logits of a position
+    # by how much a logit stands above log p: any amount, if it is the same for all logits of a
+    # position
+    level = None
 
     def __init__(self, config: "HeadConfig", vocab_size: int):
         pass

@@ -127,9 +127,8 @@ class _LinearLoss(torch.autograd.Function):
             rows_within(PIECE, x, len(weight)),
             added_x is not None and added_x.size(1) == 1,
         )
-        joined = (
-            None  # gradients of what joins the logits later: bias (V,), and added_weight (V, 1)
-        )
+        # gradients of what joins the logits later: bias (V,), and added_weight (V, 1)
+        joined = None
         if grads.bias is not None or (narrow and grads.added_weight is not None):
             joined = torch.empty(
                 1 + narrow, len(given.weight), dtype=wide(given.weight[:0]).dtype, device=x.device

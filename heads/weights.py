@@ -37,9 +37,8 @@ def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class PointLinear(nn.Module):
     """One weight matrix (V, C); also the interface of all output weights."""
 
-    noise_in_logits = (
-        False  # whether noisy_logits(x) -> (..., V), not for_loss, says what the loss is taken of
-    )
+    # whether noisy_logits(x) -> (..., V), not for_loss, says what the loss is taken of
+    noise_in_logits = False
 
     def __init__(self, config: "HeadConfig", vocab_size: int, n_embd: int):
         super().__init__()
@@ -213,7 +212,8 @@ class _Draw(torch.autograd.Function):
         return None, (gradient * ctx.saved_tensors[0]).sum_to_size(ctx.shape)
 
 
-@torch._disable_dynamo  # the libraries' normal numbers are faster than compiled code's, and the same as eager's
+# the libraries' normal numbers are faster than compiled code's, and the same as eager's
+@torch._disable_dynamo
 def _draw(weight: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     return _Draw.apply(weight, log_std)
 

@@ -1,6 +1,7 @@
 """The study: what do smoothed, Bayesian and sigmoid heads buy, and what do they cost? (training_logs/README.md)
 
-    make study WIKITEXT=FOLDER SOTU=FILE      # or: python -m study --wikitext=FOLDER --sotu=FILE --jobs=2
+    # or: python -m study --wikitext=FOLDER --sotu=FILE --jobs=2
+    make study WIKITEXT=FOLDER SOTU=FILE
 
 Rows (config/rows/) on scales (config/), equal tokens, batches and seeds for all rows of a scale; study/variants.py says
 which. Where rows are tuned each gets as many trials of full length, whatever its head: learning rates, then another
@@ -46,13 +47,14 @@ CHANGES_NOTHING = {
 @dataclass(frozen=True)
 class StudyConfig:
     studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2"  # which, in this order
-    rows: str = ""  # only these, commas between: "bayes,sigmoid_taught", or a file of your own in config/rows
-    wikitext: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw of WikiText-2; empty: the hub
+    # only these, commas between: "bayes,sigmoid_taught", or a file of your own in config/rows
+    rows: str = ""
+    # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw of WikiText-2; empty: the hub
+    wikitext: str = ""
     sotu: str = ""  # a file with the State of the Union addresses, a blank line between them
     logs: str = "training_logs"  # where the records go
-    train_flags: str = (
-        ""  # to try it out, in out/tried (delete that first): "--max_iters=20 --compile=False"
-    )
+    # to try it out, in out/tried (delete that first): "--max_iters=20 --compile=False"
+    train_flags: str = ""
     jobs: int = 1  # runs at a time, each with its share of the processors
 
 

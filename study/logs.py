@@ -33,7 +33,9 @@ LABELS = {  # of rows, in their order
     "bayes_sigmoid_weighted": "Bayes + sigmoid weighted",
     "dropout": "softmax, dropout",
 }
-TOLD = {  # options that a label tells: the value that goes without saying, and the weights or likelihood that have it
+# options that a label tells: the value that goes without saying, and the weights or likelihood that
+# have it
+TOLD = {
     "kl_weight": (1, "bayes"),
     "pos_weight": (1, "sigmoid"),
     "sum_penalty": (0, "sigmoid"),

@@ -1,6 +1,7 @@
 """A study's tables and pictures from its logs alone: means over seeds, and how far seeds differ.
 
-    python -m study.summary       # the tables of all pages that ask for one, the pictures in training_logs/<study>/
+    # the tables of all pages that ask for one, the pictures in training_logs/<study>/
+    python -m study.summary
 
 A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is summary, prediction, doubt or tuning, or
 for several studies with + between them beside.

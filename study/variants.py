@@ -27,7 +27,8 @@ NEEDS = {  # data set -> the one whose tokenizer it has
     "sotu_by_wikitext2_8k": "wikitext2_8k",
     "wikitext2_by_sotu_8k": "sotu_8k",
 }
-AVERAGED = {  # rows whose predictions are also averaged over more than the mean of their weights, and how
+# rows whose predictions are also averaged over more than the mean of their weights, and how
+AVERAGED = {
     "bayes": ["--n_samples=-1"],
     "bayes_sigmoid_weighted": ["--n_samples=-1"],
     "dropout": ["--mc_dropout=True", "--n_samples=8"],
@@ -43,9 +44,8 @@ class Study:
     rows: tuple[str, ...] = PAPER
     rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
     knobs: dict[str, float] = field(default_factory=dict)  # the last trial's value, by knob
-    tuned_as: str = (
-        ""  # the study whose choice is taken; empty with no rates: what the config files say
-    )
+    # the study whose choice is taken; empty with no rates: what the config files say
+    tuned_as: str = ""
     taught: tuple[
         str, ...
     ] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study

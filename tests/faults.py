@@ -1,8 +1,11 @@
 """Faults on purpose: runs that are killed, told to end, or find their checkpoints damaged, and what becomes of them.
 
-    python -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50    # make reliability, 20 minutes
-    python -m tests.faults --stalls=5                                     # what a checkpoint of 124M costs the loop
-    python -m tests.faults --soak=3600                                    # make soak: an hour and the undisturbed run
+    # make reliability, 20 minutes
+    python -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50
+    # what a checkpoint of 124M costs the loop
+    python -m tests.faults --stalls=5
+    # make soak: an hour and the undisturbed run
+    python -m tests.faults --soak=3600
 
 Each writes what it counted into training_logs/reliability.json. The tests run short forms of all.
 """

@@ -175,9 +175,12 @@ def test_half_precision_adds_the_casts_of_all_but_the_output_weights():
 
 def test_dropout_adds_scores_of_all_pairs_on_a_cpu_and_masks_elsewhere():
     plain, dropped = (tiny_gpt(dropout=rate) for rate in (0.0, 0.1))
-    more = lambda device: (
-        budget._activations(dropped, 64, device, 4) - budget._activations(plain, 64, device, 4)
-    )  # noqa: E731
+
+    def more(device):
+        return budget._activations(dropped, 64, device, 4) - budget._activations(
+            plain, 64, device, 4
+        )
+
     shape, n_tokens = dropped.config, 64 * dropped.config.block_size
     masks = 2 * n_tokens * shape.n_layer * shape.n_embd
     assert more("cuda") == masks

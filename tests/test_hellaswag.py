@@ -262,7 +262,8 @@ def test_real_items_need_no_joint_encoding_and_are_scored_without_a_network(gpt2
                 *tokenizer.encode(ending).tolist(),
             ]
     assert len(lines) == 10042
-    code = "import socket; socket.getaddrinfo = socket.socket.connect = None; import runpy, sys; sys.argv = sys.argv[1:]; "
+    code = "import socket; socket.getaddrinfo = socket.socket.connect = None; import runpy, sys; "
+    code += "sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [
         ROOT / "hellaswag.py",

@@ -275,9 +275,11 @@ def test_a_key_of_wandb_is_found_in_new_and_old_versions(monkeypatch, wandb, has
 
 
 def test_the_commit_of_another_repository_around_an_unpacked_copy_is_not_taken_for_ours(tmp_path):
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True
-    )  # noqa: E731
+    def git(*words):
+        return subprocess.run(
+            ["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+
     git("init", "-q")
     git(
         "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"
@@ -290,11 +292,12 @@ def test_the_commit_of_another_repository_around_an_unpacked_copy_is_not_taken_f
         "-c",
         "from engine.runs.logger import environment; print(environment()['commit'])",
     ]
-    commit = lambda: (
-        subprocess.run(
+
+    def commit():
+        return subprocess.run(
             ask, cwd=tmp_path / "copy", check=True, capture_output=True, text=True
         ).stdout
-    )  # noqa: E731
+
     assert commit() == "unknown\n"
     git("add", "copy/engine/runs/logger.py")
     assert commit() == f"{git('describe', '--always').stdout.strip()}-dirty\n"

@@ -279,8 +279,9 @@ def test_pictures_without_numbers_are_left_out(tmp_path, rows):
 def test_the_same_numbers_give_the_same_bytes_in_any_process(tmp_path, rows):
     written = draw(tmp_path, rows, {"softmax": make_curve()})
     assert list(written) == NAMES
-    code = "import sys; from pathlib import Path; from tests.test_pictures import *; draw(Path(sys.argv[1]), {'softmax': "
-    code += "make_row(), 'bayes': make_row(bayes=True, seed=1)}, {'softmax': make_curve()})"
+    code = "import sys; from pathlib import Path; from tests.test_pictures import *; "
+    code += "draw(Path(sys.argv[1]), {'softmax': make_row(), "
+    code += "'bayes': make_row(bayes=True, seed=1)}, {'softmax': make_curve()})"
     (again := tmp_path / "again").mkdir()
     subprocess.run([sys.executable, "-c", code, again], cwd=ROOT, check=True)
     for path in itertools.chain.from_iterable(written.values()):

@@ -1,7 +1,9 @@
 """FineWeb-Edu with GPT-2's BPE, streamed from the hub into files of 100 M tokens; killed, it goes on.
 
-python data/fineweb_edu/prepare.py                     # the sample of 10 B tokens: data/fineweb_edu, 20 GB
-python data/fineweb_edu/prepare.py --size=100BT        # data/fineweb_edu_100BT; 350BT, or all of it: --size=default
+# the sample of 10 B tokens: data/fineweb_edu, 20 GB
+python data/fineweb_edu/prepare.py
+# data/fineweb_edu_100BT; 350BT, or all of it: --size=default
+python data/fineweb_edu/prepare.py --size=100BT
 python data/fineweb_edu/prepare.py --source=FOLDER     # from local copies of its .parquet files
 """
 

@@ -1,7 +1,9 @@
 """OpenWebText with GPT-2's BPE: 8,013,769 documents, about 9 B tokens (18 GB), one document in 2,000 for val.
 
-python data/openwebtext/prepare.py                     # streamed from the hub, some 24 GB; killed, it goes on
-python data/openwebtext/prepare.py --source=FOLDER     # from local copies (.parquet, .jsonl, .txt, compressed or not)
+# streamed from the hub, some 24 GB; killed, it goes on
+python data/openwebtext/prepare.py
+# from local copies (.parquet, .jsonl, .txt, compressed or not)
+python data/openwebtext/prepare.py --source=FOLDER
 
 On two cores the tokens take some 20 minutes, at 8 to 9 M a second, beside the network's time.
 """

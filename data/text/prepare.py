@@ -2,7 +2,8 @@ r"""Your own text in, a data set out: about 8 M tokens a second on two cores. Ki
 
 python data/text/prepare.py --source=notes,book.txt,'more/*.txt' --name=mytext     # then: train.py --dataset=mytext
 python data/text/prepare.py --source=speeches.txt --separator='\n\n\n' --tokenizer=bpe --vocab_size=4096
-python data/text/prepare.py --source=hub:roneneldan/TinyStories --name=tinystories   # from the Hugging Face Hub
+# from the Hugging Face Hub
+python data/text/prepare.py --source=hub:roneneldan/TinyStories --name=tinystories
 
 A .txt is a document, or each piece of it between separators is; so is a line of a .jsonl and a row of a .parquet. From
 20 documents on, whole documents are drawn for val and test; with fewer, every document gives its end. A hub's own
@@ -27,15 +28,15 @@ OFFICIAL = {"train": "train", "val": "validation", "test": "test"}  # ours: the 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    source: str = ""  # files, folders and globs, commas between (.txt .jsonl .parquet, also .gz .zst ...), or hub:NAME
+    # files, folders and globs, commas between (.txt .jsonl .parquet, also .gz .zst ...), or
+    # hub:NAME
+    source: str = ""
     subset: str = ""  # of the hub's data set
     field: str = "text"  # where a .jsonl, a .parquet or the hub's data set has the text
-    separator: str = (
-        ""  # what stands between two documents of a .txt, e.g. '\n\n\n'; empty: it is one document
-    )
-    val_fraction: float = (
-        0.05  # share of the documents, or of few documents' text, for val; 0: none
-    )
+    # what stands between two documents of a .txt, e.g. '\n\n\n'; empty: it is one document
+    separator: str = ""
+    # share of the documents, or of few documents' text, for val; 0: none
+    val_fraction: float = 0.05
     test_fraction: float = 0.05  # the same for test
     name: str = "mytext"  # the data set's name: data/<name>/
 

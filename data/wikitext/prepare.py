@@ -1,8 +1,11 @@
 """WikiText-103 (or -2) raw with GPT-2's BPE: the official splits, an article is a document, its text unchanged.
 
-python data/wikitext/prepare.py                  # WikiText-103: data/wikitext, ~118 M tokens, 540 MB of text, minutes
-python data/wikitext/prepare.py --version=2      # WikiText-2: data/wikitext2, 2.4 M / 250 K / 286 K tokens, seconds
-python data/wikitext/prepare.py --version=2 --source=FOLDER     # from wiki.{train,valid,test}.{raw,tokens}, no hub
+# WikiText-103: data/wikitext, ~118 M tokens, 540 MB of text, minutes
+python data/wikitext/prepare.py
+# WikiText-2: data/wikitext2, 2.4 M / 250 K / 286 K tokens, seconds
+python data/wikitext/prepare.py --version=2
+# from wiki.{train,valid,test}.{raw,tokens}, no hub
+python data/wikitext/prepare.py --version=2 --source=FOLDER
 """
 
 import re
@@ -31,7 +34,8 @@ TITLE = re.compile(r" = [^=].* = \n")
 @dataclass(frozen=True)
 class Options(corpus.Options):
     version: int = 103  # 103, or 2: the same val and test articles, a train split 50 times smaller
-    source: str = ""  # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw (or .tokens); empty: the hub
+    # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw (or .tokens); empty: the hub
+    source: str = ""
     train_articles: int = 0  # only so many of the train split, the first ones; 0: all
 
 

@@ -56,9 +56,8 @@ class Processes:
             return model, how
         ids = [self.device.index] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        wrapped.broadcast_buffers = (
-            False  # every process sets its own; as an argument it is deprecated since torch 2.13
-        )
+        # every process sets its own; as an argument it is deprecated since torch 2.13
+        wrapped.broadcast_buffers = False
         return wrapped, how
 
     def accumulate(self, model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -115,9 +114,8 @@ def start(device: str, backend: str, hang_timeout: float = 0.0):
 
     hang_timeout: seconds without progress, in a collective or in the loop, after which a process ends; 0: never."""
     keep_memory()
-    torch.backends.cuda.matmul.allow_tf32 = (
-        True  # for what autocast leaves in float32, as nanoGPT does
-    )
+    # for what autocast leaves in float32, as nanoGPT does
+    torch.backends.cuda.matmul.allow_tf32 = True
     if backend not in ("auto", "nccl", "gloo"):
         raise UserError(f"backend = {backend!r} is not one of: auto, nccl, gloo")
     world_size, rank = _place()
@@ -151,7 +149,8 @@ def start(device: str, backend: str, hang_timeout: float = 0.0):
             f"cannot join the other processes ({str(error)[:200]}); start with torchrun"
         ) from None
     yield Processes(local, rank, world_size, Watch(rank, hang_timeout))
-    dist.destroy_process_group()  # not behind an error: it would wait for peers that wait for this process
+    # not behind an error: it would wait for peers that wait for this process
+    dist.destroy_process_group()
 
 
 def pick_device(device: str) -> torch.device:

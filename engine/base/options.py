@@ -1,6 +1,7 @@
 """Options: dataclass defaults < config files < flags, every name and type checked against the dataclass.
 
-    config = load_config(TrainConfig, sys.argv[1:])         # config/a.py config/b.py --n_layer=6 --compile
+    # config/a.py config/b.py --n_layer=6 --compile
+    config = load_config(TrainConfig, sys.argv[1:])
 
 A config file is ordinary Python, run in a namespace of its own; the plain values it leaves behind are its options.
 Nested dataclasses are flat to the user: `prior_std = 0.1` sets config.model.head.prior_std.
@@ -106,21 +107,20 @@ def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Flat option name -> the comment on its line (and on comment lines right below it)."""
+    """Flat option name -> the comment at the end of its line, or else on the lines above it."""
     types_of, found = typing.get_type_hints(cls), {}
-    source = "".join(
-        inspect.getsource(base) for base in cls.__mro__[:-1]
-    )  # its own lines come first
+    # its own lines come first
+    source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
     for field in dataclasses.fields(cls):
         inner = types_of[field.name]
         if dataclasses.is_dataclass(inner):
             found |= _comments(inner)
-        else:
-            value = r"(?:[^#\n]*\(\n)?[^#\n]*"  # the formatter breaks a long line behind an opening bracket
-            line = re.search(
-                rf"^    {field.name}: {value}(?:#\s*(.*(?:\n +#.*)*))?", source, re.MULTILINE
-            )
-            found[field.name] = re.sub(r"\n +#", "", (line.group(1) or "") if line else "")
+            continue
+        line = re.search(
+            rf"((?:^    #.*\n)*)^    {field.name}: (?:.*#\s*(.*))?", source, re.MULTILINE
+        )
+        above, beside = line.groups("") if line else ("", "")
+        found[field.name] = beside or " ".join(re.findall(r"# (.*)", above))
     return found
 
 
@@ -221,7 +221,9 @@ def _convert(value: Any, wanted: Any, is_text: bool) -> Any:
     if wanted is str:
         if not isinstance(value, str) or "\0" in value:
             raise TypeError
-        value.encode()  # what is not Unicode, as bytes of another encoding in a flag, can be neither printed nor a name
+        # what is not Unicode, as bytes of another encoding in a flag, can be neither printed nor a
+        # name
+        value.encode()
         return value
     if is_text:
         value = ast.literal_eval(value.capitalize() if value in ("true", "false") else value)

@@ -19,8 +19,11 @@ from collections.abc import Iterator
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 ]
-ECHO = 1.0  # seconds in which one signal may arrive twice: from a scheduler, and from torchrun that was told as well
-LAST_WORDS = 5.0  # seconds from the stacks to the end, which ends the peers too: they have stacks to show as well
+# seconds in which one signal may arrive twice: from a scheduler, and from torchrun that was told as
+# well
+ECHO = 1.0
+# seconds from the stacks to the end, which ends the peers too: they have stacks to show as well
+LAST_WORDS = 5.0
 
 
 class Watch:

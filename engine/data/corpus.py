@@ -42,14 +42,13 @@ class Options:
     """What every prepare script can be told; those that differ override a default."""
 
     source: str = ""  # local files or folders with the text, commas between; empty: fetch it
-    tokenizer: str = "gpt2"  # gpt2, bpe (learnt from the train split), char, byte, or the folder of a run or data set
+    # gpt2, bpe (learnt from the train split), char, byte, or the folder of a run or data set
+    tokenizer: str = "gpt2"
     vocab_size: int = 4096  # of a bpe, with its 256 bytes and end-of-text
-    val_fraction: float = (
-        0.0  # share of the train split's documents to draw for val; 0: the official val split
-    )
-    shard_tokens: int = (
-        100_000_000  # ids in a file; a split with more has several, train_000000.bin ...
-    )
+    # share of the train split's documents to draw for val; 0: the official val split
+    val_fraction: float = 0.0
+    # ids in a file; a split with more has several, train_000000.bin ...
+    shard_tokens: int = 100_000_000
     num_proc: int = 0  # processes that tokenise; 0: as many as there are processors
     errors: str = "strict"  # text that is not UTF-8: strict refuses it, replace reads U+FFFD there
     folder: str = ""  # where the token files go; empty: data/<name>

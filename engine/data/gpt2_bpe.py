@@ -17,9 +17,8 @@ from engine.base.files import replace
 
 # how text is cut before it is merged, as in tiktoken_ext/openai_public.py
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-SHA256 = (
-    "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of the tokens, a line each
-)
+# of the tokens, a line each
+SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
 MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"  # what tiktoken fetches
 
 

@@ -43,7 +43,8 @@ PLACE = re.compile(r"\S(?=[ \n])")
 class Piece(NamedTuple):
     text: str  # never empty
     first: bool  # whether a document begins with it
-    read: int  # bytes of its part that had been read by then (on the disk; of a hub's data set: of text)
+    # bytes of its part that had been read by then (on the disk; of a hub's data set: of text)
+    read: int
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from engine.data.sources import Part, Piece
 
 SPLITS = ("train", "val", "test")
-GOLDEN = 11400714819323198485  # 2^64 / golden ratio: its multiples mod 2^64 lie evenly, however many are taken
+# 2^64 / golden ratio: its multiples mod 2^64 lie evenly, however many are taken
+GOLDEN = 11400714819323198485
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,10 @@ def stream(
     temperature: float = 1.0,  # divides the log-probabilities; 0 always takes the likeliest token
     top_k: int = 0,  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0,  # keep the likeliest tokens that together have this probability
-    n_samples: int = 0,  # draws of the output weights per prediction (0: their mean); the others stay at their mean
-    n_ids: int = 0,  # draw ids below this only (a padded vocabulary has more than its tokenizer); 0: all
+    # draws of the output weights per prediction (0: their mean); the others stay at their mean
+    n_samples: int = 0,
+    # draw ids below this only (a padded vocabulary has more than its tokenizer); 0: all
+    n_ids: int = 0,
     use_cache: bool = True,  # False reads the whole context again for every token
     uncertain: bool = False,  # tell what is not known about each token
 ) -> Iterator[tuple[torch.Tensor, "Prediction | None"]]:

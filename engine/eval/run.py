@@ -32,14 +32,14 @@ class Sampling:
     temperature: float = 0.8  # below 1: safer, above 1: wilder, 0: always the likeliest token
     top_k: int = 200  # draw from the k likeliest tokens; 0: from all
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
-    n_samples: int = 0  # Bayesian heads: posterior draws averaged per token; 0: the mean weights; -1: all, not sampled
-    stop: str = (
-        ""  # end before this string, or before one of several with | between; \n: a line's end
-    )
-    abstain: str = "no"  # no | mark: such tokens | stop: before the first whose epistemic uncertainty is above the next
-    max_epistemic: float = (
-        0.0  # nats; --show_uncertainty and uncertainty() show what is usual for a run
-    )
+    # Bayesian heads: posterior draws averaged per token; 0: the mean weights; -1: all, not sampled
+    n_samples: int = 0
+    # end before this string, or before one of several with | between; \n: a line's end
+    stop: str = ""
+    # no | mark: such tokens | stop: before the first whose epistemic uncertainty is above the next
+    abstain: str = "no"
+    # nats; --show_uncertainty and uncertainty() show what is usual for a run
+    max_epistemic: float = 0.0
     seed: int = 1337  # the same seed, the same text
 
     def __post_init__(self):

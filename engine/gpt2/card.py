@@ -78,9 +78,8 @@ def _prediction(lost: Sequence[str], measured: Measured) -> list[str]:
 def _use(name: str, tokenizer: Tokenizer | None) -> list[str]:
     lines = ["## Use", "", "```python"]
     if tokenizer is None:
-        call = (
-            f'model = GPT2LMHeadModel.from_pretrained("{name}")  # of token ids; they have no text'
-        )
+        load = f'model = GPT2LMHeadModel.from_pretrained("{name}")'
+        call = f"{load}  # of token ids; they have no text"
         return [*lines, "from transformers import GPT2LMHeadModel", "", call, "```", ""]
     call = [
         f'generate = pipeline("text-generation", model="{name}")',

@@ -25,7 +25,9 @@ CGROUPS, MOUNTED = (
     Path("/proc/self/cgroup"),
     Path("/sys/fs/cgroup"),
 )  # this process's control groups
-GROUP_FILES = {  # by controller ("": version 2 of the interface): mount, limit, use, and what in it is but page cache
+# by controller ("": version 2 of the interface): mount, limit, use, and what in it is but page
+# cache
+GROUP_FILES = {
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
