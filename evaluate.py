@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from engine.base import distributed
-from engine.base.errors import MANY, UserError, check_ranges, run
-from engine.base.files import check_writable, replace, write_json
+from engine.base.errors import MANY, UserError, check_ranges, run_main
+from engine.base.files import atomic_write, check_writable, write_json
 from engine.base.options import load_config
 from engine.eval import table
 from engine.eval.ensemble import members_of
@@ -104,7 +104,7 @@ def main() -> None:
         if (other := files.setdefault(result_file(source, config).resolve(), source)) != source:
             said = f"{other} and {source} would both be written to {result_file(source, config)}"
             raise UserError(f"{said}; name each run once, and begin each ensemble with another run")
-    with distributed.start(config.device, "auto") as processes:
+    with distributed.init(config.device, "auto") as processes:
         # start() allows it, for training; float32 here is float32
         torch.backends.cuda.matmul.allow_tf32 = False
         for source in sources:
@@ -165,7 +165,7 @@ def report(
     folder.mkdir(parents=True, exist_ok=True)
     markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
     for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, tallies))):
-        replace(
+        atomic_write(
             folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")
         )
     runs = {
@@ -209,4 +209,4 @@ def short_names(sources: Iterable[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

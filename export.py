@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from engine.base.distributed import Processes, pick_device
-from engine.base.errors import UserError, run
+from engine.base.errors import UserError, run_main
 from engine.base.files import check_writable, new_folder
 from engine.base.options import load_config
 from engine.data.shards import splits_in
@@ -178,4 +178,4 @@ def of_run(source: str) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

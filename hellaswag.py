@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 
 from engine.base.distributed import autocast, pick_device
-from engine.base.errors import UserError, run
-from engine.base.files import check_writable, replace, write_json
+from engine.base.errors import UserError, run_main
+from engine.base.files import atomic_write, check_writable, write_json
 from engine.base.options import load_config
 from engine.eval.endings import encode, score_endings
 from engine.eval.evaluation import abstaining
@@ -115,7 +115,7 @@ def main() -> None:
     result |= asdict(config) | {"model": source, "head": f"{head.weights} x {head.likelihood}"}
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-    replace(
+    atomic_write(
         folder / f"hellaswag_{config.style}.jsonl", lambda temporary: temporary.write_text(lines)
     )
     write_json(folder / "hellaswag.json", result)
@@ -256,4 +256,4 @@ def summary(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

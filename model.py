@@ -145,7 +145,7 @@ class GPT(nn.Module):
         self.lm_head = Head(config.head, config.vocab_size, config.n_embd)
         if config.head.tie_head:
             self.lm_head.weights.weight = self.transformer.wte.weight
-        self.start_posteriors(torch.full((config.vocab_size,), 1 / config.vocab_size))
+        self.init_posteriors(torch.full((config.vocab_size,), 1 / config.vocab_size))
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -257,7 +257,7 @@ class GPT(nn.Module):
             for layer in layers:
                 layer.sampling = False
 
-    def start_posteriors(
+    def init_posteriors(
         self, frequencies: torch.Tensor, only: Collection[str] | None = None
     ) -> None:
         """Start the posteriors' widths anew for the weights that are there: all, or those of the parameters `only`.
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         frequencies: (V,), of the training text."""
         for name, layer in self.named_modules():
             if isinstance(layer, BayesLinear) and (only is None or f"{name}.log_std" in only):
-                layer.start_from(
+                layer.init_from_frequencies(
                     torch.ones(len(layer.weight)) if isinstance(layer, BayesLayer) else frequencies
                 )
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.base.errors import UserError, check_ranges, run
+from engine.base.errors import UserError, check_ranges, run_main
 from engine.base.files import check_writable
 from engine.base.options import load_config
 from engine.eval.reading import AVERAGED, Reading, Token, reader
@@ -232,4 +232,4 @@ def figures(token: Token) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.base import distributed
-from engine.base.errors import MANY, Diverged, UserError, check_memory, check_ranges, run
+from engine.base.errors import MANY, Diverged, UserError, check_memory, check_ranges, run_main
 from engine.base.optim import adamw, set_learning_rate
 from engine.base.options import load_config
 from engine.base.sharding import clip_gradients
@@ -159,10 +159,10 @@ def main(**fixed: str) -> None:
 
     def from_command_line():
         config, given = load_config(TrainConfig, sys.argv[1:], fixed)
-        with distributed.start(config.device, config.backend, config.hang_timeout) as processes:
+        with distributed.init(config.device, config.backend, config.hang_timeout) as processes:
             train(config, processes, given | set(fixed))
 
-    run(from_command_line)
+    run_main(from_command_line)
 
 
 def train(
@@ -216,7 +216,7 @@ def train(
             lr = set_learning_rate(optimizer, step, config)
             loss = torch.zeros(1, device=device)
             for micro in processes.share(n_micro):
-                processes.alive()
+                processes.heartbeat()
                 distributed.seed_micro_batch(config.seed, step * n_micro + micro)
                 with processes.accumulate(model, last=micro + processes.world_size >= n_micro):
                     with cast:
@@ -224,7 +224,7 @@ def train(
                     # gradients are averaged over the processes, so each divides by the micro-batches of its own
                     scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
                 loss += micro_loss.detach() / n_micro
-            (loss,) = processes.agree(
+            (loss,) = processes.all_reduce(
                 loss
             )  # from here on the step is either done or left out, by all processes
             scaler.unscale_(optimizer)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from engine.base.errors import UserError, run
+from engine.base.errors import UserError, run_main
 from engine.base.options import flatten, load_config
 from engine.data.labels import paths_of
 from engine.data.tokens import TokenFile
@@ -137,4 +137,4 @@ def call(script: str, *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

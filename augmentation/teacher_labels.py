@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.base.distributed import autocast, pick_device
-from engine.base.errors import MANY, UserError, check_ranges, run
+from engine.base.errors import MANY, UserError, check_ranges, run_main
 from engine.base.options import flatten, load_config
 from engine.data.labels import LabelWriter, pack, paths_of
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -272,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

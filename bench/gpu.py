@@ -29,8 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import generate, heads, measure, step
 from bench.heads import OURS
 from engine.base.distributed import pick_device
-from engine.base.errors import UserError, run
-from heads.linear_loss import PIECE, rows_within
+from engine.base.errors import UserError, run_main
+from heads.linear_loss import LOGITS_BYTES_PRODUCT, rows_per_chunk
 
 REPEATS = 20  # of a product, so that launching it does not count
 KERNELS = {
@@ -82,7 +82,7 @@ def products(shape: dict[str, int], rounds: int, device: torch.device) -> None:
     """The backbone's and the head's matrix products, and that of one piece of the head's loss (engine/linear_loss)."""
     n, C, V = shape["batch_size"] * shape["block_size"], shape["n_embd"], shape["vocab_size"]
     x = torch.randn(n, C, dtype=torch.bfloat16, device=device)
-    piece, cases, flops = x[: rows_within(PIECE, x, V)], {}, {}
+    piece, cases, flops = x[: rows_per_chunk(LOGITS_BYTES_PRODUCT, x, V)], {}, {}
     shapes = {
         "c_attn": (x, 3 * C),
         "c_fc": (x, 4 * C),
@@ -196,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -25,10 +25,10 @@ from heads.likelihoods import (
     Sigmoid,
     SmoothCategorical,
     linear_fit,
-    of_true_token,
+    token_scores,
     weighted_sum,
 )
-from heads.linear_loss import PIECE, linear_loss, plain_loss, rows_within
+from heads.linear_loss import LOGITS_BYTES_PRODUCT, linear_loss, plain_loss, rows_per_chunk
 from heads.weights import BayesLinear, PointLinear, bayes_linear
 
 
@@ -132,15 +132,15 @@ class Head(nn.Module):
         # beta(t) of the ELBO, 0 .. 1 over the warm-up; set by the training loop
         self.register_buffer("kl_ramp", torch.ones(()), persistent=False)
 
-    def start_from(self, frequencies: torch.Tensor) -> None:
+    def init_from_frequencies(self, frequencies: torch.Tensor) -> None:
         """Start the bias and the posterior at the training text's token frequencies (V,), all above 0, of sum 1."""
-        self.weights.start_from(frequencies)
+        self.weights.init_from_frequencies(frequencies)
         if self.wants_unigram:
             with torch.no_grad():
                 self.bias.copy_(self.likelihood.base_rate_logits(frequencies))
 
     @torch.no_grad()
-    def take_over(
+    def convert_likelihood(
         self, old: HeadConfig, hidden: Callable[[], torch.Tensor]
     ) -> torch.Tensor | float:
         """Have weights and bias that come from a head with the options `old` predict here what they did there.
@@ -150,8 +150,8 @@ class Head(nn.Module):
         weights (C,) of every token have lost, or 0.
         """
         theirs, ours = (
-            LIKELIHOODS[old.likelihood](old, len(self.weights.weight)).level,
-            self.likelihood.level,
+            LIKELIHOODS[old.likelihood](old, len(self.weights.weight)).logit_offset,
+            self.likelihood.logit_offset,
         )
         if ours is None or theirs == ours:
             return 0.0
@@ -192,11 +192,11 @@ class Head(nn.Module):
         """And, where it is at hand then, the mean square of the weights that their KL takes."""
         if label_weights is None:
             targets = targets.unsqueeze(-1)
-        if self.weights.noise_in_logits:
+        if self.weights.samples_logits:
             logits = self.weights.noisy_logits(x).float()
             logits = logits if self.bias is None else logits + self.bias
             return plain_loss(self.likelihood, logits, targets, label_weights).mean(), None
-        weight, added, shift = self.weights.for_loss(x)
+        weight, added, shift = self.weights.loss_terms(x)
         center = None if shift is None else self.config.prior_mean
         loss, mean_square = linear_loss(
             self.likelihood, x, weight, self.bias, added, targets, label_weights, center=center
@@ -205,13 +205,17 @@ class Head(nn.Module):
             return loss, None
         # raised in the normaliser alone, not at the labels, logits make the loss Jensen's upper bound of its mean
         raised = weighted_sum(shift.of(targets), label_weights)
-        of_shift = self.likelihood.on_labels * raised + self.likelihood.on_all * shift.mean()
+        of_shift = (
+            self.likelihood.label_coefficient * raised
+            + self.likelihood.mean_coefficient * shift.mean()
+        )
         return loss + of_shift.mean(), mean_square
 
     def scores(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """x (B, T, C), targets (B, T) -> (3, B * T), see of_true_token; under the mean weights."""
+        """x (B, T, C), targets (B, T) -> (3, B * T), see token_scores; under the mean weights."""
         n, n_cached = (
-            rows_within(budget, x, len(self.weights.weight)) for budget in (PIECE, CACHED)
+            rows_per_chunk(budget, x, len(self.weights.weight))
+            for budget in (LOGITS_BYTES_PRODUCT, CACHED)
         )
         found = []  # a product is fast with many rows, what follows with few
         for piece, of_piece in zip(
@@ -219,7 +223,7 @@ class Head(nn.Module):
         ):
             blocks = zip(self.logits(piece).split(n_cached), of_piece.split(n_cached), strict=True)
             found += [
-                of_true_token(self.likelihood.log_probs(logits), ids) for logits, ids in blocks
+                token_scores(self.likelihood.log_probs(logits), ids) for logits, ids in blocks
             ]
         return torch.cat(found, dim=1)
 

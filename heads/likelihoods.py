@@ -5,7 +5,8 @@ A likelihood has no parameters; its options are those of heads.HeadConfig. Its l
     loss = normaliser(all logits) + of_labels(the labels' logits)         labels: 1 for each id, or their label_weights
 
 heads/linear_loss.py differentiates them and never builds all logits. The loss must be linear in the logits wherever a
-Bayesian head's bound wants their mean: it takes off `on_labels` times each label's logit, `on_all` times the mean one.
+Bayesian head's bound wants their mean: it takes off
+`label_coefficient` times each label's logit, `mean_coefficient` times the mean one.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.base.errors import UserError
-from heads.linear_loss import wide
+from heads.linear_loss import to_float32
 
 if TYPE_CHECKING:
     from heads import HeadConfig
@@ -29,10 +30,10 @@ class Categorical:
     """Softmax: loss = logsumexp(z) - z_y, in nats per token."""
 
     default_bias = "none"
-    on_labels, on_all = 1.0, 0.0
+    label_coefficient, mean_coefficient = 1.0, 0.0
     # by how much a logit stands above log p: any amount, if it is the same for all logits of a
     # position
-    level = None
+    logit_offset = None
 
     def __init__(self, config: "HeadConfig", vocab_size: int):
         pass
@@ -40,15 +41,19 @@ class Categorical:
     def normaliser(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> (...)."""
         normaliser = logits.logsumexp(-1)
-        return normaliser - self.on_all * logits.mean(-1) if self.on_all else normaliser
+        return (
+            normaliser - self.mean_coefficient * logits.mean(-1)
+            if self.mean_coefficient
+            else normaliser
+        )
 
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
         """logits (..., K) of the labels, label_weights (..., K) of sum 1 -> (...)."""
-        return -self.on_labels * weighted_sum(logits, label_weights)
+        return -self.label_coefficient * weighted_sum(logits, label_weights)
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log p (..., V), normalised, fp32."""
-        return F.log_softmax(wide(logits), dim=-1)
+        return F.log_softmax(to_float32(logits), dim=-1)
 
     def centred(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> those that predict the same and that `unnormalised` takes, fp32."""
@@ -88,9 +93,9 @@ class SmoothCategorical(Categorical):
     """
 
     def __init__(self, config: "HeadConfig", vocab_size: int):
-        self.on_all = config.label_smoothing * vocab_size / (vocab_size - 1)
-        self.on_labels = 1 - self.on_all
-        if self.on_labels < 0:
+        self.mean_coefficient = config.label_smoothing * vocab_size / (vocab_size - 1)
+        self.label_coefficient = 1 - self.mean_coefficient
+        if self.label_coefficient < 0:
             raise UserError(
                 f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one"
             )
@@ -115,12 +120,12 @@ class Sigmoid:
     """
 
     default_bias = "unigram"  # without it, training first spends its steps on pushing V logits down
-    on_all = 0.0
+    mean_coefficient = 0.0
 
     def __init__(self, config: "HeadConfig", vocab_size: int):
-        self.pos_weight = self.on_labels = config.pos_weight
+        self.pos_weight = self.label_coefficient = config.pos_weight
         self.sum_penalty = config.sum_penalty
-        self.level = math.log(config.pos_weight)  # as in Categorical, where p is small
+        self.logit_offset = math.log(config.pos_weight)  # as in Categorical, where p is small
 
     def normaliser(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> (...). Under a Bayesian head's bound, logits raised by half their variance, the sum that
@@ -134,7 +139,7 @@ class Sigmoid:
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
         """logits (..., K) of the labels, label_weights (..., K) in [0, 1]: of sum 1, or 1 for each member of a set ->
         (...). pos_weight w multiplies a label's softplus(-z), and so the odds at the optimum by w."""
-        of_labels = -self.on_labels * logits
+        of_labels = -self.label_coefficient * logits
         if self.pos_weight != 1:
             of_labels = of_labels + (self.pos_weight - 1) * F.softplus(logits)
         return weighted_sum(of_labels, label_weights)
@@ -172,10 +177,10 @@ class Sigmoid:
         return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
 
     def _unweighted(self, logits: Tensor) -> Tensor:
-        return wide(logits) - math.log(self.pos_weight)
+        return to_float32(logits) - math.log(self.pos_weight)
 
 
-def of_true_token(log_probs: Tensor, targets: Tensor) -> Tensor:
+def token_scores(log_probs: Tensor, targets: Tensor) -> Tensor:
     """log p (n, V), targets (n,) -> (3, n): nats of the true token; probability of the likeliest one, and whether that
     is the true one."""
     of_target = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

@@ -15,14 +15,14 @@ import torch
 from torch.nn import functional as F
 
 # bytes of fp32 logits at a time: on a CPU as few as keep a matrix product fast, elsewhere as many as keep it busy
-PIECE = {"cpu": 1 << 26}
-BLOCK = {
+LOGITS_BYTES_PRODUCT = {"cpu": 1 << 26}
+LOGITS_BYTES_CACHE = {
     "cpu": 1 << 24
 }  # of those that become gradients at a time where nothing is compiled: what a cache holds
 ELSEWHERE = 1 << 27
 
 
-class Product(NamedTuple):
+class LowRankLogits(NamedTuple):
     """x weightᵀ, kept as its factors: no (..., V) tensor of it exists."""
 
     x: torch.Tensor  # (..., K)
@@ -42,7 +42,7 @@ def linear_loss(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    added: Product | None,
+    added: LowRankLogits | None,
     targets: torch.Tensor,
     label_weights: torch.Tensor | None = None,
     center: float | None = None,
@@ -80,7 +80,7 @@ def plain_loss(
     )
 
 
-def rows_within(budget: dict[str, int], x: torch.Tensor, vocab_size: int) -> int:
+def rows_per_chunk(budget: dict[str, int], x: torch.Tensor, vocab_size: int) -> int:
     """How many rows of logits the device's budget allows: a power of two, so that pieces are alike. In half the
     precision four times as many: there the sum over pieces, in fp32, is a pass of its own for each."""
     most = (
@@ -117,21 +117,24 @@ class _LinearLoss(torch.autograd.Function):
         wanted = [with_grad and t is not None and t.requires_grad for t in given]
         grads = _Factors(
             *(
-                torch.empty_like(t, dtype=wide(t[:0]).dtype) if w else None
+                torch.empty_like(t, dtype=to_float32(t[:0]).dtype) if w else None
                 for t, w in zip(given, wanted, strict=True)
             )
         )
         x, weight, bias, added_x, added_weight = _in_product_dtype(given)
         total, n, narrow = (
             0.0,
-            rows_within(PIECE, x, len(weight)),
+            rows_per_chunk(LOGITS_BYTES_PRODUCT, x, len(weight)),
             added_x is not None and added_x.size(1) == 1,
         )
         # gradients of what joins the logits later: bias (V,), and added_weight (V, 1)
         joined = None
         if grads.bias is not None or (narrow and grads.added_weight is not None):
             joined = torch.empty(
-                1 + narrow, len(given.weight), dtype=wide(given.weight[:0]).dtype, device=x.device
+                1 + narrow,
+                len(given.weight),
+                dtype=to_float32(given.weight[:0]).dtype,
+                device=x.device,
             )
         # one buffer: malloc's default gives memory of this size back, and a new one has its pages faulted in
         buffer = x.new_empty(min(n, len(x)), len(weight))
@@ -140,7 +143,7 @@ class _LinearLoss(torch.autograd.Function):
                 piece, added = slice(i, i + n), None
                 logits = torch.mm(x[piece], weight.t(), out=buffer[: len(x) - i])
                 if narrow:
-                    added = Product(added_x[piece], added_weight)
+                    added = LowRankLogits(added_x[piece], added_weight)
                 elif added_x is not None:
                     logits.addmm_(added_x[piece], added_weight.t())
                 labels = targets[piece], None if label_weights is None else label_weights[piece]
@@ -235,12 +238,12 @@ def _slopes(
     """The loss of a piece, summed over its positions, and the gradients of that by its logits (n, V), which they give
     their memory to, and by added.x (n, 1)."""
     rows = torch.arange(len(targets), device=targets.device).unsqueeze(-1)
-    at_labels = wide(logits[:, :vocab_size].gather(1, targets))  # refuses an id outside
+    at_labels = to_float32(logits[:, :vocab_size].gather(1, targets))  # refuses an id outside
     at_labels = at_labels if bias is None else at_labels + bias[targets]
     at_labels = at_labels if added is None else at_labels + added.of(targets)
     of_labels = torch.func.grad_and_value(lambda z: likelihood.of_labels(z, label_weights).sum())
     slopes_at_labels, total = of_labels(at_labels)
-    n = len(logits) if compiled else rows_within(BLOCK, at_labels, vocab_size)
+    n = len(logits) if compiled else rows_per_chunk(LOGITS_BYTES_CACHE, at_labels, vocab_size)
     normaliser, by_added = _compiled(_normaliser) if compiled else _normaliser, []
     for i in range(0, len(logits), n):
         block = logits[i : i + n]
@@ -268,7 +271,7 @@ def _normaliser(likelihood, with_grad, vocab_size, logits, bias, added_x, added_
     """The gradients of the normalisers' sum by the products (n, V) and by added_x (n, 1), and that sum."""
 
     def total(products, added_x):
-        z = wide(products[:, :vocab_size])
+        z = to_float32(products[:, :vocab_size])
         z = z if bias is None else z + bias
         z = z if added_x is None else z + added_x * added_weight[:vocab_size].squeeze(-1)
         return likelihood.normaliser(z).sum()
@@ -295,6 +298,6 @@ def _compiled(function):
     return torch.compile(function)
 
 
-def wide(logits: torch.Tensor) -> torch.Tensor:
+def to_float32(logits: torch.Tensor) -> torch.Tensor:
     """The same in float32 where they are in less."""
     return logits.float() if logits.element_size() < 4 else logits

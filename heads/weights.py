@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from engine.base.errors import UserError
-from heads.linear_loss import Product, wide
+from heads.linear_loss import LowRankLogits, to_float32
 
 if TYPE_CHECKING:
     from heads import HeadConfig
@@ -37,8 +37,8 @@ def padded_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class PointLinear(nn.Module):
     """One weight matrix (V, C); also the interface of all output weights."""
 
-    # whether noisy_logits(x) -> (..., V), not for_loss, says what the loss is taken of
-    noise_in_logits = False
+    # whether noisy_logits(x) -> (..., V), not loss_terms, says what the loss is taken of
+    samples_logits = False
 
     def __init__(self, config: "HeadConfig", vocab_size: int, n_embd: int):
         super().__init__()
@@ -52,7 +52,9 @@ class PointLinear(nn.Module):
         """x (..., C) -> (..., V), the variance of the logits (independent given x); None for a point."""
         return None
 
-    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Product | None, Product | None]:
+    def loss_terms(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, LowRankLogits | None, LowRankLogits | None]:
         """x (..., C) -> the weight (V, C) whose logits to take the loss of, what to add to these, and how far they then
         stand above their mean."""
         return self.weight, None, None
@@ -61,7 +63,7 @@ class PointLinear(nn.Module):
         """KL(posterior || prior) in nats, of all weights together; mean_square: that of their means, if at hand."""
         return 0.0
 
-    def start_from(self, frequencies: torch.Tensor) -> None:
+    def init_from_frequencies(self, frequencies: torch.Tensor) -> None:
         """Initialise what depends on how often each output is asked for, frequencies (V,), at most 1."""
 
 
@@ -76,11 +78,11 @@ class BayesLinear(PointLinear):
         super().__init__(config, vocab_size, n_embd)
         if config.n_data < 1:
             raise UserError("Bayesian weights need n_data, the number of training tokens")
-        self.config, self.noise_in_logits = config, config.estimator == "local"
+        self.config, self.samples_logits = config, config.estimator == "local"
         self.log_std = nn.Parameter(
             torch.empty(vocab_size, 1 if config.posterior == "row" else n_embd)
         )
-        self.start_from(torch.full((vocab_size,), 1 / vocab_size))
+        self.init_from_frequencies(torch.full((vocab_size,), 1 / vocab_size))
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:
         squares, variances = self._factors(x)
@@ -106,15 +108,17 @@ class BayesLinear(PointLinear):
         std = self.variance(x).clamp(min=1e-20).sqrt()  # the root of 0 has no gradient
         return std * torch.randn(*x.shape[:-1], len(self.weight), device=x.device)
 
-    def for_loss(self, x: torch.Tensor) -> tuple[torch.Tensor, Product | None, Product | None]:
+    def loss_terms(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, LowRankLogits | None, LowRankLogits | None]:
         """bound: logits raised by half their variance. sample: a draw of the whole matrix (Bayes by Backprop)."""
         if self.config.estimator == "bound":
             squares, variances = self._factors(x)
-            shift = Product(squares / 2, variances)
+            shift = LowRankLogits(squares / 2, variances)
             return self.weight, shift, shift
         noise = self.draw()
         if torch.is_autocast_enabled(x.device.type):  # added to the weight, bf16 would swallow it
-            return self.weight, Product(x, noise), None
+            return self.weight, LowRankLogits(x, noise), None
         return self.weight + noise, None, None
 
     def noisy_logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -146,7 +150,7 @@ class BayesLinear(PointLinear):
         )
 
     @torch.no_grad()
-    def start_from(self, frequencies: torch.Tensor) -> None:
+    def init_from_frequencies(self, frequencies: torch.Tensor) -> None:
         """Laplace's guess at std^2, 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight), where E|x_c|^2 = 1 behind
         the last norm: tokens that the data determines start narrow, rare ones near the prior. (Every token uses every
         output of a hidden layer: f = 1.)"""
@@ -186,7 +190,7 @@ class BayesLinear(PointLinear):
         K = C, or 1 where the weights of a token share a std: then the mean square, since the sum overflows float16.
         """
         squares, variances, n_embd = (
-            wide(x).square(),
+            to_float32(x).square(),
             torch.exp(2 * self.log_std),
             self.weight.size(1),
         )
@@ -232,7 +236,7 @@ class TorchBNNLinear(BayesLinear):
                 'posterior = torchbnn needs a prior_std that is a number; "empirical" is ours'
             )
         super().__init__(config, vocab_size, n_embd)
-        self.noise_in_logits = True
+        self.samples_logits = True
         with torch.device("meta"):  # its own parameters are never used
             layer = torchbnn.BayesLinear(
                 config.prior_mean, config.prior_std, n_embd, vocab_size, bias=False

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.base.errors import Diverged, UserError, check_ranges, run
-from engine.base.files import check_writable, read_json, replace
+from engine.base.errors import Diverged, UserError, check_ranges, run_main
+from engine.base.files import atomic_write, check_writable, read_json
 from engine.base.options import flatten, load_config
 from study.logs import read_trials
 from study.variants import AVERAGED, KNOBS, NEEDS, OTHER_VALUES, SEEDS, STUDIES, preparation
@@ -176,7 +176,9 @@ class Runner:
         numbers = [path for path in folder.glob("eval_*.json") if path.name != ENSEMBLE]
         numbers.sort(key=lambda path: path.name == LAST)
         for path in [folder / "metrics.jsonl", folder / "config.json", *numbers]:
-            replace(home / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+            atomic_write(
+                home / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary)
+            )
 
     def finish(self, study: str, row: str, name: str, folder: Path) -> None:
         """All numbers of a trained run, and its records into the logs."""
@@ -272,7 +274,7 @@ class Runner:
             lines = [*others, found]
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            replace(path, lambda temporary: temporary.write_text(text))
+            atomic_write(path, lambda temporary: temporary.write_text(text))
         return found
 
     def label(self, study: str) -> None:
@@ -305,7 +307,7 @@ class Runner:
                 f"--ood_dataset={STUDIES[study].foreign}",
                 log=ROOT / folders[0] / "evaluate.log",
             )
-            replace(
+            atomic_write(
                 kept, lambda temporary: shutil.copyfile(ROOT / folders[0] / ENSEMBLE, temporary)
             )
 
@@ -356,4 +358,4 @@ def check_names(option: str, given: Iterable[str], known: Collection[str]) -> No
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

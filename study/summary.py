@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from engine.base.errors import UserError, run
-from engine.base.files import read_json, read_json_lines, replace
+from engine.base.errors import UserError, run_main
+from engine.base.files import atomic_write, read_json, read_json_lines
 from study.logs import LABELS, NONE, Row, place, plain_label, read, read_trials
 from study.plots import figures
 
@@ -244,7 +244,7 @@ def main() -> None:
         for name, figure in figures(LOGS / study).items():
             if (study, name) in wanted:
                 path = LOGS / study / f"{name}.png"
-                replace(
+                atomic_write(
                     path,
                     lambda temporary, figure=figure: figure.savefig(
                         temporary, format="png", dpi=200
@@ -252,8 +252,10 @@ def main() -> None:
                 )
         print(f"{study}: tables and pictures")
     for page, text in pages.items():
-        replace(page, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        atomic_write(
+            page, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")
+        )
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

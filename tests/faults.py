@@ -32,7 +32,7 @@ import torch
 
 import train
 from engine.base.distributed import Processes
-from engine.base.errors import UserError, run
+from engine.base.errors import UserError, run_main
 from engine.base.optim import adamw
 from engine.base.options import load_config
 from engine.runs import checkpoint
@@ -511,4 +511,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(main)
+    run_main(main)

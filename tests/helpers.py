@@ -132,7 +132,7 @@ def run(dataset: Path | str, out_dir: Path, **options) -> GPT:
     """Train in this process, as train.py does with TINY and these options."""
     argv = flags(**TINY | {"dataset": dataset, "out_dir": out_dir} | options)
     config, given = load_config(train.TrainConfig, argv)
-    with distributed.start(config.device, config.backend) as processes:
+    with distributed.init(config.device, config.backend) as processes:
         return train.train(config, processes, given)
 
 

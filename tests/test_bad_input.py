@@ -15,7 +15,7 @@ import torch
 import engine.data.scan
 from engine.base.distributed import Processes, autocast, check_accumulation
 from engine.base.errors import UserError
-from engine.base.errors import run as run_script
+from engine.base.errors import run_main as run_script
 from engine.data.tokenizer import ByteTokenizer
 from tests.helpers import (
     ROOT,

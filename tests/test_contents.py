@@ -45,7 +45,7 @@ def contents(argv: list[str], monkeypatch) -> int:
     """Run python -m engine.data.tokens here; its exit code."""
     monkeypatch.setattr(sys, "argv", ["engine.data.tokens", *argv])
     try:
-        engine.base.errors.run(engine.data.tokens.main)
+        engine.base.errors.run_main(engine.data.tokens.main)
     except SystemExit as end:
         return end.code
     return 0

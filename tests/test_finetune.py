@@ -318,7 +318,7 @@ def test_head_config_of_the_original_is_the_one_that_its_logits_mean():
     head = tiny_gpt(likelihood="sigmoid", pos_weight=2.0).lm_head
     before = head.bias.clone()
     assert (
-        head.take_over(
+        head.convert_likelihood(
             HeadConfig(likelihood="sigmoid", pos_weight=2.0), lambda: pytest.fail("not needed")
         )
         == 0.0

@@ -223,7 +223,7 @@ def test_a_unigram_start_predicts_the_unigram(weights, likelihood):
     head = tiny_head(weights, likelihood, logit_bias="unigram")
     frequencies = torch.rand(V, generator=torch.Generator().manual_seed(0)).pow(3) + 1e-4
     frequencies /= frequencies.sum()
-    head.start_from(frequencies)
+    head.init_from_frequencies(frequencies)
     log_probs = head.log_probs(torch.zeros(C))
     torch.testing.assert_close(log_probs.exp(), frequencies, rtol=1e-5, atol=0)
     total, epistemic = head.predict(torch.zeros(C))[1:]
@@ -237,7 +237,7 @@ def test_a_bias_is_kept_only_where_the_options_ask_for_one(weights, likelihood):
         wanted = LIKELIHOODS[likelihood].default_bias if logit_bias == "auto" else logit_bias
         head = Head(HeadConfig(weights, likelihood, logit_bias=logit_bias, n_data=10), V, C)
         assert (head.bias is not None) == (wanted != "none")
-        head.start_from(torch.arange(1.0, V + 1) / torch.arange(1.0, V + 1).sum())
+        head.init_from_frequencies(torch.arange(1.0, V + 1) / torch.arange(1.0, V + 1).sum())
         assert head.bias is None or (len(head.bias.unique()) == 1) == (wanted == "uniform")
 
 
@@ -246,7 +246,7 @@ def test_a_posterior_starts_narrow_for_frequent_tokens_and_near_the_prior_for_ab
     head = tiny_head(weights, prior_std=0.3, n_data=10**6, kl_weight=0.1)
     frequencies = torch.zeros(V)
     frequencies[:2] = torch.tensor([0.9, 0.1])
-    head.start_from(frequencies)
+    head.init_from_frequencies(frequencies)
     std = head.weights.log_std.exp().squeeze(1)
     precision = 1 / 0.3**2 + 10**6 * torch.tensor([0.9, 0.1, 0.0]) / 0.1
     torch.testing.assert_close(std[:3], precision.rsqrt())

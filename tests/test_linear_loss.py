@@ -25,15 +25,15 @@ every_head = pytest.mark.parametrize(("weights", "likelihood", "options"), OPTIO
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Four rows of logits at a time, two in a block."""
-    monkeypatch.setattr(linear_loss, "PIECE", {"cpu": 4 * V * 4})
-    monkeypatch.setattr(linear_loss, "BLOCK", {"cpu": 2 * V * 4})
+    monkeypatch.setattr(linear_loss, "LOGITS_BYTES_PRODUCT", {"cpu": 4 * V * 4})
+    monkeypatch.setattr(linear_loss, "LOGITS_BYTES_CACHE", {"cpu": 2 * V * 4})
 
 
 def whole_loss(
     head: Head, x: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor | None = None
 ) -> torch.Tensor:
     """data_loss from all logits at once, left to autograd."""
-    weight, added, shift = head.weights.for_loss(x)
+    weight, added, shift = head.weights.loss_terms(x)
     logits = x @ weight.T + (0.0 if head.bias is None else head.bias)
     logits = logits + (0.0 if added is None else added.x @ added.weight.T)
     targets = targets if labels is not None else targets.unsqueeze(-1)
@@ -42,8 +42,8 @@ def whole_loss(
         raised = shift.of(targets) * (1.0 if labels is None else labels)
         loss = (
             loss
-            + head.likelihood.on_labels * raised.sum(-1)
-            + head.likelihood.on_all * shift.mean()
+            + head.likelihood.label_coefficient * raised.sum(-1)
+            + head.likelihood.mean_coefficient * shift.mean()
         )
     return loss.mean()
 

@@ -96,7 +96,7 @@ def test_posteriors_differ_in_the_shape_of_log_std_alone(posterior):
 def test_a_new_models_posteriors_start_from_its_own_weights():
     model = tiny_gpt("bayes", bayes_mlp=True, n_data=100)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    model.start_posteriors(torch.full((V,), 1 / V))
+    model.init_posteriors(torch.full((V,), 1 / V))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(
             before[name], value, msg=lambda text, name=name: f"{name}: {text}"
@@ -127,7 +127,7 @@ def test_a_torchbnn_layer_with_our_state_has_our_logits_for_the_same_noise_and_o
     ours = head.weights
     for noisy_logits in (
         layer,
-        ours.noisy_logits if ours.noise_in_logits else lambda x: x @ ours.for_loss(x)[0].T,
+        ours.noisy_logits if ours.samples_logits else lambda x: x @ ours.loss_terms(x)[0].T,
     ):
         torch.manual_seed(3)
         logits.append(noisy_logits(x))

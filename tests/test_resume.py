@@ -201,7 +201,7 @@ def test_what_is_not_said_stays_as_it_was(data, whole, tmp_path):
     run(data, tmp_path, **LONG | {"max_iters": 30})
     argv = flags(out_dir=tmp_path, init_from="resume", device="cpu", max_iters=60)
     config, given = load_config(train.TrainConfig, argv)
-    with distributed.start(config.device, config.backend) as processes:
+    with distributed.init(config.device, config.backend) as processes:
         resumed = train.train(config, processes, given)
     assert same_weights(resumed, whole[0]) and without_times(tmp_path) == without_times(whole[1])
 

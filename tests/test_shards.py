@@ -322,7 +322,7 @@ def test_a_bad_shard_of_a_large_split_ends_training_by_name_when_it_is_first_rea
     monkeypatch.setattr(
         engine.data.tokens, "PIECES", 1
     )  # or the frequencies, at the start, would find the bad id
-    monkeypatch.setattr(engine.data.tokens, "PIECE", 9)
+    monkeypatch.setattr(engine.data.tokens, "LOGITS_BYTES_PRODUCT", 9)
     if "damaged" in what:
         folder = described(tmp_path / "d", train=[TEXT, TEXT], val=[TEXT])
         flip(folder / "train_000001.bin", 8)  # another letter
@@ -359,7 +359,7 @@ def test_frequencies_of_a_large_split_come_from_pieces_of_all_of_it(tmp_path, la
     monkeypatch.setattr(engine.data.tokens, "PIECES", 10)
     n = len(TEXT) // 10 * 10
     assert file.counts(257).tolist() == np.bincount(TEXT[:n], minlength=257).tolist()
-    monkeypatch.setattr(engine.data.tokens, "PIECE", 7)
+    monkeypatch.setattr(engine.data.tokens, "LOGITS_BYTES_PRODUCT", 7)
     pieces = TEXT[(np.arange(10) * (n // 10))[:, None] + np.arange(7)]
     assert file.counts(257).tolist() == np.bincount(pieces.ravel(), minlength=257).tolist()
 

@@ -53,7 +53,7 @@ ODD = [
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces, chunks and rows so small that every border is met."""
     for module, name, value in (
-        (sources, "PIECE", 5),
+        (sources, "LOGITS_BYTES_PRODUCT", 5),
         (sources, "LONGEST_PIECE", 40),
         (sources, "ROWS", 3),
         (formats, "ROWS", 3),
@@ -134,7 +134,7 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_the_text_whatever_the_spaces
 
 
 def test_the_tokens_of_the_pieces_are_the_tokens_of_real_text(monkeypatch, tokenizers):
-    monkeypatch.setattr(sources, "PIECE", 1000)
+    monkeypatch.setattr(sources, "LOGITS_BYTES_PRODUCT", 1000)
     for name in ("tinyshakespeare/input.txt", "wikitext2/wiki.valid.raw", "sotu/sotu.txt"):
         text = shared_data(name).read_bytes().decode()[:200_000]
         assert assert_pieces_encode_as_the_whole(text, tokenizers) > 150
@@ -143,7 +143,7 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_real_text(monkeypatch, token
 def test_a_cut_behind_any_control_format_or_space_character_changes_no_token(
     monkeypatch, tokenizers
 ):
-    monkeypatch.setattr(sources, "PIECE", 1)
+    monkeypatch.setattr(sources, "LOGITS_BYTES_PRODUCT", 1)
     odd = [
         chr(c)
         for c in range(0x110000)

@@ -11,7 +11,7 @@ import heads
 from engine.base.distributed import Processes
 from engine.data.tokens import TokenFile, gather
 from engine.eval.evaluation import eval_batches, mean_loss
-from heads.likelihoods import of_true_token
+from heads.likelihoods import token_scores
 from tests.helpers import HEADS, tiny_gpt, write_nanogpt
 
 CPU = Processes(torch.device("cpu"))
@@ -79,14 +79,14 @@ def test_scores_do_not_depend_on_how_many_positions_are_worked_on_at_a_time(monk
         "log_probs",
         lambda z, whole=head.likelihood.log_probs: rows.append(len(z)) or whole(z),
     )
-    monkeypatch.setattr(heads, "PIECE", {"cpu": 8 * 67 * 4})
+    monkeypatch.setattr(heads, "LOGITS_BYTES_PRODUCT", {"cpu": 8 * 67 * 4})
     monkeypatch.setattr(heads, "CACHED", {"cpu": 2 * 67 * 4})
     torch.testing.assert_close(head.scores(x, targets), found)
     assert rows == [2] * 10 + [1]
 
 
 def test_equal_predictions_count_as_the_first_of_them():
-    found = of_true_token(torch.full((3, 4), 0.25).log(), torch.tensor([0, 1, 3]))
+    found = token_scores(torch.full((3, 4), 0.25).log(), torch.tensor([0, 1, 3]))
     torch.testing.assert_close(
         found, torch.tensor([[math.log(4)] * 3, [0.25] * 3, [1.0, 0.0, 0.0]])
     )

@@ -9,7 +9,7 @@ import torch
 
 import train
 from engine.base import distributed
-from engine.base.errors import Diverged, run
+from engine.base.errors import Diverged, run_main
 from engine.base.options import load_config
 from engine.runs import checkpoint
 from model import GPT
@@ -115,9 +115,9 @@ def hang(processes, data: str, folder: Path) -> None:
 def main() -> None:
     case, data, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    with distributed.start("cpu", "auto", hang_timeout=3 if case == "hang" else 100) as processes:
+    with distributed.init("cpu", "auto", hang_timeout=3 if case == "hang" else 100) as processes:
         globals()[case](processes, data, Path(folder))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import UserError, run
+from engine.base.errors import UserError, run_main
 from engine.base.options import load_config
 from engine.data import corpus
 from engine.data.sources import find, hub, hub_splits
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import MANY, UserError, check_ranges, run
+from engine.base.errors import MANY, UserError, check_ranges, run_main
 from engine.base.options import load_config
 from engine.data import corpus
 from engine.data.sources import Part, find, hub_texts
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -68,15 +68,15 @@ class Processes:
             model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """The loop's sign of life; a process on its own ends here when a signal asked for it."""
         self.watch.beat()
         if self.world_size == 1 and self.watch.signum:
             raise Interrupted(self.watch.signum)
 
-    def agree(self, values: torch.Tensor) -> list[float]:
+    def all_reduce(self, values: torch.Tensor) -> list[float]:
         """values (n,) summed over all processes; where one of them was asked to end, all raise Interrupted here."""
-        self.alive()
+        self.heartbeat()
         if self.world_size == 1:
             return values.tolist()
         values = torch.cat([values, values.new_tensor([float(self.watch.signum)])])
@@ -86,7 +86,7 @@ class Processes:
             raise Interrupted(self.watch.signum or signal.SIGTERM)
         return values
 
-    def first_says(self, value: object) -> object:
+    def broadcast(self, value: object) -> object:
         """What the first process has, on all."""
         said = [value]
         if self.world_size > 1:
@@ -109,7 +109,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def start(device: str, backend: str, hang_timeout: float = 0.0):
+def init(device: str, backend: str, hang_timeout: float = 0.0):
     """Join the processes that torchrun started, or be the only one; yields Processes and takes leave at the end.
 
     hang_timeout: seconds without progress, in a collective or in the loop, after which a process ends; 0: never."""

@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
-def run(main: Callable[[], object]) -> None:
+def run_main(main: Callable[[], object]) -> None:
     """Run a script's main(): a UserError, OSError or lack of memory ends in one line and exit code 2, or 3 if training
     diverged, a signal in 128 + its number."""
     try:

@@ -14,7 +14,7 @@ from engine.base.errors import UserError, warn
 DATA_ROOT = Path(__file__).resolve().parents[2] / "data"
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Have write(temporary) make the file beside, flush it to the disk, and give it its name: whoever is killed at any
     instant leaves the old file or the new one. A failure leaves the old one and nothing else."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -52,7 +52,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
 
 
 def read_json(path: Path) -> dict:
@@ -98,7 +98,7 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: Path, busy: str) -> Iterator[None]:
+def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold a lock on the file, which is made if need be; where another process holds it, raise UserError(busy).
 
     The system lets go of it with the process, however that ends."""

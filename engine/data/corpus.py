@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.base.errors import UserError, check_ranges
-from engine.base.files import DATA_ROOT, alone, replace
+from engine.base.files import DATA_ROOT, atomic_write, exclusive_lock
 from engine.data.encoding import available_processors
 from engine.data.formats import endings, identity_of
 from engine.data.sources import Part, Piece, files_below, find, hub, in_pieces
@@ -79,7 +79,9 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
     _refuse_others_files(folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(lock, f"another process prepares {folder}; wait for it, or give another --folder"):
+    with exclusive_lock(
+        lock, f"another process prepares {folder}; wait for it, or give another --folder"
+    ):
         try:
             work.mkdir(exist_ok=True)
             if not (work / "meta.json").is_file():
@@ -241,7 +243,7 @@ def tiny_shakespeare(options: Options, name: str) -> Corpus:
             raise UserError(
                 f"cannot fetch {SHAKESPEARE} ({error}); give a local copy with --source=PATH"
             ) from None
-        replace(path, lambda temporary: temporary.write_bytes(data))
+        atomic_write(path, lambda temporary: temporary.write_bytes(data))
     own_text = f"{path} (for a text of your own use data/text/prepare.py)"
     text = check_sha256(path.read_bytes(), SHAKESPEARE_SHA256, own_text).decode()
     cut = int((1 - options.val_fraction) * len(text))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.base.errors import UserError
-from engine.base.files import replace
+from engine.base.files import atomic_write
 
 # how text is cut before it is merged, as in tiktoken_ext/openai_public.py
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -84,7 +84,7 @@ class GPT2Tokenizer:
 
 
 def write_tokens(path: Path, tokens: Sequence[str]) -> None:
-    replace(
+    atomic_write(
         path,
         lambda temporary: temporary.write_text(
             json.dumps(tokens, ensure_ascii=False), encoding="utf-8"

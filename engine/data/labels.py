@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engine.base.errors import UserError
-from engine.base.files import alone, write_json
+from engine.base.files import exclusive_lock, write_json
 from engine.data.scan import Reader
 from engine.data.tokens import DATA_ROOT, TokenFile
 
@@ -145,7 +145,7 @@ class LabelWriter:
         self.about = about | identity(file)
         busy = f"another process is writing {self.path}; wait for it, or give another --name"
         self.lock = contextlib.ExitStack()
-        self.lock.enter_context(alone(self.path, busy))
+        self.lock.enter_context(exclusive_lock(self.path, busy))
         self.file = open(self.path, "r+b")  # noqa: SIM115 open for as long as there is a writer
         size, found = 4 * len(file) * about["k"], self.path.stat().st_size
         if self.about_path.is_file():

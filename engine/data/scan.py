@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from engine.base.errors import UserError
-from engine.base.files import replace
+from engine.base.files import atomic_write
 
 CHUNK = 1 << 20  # ids in one go: few enough that counting them stays near the processor's cache
 MOST_IDS = 1 << 24  # no vocabulary is as large; a damaged id of 4 billion would take 32 GB to count
@@ -99,7 +99,7 @@ def remember(path: Path, scan: Scan) -> None:
         return
     memory = json.dumps({"scan": asdict(scan), "check": _check(asdict(scan))})
     with contextlib.suppress(OSError):  # no permission, no space: the next run reads the file again
-        replace(_memory(path), lambda temporary: temporary.write_text(memory))
+        atomic_write(_memory(path), lambda temporary: temporary.write_text(memory))
 
 
 def looks_like(head: bytes, vocab_size: int) -> str:

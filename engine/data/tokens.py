@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.base.errors import UserError, run
+from engine.base.errors import UserError, run_main
 from engine.base.files import DATA_ROOT
 from engine.data.order import Order
 from engine.data.row import Ids, Row, not_in_vocabulary
@@ -231,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

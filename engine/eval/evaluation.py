@@ -109,7 +109,9 @@ def mean_loss(
         values = torch.cat([sums, gaps]) * (
             i < n
         )  # as many rounds for all, or those with shards would wait for ever
-        totals += np.array(processes.agree(values.to(processes.device, _widest(processes.device))))
+        totals += np.array(
+            processes.all_reduce(values.to(processes.device, _widest(processes.device)))
+        )
     model.train()
     nll, loss, n_tokens, *gaps = totals.tolist()
     nll, ece = nll / n_tokens, np.abs(gaps).sum().item() / n_tokens

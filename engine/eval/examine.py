@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engine.base.distributed import Processes, autocast
 from engine.base.errors import UserError
-from engine.base.files import replace
+from engine.base.files import atomic_write
 from engine.data.labels import LabelFile
 from engine.data.tokenizer import has_tokenizer, load_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
@@ -172,7 +172,7 @@ class Evaluation:
         )
         path = result_file(self.source, self.config)
         path = path.with_name(path.name.replace("eval_", "continuations_", 1) + "l")
-        replace(path, lambda temporary: temporary.write_text(lines))
+        atomic_write(path, lambda temporary: temporary.write_text(lines))
         settings |= {"prompt_tokens": self.config.prompt_tokens, "split": self.config.split}
         return diversity(texts, found) | {"settings": settings}
 

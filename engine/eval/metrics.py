@@ -85,11 +85,11 @@ class Tally:
     def join(self, processes: Processes) -> None:
         """Add up what all processes have; the same on each."""
         if processes.world_size > 1:
-            shapes = processes.first_says({name: part.shape for name, part in self.parts.items()})
+            shapes = processes.broadcast({name: part.shape for name, part in self.parts.items()})
             mine = [self._part(name, shape).flatten() for name, shape in shapes.items()]
             sizes = [len(part) for part in mine]
             whole = torch.tensor(
-                processes.agree(torch.cat(mine).to(processes.device)), dtype=torch.float64
+                processes.all_reduce(torch.cat(mine).to(processes.device)), dtype=torch.float64
             )
             pieces = zip(shapes.items(), whole.split(sizes), strict=True)
             self.parts = {name: piece.view(shape) for (name, shape), piece in pieces}

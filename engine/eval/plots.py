@@ -10,7 +10,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-from engine.base.files import replace
+from engine.base.files import atomic_write
 
 # Okabe and Ito's, which the colour-blind can tell apart, but for the yellow, too pale on white; dashes and markers
 # differ too, and as the three lengths have no common divisor, so do the combinations of any 84 runs
@@ -46,8 +46,8 @@ def draw(
     }
     with matplotlib.rc_context({"svg.hashsalt": "pictures"}):  # else the ids in an SVG are random
         for name, (png, svg) in written.items():
-            replace(png, partial(figures[name].savefig, format="png", dpi=200))
-            replace(svg, partial(figures[name].savefig, format="svg", metadata={"Date": None}))
+            atomic_write(png, partial(figures[name].savefig, format="png", dpi=200))
+            atomic_write(svg, partial(figures[name].savefig, format="svg", metadata={"Date": None}))
     return written
 
 

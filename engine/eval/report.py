@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from engine.base.files import replace
+from engine.base.files import atomic_write
 from engine.eval.plots import draw, label
 from engine.eval.reading import Token
 from engine.eval.table import Table
@@ -99,7 +99,7 @@ def write_page(
     page = re.sub(
         r"{{(\w+)}}", lambda found: parts[found[1]], page
     )  # one pass: what is filled in stays as it is
-    replace(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def as_html(table: Table, rows: dict[str, dict]) -> str:

@@ -31,7 +31,7 @@ def losses(model: GPT) -> list[str]:
     if layers:
         only = "the output weights" if layers == [model.lm_head.weights] else "weights"
         lost.append(f"the posterior of {only} (their means stay)")
-    if model.lm_head.likelihood.level is not None:
+    if model.lm_head.likelihood.logit_offset is not None:
         lost.append(
             f"the {model.config.head.likelihood} likelihood (a softmax of its logits stays)"
         )
@@ -41,7 +41,8 @@ def losses(model: GPT) -> list[str]:
 def nearest_gpt2(model: GPT) -> GPT:
     """The same weights, their means where they have a distribution, under a softmax head with biases everywhere.
 
-    From a sigmoid's logits to a softmax's nothing changes (see Head.take_over): pos_weight raises all of them alike."""
+    From a sigmoid's logits to a softmax's nothing changes (see Head.convert_likelihood): pos_weight
+    raises all of them alike."""
     state = {
         name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".log_std")
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.base.errors import warn
-from heads.linear_loss import BLOCK, PIECE, rows_within
+from heads.linear_loss import LOGITS_BYTES_CACHE, LOGITS_BYTES_PRODUCT, rows_per_chunk
 
 if TYPE_CHECKING:
     from model import GPT
@@ -136,12 +136,12 @@ def _head(model: "GPT", batch_size: int, device: str, size: int) -> int:
         n_tokens * n_embd * (4 + 4 + size)
     )  # the last ones: behind the norm, their gradient, cast
     if (
-        bayes and weights.noise_in_logits
+        bayes and weights.samples_logits
     ):  # all logits, their variance, std, noise and sum, and gradients of them
         return states + 2 * matrix + n_tokens * vocab_size * 4 * 10
     probe = torch.empty(0, dtype=torch.float32 if size == 4 else torch.bfloat16, device=device)
-    rows = min(n_tokens, rows_within(PIECE, probe, vocab_size))
-    block = min(rows, rows_within(BLOCK, probe.float(), vocab_size))
+    rows = min(n_tokens, rows_per_chunk(LOGITS_BYTES_PRODUCT, probe, vocab_size))
+    block = min(rows, rows_per_chunk(LOGITS_BYTES_CACHE, probe.float(), vocab_size))
     pieces = rows * vocab_size * size + block * vocab_size * 4 * 3
     extra = (
         0

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import UserError, warn
-from engine.base.files import replace
+from engine.base.files import atomic_write
 from engine.base.options import build
 from engine.data.gpt2_bpe import GPT2Tokenizer, cached_tokens, write_tokens
 from engine.data.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer, read_meta
@@ -201,7 +201,7 @@ def copy_tokenizer(data_folder: Path, out_dir: Path) -> None:
     """Carry the tokenizer along with the run, so that the run folder is enough to sample from."""
     for name in ("meta.json", "meta.pkl", BPETokenizer.file, GPT2Tokenizer.file):
         if (data_folder / name).is_file():
-            replace(out_dir / name, partial(shutil.copyfile, data_folder / name))
+            atomic_write(out_dir / name, partial(shutil.copyfile, data_folder / name))
     if lacks_bpe(out_dir) and (tokens := cached_tokens()):  # nanoGPT's folders have none
         write_tokens(out_dir / GPT2Tokenizer.file, tokens)
 
@@ -251,4 +251,4 @@ def read_sums(folder: Path) -> dict[str, list[str]]:
 
 def write_sums(folder: Path, sums: dict[str, list[str]]) -> None:
     lines = [f"{sha256}  {name}\n" for name in sorted(sums) for sha256 in sums[name]]
-    replace(folder / SUMS, lambda temporary: temporary.write_text("".join(lines)))
+    atomic_write(folder / SUMS, lambda temporary: temporary.write_text("".join(lines)))

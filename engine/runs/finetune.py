@@ -40,12 +40,12 @@ def on_weights(config, init_from: str, head: HeadConfig, data: TokenFile, given:
     with torch.no_grad():
         if "lm_head.bias" in new:
             model.lm_head.bias.zero_()
-        taken = model.lm_head.take_over(shape.head, lambda: hidden_states(model, data))
+        taken = model.lm_head.convert_likelihood(shape.head, lambda: hidden_states(model, data))
         if head.tie_head:
             model.transformer.wpe.weight += (
                 taken  # embeddings of token and position add up to the same as before
             )
-    model.start_posteriors(data.frequencies(model.config.vocab_size), only=new)
+    model.init_posteriors(data.frequencies(model.config.vocab_size), only=new)
     return model
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from engine.base.distributed import Processes, peak_flops
 from engine.base.errors import UserError
-from engine.base.files import replace
+from engine.base.files import atomic_write
 
 # a record's fields as wandb groups them; all others are train/. val/ compares heads; what is under objective/ does not:
 # it is what a head minimises, in a unit of its own
@@ -272,7 +272,7 @@ def forget_after(path: Path, step: int) -> None:
         for r in read_records(path)
         if r["step"] < step or (r["step"] == step and "val_nll" not in r)
     ]
-    replace(
+    atomic_write(
         path,
         lambda temporary: temporary.write_text(
             "".join(json.dumps(record) + "\n" for record in kept)

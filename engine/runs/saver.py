@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import Interrupted, UserError
-from engine.base.files import flush, replace
+from engine.base.files import atomic_write, flush
 from engine.base.sharding import is_sharded, load_optimizer, whole, whole_model
 from engine.runs.checkpoint import all_in, check_zip, name_of, read_sums, sha256_of, write_sums
 
@@ -94,7 +94,9 @@ class Saver:
     def _write(self, state: dict) -> None:
         path = self.out_dir / name_of(state["step"])
         try:
-            replace(path, lambda temporary: self._write_and_read_back(temporary, path.name, state))
+            atomic_write(
+                path, lambda temporary: self._write_and_read_back(temporary, path.name, state)
+            )
             self.good = [name for name in self.good if name != path.name] + [path.name]
             if len(self.good) >= KEEP:
                 kept = {*self.good[-KEEP:], name_of(state["best_step"])}

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Collection, Container, Iterable
 from pathlib import Path
 
-from engine.base.files import replace
+from engine.base.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = (
@@ -78,7 +78,7 @@ def save_code(
             if step
             else "code.zip"
         )
-        replace(
+        atomic_write(
             path, lambda temporary: _write(temporary, code | _configs(config_files, code.values()))
         )
         line += f"; kept as {path.name}" if line else ""

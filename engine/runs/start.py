@@ -14,7 +14,7 @@ import torch
 
 from engine.base.distributed import Processes
 from engine.base.errors import UserError, warn
-from engine.base.files import alone, check_writable, write_json
+from engine.base.files import check_writable, exclusive_lock, write_json
 from engine.base.options import build, config_files, flatten
 from engine.data.labels import LabelFile
 from engine.data.tokenizer import read_meta
@@ -58,7 +58,7 @@ def start(config, given: Set[str], processes: Processes):
     model, on the CPU; and the checkpoint that the run goes on from, {} where it begins. given: the options named on
     purpose."""
     out_dir = Path(config.out_dir)
-    init_from = processes.first_says(how_to_begin(out_dir, config.init_from))
+    init_from = processes.broadcast(how_to_begin(out_dir, config.init_from))
     state = checkpoint.read_newest(out_dir) if init_from == "resume" else {}
     if state:
         config = resumed(config, state, given)
@@ -109,7 +109,7 @@ def begin(config, init_from: str, data: TokenFile, given: Set[str]) -> GPT:
             replace(config.model, vocab_size=config.model.vocab_size or data.vocab_size, head=head)
         )
         data.check(model.config.vocab_size)
-        model.lm_head.start_from(data.frequencies(model.config.vocab_size))
+        model.lm_head.init_from_frequencies(data.frequencies(model.config.vocab_size))
         return model
     return on_weights(config, init_from, head, data, given)
 
@@ -274,7 +274,7 @@ def _take(out_dir: Path, stack: contextlib.ExitStack) -> None:
         ) from None
     check_writable(out_dir)
     busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
-    stack.enter_context(alone(out_dir / ".lock", busy))
+    stack.enter_context(exclusive_lock(out_dir / ".lock", busy))
     (out_dir / LAUNCH).write_text(_launch())
     for left_by_a_killed_run in out_dir.glob("*.*.[0-9]*.tmp"):
         left_by_a_killed_run.unlink()
