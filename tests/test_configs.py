@@ -1,12 +1,15 @@
 """config/: what its files and their table say, against what the files are. (The paper's rows: tests/test_rows.py.)"""
 
+import json
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 
-from engine.base.options import load_config
-from tests.helpers import ROOT
+from engine.base.options import flatten, load_config
+from tests.helpers import ROOT, TINY, flags, write_bytes
 from tests.test_rows import fixed_by
 from train import TrainConfig
 
@@ -96,3 +99,31 @@ def test_the_sizes_of_gpt2_differ_from_124m_in_size_batch_and_rate_alone():
         assert {key for key, value in vars(config).items() if value != base[key]} == changed
         assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == shape
         assert tokens_per_step(config) == 491_520
+
+
+HEADS_AT_124M = {  # script and config file of the seed's commands -> the rows that the file is made of
+    "train.py config/train_gpt2_wikitext_100m.py": [],
+    "train_smooth.py config/train_smooth_gpt2_wikitext_100m.py": ["smooth"],
+    "train_bayes.py config/train_bayes_gpt2_wikitext_100m.py": ["bayes"],
+    "train_sigmoid.py config/train_sigmoid_gpt2_wikitext_100m.py": ["sigmoid"],
+    "train_bayes_sigmoid.py config/train_bayes_sigmoid_gpt2_wikitext_100m.py": ["bayes", "sigmoid"],
+}
+
+
+@pytest.mark.parametrize("command", HEADS_AT_124M)
+def test_each_head_has_a_command_of_its_own_at_124m(command, tmp_path, monkeypatch):
+    script, path = command.split()
+    files = ["config/train_gpt2_wikitext_100m.py"]
+    files += [f"config/rows/{row}.py" for row in HEADS_AT_124M[command]]
+    monkeypatch.chdir(ROOT)
+    expected = flatten(load_config(TrainConfig, files)[0]) | fixed_by(script)
+    expected["out_dir"] = f"out/wikitext_100m/{'_'.join(HEADS_AT_124M[command]) or 'softmax'}"
+    for fixed in (fixed_by(script), {}):
+        assert flatten(load_config(TrainConfig, [path], fixed)[0]) == expected
+
+    folder = write_bytes(tmp_path / "data")
+    tiny = flags(**TINY | {"max_iters": 1, "dataset": folder, "out_dir": tmp_path / "run"})
+    monkeypatch.setattr(sys, "argv", [script, path, *tiny])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "val_nll" in json.loads(lines[-1])
