@@ -133,6 +133,9 @@ class Row:
             return joined(each_of(self.shards, _look))
         return joined(self.scan(k).sha256 for k in range(len(self.shards)))
 
+    def look(self) -> str:
+        return joined(each_of(self.shards, _look))
+
 
 class Ids:
     """The ids of a row, as an array has them: [positions] reads these and all between the first and the last."""
@@ -170,5 +173,5 @@ def _look(shard: Shard) -> str:
         size = os.fstat(file.fileno()).st_size
         head = file.read(1 << 12)
         file.seek(max(0, size - (1 << 12)))
-        seen = f"{shard.path.name} {size} ".encode() + head + file.read(1 << 12)
+        seen = f"{shard.path.name} {size} {shard.sha256 or ''}".encode() + head + file.read(1 << 12)
     return hashlib.sha256(seen).hexdigest()

@@ -82,6 +82,16 @@ class TokenFile:
         """The split's fingerprint: of its bytes, or of what engine/data/row.py takes for them."""
         return self.row.fingerprint()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """For checkpoints: a hash of names, sizes, stated hashes, and first and last bytes of the files. Cheap."""
+        return self.row.look()
+
+    def matches(self, recorded: str) -> bool:
+        """Whether a checkpoint's record of its data is of these tokens: their fingerprint, or, in a checkpoint of the
+        first edition, their sha256."""
+        return recorded == self.fingerprint or recorded == self.sha256
+
     @property
     def vocab_size(self) -> int:
         """The vocabulary that the folder's meta file states; without one it is nanoGPT's: GPT-2's BPE."""
