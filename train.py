@@ -12,13 +12,22 @@ import math
 import sys
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 
 from engine.base import distributed
-from engine.base.errors import MANY, Diverged, UserError, check_memory, check_ranges, run_main
+from engine.base.errors import Diverged, UserError, check_memory, run_main
 from engine.base.optim import adamw, set_learning_rate
-from engine.base.options import load_config
+from engine.base.options import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    check_options,
+    load_config,
+)
 from engine.base.sharding import clip_gradients
 from engine.data.labels import MODES
 from engine.eval.evaluation import eval_batches, mean_loss
@@ -26,18 +35,6 @@ from engine.runs.saver import Saver
 from engine.runs.start import describe, open_run, start, training_batches
 from model import GPT, GPTConfig
 
-RANGES = {name: (1, MANY) for name in ("eval_interval", "log_interval", "eval_iters", "batch_size")}
-RANGES |= {
-    name: (0, MANY)
-    for name in ("save_interval", "max_iters", "warmup_iters", "lr_decay_iters", "patience")
-}
-RANGES |= {name: (0.0, 1e3) for name in ("learning_rate", "min_lr", "weight_decay")}
-RANGES |= {
-    "gradient_accumulation_steps": (1, 10**9),
-    "grad_clip": (0.0, 1e9),
-    "label_weight": (0.0, 1.0),
-}
-RANGES |= {"seed": (0, (1 << 63) - 1), "hang_timeout": (0.0, 1e6)}
 MAX_SKIPPED = 25  # steps in a row; float16's loss scale comes from 65536 to 1 in 16
 
 
@@ -46,21 +43,21 @@ class TrainConfig:
     """Names, meanings and defaults are nanoGPT's wherever nanoGPT has the option."""
 
     out_dir: str = "out"  # the run's folder: checkpoints, metrics.jsonl, config.json
-    eval_interval: int = 2000  # steps between evaluations; the last step always has one
-    log_interval: int = 1  # steps between training records
+    eval_interval: PositiveInt = 2000  # steps between evaluations; the last step always has one
+    log_interval: PositiveInt = 1  # steps between training records
     # batches of the validation split in an evaluation, the same ones each time
-    eval_iters: int = 200
+    eval_iters: PositiveInt = 200
     eval_only: bool = False  # evaluate once and end
     # end after so many eval_intervals without a lower validation nll (early stop); 0: at max_iters
-    patience: int = 0
+    patience: NonNegativeInt = 0
     # False: save only when the validation nll is the lowest yet
     always_save_checkpoint: bool = True
-    save_interval: int = 0  # steps between checkpoints; 0: as eval_interval
+    save_interval: NonNegativeInt = 0  # steps between checkpoints; 0: as eval_interval
     # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
     init_from: str = "scratch"
     # with resume: options, by commas, that may differ from the run's own (dataset: other tokens)
     allow_change: str = ""
-    seed: int = 1337  # of weights, data order, dropout and noise
+    seed: Seed = 1337  # of weights, data order, dropout and noise
     # log to Weights & Biases as well (offline without an account); val/ compares heads there
     wandb_log: bool = False
     wandb_project: str = "owt"  # project name there
@@ -71,28 +68,31 @@ class TrainConfig:
     # teacher labels to train on, by their --name in augmentation/teacher_labels.py
     labels: str = ""
     # soft: the teacher shares in the true token's label | set: all are labels of 1 (sigmoid)
-    label_mode: str = "soft"
-    label_weight: float = 0.5  # soft: the teacher's share where there are labels, in [0, 1]
-    gradient_accumulation_steps: int = 40  # micro-batches in a step, counted over all processes
+    label_mode: Literal[MODES] = "soft"
+    label_weight: Fraction = 0.5  # soft: the teacher's share where there are labels, in [0, 1]
+    # micro-batches in a step, counted over all processes
+    gradient_accumulation_steps: PositiveInt = 40
     # blocks in a micro-batch; lower it when memory runs out, and accumulate more
-    batch_size: int = 12
+    batch_size: PositiveInt = 12
     model: GPTConfig = GPTConfig()
-    learning_rate: float = 6e-4  # peak; small models take more: 1e-3 and above
-    max_iters: int = 600000  # steps in all
-    weight_decay: float = 1e-1  # on matrices and embeddings alone
-    beta1: float = 0.9  # AdamW's memory of the gradient
-    beta2: float = 0.95  # AdamW's memory of its square; 0.99 where a step has few tokens
-    grad_clip: float = 1.0  # clip the gradient's norm; 0 does not
+    learning_rate: NonNegativeFloat = 6e-4  # peak; small models take more: 1e-3 and above
+    max_iters: NonNegativeInt = 600000  # steps in all
+    weight_decay: NonNegativeFloat = 1e-1  # on matrices and embeddings alone
+    beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # AdamW's memory of the gradient
+    # AdamW's memory of its square; 0.99 where a step has few tokens
+    beta2: Annotated[float, ">= 0", "< 1"] = 0.95
+    grad_clip: NonNegativeFloat = 1.0  # clip the gradient's norm; 0 does not
     decay_lr: bool = True  # False: a constant learning rate
     # steps of linear warm-up, of the learning rate and of a Bayesian head's KL
-    warmup_iters: int = 2000
-    lr_decay_iters: int = 0  # steps to decay over; 0: max_iters
-    min_lr: float = 6e-5  # where the cosine ends; about learning_rate / 10
+    warmup_iters: NonNegativeInt = 2000
+    lr_decay_iters: NonNegativeInt = 0  # steps to decay over; 0: max_iters
+    min_lr: NonNegativeFloat = 6e-5  # where the cosine ends; about learning_rate / 10
     # none: each process has all weights (DDP) | fsdp: in pieces over all processes (fully_shard)
-    sharding: str = "none"
+    sharding: Literal["none", "fsdp"] = "none"
     # seconds without progress after which a process shows its stacks and ends; 0: never
-    hang_timeout: float = 600.0
-    backend: str = "auto"  # of torch.distributed: nccl | gloo | auto: nccl on CUDA, else gloo
+    hang_timeout: NonNegativeFloat = 600.0
+    # of torch.distributed: nccl | gloo | auto: nccl on CUDA, else gloo
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto: the best there is
     # float32 | bfloat16 | float16 | auto: bfloat16 where the hardware is fast at it
     dtype: str = "auto"
@@ -100,27 +100,16 @@ class TrainConfig:
     compile: bool = torch.cuda.is_available()
 
     def __post_init__(self):
-        check_ranges(self, RANGES)
-        n_bytes = (
-            2 * self.batch_size * self.model.block_size * self.model.n_embd
-        )  # of one hidden state of many
-        check_memory(
-            n_bytes,
-            f"a micro-batch of batch_size = {self.batch_size}",
-            "lower it, and accumulate more",
-        )
-        if self.sharding not in ("none", "fsdp"):
-            raise UserError(f"sharding = {self.sharding!r} is not one of: none, fsdp")
+        check_options(self)
+        n_bytes = 2 * self.batch_size * self.model.block_size * self.model.n_embd
+        what = f"a micro-batch of batch_size = {self.batch_size}"
+        check_memory(n_bytes, what, "lower it, and accumulate more")
         if self.sharding == "fsdp" and self.dtype == "float16":
             raise UserError(
-                "dtype = 'float16' has a loss scale, which shards do not share; use --dtype=bfloat16"
+                "dtype = 'float16' needs a loss scale, and shards have none; use --dtype=bfloat16"
             )
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
-        if self.label_mode not in MODES:
-            raise UserError(f"label_mode = {self.label_mode!r} is not one of: {', '.join(MODES)}")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must lie in [0, 1)")
 
 
 @dataclass

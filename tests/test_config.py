@@ -6,12 +6,20 @@ import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from torch.distributed.run import get_args_parser
 
 from engine.base.errors import UserError
-from engine.base.options import build, flat_fields, flatten, load_config
+from engine.base.options import (
+    PositiveInt,
+    build,
+    check_options,
+    flat_fields,
+    flatten,
+    load_config,
+)
 from evaluate import EvaluateConfig
 from sample import SampleConfig
 from tests.helpers import ROOT, write_words
@@ -23,8 +31,12 @@ CONFIGS = [TrainConfig, SampleConfig, EvaluateConfig]
 
 @dataclass(frozen=True)
 class Inner:
-    size: int = 3  # how big
-    rate: float | str = "auto"  # a number or a word
+    size: PositiveInt = 3  # how big
+    rate: Annotated[float, ">= -1"] | Literal["auto"] = "auto"  # a number or a word
+    colour: Literal["red", "blue"] = "red"  # one of two
+
+    def __post_init__(self):
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,16 @@ def test_whole_numbers_may_be_written_as_floats_and_floats_as_whole_numbers(tmp_
     assert config.max_iters == 10000 and isinstance(config.max_iters, int)
     assert config.grad_clip == 1.0 and isinstance(config.grad_clip, float)
     assert load_config(Options, [write(tmp_path / "a.py", "steps = 60e3")])[0].steps == 60000
+
+
+def test_values_outside_the_declared_range_or_choices_are_refused_however_the_options_are_made():
+    assert refusal(["--size=0"]) == "size = 0 must be at least 1"
+    assert "at least -1" in refusal(["--rate=-2"]) and "auto" in refusal(["--rate=fast"])
+    assert refusal(["--colour=green"]) == "colour = 'green' is not one of: red, blue"
+    with pytest.raises(UserError, match="at least 1"):
+        Inner(size=0)
+    with pytest.raises(UserError, match="at least -1"):
+        Inner(rate=float("nan"))
 
 
 def test_an_option_of_two_types_takes_the_first_that_fits():
@@ -329,7 +351,7 @@ def test_nanogpts_config_files_load_with_their_meaning(tmp_path, name):
 
 def test_every_option_of_nanogpts_train_py_is_one_of_ours_with_the_same_type():
     nanogpt = {
-        str: "out_dir init_from wandb_project wandb_run_name dataset backend device dtype",
+        str: "out_dir init_from wandb_project wandb_run_name dataset device dtype",
         int: "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size n_layer n_head "
         "n_embd max_iters warmup_iters lr_decay_iters",
         float: "dropout learning_rate weight_decay beta1 beta2 grad_clip min_lr",

@@ -116,8 +116,6 @@ def init(device: str, backend: str, hang_timeout: float = 0.0):
     keep_memory()
     # for what autocast leaves in float32, as nanoGPT does
     torch.backends.cuda.matmul.allow_tf32 = True
-    if backend not in ("auto", "nccl", "gloo"):
-        raise UserError(f"backend = {backend!r} is not one of: auto, nccl, gloo")
     world_size, rank = _place()
     if world_size == 1:
         yield Processes(pick_device(device), watch=Watch(0, hang_timeout))

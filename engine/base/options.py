@@ -1,16 +1,25 @@
-"""Options: dataclass defaults < config files < flags, every name and type checked against the dataclass.
+"""Options: dataclass defaults < config files < flags, with every name, type and range checked.
 
-    # config/a.py config/b.py --n_layer=6 --compile
-    config = load_config(TrainConfig, sys.argv[1:])
+    @dataclass(frozen=True)
+    class TrainConfig:
+        batch_size: PositiveInt = 12  # blocks in a micro-batch
+        sharding: Literal["none", "fsdp"] = "none"  # where the parameters lie
+        beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # AdamW's memory of the gradient
+        model: GPTConfig = GPTConfig()  # nested options have flat names: --n_layer=6
+
+        def __post_init__(self):
+            check_options(self)
+
+    config, given = load_config(TrainConfig, sys.argv[1:])  # config/a.py --n_layer=6 --compile
 
 A config file is ordinary Python, run in a namespace of its own; the plain values it leaves behind are its options.
-Nested dataclasses are flat to the user: `prior_std = 0.1` sets config.model.head.prior_std.
 """
 
 import ast
 import dataclasses
 import difflib
 import inspect
+import operator
 import re
 import runpy
 import sys
@@ -18,20 +27,54 @@ import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from engine.base.errors import UserError
 
+PositiveInt = Annotated[int, ">= 1", "<= 1e12"]
+NonNegativeInt = Annotated[int, ">= 0", "<= 1e12"]
+NonNegativeFloat = Annotated[float, ">= 0", "<= 1e6"]
+Fraction = Annotated[float, ">= 0", "<= 1"]
+Seed = Annotated[int, ">= 0", "<= 9e18"]
+
 T = TypeVar("T")
-WRONG = (
-    ValueError,
-    TypeError,
-    SyntaxError,
-    OverflowError,
-    RecursionError,
-    MemoryError,
-)  # what a conversion raises
+COMPARISONS = {
+    ">=": (operator.ge, "at least"),
+    "<=": (operator.le, "at most"),
+    ">": (operator.gt, "above"),
+    "<": (operator.lt, "below"),
+}
+UNIONS = (typing.Union, types.UnionType)
+# what a conversion raises
+WRONG = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError)
+
+
+def check_options(options: Any) -> None:
+    """Refuse values outside the ranges and choices that the fields of a dataclass declare."""
+    for name, kind in typing.get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        if problem := _problem(value, kind):
+            raise UserError(f"{name} = {value!r} {problem}")
+
+
+def _problem(value: Any, kind: Any) -> str:
+    """Why a value does not fit Literal[...], Annotated[number, "> 0", ...] or a union; "" if it does."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        return "" if value in choices else f"is not one of: {', '.join(choices)}"
+    if typing.get_origin(kind) in UNIONS:
+        problems = [_problem(value, choice) for choice in typing.get_args(kind)]
+        return "" if "" in problems else " and ".join(problems)
+    for rule in getattr(kind, "__metadata__", ()):
+        symbol, limit = rule.split()
+        compare, words = COMPARISONS[symbol]
+        if not isinstance(value, Real):
+            return "is not a number"
+        if not compare(value, float(limit)):
+            return f"must be {words} {limit}"
+    return ""
 
 
 def load_config(
@@ -211,7 +254,9 @@ def _checked(
 
 
 def _convert(value: Any, wanted: Any, is_text: bool) -> Any:
-    if isinstance(wanted, types.UnionType):  # e.g. float | str: the first that fits
+    if typing.get_origin(wanted) is Literal:  # check_options holds it against the choices
+        wanted = str
+    if typing.get_origin(wanted) in UNIONS:  # e.g. float | str: the first that fits
         for choice in typing.get_args(wanted):
             try:
                 return _convert(value, choice, is_text)
