@@ -22,7 +22,8 @@ from engine.base.options import load_config
 from engine.data.shards import splits_in
 from engine.data.tokenizer import read_meta
 from engine.data.tokens import TokenFile, dataset_folder
-from engine.eval.evaluation import evaluate, in_pieces, windows
+from engine.data.windows import windows
+from engine.eval.evaluation import evaluate, in_pieces
 from engine.gpt2.card import Measured, card, known_of
 from engine.gpt2.exporting import losses, nearest_gpt2, write_model, write_tokenizer
 from engine.gpt2.loading import read_object

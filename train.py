@@ -30,7 +30,8 @@ from engine.base.options import (
 )
 from engine.base.sharding import clip_gradients
 from engine.data.labels import MODES
-from engine.eval.evaluation import eval_batches, mean_loss
+from engine.data.windows import eval_batches
+from engine.eval.validation import mean_loss
 from engine.runs.saver import Saver
 from engine.runs.start import describe, open_run, start, training_batches
 from model import GPT, GPTConfig

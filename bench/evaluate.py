@@ -19,7 +19,8 @@ import torch
 from bench import measure
 from bench.step import QUICK, SCALES
 from engine.base.distributed import Processes, keep_memory, pick_device
-from engine.eval.evaluation import Windows, evaluate
+from engine.data.windows import Windows
+from engine.eval.evaluation import evaluate
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
@@ -35,7 +36,7 @@ def main() -> None:
     device = pick_device("auto")
     text = torch.randint(shape["vocab_size"], (args.blocks, shape["block_size"] + 1))
     at = torch.arange(shape["block_size"])[None]
-    blocks = [Windows(block[None, :-1], block[None, 1:], 0, at, at) for block in text]
+    blocks = [Windows(block[None, :-1], block[None, 1:], 0, at) for block in text]
     for head in args.cases or HEADS:
         model = GPT(GPTConfig(**shape, head=HeadConfig("bayes", HEADS[head], n_data=10**8))).to(
             device

@@ -23,8 +23,9 @@ from engine.data.corpus import part_of
 from engine.data.splits import Corpus
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from engine.data.tokens import TokenFile
+from engine.data.windows import Windows, windows
 from engine.data.writer import install, keep_tokenizer, tokenise
-from engine.eval.evaluation import Windows, evaluate, windows
+from engine.eval.evaluation import evaluate
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
 from model import GPT, GPTConfig
 
@@ -172,7 +173,7 @@ def scores(
     found, end = [], 0
     for x, y in batches:
         at = end + torch.arange(x.numel()).view_as(x)
-        found.append(Windows(x, y, 0, at, at))
+        found.append(Windows(x, y, 0, at))
         end += x.numel()
     return evaluate(
         model, found, distributed.Processes(torch.device("cpu")), cast, n_samples

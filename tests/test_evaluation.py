@@ -12,20 +12,19 @@ import torch
 from engine.base.distributed import Processes
 from engine.data.tokenizer import CharTokenizer
 from engine.data.tokens import TokenFile
+from engine.data.windows import eval_batches, windows
 from engine.eval.evaluation import (
     NOISE,
     _of_tokens,
-    eval_batches,
     evaluate,
-    mean_loss,
     set_scores,
-    windows,
 )
-from engine.eval.metrics import N_BINS
 from engine.eval.table import flat
 from engine.eval.texts import Text
+from engine.eval.validation import N_BINS, mean_loss
 from engine.runs.logger import read_records
-from heads import HeadConfig, Prediction, entropy
+from heads import HeadConfig, Prediction
+from heads.draws import entropy
 from model import GPT, GPTConfig
 from tests.helpers import HEADS, scores, scores_of, write_nanogpt, write_words
 
@@ -346,7 +345,7 @@ def test_bytes_and_words_are_those_of_the_targets_whatever_the_windows(file, str
     assert len(tokenizer.decode(file.ids[:1]).encode()) != len(
         tokenizer.decode(file.ids[-1:]).encode()
     )
-    batches = windows(file, T, 3, stride=stride, text=text)
+    batches = windows(file, T, 3, stride=stride)
     result = evaluate(tiny_gpt(), batches, CPU, text=text).result()
     assert (
         result["n_bytes"]

@@ -12,7 +12,6 @@ from engine.data.tokens import TokenFile
 from engine.eval import metrics as metrics_module
 from engine.eval.metrics import (
     EDGES,
-    N_BINS,
     Tally,
     fine_values,
     out_of_domain,
@@ -22,6 +21,7 @@ from engine.eval.metrics import (
 )
 from engine.eval.table import against, flat
 from engine.eval.texts import Text, document
+from engine.eval.validation import N_BINS
 from tests.helpers import write_nanogpt
 
 metrics = pytest.importorskip("sklearn.metrics")

@@ -13,7 +13,8 @@ from torch.distributions import Categorical, Normal
 from torch.nn import functional as F
 
 from engine.data.tokens import TokenFile
-from engine.eval.evaluation import scale_posterior, widest_posterior, windows
+from engine.data.windows import windows
+from engine.eval.evaluation import scale_posterior, widest_posterior
 from engine.runs.checkpoint import load_model
 from heads import LIKELIHOODS, Head, HeadConfig, entropy
 from heads.likelihoods import expected_log_sigmoid

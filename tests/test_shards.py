@@ -18,7 +18,7 @@ from engine.base.errors import UserError
 from engine.data.labels import LabelFile, LabelWriter, identity, pack
 from engine.data.order import Order
 from engine.data.tokens import Batches, TokenFile
-from engine.eval.evaluation import windows
+from engine.data.windows import windows
 from tests.helpers import (
     ROOT,
     TINY,

@@ -18,7 +18,8 @@ from engine.base.distributed import Processes
 from engine.base.errors import UserError
 from engine.base.options import flatten
 from engine.data.tokens import TokenFile
-from engine.eval.evaluation import eval_batches, mean_loss
+from engine.data.windows import eval_batches
+from engine.eval.validation import mean_loss
 from engine.runs import checkpoint, saver
 from tests.helpers import (
     HEADS,

@@ -10,7 +10,8 @@ import torch
 import heads
 from engine.base.distributed import Processes
 from engine.data.tokens import TokenFile, gather
-from engine.eval.evaluation import eval_batches, mean_loss
+from engine.data.windows import eval_batches
+from engine.eval.validation import mean_loss
 from heads.likelihoods import token_scores
 from tests.helpers import HEADS, tiny_gpt, write_nanogpt
 

@@ -3,16 +3,14 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 
 from engine.base.distributed import Processes, seed_micro_batch
 from engine.base.errors import UserError
-from engine.data.tokens import TokenFile, gather
-from engine.eval.metrics import N_BINS, Tally, bins_of, exp
+from engine.data.windows import Windows
+from engine.eval.metrics import Tally
 from engine.eval.texts import Text
 
 MAX_SCALE = 1000.0  # of a posterior's width
@@ -20,102 +18,6 @@ NOISE = 64  # neighbouring tokens that share their draws of the output weights' 
 ROWS = {
     "cpu": 64
 }  # positions whose (ROWS, V) log-probabilities exist at a time: a CPU's cache is small
-
-
-def eval_batches(
-    file: TokenFile, block_size: int, batch_size: int, n_batches: int
-) -> list[np.ndarray]:
-    """Block starts of the fixed batches that every evaluation of a run sees: evenly spaced over the split."""
-    n_blocks = max(1, (len(file) - 1) // block_size)
-    n = min(n_blocks, n_batches * batch_size)
-    starts = np.arange(n) * n_blocks // n * block_size
-    return [starts[i : i + batch_size] for i in range(0, n, batch_size)]
-
-
-class Windows(NamedTuple):
-    """A batch of windows of a split: x, y (B, T). Of each the targets from `first` on count."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-    first: int
-    at: torch.Tensor  # (B, T - first), where in the split those targets stand
-    units: torch.Tensor  # (B, T - first), numbers of what a bootstrap resamples
-    labels: tuple[torch.Tensor, ...] = ()  # (B, T, K) each, of an engine.data.labels.LabelFile
-
-
-def windows(
-    file: TokenFile,
-    block_size: int,
-    batch_size: int,
-    limit: int = 0,
-    stride: int = 0,
-    text: Text | None = None,
-    labels=None,
-) -> Iterator[Windows]:
-    """Windows of block_size tokens that cover a split, in their order; every target counts once.
-
-    stride: each window begins so much behind the one before (0: block_size), and of all but the first one only the last
-    `stride` targets count. What is left at the end is a shorter window, alone. limit: only so many, evenly spaced."""
-    for starts, length in spans(len(file) - 1, block_size, batch_size, limit, stride or block_size):
-        x, y = gather(file, starts, length)
-        first = block_size - (stride or block_size) if starts[0] else 0
-        at = torch.from_numpy(starts)[:, None] + torch.arange(first + 1, length + 1)
-        units = at[:, :1].expand_as(at) if text is None else text.units(at, y[:, first:])
-        yield Windows(x, y, first, at, units, () if labels is None else labels.targets(y, starts))
-
-
-def spans(
-    n: int, block_size: int, batch_size: int, limit: int, stride: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """The windows' starts in batches, and their length, for n targets."""
-    n_full = (n - block_size) // stride + 1 if n >= block_size else 0
-    n_taken = min(limit or n_full, n_full)
-    alone = min(
-        n_taken, int(stride < block_size)
-    )  # all targets of the first window count: no batch with others
-    for i in itertools.chain(range(alone), range(alone, n_taken, batch_size)):
-        numbers = np.arange(i, min(i + (batch_size if i >= alone else 1), n_taken))
-        yield numbers * n_full // n_taken * stride, block_size
-    covered = (n_full - 1) * stride + block_size if n_full else 0
-    if covered < n and not 0 < limit <= n_full:
-        yield np.array([n_full * stride]), n - n_full * stride
-
-
-@torch.no_grad()
-def mean_loss(
-    model: torch.nn.Module, batches: list[np.ndarray], file: TokenFile, processes: Processes, cast
-) -> dict[str, float]:
-    """val_nll (nats of the true next token), val_perplexity and val_ece (of the likeliest token), all under the mean
-    weights, and val_loss (what training minimises, but for dropout, soft labels and the noise of Bayesian MLPs), over
-    all tokens of eval_batches.
-
-    The work is shared by all processes; the same numbers on each."""
-    model.eval()
-    totals, n = 0.0, len(batches)
-    for i in range(
-        processes.rank,
-        math.ceil(n / processes.world_size) * processes.world_size,
-        processes.world_size,
-    ):
-        x, y = (
-            t.to(processes.device) for t in gather(file, batches[i % n], model.config.block_size)
-        )
-        seed_micro_batch(0, i)  # the sampling estimators see the same noise in every evaluation
-        with cast:
-            loss, of_tokens = model.scores(x, y)
-        nll, confidence, correct = of_tokens.cpu().double()
-        gaps = torch.bincount(bins_of(confidence), confidence - correct, N_BINS)
-        sums = nll.new_tensor([nll.sum().item(), loss.item() * len(nll), len(nll)])
-        values = torch.cat([sums, gaps]) * (
-            i < n
-        )  # as many rounds for all, or those with shards would wait for ever
-        totals += np.array(
-            processes.all_reduce(values.to(processes.device, _widest(processes.device)))
-        )
-    model.train()
-    nll, loss, n_tokens, *gaps = totals.tolist()
-    nll, ece = nll / n_tokens, np.abs(gaps).sum().item() / n_tokens
-    return {"val_nll": nll, "val_perplexity": exp(nll), "val_ece": ece, "val_loss": loss / n_tokens}
 
 
 @torch.no_grad()
@@ -135,7 +37,9 @@ def evaluate(
     model.eval()
     tally, last = Tally(), -1
     for i, batch in enumerate(batches):
-        y, units = batch.y[:, batch.first :], batch.units.flatten()
+        y = batch.y[:, batch.first :]
+        units = text.units(batch.at, y) if text else batch.at[:, :1].expand_as(batch.at)
+        units = units.flatten()
         tally.n_units, last = (
             tally.n_units + len(units.unique()) - int(units[0] == last),
             int(units[-1]),
@@ -276,7 +180,3 @@ def in_pieces(
     n, last = n or ROWS.get(hiddens[0].device.type, 1024), hiddens[0].dim() - 2
     pieces = zip(*(hidden.flatten(0, last).split(n) for hidden in hiddens), strict=True)
     return zip(pieces, *(t.flatten(0, last).split(n) for t in of_tokens), strict=True)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

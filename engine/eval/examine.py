@@ -20,12 +20,14 @@ from engine.base.files import atomic_write
 from engine.data.labels import LabelFile
 from engine.data.tokenizer import has_tokenizer, load_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
+from engine.data.windows import windows
 from engine.eval.diversity import continuations, diversity, prompts
 from engine.eval.ensemble import load, members_of
-from engine.eval.evaluation import evaluate, widest_posterior, windows
-from engine.eval.metrics import Tally, exp, out_of_domain
+from engine.eval.evaluation import evaluate, widest_posterior
+from engine.eval.metrics import Tally, out_of_domain
 from engine.eval.reading import Reading, read
 from engine.eval.texts import Text, document
+from engine.eval.validation import exp
 from engine.gpt2.loading import HUB
 from engine.runs.checkpoint import check_tokenizer, folder_of, trained_on
 
@@ -198,7 +200,7 @@ class Evaluation:
             "leave": False,
             "disable": hidden,
         }
-        batches = tqdm(windows(file, *shape, text, labels), **show)
+        batches = tqdm(windows(file, *shape, labels), **show)
         return evaluate(self.model, batches, self.processes, self.cast, self.n_samples, text)
 
 

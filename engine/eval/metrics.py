@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.base.distributed import Processes
+from engine.eval.validation import N_BINS, bins_of, exp
 
-N_BINS = 15  # of the calibration errors (Guo et al. 2017)
 N_REPLICATES = 1000  # of the bootstrap: a standard error is right to 2 %
 FEW = 10  # units: too few to resample
 # what orders tokens by doubt; nll, which needs the true token, tells own text from foreign alone
@@ -170,11 +170,6 @@ class Tally:
         return self.parts[name]
 
 
-def bins_of(confidence: Tensor) -> Tensor:
-    """(n,) -> which of the N_BINS equally wide bins each falls into; what is no number falls somewhere."""
-    return (confidence * N_BINS).long().clamp(0, N_BINS - 1)
-
-
 def place_of(doubts: Tensor) -> Tensor:
     """doubts (n,), at least 0 -> (n,) int64 below N_FINE, in the same order."""
     doubts = doubts.float().clamp(2.0 ** OCTAVES[0], 2.0 ** (OCTAVES[-1] + 1) * (1 - 2**-24))
@@ -259,8 +254,3 @@ def out_of_domain(own: Tally, foreign: Tally) -> dict:
                 for score, value in zip(("auroc", "fpr95"), tell_apart(*pair), strict=True):
                     result[score].setdefault(name, {})[level.removesuffix("s")] = value
     return result
-
-
-def exp(nll: float) -> float:
-    """As a float that JSON has, however far a model is off."""
-    return math.exp(min(nll, 700.0))

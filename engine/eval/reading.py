@@ -11,7 +11,8 @@ import torch
 
 from engine.base.distributed import seed_micro_batch
 from engine.data.tokenizer import Tokenizer, piece_decoder, pieces_of
-from engine.eval.evaluation import in_pieces, spans
+from engine.data.windows import window_starts
+from engine.eval.evaluation import in_pieces
 from heads import Prediction
 
 N_TOP = 5  # likeliest next tokens that are kept
@@ -120,7 +121,7 @@ def read(
     stride = -(
         -block_size // 2
     )  # but for the first window, tokens have at least half a window before them
-    for (start,), length in spans(len(ids) - 1, block_size, 1, 0, stride):
+    for (start,), length in window_starts(len(ids) - 1, block_size, 1, 0, stride):
         first, end = block_size - stride if start else 0, start + length
         hiddens = [hidden[:, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
         for hidden, targets in in_pieces(hiddens, idx[None, start + first + 1 : end + 1]):

@@ -5,7 +5,8 @@ import io
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from engine.eval.metrics import Tally, exp, spread
+from engine.eval.metrics import Tally, spread
+from engine.eval.validation import exp
 
 # title -> name of a score -> head of its column, and its format
 GROUPS = {

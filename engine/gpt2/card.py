@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data.tokenizer import Tokenizer
-from engine.eval.metrics import exp
+from engine.eval.validation import exp
 from model import GPT
 
 

@@ -7,7 +7,7 @@ import torch
 
 from engine.base.errors import UserError, warn
 from engine.data.tokens import TokenFile, dataset_folder, gather
-from engine.eval.evaluation import eval_batches
+from engine.data.windows import eval_batches
 from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
 from heads import HeadConfig

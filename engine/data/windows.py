@@ -1,0 +1,68 @@
+"""Read a split in windows of block_size tokens, in its order: all of them, or some that are evenly spaced."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.data.tokens import TokenFile, gather
+
+
+def eval_batches(
+    file: TokenFile, block_size: int, batch_size: int, n_batches: int
+) -> list[np.ndarray]:
+    """Block starts of the batches that every evaluation of a run sees, evenly spaced over the split."""
+    n_blocks = max(1, (len(file) - 1) // block_size)
+    n = min(n_blocks, n_batches * batch_size)
+    starts = np.arange(n) * n_blocks // n * block_size
+    return [starts[i : i + batch_size] for i in range(0, n, batch_size)]
+
+
+class Windows(NamedTuple):
+    """A batch of windows of a split: x, y (B, T). Of each window the targets from `first` on count."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    first: int
+    at: torch.Tensor  # (B, T - first), the positions of those targets in the split
+    labels: tuple[torch.Tensor, ...] = ()  # (B, T, K) each, from an engine.data.labels.LabelFile
+
+
+def windows(
+    file: TokenFile, block_size: int, batch_size: int, limit: int = 0, stride: int = 0, labels=None
+) -> Iterator[Windows]:
+    """Windows of block_size tokens that cover a split; every target counts once.
+
+    stride: the distance between two windows (0: block_size); of all but the first one only the last
+    `stride` targets count. The rest at the end is a shorter window in a batch of its own.
+    limit: only so many windows, evenly spaced."""
+    stride = stride or block_size
+    for starts, length in window_starts(len(file) - 1, block_size, batch_size, limit, stride):
+        x, y = gather(file, starts, length)
+        first = block_size - stride if starts[0] else 0
+        at = torch.from_numpy(starts)[:, None] + torch.arange(first + 1, length + 1)
+        of_labels = () if labels is None else labels.targets(y, starts)
+        yield Windows(x, y, first, at, of_labels)
+
+
+def window_starts(
+    n: int, block_size: int, batch_size: int, limit: int, stride: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The starts of each batch of windows, and the windows' length, for n targets."""
+    n_full = (n - block_size) // stride + 1 if n >= block_size else 0
+    n_taken = min(limit or n_full, n_full)
+
+    def starts_of(begin: int, end: int) -> np.ndarray:
+        return np.arange(begin, end) * n_full // n_taken * stride
+
+    first = 0
+    if stride < block_size and n_taken:
+        # overlapping windows: every target of the first one counts, so it is a batch of its own
+        yield starts_of(0, 1), block_size
+        first = 1
+    for begin in range(first, n_taken, batch_size):
+        yield starts_of(begin, min(begin + batch_size, n_taken)), block_size
+    covered = (n_full - 1) * stride + block_size if n_full else 0
+    if covered < n and not 0 < limit <= n_full:
+        yield np.array([n_full * stride]), n - n_full * stride

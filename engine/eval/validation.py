@@ -1,0 +1,57 @@
+"""What training measures on the validation split: a few sums over fixed batches."""
+
+import math
+
+import numpy as np
+import torch
+
+from engine.base.distributed import Processes, seed_micro_batch
+from engine.data.tokens import TokenFile, gather
+
+N_BINS = 15  # of the calibration error (Guo et al. 2017)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: torch.nn.Module, batches: list[np.ndarray], file: TokenFile, processes: Processes, cast
+) -> dict[str, float]:
+    """The means over all tokens of the batches, which the processes share; the same on each.
+
+    val_nll (nats of the true next token), val_perplexity and val_ece (of the likeliest token) use
+    the mean weights. val_loss is what training minimises, except for dropout, soft labels and the
+    noise of Bayesian MLPs."""
+    model.eval()
+    totals, n = 0.0, len(batches)
+    n_rounds = math.ceil(n / processes.world_size)
+    # every process takes part in every round: a sharded model's forward pass needs all of them
+    for i in range(processes.rank, n_rounds * processes.world_size, processes.world_size):
+        x, y = gather(file, batches[i % n], model.config.block_size)
+        seed_micro_batch(0, i)  # estimators that sample see the same noise in every evaluation
+        with cast:
+            loss, token_scores = model.scores(x.to(processes.device), y.to(processes.device))
+        nll, confidence, correct = token_scores.cpu().double()
+        gaps = torch.bincount(bins_of(confidence), confidence - correct, N_BINS)
+        sums = nll.new_tensor([nll.sum().item(), loss.item() * len(nll), len(nll)])
+        values = torch.cat([sums, gaps]) * (i < n)
+        if processes.world_size > 1:
+            values = values.to(processes.device)
+        totals += np.array(processes.all_reduce(values))
+    model.train()
+    nll, loss, n_tokens, *gaps = totals.tolist()
+    nll /= n_tokens
+    return {
+        "val_nll": nll,
+        "val_perplexity": exp(nll),
+        "val_ece": np.abs(gaps).sum().item() / n_tokens,
+        "val_loss": loss / n_tokens,
+    }
+
+
+def bins_of(confidence: torch.Tensor) -> torch.Tensor:
+    """(n,) -> which of N_BINS equally wide bins each falls into; NaN falls into one of them too."""
+    return (confidence * N_BINS).long().clamp(0, N_BINS - 1)
+
+
+def exp(nll: float) -> float:
+    """The perplexity; at most what JSON can hold."""
+    return math.exp(min(nll, 700.0))
