@@ -94,7 +94,7 @@ CASES = [
     ),
     *((ABOUT, contents, "labels", NO_LABELS) for contents in (b"[]", b"\xff", NESTED)),
     *(
-        (CONFIG, contents, "openai", "is not JSON of a model")
+        (CONFIG, contents, "openai", "config.json is damaged")
         for contents in (b"[]", b"", b"\xff", NESTED)
     ),
     (CONFIG, {"model_type": "llama"}, "openai", "has model_type = 'llama'"),

@@ -20,7 +20,7 @@ from engine.data.tokenizer import (
     load_tokenizer,
     piece_decoder,
 )
-from engine.gpt2.exporting import merges_of, pipeline_of
+from engine.gpt2.exporting import merges_of, transformers_tokenizer
 from tests.conftest import shared_data
 from tests.helpers import ROOT, TINY, flags, run, words, write_dataset, write_nanogpt, write_words
 from tests.test_offline import run_closed
@@ -134,7 +134,7 @@ def saved_by_transformers(tokenizer, folder: Path, old: bool) -> None:
     """A tokenizer's files without any of ours; old: vocab.json and merges.txt, as transformers 4 has them beside."""
     import transformers
 
-    pipeline = pipeline_of(tokenizer)
+    pipeline = transformers_tokenizer(tokenizer)
     if old:
         folder.mkdir()
         pipeline.model.save(str(folder))
@@ -165,7 +165,7 @@ def test_the_tokenizer_that_transformers_saved_is_the_one_that_is_read(
 
 
 def test_a_tokenizer_of_another_kind_is_refused_not_taken_for_gpt2s(tmp_path):
-    pipeline_of(CharTokenizer("abc")).save(
+    transformers_tokenizer(CharTokenizer("abc")).save(
         str(tmp_path / "tokenizer.json")
     )  # letters that stand for bytes too
     with pytest.raises(UserError, match=r"tokenizer\.json is no byte-level BPE"):
