@@ -158,12 +158,14 @@ def report(
     of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {units}".format(
         **first, units=units
     )
-    print("\n\n".join([of_what, *map(table.as_text, tables)]))
+    parts = [f"{t.title}\n{table.as_text(t.header, t.lines)}" for t in tables]
+    print("\n\n".join([of_what, *parts]))
     if config.report == "none":
         return
     folder = report_folder(sources, config)
     folder.mkdir(parents=True, exist_ok=True)
-    markdown = "\n\n".join([of_what, *map(table.as_markdown, tables)]) + "\n"
+    parts = [f"{t.title}\n\n{table.as_markdown(t.header, t.lines)}" for t in tables]
+    markdown = "\n\n".join([of_what, *parts]) + "\n"
     for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, tallies))):
         atomic_write(
             folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")

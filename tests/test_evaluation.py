@@ -20,7 +20,7 @@ from engine.eval.evaluation import (
     set_scores,
 )
 from engine.eval.table import flat
-from engine.eval.texts import Text
+from engine.eval.texts import TextStats
 from engine.eval.validation import N_BINS, mean_loss
 from engine.runs.logger import read_records
 from heads import HeadConfig, Prediction
@@ -341,7 +341,7 @@ def test_bytes_and_words_are_those_of_the_targets_whatever_the_windows(file, str
     tokenizer = CharTokenizer(
         [" ", *"abcdé", *map(chr, range(0x66, 0x7B)), *map(chr, range(0x100, 0x128))]
     )  # 1 and 2 bytes
-    text, targets = Text(tokenizer, torch.full((V,), 1 / V)), file.ids[1:]
+    text, targets = TextStats(tokenizer, torch.full((V,), 1 / V)), file.ids[1:]
     assert len(tokenizer.decode(file.ids[:1]).encode()) != len(
         tokenizer.decode(file.ids[-1:]).encode()
     )

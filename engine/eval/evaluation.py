@@ -10,8 +10,8 @@ import torch
 from engine.base.distributed import Processes, seed_micro_batch
 from engine.base.errors import UserError
 from engine.data.windows import Windows
-from engine.eval.metrics import Tally
-from engine.eval.texts import Text
+from engine.eval.metrics import MetricAccumulator
+from engine.eval.texts import TextStats
 
 MAX_SCALE = 1000.0  # of a posterior's width
 NOISE = 64  # neighbouring tokens that share their draws of the output weights' noise
@@ -27,15 +27,15 @@ def evaluate(
     processes: Processes,
     cast: contextlib.AbstractContextManager | None = None,
     n_samples: int = 0,
-    text: Text | None = None,
-) -> Tally:
+    text: TextStats | None = None,
+) -> MetricAccumulator:
     """The scores of the windows, the same on all processes, which share the work; Tally.result() names them.
 
     Where the head has them also aleatoric, mutual_information, nll_desmoothed, log_sum_sigma; of windows with labels, a
     set for each token, recall_at_k and lrap (see set_scores); with a text unigram_nll and its bytes. The noise of
     n_samples draws depends on a token's place in the split alone."""
     model.eval()
-    tally, last = Tally(), -1
+    tally, last = MetricAccumulator(), -1
     for i, batch in enumerate(batches):
         y = batch.y[:, batch.first :]
         units = text.units(batch.at, y) if text else batch.at[:, :1].expand_as(batch.at)

@@ -24,9 +24,9 @@ from engine.data.windows import windows
 from engine.eval.diversity import continuations, diversity, prompts
 from engine.eval.ensemble import load, members_of
 from engine.eval.evaluation import evaluate, widest_posterior
-from engine.eval.metrics import Tally, out_of_domain
+from engine.eval.metrics import MetricAccumulator, out_of_domain
 from engine.eval.reading import Reading, read
-from engine.eval.texts import Text, document
+from engine.eval.texts import TextStats, document
 from engine.eval.validation import exp
 from engine.gpt2.loading import HUB
 from engine.runs.checkpoint import check_tokenizer, folder_of, trained_on
@@ -113,7 +113,7 @@ class Evaluation:
             check_tokenizer(member, dataset_folder(dataset))
         return TokenFile(dataset, split)
 
-    def scores(self) -> tuple[dict, Tally]:
+    def scores(self) -> tuple[dict, MetricAccumulator]:
         """All numbers on the whole split, and what they were made of."""
         config, n_ids = self.config, self.model.config.vocab_size
         heads = dict.fromkeys(
@@ -122,7 +122,7 @@ class Evaluation:
         n_documents = (
             0 if self.tokenizer.eot is None else self.file.counts(n_ids)[self.tokenizer.eot].item()
         )
-        text = Text(
+        text = TextStats(
             self.tokenizer, self.train.frequencies(n_ids), n_documents, part=bool(config.limit)
         )
         tally = self._evaluate(self.file, config.limit, self.source, text, self.labels)
@@ -189,8 +189,8 @@ class Evaluation:
         return widest_posterior(self.model, lambda: nll().mean("nll"), self.config.std_tolerance)
 
     def _evaluate(
-        self, file: TokenFile, limit: int, what: str, text: Text | None = None, labels=None
-    ) -> Tally:
+        self, file: TokenFile, limit: int, what: str, text: TextStats | None = None, labels=None
+    ) -> MetricAccumulator:
         shape = (self.model.config.block_size, self.config.batch_size, limit, self.config.stride)
         n = (len(file) - 1) / (self.config.stride or shape[0])
         hidden = not (sys.stderr.isatty() and self.processes.is_main)

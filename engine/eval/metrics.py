@@ -37,7 +37,7 @@ EDGES = {  # of histograms, the same for all runs and texts
 COVERAGES = np.arange(1, 101) / 100
 
 
-class Tally:
+class MetricAccumulator:
     """What is known of the tokens scored so far; parts: name -> float64 of one shape, all of which add up."""
 
     def __init__(self):
@@ -243,7 +243,7 @@ def tell_apart(own: Tensor, foreign: Tensor) -> tuple[float, float]:
     )
 
 
-def out_of_domain(own: Tally, foreign: Tally) -> dict:
+def out_of_domain(own: MetricAccumulator, foreign: MetricAccumulator) -> dict:
     """How well each doubt tells foreign text from own, by the token and by the mean over a block."""
     result = {"n_tokens": int(foreign.parts["sum n_tokens"].item()), "nll": foreign.mean("nll")}
     result |= {"auroc": {}, "fpr95": {}, "histograms": foreign.histograms()}

@@ -14,7 +14,7 @@ STRETCH = 1024  # tokens, of a text without documents
 FEW = 20  # documents: with fewer there are more stretches
 
 
-class Text:
+class TextStats:
     """Counts of the tokens that count() has been given, in their order, and what each token is.
 
     unit: what a bootstrap resamples. Documents; of a split with few of them stretches of STRETCH tokens (which depend
