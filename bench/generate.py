@@ -18,6 +18,7 @@ import torch
 from bench import measure
 from bench.heads import OURS
 from engine.base.distributed import autocast, keep_memory, pick_device
+from engine.eval.generation import generate
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
@@ -74,7 +75,7 @@ def ours(model: GPT, idx: torch.Tensor, n_new: int, dtype: str, **generation) ->
 
     def case():
         with autocast(idx.device, dtype)[0]:
-            model.generate(idx, n_new, **SAMPLING, **generation)
+            generate(model, idx, n_new, **SAMPLING, **generation)
 
     return case
 

@@ -19,6 +19,7 @@ from engine.eval.diversity import (
     prompts,
     self_bleu,
 )
+from engine.eval.generation import generate
 from tests.helpers import WORDS, tiny_gpt, write_dataset, write_words
 
 EOT = ByteTokenizer.eot
@@ -130,7 +131,8 @@ class Scripted(torch.nn.Module):
             yield torch.where(idx[:, :1] == i, EOT, idx[:, :1] + 100 + i), None
 
 
-def test_the_prompt_is_no_part_of_a_continuation_and_end_of_text_ends_it():
+def test_the_prompt_is_no_part_of_a_continuation_and_end_of_text_ends_it(monkeypatch):
+    monkeypatch.setattr("engine.eval.diversity.stream", Scripted.stream)
     model, ids = Scripted(), torch.tensor([[3, 50], [0, 51], [9, 52], [2, 53], [1, 54]])
     found = continuations(model, ids, 5, batch_size=2, top_k=7, n_ids=200, eot=EOT)
     assert found == [[103, 104, 105], [], [109, 110, 111, 112, 113], [102, 103], [101]]
@@ -169,7 +171,7 @@ def test_greedy_text_depends_on_the_model_alone():
     ]
     assert greedy[0] == greedy[1] == greedy[2]
     model = tiny_gpt(std=0.3)
-    whole = model.generate(ids, 20, temperature=0)
+    whole = generate(model, ids, 20, temperature=0)
     assert greedy[0] == whole[:, 2:].tolist()
 
 

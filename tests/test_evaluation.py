@@ -19,6 +19,7 @@ from engine.eval.evaluation import (
     evaluate,
     set_scores,
 )
+from engine.eval.generation import generate
 from engine.eval.table import flat
 from engine.eval.texts import TextStats
 from engine.eval.validation import N_BINS, mean_loss
@@ -48,7 +49,7 @@ def tiny_gpt(weights: str = "point", likelihood: str = "categorical", seed: int 
 def file(tmp_path_factory) -> TokenFile:
     """16 blocks and 5 tokens of what a tiny_gpt itself would say: its accuracy is then neither 0 nor 1."""
     torch.manual_seed(0)
-    text = tiny_gpt().generate(torch.tensor([[5]]), 16 * T + 5)[0].numpy()
+    text = generate(tiny_gpt(), torch.tensor([[5]]), 16 * T + 5)[0].numpy()
     assert len(text) == 16 * T + 6
     return TokenFile(write_nanogpt(tmp_path_factory.mktemp("data") / "d", {"val": text}), "val")
 
@@ -275,8 +276,8 @@ def test_a_line_that_a_killed_run_left_unfinished_is_passed_over(tmp_path):
 
 def test_a_model_with_more_ids_than_its_tokenizer_draws_only_those_of_the_tokenizer():
     model = tiny_gpt()
-    idx = model.generate(torch.zeros(4, 1, dtype=torch.long), 50, n_ids=5)
-    assert idx.max() < 5 <= model.generate(torch.zeros(4, 1, dtype=torch.long), 50).max()
+    idx = generate(model, torch.zeros(4, 1, dtype=torch.long), 50, n_ids=5)
+    assert idx.max() < 5 <= generate(model, torch.zeros(4, 1, dtype=torch.long), 50).max()
 
 
 def test_set_scores_are_scikit_learns_average_precision_and_the_definition_of_recall():

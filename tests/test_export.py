@@ -19,6 +19,7 @@ from engine.base.options import flatten
 from engine.data.gpt2_bpe import GPT2Tokenizer
 from engine.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from engine.data.tokens import TokenFile
+from engine.eval.generation import generate
 from engine.runs.checkpoint import load_model, tokenizer_of
 from model import GPT
 from tests.conftest import shared_data
@@ -202,14 +203,14 @@ def test_greedy_text_is_the_same_here_there_and_in_a_pipeline(tmp_path, monkeypa
     model = tiny_gpt(std=0.4, logit_bias="unigram", **shape)
     folder = exported(save(tmp_path / "run", model, tokenizer), tmp_path / "gpt2")
     prompt = tokenizer.encode("the old").tolist()
-    expected = model.generate(torch.tensor([prompt]), 20, temperature=0)[0].tolist()
+    expected = generate(model, torch.tensor([prompt]), 20, temperature=0)[0].tolist()
     assert len(set(expected)) > 4 and tokenizer.eot not in expected
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).generate(
         torch.tensor([prompt]), max_new_tokens=20, do_sample=False
     )
     assert theirs[0].tolist() == expected
-    generate = transformers.pipeline("text-generation", model=str(folder), device="cpu")
-    said = generate("the old", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    pipeline = transformers.pipeline("text-generation", model=str(folder), device="cpu")
+    said = pipeline("the old", max_new_tokens=20, do_sample=False)[0]["generated_text"]
     assert said == tokenizer.decode(expected)
     capsys.readouterr()
     written = []

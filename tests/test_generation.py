@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from engine.eval.generation import KVCache, draw
+from engine.eval.generation import draw, generate, stream
+from model import KVCache
 from tests.helpers import HEADS, tiny_gpt
 
 V = 67
@@ -41,10 +42,10 @@ def test_the_cache_has_room_for_the_text_and_no_more_and_is_allocated_once(monke
         return x
 
     monkeypatch.setattr(model, "hidden", watched)
-    model.generate(torch.zeros(2, 3, dtype=torch.long), 6)
+    generate(model, torch.zeros(2, 3, dtype=torch.long), 6)
     assert len(allocated) == 1 and caches[-1].kv.size(4) == 9 and caches[-1].length == 8
     caches.clear(), allocated.clear()
-    model.generate(torch.zeros(2, 3, dtype=torch.long), 30)  # past block_size = 16
+    generate(model, torch.zeros(2, 3, dtype=torch.long), 30)  # past block_size = 16
     assert len(allocated) == 1 and caches[-1].kv.size(4) == 16 and len(caches) == 30
 
 
@@ -57,7 +58,8 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(options):
         torch.manual_seed(seed)
         texts.append(
             torch.cat(
-                [token for token, _ in model.stream(idx, 25, **options, uncertain=uncertain)], dim=1
+                [token for token, _ in stream(model, idx, 25, **options, uncertain=uncertain)],
+                dim=1,
             )
         )
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
@@ -90,7 +92,7 @@ def test_a_compiled_step_writes_the_same_texts_with_one_graph():
             torch._dynamo.utils.counters.clear()
             model.compile_step()
         torch.manual_seed(0)
-        texts.append(model.generate(idx, 20, top_k=20))  # past block_size
+        texts.append(generate(model, idx, 20, top_k=20))  # past block_size
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -98,7 +100,7 @@ def test_a_compiled_step_writes_the_same_texts_with_one_graph():
 def test_tokens_that_were_yielded_stay_as_they_are():
     model, idx = tiny_gpt(std=0.3), torch.zeros(2, 1, dtype=torch.long)
     yielded, copies = [], []
-    for token, _ in model.stream(idx, 20):
+    for token, _ in stream(model, idx, 20):
         yielded.append(token)
         copies.append(token.clone())
     assert torch.equal(torch.cat(yielded), torch.cat(copies))
@@ -218,5 +220,5 @@ def test_draw_takes_the_kept_tokens_in_proportion(options, kept):
 def test_a_model_in_training_mode_that_recomputes_its_blocks_generates_the_same_cached_or_not():
     model = tiny_gpt(std=0.3, gradient_checkpointing=True).train()
     idx = torch.tensor([[5, 5, 5]])
-    cached, plain = (model.generate(idx, 8, temperature=0, use_cache=use) for use in (True, False))
+    cached, plain = (generate(model, idx, 8, temperature=0, use_cache=use) for use in (True, False))
     assert torch.equal(cached, plain)

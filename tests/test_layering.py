@@ -49,7 +49,6 @@ def imports_of(module: str) -> set[str]:
 
 
 UPWARD = {  # to be mended
-    ("model", "engine.eval.generation"),
     ("engine.eval.examine", "evaluate"),
     ("engine.eval.terminal", "sample"),
     ("heads.weights", "heads"),

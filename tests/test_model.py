@@ -8,6 +8,7 @@ import transformers
 
 from engine.base.errors import UserError
 from engine.base.optim import adamw
+from engine.eval.generation import generate, stream
 from engine.runs.checkpoint import load_model
 from model import GPT, GPTConfig
 from tests.helpers import HEADS, tiny_gpt
@@ -167,7 +168,7 @@ def test_cached_generation_is_nanogpts_loop_far_past_block_size(
     for use_cache in (True, False):
         torch.manual_seed(5)
         results.append(
-            model.generate(idx, n_new, temperature=temperature, top_k=20, use_cache=use_cache)
+            generate(model, idx, n_new, temperature=temperature, top_k=20, use_cache=use_cache)
         )
     torch.manual_seed(5)
     results.append(nanogpt_loop(model, idx, n_new, temperature, top_k=20))
@@ -181,16 +182,16 @@ def test_posterior_samples_in_generation_are_the_same_with_and_without_cache(lik
     model, idx, results = tiny_gpt("bayes", likelihood, std=0.3), tokens(2, 5), []
     for use_cache in (True, False):
         torch.manual_seed(5)
-        results.append(model.generate(idx, 30, n_samples=3, use_cache=use_cache))
+        results.append(generate(model, idx, 30, n_samples=3, use_cache=use_cache))
     assert torch.equal(*results)
 
 
 @torch.no_grad()
 def test_stream_yields_each_token_with_the_prediction_that_it_was_drawn_from():
     model, idx = tiny_gpt("bayes", std=0.3), tokens(2, 5)
-    assert all(prediction is None for _, prediction in model.stream(idx, 3))
+    assert all(prediction is None for _, prediction in stream(model, idx, 3))
     torch.manual_seed(0)
-    for token, prediction in model.stream(idx, 20, temperature=0, n_samples=3, uncertain=True):
+    for token, prediction in stream(model, idx, 20, temperature=0, n_samples=3, uncertain=True):
         assert token.shape == prediction.total.shape == prediction.epistemic.shape == (2, 1)
         assert torch.equal(token, prediction.log_probs[:, -1].argmax(-1, keepdim=True))
         x = model.hidden(idx[:, -16:])[:, -1:]

@@ -17,6 +17,7 @@ import torch
 
 from engine.base.errors import UserError
 from engine.data.tokenizer import BPETokenizer
+from engine.eval.generation import generate
 from engine.eval.reading import Reading, Token, reader
 from engine.eval.run import Continuation, Run, Sampling
 from heads import Prediction
@@ -76,7 +77,7 @@ def test_a_text_is_what_generate_draws_with_this_seed(bayes, options):
     of_model = {"temperature": 0.8, "top_k": 200} | {
         name: v for name, v in options.items() if name != "seed"
     }
-    ids = bayes.model.generate(idx, 40, **of_model)[0, 4:]
+    ids = generate(bayes.model, idx, 40, **of_model)[0, 4:]
     assert bayes.generate_text("the ", max_new_tokens=40, **options) == bayes.tokenizer.decode(ids)
 
 
@@ -223,7 +224,7 @@ def test_a_text_goes_on_in_the_middle_of_its_prompts_last_character(folder, monk
     run_ = Run(folder / "bytes_bayes", device="cpu", dtype="float32")
     step = torch.zeros(1, 1, 257), torch.zeros(1, 1), torch.zeros(1, 1)
     draws = [(torch.tensor([[i]]), Prediction(*step)) for i in "é!".encode()[1:]]
-    monkeypatch.setattr(run_.model, "stream", lambda *_, **__: iter(draws))
+    monkeypatch.setattr("engine.eval.run.stream", lambda *_, **__: iter(draws))
     *_, (text,) = run_.stream(list("é".encode()[:1]), 1, Sampling(max_new_tokens=2))
     assert text.text == "é!"
 

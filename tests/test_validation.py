@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import heads
 from engine.base.distributed import Processes
 from engine.data.tokens import TokenFile, gather
 from engine.data.windows import eval_batches
+from engine.eval.generation import generate
 from engine.eval.validation import mean_loss
+from heads import head as heads
 from heads.likelihoods import token_scores
 from tests.helpers import HEADS, tiny_gpt, write_nanogpt
 
@@ -23,7 +24,7 @@ T = 16
 def file(tmp_path_factory) -> TokenFile:
     """What a tiny_gpt itself would say, half of it overwritten: its accuracy is then neither 0 nor 1."""
     torch.manual_seed(0)
-    text = tiny_gpt(std=0.3).generate(torch.tensor([[5]]), 40 * T)[0]
+    text = generate(tiny_gpt(std=0.3), torch.tensor([[5]]), 40 * T)[0]
     text = torch.where(torch.rand(len(text)) < 0.5, text, torch.randint(67, text.shape)).numpy()
     return TokenFile(write_nanogpt(tmp_path_factory.mktemp("data") / "d", {"val": text}), "val")
 

@@ -15,6 +15,7 @@ from engine.base.distributed import seed_micro_batch
 from engine.base.errors import UserError
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokens import TokenFile
+from engine.eval.generation import stream
 
 ORDERS = (1, 2, 3, 4)  # of distinct-n
 REPEATS, PHRASE = 3, 2  # a loop is a phrase of so many tokens at least, so many times at least
@@ -60,7 +61,7 @@ def continuations(
 ) -> list[list[int]]:
     """What the model writes behind each of the prompts (n, T), cut at end-of-text (eot), which is not part of it.
 
-    The text follows from (seed, batch_size) and the options, which are GPT.stream's; with temperature = 0, from the
+    The text follows from (seed, batch_size) and the options, which are stream's; with temperature = 0, from the
     model alone. desc: the name of a progress bar.
     """
     model.eval()
@@ -72,7 +73,7 @@ def continuations(
         for i, some in enumerate(prompts.split(batch_size)):
             seed_micro_batch(seed, i)
             tokens, ended = [], torch.zeros(len(some), 1, dtype=torch.bool, device=device)
-            for token, _ in model.stream(some.to(device), max_new_tokens, **options):
+            for token, _ in stream(model, some.to(device), max_new_tokens, **options):
                 tokens.append(token)
                 if eot is not None and (ended := ended | (token == eot)).all():
                     break

@@ -1,6 +1,6 @@
 """How probable are several endings of one context? Each context is read once, whatever the number of its endings.
 
-A batch row is a context and all its endings, which do not see each other (engine.eval.generation.Branches): no cache to
+A batch row is a context and all its endings, which do not see each other (Branches): no cache to
 copy, and padding only where whole rows differ in length, which sorting by length keeps small.
 """
 
@@ -15,7 +15,6 @@ from engine.base.distributed import seed_micro_batch
 from engine.base.errors import UserError
 from engine.data.tokenizer import Tokenizer
 from engine.eval.evaluation import in_pieces
-from engine.eval.generation import Branches
 from heads import Head
 
 Texts = tuple[
@@ -33,6 +32,30 @@ class Row(NamedTuple):
     def n_read(self) -> int:
         """Tokens of the row: nothing is predicted from the last one of a text."""
         return len(self.context) + sum(len(ids) - 1 for _, ids in self.texts)
+
+
+class Branches:
+    """In place of a cache: rows that hold a context and several texts that continue it.
+
+    The texts do not see each other, and the context is read once. branch (B, T) is 0 for the
+    context, 1, 2, ... for the texts and -1 for padding at the end; positions (B, T) are those of
+    the tokens in their own text, context included.
+    """
+
+    def __init__(self, branch: torch.Tensor, positions: torch.Tensor):
+        same_text = branch.unsqueeze(1) == branch.unsqueeze(2)
+        is_context = branch.unsqueeze(1) == 0
+        self.mask = (is_context | same_text).tril().unsqueeze(1)  # (B, 1, T, T)
+        self._positions = positions
+
+    def positions(self, idx: torch.Tensor) -> torch.Tensor:
+        return self._positions
+
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """k, v unchanged, and the mask."""
+        return k, v, self.mask
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from engine.base.distributed import autocast, pick_device, seed_micro_batch
 from engine.base.errors import MANY, UserError, check_ranges
 from engine.base.options import flat_fields
+from engine.eval.generation import stream
 from engine.eval.reading import Reading, Token, figures, read, reader
 from engine.runs.checkpoint import load_model, tokenizer_of
 from heads import Prediction
@@ -202,7 +203,7 @@ class Run:
         torch.manual_seed(sampling.seed)
         idx = torch.tensor([prompt] * num_samples, device=self.device)
         with self.cast:
-            for ids, prediction in self.model.stream(idx, sampling.max_new_tokens, **options):
+            for ids, prediction in stream(self.model, idx, sampling.max_new_tokens, **options):
                 rows = [()] * num_samples
                 if uncertain:
                     last = Prediction(*(part.squeeze(1) for part in prediction))
