@@ -31,6 +31,7 @@ from engine.gpt2.exporting import (
     write_model,
     write_tokenizer,
 )
+from engine.runs.banner import environment
 from engine.runs.checkpoint import (
     about,
     check_tokenizer,
@@ -39,7 +40,6 @@ from engine.runs.checkpoint import (
     tokenizer_folder,
     tokenizer_of,
 )
-from engine.runs.logger import environment
 from model import GPT
 
 N_TOKENS = 20_480  # of the validation split: the same for both models, so few show a difference

@@ -36,7 +36,8 @@ from engine.base.errors import UserError, run_main
 from engine.base.optim import adamw
 from engine.base.options import load_config
 from engine.runs import checkpoint
-from engine.runs.logger import environment, read_records
+from engine.runs.banner import environment
+from engine.runs.logger import read_records
 from engine.runs.saver import Saver
 from model import GPT, GPTConfig
 from tests.helpers import ROOT, TINY, flags, same_weights, words, write_words
@@ -147,7 +148,7 @@ def steps_saved(out_dir: Path) -> list[int]:
 def begins_at(started: Run) -> int:
     """The step that a run goes on from; 0 where it begins."""
     assert started.wait_for("parameters"), started.output
-    found = re.search(r"going on at step (\d+)", started.output)
+    found = re.search(r"resuming at step (\d+)", started.output)
     return int(found.group(1)) if found else 0
 
 

@@ -111,7 +111,7 @@ def test_torchrun_starts_anew_after_one_process_is_killed_and_ends_as_if_nothing
     assert started.wait_for("step 1[0-9][0-9]/")
     os.kill(started.workers()[1], signal.SIGKILL)
     code, _ = started.ended()
-    assert code == 0 and "going on at step" in started.output
+    assert code == 0 and "resuming at step" in started.output
     assert same_weights(checkpoint.load_model(tmp_path / "run"), reference)
 
 
@@ -301,7 +301,7 @@ def test_the_slurm_script_trains_on_two_machines_and_goes_back_into_the_queue(
             code = job.wait(100)
             output = (tmp_path / "log").read_text()
         assert code == 0, output[-3000:]
-        assert ("requeued 7" in output, "going on at step" in output) == (not last, last), output[
+        assert ("requeued 7" in output, "resuming at step" in output) == (not last, last), output[
             -3000:
         ]
     assert same_weights(checkpoint.load_model(tmp_path / "run"), reference)
@@ -313,7 +313,7 @@ def test_torchrun_never_starts_anew_on_a_run_that_it_did_not_begin(data, tmp_pat
     started = Run(data, tmp_path / "run", 2, init_from="scratch", max_iters=9)
     code, _ = started.ended()
     assert (
-        code != 0 and "already holds a run" in started.output and "going on" not in started.output
+        code != 0 and "already holds a run" in started.output and "resuming" not in started.output
     )
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from engine.base.distributed import Processes
-from engine.runs.logger import Logger, _has_key
+from engine.runs.logger import Logger, has_account
 from tests.helpers import ROOT, TINY, flags, records, run, write_words
 from train import Progress
 
@@ -182,9 +181,7 @@ def test_the_newest_offline_file_of_a_resumed_run_holds_all_of_it(data, tmp_path
     assert "less than the current step" not in capfd.readouterr().err
 
 
-def test_wandb_groups_runs_by_text_and_head_and_has_their_code(
-    data, tmp_path, offline, monkeypatch
-):
+def test_wandb_groups_runs_by_text_and_head(data, tmp_path, offline, monkeypatch):
     import wandb
 
     options, init = [], wandb.init
@@ -225,7 +222,6 @@ def test_wandb_groups_runs_by_text_and_head_and_has_their_code(
     )
     first, again = sorted((tmp_path / "s" / "bayes").glob("wandb/offline-run-*"))
     assert first.name.split("-")[-1] == again.name.split("-")[-1], "a resumed run keeps its id"
-    assert all((folder / "files" / "code.zip").is_file() for folder in (first, again))
 
 
 def test_without_an_account_charts_are_written_offline_and_nothing_is_deprecated(
@@ -249,58 +245,21 @@ def test_without_an_account_charts_are_written_offline_and_nothing_is_deprecated
         text=True,
         check=True,
     )
-    assert "deprecated" not in done.stdout + done.stderr and "does not start" not in done.stdout
+    assert "deprecated" not in done.stdout + done.stderr and "wandb fails" not in done.stdout
     assert [step for step, _ in charts(tmp_path / "run")["val/nll"]] == [0, 1]
 
 
-def asks(key=None):
-    raise AssertionError("an older wandb would ask for a key")
-
-
-@pytest.mark.parametrize(
-    ("wandb", "has"),
-    [
-        ({"login": lambda prompt: True}, True),
-        ({"login": lambda prompt: False, "api": SimpleNamespace(api_key="k")}, False),
-        ({"login": asks, "api": SimpleNamespace(api_key="k")}, True),
-        ({"login": asks, "api": None}, False),
-        ({}, False),
-    ],
-)
-def test_a_key_of_wandb_is_found_in_new_and_old_versions(monkeypatch, wandb, has):
+def test_an_account_is_a_key_in_the_environment_or_in_netrc(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert _has_key(SimpleNamespace(**wandb)) == has
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_account()
+    (tmp_path / "netrc").write_text("machine example.com login a password b\n")
+    assert not has_account()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password b\n")
+    assert has_account()
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    assert _has_key(SimpleNamespace(**wandb))
-
-
-def test_the_commit_of_another_repository_around_an_unpacked_copy_is_not_taken_for_ours(tmp_path):
-    def git(*words):
-        return subprocess.run(
-            ["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True
-        )
-
-    git("init", "-q")
-    git(
-        "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"
-    )
-    shutil.copytree(
-        ROOT / "engine", tmp_path / "copy" / "engine", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    ask = [
-        sys.executable,
-        "-c",
-        "from engine.runs.logger import environment; print(environment()['commit'])",
-    ]
-
-    def commit():
-        return subprocess.run(
-            ask, cwd=tmp_path / "copy", check=True, capture_output=True, text=True
-        ).stdout
-
-    assert commit() == "unknown\n"
-    git("add", "copy/engine/runs/logger.py")
-    assert commit() == f"{git('describe', '--always').stdout.strip()}-dirty\n"
+    assert has_account()
 
 
 class Charts:

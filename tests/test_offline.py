@@ -74,7 +74,7 @@ def test_train_resume_sample_and_evaluate_ask_for_no_network(tmp_path, kind):
         ],
         ["evaluate.py", "--out_dir=run", "--device=cpu", "--limit=4"],
     )
-    assert "going on at step 2" in printed and "\nthe" in printed and "words, test split" in printed
+    assert "resuming at step 2" in printed and "\nthe" in printed and "words, test split" in printed
     assert [record["step"] for record in records(tmp_path / "run", "val_nll")][-1] == 4
     assert (tmp_path / "run" / "eval_test.json").is_file()
     assert not (tmp_path / "network.txt").exists()

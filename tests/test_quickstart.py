@@ -39,7 +39,7 @@ def test_make_run_trains_compares_plots_and_samples_and_goes_on_with_what_is_the
     assert (
         "| val nll" in shown
         and shown.count("== training:") == 5
-        and shown.count("going on at step 4") == 2
+        and shown.count("resuming at step 4") == 2
     )
     table = shown[shown.index("quickstart, test split") :].splitlines()
     assert [line.split()[0] for line in table[4:10]] == ["unigram", *HEADS]

@@ -117,7 +117,7 @@ def test_auto_starts_where_there_is_no_run_and_resumes_where_there_is(
     run(data, tmp_path, **LONG | {"max_iters": 30}, init_from="auto")
     assert "going on" not in capsys.readouterr().out
     assert same_weights(run(data, tmp_path, **LONG, init_from="auto"), whole[0])
-    assert "going on at step 30" in capsys.readouterr().out
+    assert "resuming at step 30" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
@@ -142,7 +142,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     assert (
         f"warning: {newest} is not a good checkpoint" in output.err and output.err.count("\n") == 1
     )
-    assert "going on at step 15" in output.out
+    assert "resuming at step 15" in output.out
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):

@@ -1,24 +1,34 @@
-"""One exception for what a user got wrong, and the one place that turns it into a line on stderr."""
+"""One exception for a user's mistakes, and the one place that turns it into a line on stderr."""
 
 import os
 import sys
 from collections.abc import Callable, Mapping
 
-MANY = 10**12  # steps, blocks, tokens ...: whoever asks for more has made a slip
+MANY = 10**12  # steps, blocks, tokens ...: more must be a mistake
+# what CUDA and a CPU's allocator say; torch has an exception of its own for CUDA alone
+NO_MEMORY = ("out of memory", "can't allocate memory")
+# what gloo, NCCL and the store say when the process at the other end is gone
+LOST_PEER = (
+    "onnection closed by peer",
+    "onnection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; its message is one line that says how."""
+    """A mistake that the user can correct; the message is one line that says how."""
 
     exit_code = 2
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows of it (IPython asks for this by its name): the line, without the calls behind it."""
+        """What a notebook shows instead of a traceback (IPython calls this method)."""
         return [f"error: {self}"]
 
 
 class Diverged(UserError):
-    """A training that has come to nothing; a study of several goes on without it."""
+    """Training has failed; a study continues with its other runs."""
 
     exit_code = 3
 
@@ -32,35 +42,33 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a script's main(): a UserError, OSError or lack of memory ends in one line and exit code 2, or 3 if training
-    diverged, a signal in 128 + its number."""
+    """Run a script's main() and end the process. A UserError, OSError or lack of memory is one line and exit code 2,
+    a diverged training 3, a signal 128 + its number."""
     try:
         main()
-        _leave(0)
-    except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed to it at the end
+        _exit(0)
+    except BrokenPipeError:  # `| head` has seen enough; flushing at the end must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as of SIGPIPE
-    except (
-        UserError,
-        OSError,
-    ) as error:  # OSError: a file or folder that cannot be read or written
-        sys.exit(_say(f"error: {error}", getattr(error, "exit_code", 2)))
-    except KeyboardInterrupt as interrupt:
-        _leave(
-            128 + interrupt.signum
-            if isinstance(interrupt, Interrupted)
-            else _say("interrupted", 130)
-        )
+        sys.exit(141)  # as after SIGPIPE
+    except (UserError, OSError) as error:
+        _print_error(f"error: {error}")
+        sys.exit(getattr(error, "exit_code", 2))
+    except Interrupted as interrupt:
+        _exit(128 + interrupt.signum)
+    except KeyboardInterrupt:
+        _print_error("interrupted")
+        _exit(130)
     except (MemoryError, RuntimeError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0][-120:]
-        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
-            way_out = "lower --batch_size, --block_size or the size of the model"
-            sys.exit(_say(f"error: out of memory ({said}); {way_out}", 2))
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(
-            words in str(error) for words in LOST
-        ):
-            raise
-        sys.exit(_say(f"error: lost another process ({said}); its own message says why", 1))
+        text = str(error) or type(error).__name__
+        reason = text.splitlines()[0][-120:]
+        if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+            advice = "lower --batch_size, --block_size or the size of the model"
+            _print_error(f"error: out of memory ({reason}); {advice}")
+            sys.exit(2)
+        if _has_peers() and any(words in text for words in LOST_PEER):
+            _print_error(f"error: lost another process ({reason}); its own message says why")
+            sys.exit(1)
+        raise
 
 
 def check_ranges(options: object, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -73,38 +81,29 @@ def check_ranges(options: object, ranges: Mapping[str, tuple[float, float]]) -> 
             raise UserError(f"{name} = {value} must be at most {most:,}")
 
 
-def check_memory(n_bytes: int, what: str, way_out: str) -> None:
+def check_memory(n_bytes: int, what: str, advice: str) -> None:
     """Refuse what this machine cannot hold, before the attempt has filled its memory."""
     if hasattr(os, "sysconf"):  # not on Windows
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if n_bytes > memory:
-            raise UserError(
-                f"{what} takes {n_bytes // 10**9:,} GB, this machine has {memory // 10**9:,}; {way_out}"
-            )
+            n_gb, memory_gb = n_bytes // 10**9, memory // 10**9
+            raise UserError(f"{what} takes {n_gb:,} GB, this machine has {memory_gb:,}; {advice}")
 
 
 def warn(message: str) -> None:
-    """Say it once, however many processes there are."""
+    """Print a warning, once for all processes."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr)
 
 
-# what CUDA and a CPU's allocator say; torch has an exception of its own for CUDA alone
-NO_MEMORY = ("out of memory", "can't allocate memory")
-# what gloo, NCCL and the store say when the process at the other end is gone
-LOST = (
-    "onnection closed by peer",
-    "onnection reset by peer",
-    "Broken pipe",
-    "ncclRemoteError",
-    "NCCL communicator was aborted",
-)
+def _has_peers() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def _leave(code: int) -> None:
-    """End, if there is more to say than the script's last line. One process of several does so at once: while the
-    interpreter takes itself apart, threads of gloo may still run, and abort it (seen once in some hundred runs)."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+def _exit(code: int) -> None:
+    """End. One process of several does so at once: gloo's threads may abort an interpreter that shuts down (seen once
+    in some hundred runs)."""
+    if _has_peers():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -112,7 +111,6 @@ def _leave(code: int) -> None:
         sys.exit(code)
 
 
-def _say(message: str, code: int) -> int:
-    rank = f"[rank {os.environ.get('RANK')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+def _print_error(message: str) -> None:
+    rank = f"[rank {os.environ.get('RANK')}] " if _has_peers() else ""
     print(rank + " ".join(message.splitlines()), file=sys.stderr)
-    return code

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders with one writer."""
+"""Atomic files, JSON, and folders with one writer."""
 
 import contextlib
 import glob
@@ -15,8 +15,8 @@ DATA_ROOT = Path(__file__).resolve().parents[2] / "data"
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Have write(temporary) make the file beside, flush it to the disk, and give it its name: whoever is killed at any
-    instant leaves the old file or the new one. A failure leaves the old one and nothing else."""
+    """Replace a file at once: write(temporary) makes it next to the old one, and it takes the name once it is on the
+    disk. A process killed at any instant, or a failure, leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -30,29 +30,32 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside, which takes the name `path` once the block is done and all is on the disk: whoever is killed
-    before leaves nothing there. A failure leaves nothing at all."""
+    """A temporary folder that takes the name `path` once the block is done and all of it is on the disk.
+
+    A failure leaves nothing. What a killed process left is removed after an hour."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for left in path.parent.glob(
-        f".{glob.escape(path.name)}.*.tmp"
-    ):  # by one that was killed an hour ago or earlier
-        if left.stat().st_mtime < time.time() - 3600:
-            shutil.rmtree(left, ignore_errors=True)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if old.stat().st_mtime < time.time() - 3600:
+            shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in temporary.iterdir():
             flush(file)
         flush(temporary)
-        os.replace(temporary, path)  # over an empty folder, never over files
+        os.replace(temporary, path)  # replaces an empty folder, never one with files
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    atomic_write(path, lambda temporary: temporary.write_text(text))
+
+
 def write_json(path: Path, value: object) -> None:
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+    write_text(path, json.dumps(value, indent=1))
 
 
 def read_json(path: Path) -> dict:
@@ -61,30 +64,30 @@ def read_json(path: Path) -> dict:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The objects in a file with one on each line; none where there is no file."""
-    lines = enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1)
-    return [parse_json(line, f"{path}, line {i},") for i, line in lines if line.strip()]
+    """The objects in a file with one on each line; none if there is no file."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    objects = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            objects.append(parse_json(line, f"{path}, line {number},"))
+    return objects
 
 
 def parse_json(text: bytes, what: str) -> dict:
-    """The object in a JSON text; a UserError that says `what` is damaged where there is none."""
+    """The object in a JSON text; a UserError that `what` is damaged if it holds none."""
     try:
         value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{what} is damaged ({error}); mend it, or copy it from its run again"
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{what} is damaged (it has no object); mend it, or copy it from its run again"
-        )
+        raise UserError(f"{what} is damaged ({error}); restore it from a copy") from None
     return value
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder, there or not yet, that will take no files, before the work whose results go there."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    """Check that the output folder, which may not exist yet, is writable before starting the work."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written to; copy the run, or name another folder")
 
 
@@ -99,9 +102,9 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock on the file, which is made if need be; where another process holds it, raise UserError(busy).
+    """Hold a lock on the file, which is made if needed; UserError(busy) if another process holds it.
 
-    The system lets go of it with the process, however that ends."""
+    The system releases it when the process ends, however that happens."""
     with open(path, "a") as file:
         try:
             import fcntl
@@ -109,13 +112,9 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
-        except (
-            ImportError,
-            OSError,
-        ) as error:  # Windows; cluster file systems that are mounted without locks
-            warn(
-                f"cannot lock {path} ({error}); nothing stops a second process from using this folder"
-            )
-        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-            raise UserError(busy)  # whoever held it has removed it meanwhile
+        except (ImportError, OSError) as error:  # Windows; a file system mounted without locks
+            warn(f"cannot lock {path} ({error}): a second process could use this folder too")
+        is_current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        if not is_current:
+            raise UserError(busy)  # its holder has removed it meanwhile
         yield

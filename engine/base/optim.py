@@ -12,19 +12,14 @@ def adamw(
 
     Fused where the device has it (CUDA, MPS and CPU all do in torch 2.11 and later).
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = {
-        name for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("log_std")
-    }
+    decayed, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_decayed = p.dim() >= 2 and not name.endswith("log_std")
+            (decayed if is_decayed else others).append(p)
     groups = [
-        {
-            "params": [p for name, p in parameters.items() if name in decayed],
-            "weight_decay": weight_decay,
-        },
-        {
-            "params": [p for name, p in parameters.items() if name not in decayed],
-            "weight_decay": 0.0,
-        },
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
@@ -32,13 +27,8 @@ def adamw(
 
 def learning_rate_at(step: int, config) -> float:
     """nanoGPT's schedule: linear warm-up, cosine from learning_rate to min_lr at lr_decay_iters, then min_lr."""
-    peak, lowest, warmup, end = (
-        config.learning_rate,
-        config.min_lr,
-        config.warmup_iters,
-        config.lr_decay_iters,
-    )
-    end = end or config.max_iters
+    peak, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_iters
+    end = config.lr_decay_iters or config.max_iters
     if not config.decay_lr:
         return peak
     if step < warmup:

@@ -16,6 +16,7 @@ A config file is ordinary Python, run in a namespace of its own; the plain value
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -26,7 +27,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -46,6 +47,7 @@ COMPARISONS = {
     ">": (operator.gt, "above"),
     "<": (operator.lt, "below"),
 }
+TRUTH_VALUES = ("True", "False", "true", "false", "0", "1")
 UNIONS = (typing.Union, types.UnionType)
 # what a conversion raises
 WRONG = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError)
@@ -82,8 +84,8 @@ def load_config(
 ) -> tuple[T, set[str]]:
     """The options of a script and the names that the user gave. argv: config files and flags, later ones win.
 
-    fixed: what the script itself decides (train_bayes.py fixes weights); to override that is an error. --help prints
-    every option with its default and comment, and exits.
+    fixed: options that the script itself sets (train_bayes.py fixes weights); to override one is an error. --help
+    prints every option with its default and comment, and exits.
     """
     fixed = dict(fixed or {})
     options = flat_fields(cls)
@@ -94,46 +96,36 @@ def load_config(
     given: dict[str, Any] = {}
     for path in files:
         for name, value in _run_config_file(path, options).items():
-            given[name] = _checked(options, fixed, name, value, where=str(path))
+            given[name] = _checked(options, name, value, f"{path}: ", fixed)
     for name, text in flags:
-        given[name] = _checked(options, fixed, name, text, where="")
+        given[name] = _checked(options, name, text, "--", fixed)
     return build(cls, given | fixed), set(given)
-
-
-def config_files(cls: type, argv: Sequence[str]) -> list[Path]:
-    """The config files on a command line."""
-    return _split_arguments(argv, flat_fields(cls))[0]
 
 
 def flat_fields(cls: type) -> dict[str, Any]:
     """Option name -> its type, nested dataclasses flattened."""
-    types_of, fields = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        inner = types_of[field.name]
-        fields |= flat_fields(inner) if dataclasses.is_dataclass(inner) else {field.name: inner}
+    fields = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        fields |= flat_fields(kind) if dataclasses.is_dataclass(kind) else {name: kind}
     return fields
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass with these flat values, the nested ones' own fields filled from the same mapping."""
-    types_of, own = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        inner = types_of[field.name]
-        if dataclasses.is_dataclass(inner):
-            own[field.name] = build(inner, values)
-        elif field.name in values:
-            own[field.name] = _checked(
-                {field.name: inner}, {}, field.name, values[field.name], where="options"
-            )
-    return cls(**own)
+    arguments = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = build(kind, values)
+        elif name in values:
+            arguments[name] = _checked({name: kind}, name, values[name], "options: ")
+    return cls(**arguments)
 
 
 def flatten(config: Any) -> dict[str, Any]:
     """The opposite of build: every option's value under its flat name."""
     values = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        values |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    for name, value in vars(config).items():
+        values |= flatten(value) if dataclasses.is_dataclass(value) else {name: value}
     return values
 
 
@@ -151,19 +143,16 @@ def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
 
 def _comments(cls: type) -> dict[str, str]:
     """Flat option name -> the comment at the end of its line, or else on the lines above it."""
-    types_of, found = typing.get_type_hints(cls), {}
+    found = {}
     # its own lines come first
     source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
-    for field in dataclasses.fields(cls):
-        inner = types_of[field.name]
-        if dataclasses.is_dataclass(inner):
-            found |= _comments(inner)
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= _comments(kind)
             continue
-        line = re.search(
-            rf"((?:^    #.*\n)*)^    {field.name}: (?:.*#\s*(.*))?", source, re.MULTILINE
-        )
-        above, beside = line.groups("") if line else ("", "")
-        found[field.name] = beside or " ".join(re.findall(r"# (.*)", above))
+        field = re.search(rf"((?:^    #.*\n)*)^    {name}: (?:.*#\s*(.*))?", source, re.MULTILINE)
+        above, beside = field.groups("") if field else ("", "")
+        found[name] = beside or " ".join(re.findall(r"# (.*)", above))
     return found
 
 
@@ -180,104 +169,99 @@ def _split_arguments(
         name, equals, text = argument[2:].partition("=")
         name = name.replace("-", "_")
         if not equals:
-            is_bool = options.get(name) is bool
-            has_value = bool(rest) and not rest[0].startswith("--")
-            if is_bool and not (
-                has_value and rest[0] in ("True", "False", "true", "false", "0", "1")
-            ):
+            if name not in options:
+                raise _unknown(name, options, "--")
+            following = rest[0] if rest else "--"
+            if options[name] is bool and following not in TRUTH_VALUES:
                 text = "True"
-            elif has_value or name not in options:
-                text = rest.pop(0) if has_value else ""
-            else:
+            elif following.startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
+            else:
+                text = rest.pop(0)
         flags.append((name, text))
     return files, flags
 
 
 def _run_config_file(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values a config file leaves behind: no modules, no functions, no name with an underscore in front.
+    """The plain values a config file leaves behind: no modules, no functions, no name that begins with an underscore.
 
-    What has an option's name stays whatever it is, so that a wrong type is refused and not passed over.
+    An option's name counts with any value, so that a wrong type is refused and not ignored.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"config file {path} is not a file")
     if not path.is_file():
-        if path.exists():
-            raise UserError(f"config file {path} is not a file")
-        hint = difflib.get_close_matches(str(path), map(str, Path("config").glob("*.py")), 1)
-        raise UserError(
-            f"config file {path} does not exist" + (f"; did you mean {hint[0]}?" if hint else "")
-        )
+        hint = _did_you_mean(str(path), map(str, Path("config").glob("*.py")))
+        raise UserError(f"config file {path} does not exist{hint}")
     try:
         names = runpy.run_path(str(path))
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the file is the user's own program: any exception is theirs to mend
+    except (Exception, SystemExit) as error:  # it is the user's program and may raise anything
         frames = traceback.walk_tb(error.__traceback__)
         lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]
         line = getattr(error, "lineno", 0) or max(lines, default=0)
-        raise UserError(
-            f"config file {path}, line {line}: {type(error).__name__}: {error}"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"config file {path}, line {line}: {reason}") from None
     plain = (bool, int, float, str, type(None), list, tuple, dict)
     return {
-        n: v
-        for n, v in names.items()
-        if not n.startswith("_") and (n in options or isinstance(v, plain))
+        name: value
+        for name, value in names.items()
+        if not name.startswith("_") and (name in options or isinstance(value, plain))
     }
 
 
 def _checked(
-    options: Mapping[str, Any], fixed: Mapping[str, Any], name: str, value: Any, where: str
+    options: Mapping[str, Any],
+    name: str,
+    value: Any,
+    where: str,
+    fixed: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Any:
-    """The value in the option's type; unknown names, wrong types and fixed options are refused with a way out."""
-    in_file = f"{where}: " if where else ""
-    shown = name if where else f"--{name}"
-    if name in fixed:
-        if isinstance(value, type(fixed[name])) and value == fixed[name]:
-            return fixed[name]
-        raise UserError(
-            f"{in_file}this script fixes {name} = {fixed[name]!r}; for another value use train.py --{name}={value}"
-        )
+    """The value in the option's type; refuse unknown names, wrong types and fixed options.
+
+    where: what stands before the name in a message, "--" for a flag, whose value is text."""
     if name not in options:
-        close = difflib.get_close_matches(name, options, 1)
-        hint = f"did you mean '{close[0]}'?" if close else "see --help"
-        if where:
-            hint += " (a helper of your own in a config file begins with an underscore)"
-        raise UserError(f"{in_file}unknown option '{shown}'; {hint}")
-    wanted = options[name]
+        raise _unknown(name, options, where)
+    if str(value) != fixed.get(name, str(value)):
+        raise UserError(
+            f"{where}{name} = {fixed[name]!r} is fixed by this script; "
+            f"for another value use train.py --{name}={value}"
+        )
     try:
-        return _convert(value, wanted, is_text=not where)
+        return _convert(value, options[name], is_text=where == "--")
     except WRONG:
-        names = getattr(wanted, "__name__", None) or str(wanted)
-        got = "" if not where else f", a {type(value).__name__}"
-        raise UserError(f"{in_file}{shown} wants {names}, got {value!r}{got}") from None
+        wanted = getattr(options[name], "__name__", options[name])
+        raise UserError(f"{where}{name} wants {wanted}, got {value!r}") from None
+
+
+def _unknown(name: str, options: Mapping[str, Any], where: str) -> UserError:
+    hint = _did_you_mean(name, options) or "; see --help"
+    if where == "--":
+        return UserError(f"unknown option '--{name}'{hint}")
+    hint += " (a helper of your own in a config file begins with an underscore)"
+    return UserError(f"{where}unknown option {name!r}{hint}")
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _convert(value: Any, wanted: Any, is_text: bool) -> Any:
-    if typing.get_origin(wanted) is Literal:  # check_options holds it against the choices
-        wanted = str
+    """The value in the wanted type, or one of WRONG. is_text: it comes from the command line."""
     if typing.get_origin(wanted) in UNIONS:  # e.g. float | str: the first that fits
         for choice in typing.get_args(wanted):
-            try:
+            with contextlib.suppress(*WRONG):
                 return _convert(value, choice, is_text)
-            except WRONG:
-                continue
         raise TypeError
-    if wanted is str:
+    if wanted is str or typing.get_origin(wanted) is Literal:
         if not isinstance(value, str) or "\0" in value:
             raise TypeError
-        # what is not Unicode, as bytes of another encoding in a flag, can be neither printed nor a
-        # name
-        value.encode()
+        value.encode()  # raises ValueError for bytes of another encoding in a flag
         return value
     if is_text:
-        value = ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
-    if wanted is bool:
-        if value not in (True, False):
-            raise TypeError
+        value = ast.literal_eval(value.capitalize() if value in TRUTH_VALUES else value)
+    if wanted is bool and value in (True, False):
         return bool(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is bool or not is_number or (wanted is int and value != int(value)):
         raise TypeError
-    if wanted is int and value != int(value):
-        raise ValueError
     return wanted(value)

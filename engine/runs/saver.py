@@ -63,7 +63,7 @@ class Saver:
 
     def stepped(self) -> None:
         """A step is done: there is something to save, and a write that failed is said now."""
-        self.processes.watch.worth_saving = True
+        self.processes.watch.catch_signals()
         if self.pending.done():
             self.pending.result()
 

@@ -5,7 +5,6 @@ import difflib
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Iterator, Set
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +14,15 @@ import torch
 from engine.base.distributed import Processes
 from engine.base.errors import UserError, warn
 from engine.base.files import check_writable, exclusive_lock, write_json
-from engine.base.options import build, config_files, flatten
+from engine.base.options import build, flatten
 from engine.data.labels import LabelFile
 from engine.data.tokenizer import read_meta
 from engine.data.tokens import Batches, TokenFile, dataset_folder
 from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
-from engine.runs.budget import banner, code_line
+from engine.runs.banner import banner, code_line, earlier_starts, this_start
 from engine.runs.finetune import on_weights
-from engine.runs.logger import Logger, environment, forget_after
-from engine.runs.snapshot import command, save_code, starts
+from engine.runs.logger import Logger, forget_after
 from model import GPT
 
 # what belongs to this start of a run, not to the run
@@ -221,12 +219,9 @@ def open_run(
     """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder.
 
     how: the dtype, and compiled or eager, as Processes.wrap says it."""
-    out_dir, meta, changed = Path(config.out_dir), data["train"].meta, ""
-    about = environment() | {
-        "command": command(),
-        "device": str(processes.device),
-        "world_size": processes.world_size,
-    }
+    out_dir, meta = Path(config.out_dir), data["train"].meta
+    start = this_start(processes, progress.step)
+    before = earlier_starts(out_dir) if progress.step else []
     tokens_per_step = (
         config.gradient_accumulation_steps * config.batch_size * config.model.block_size
     )
@@ -236,18 +231,16 @@ def open_run(
             if not (
                 progress.step and config.eval_only
             ):  # to evaluate a run adds a record and leaves all else as it is
-                changed = _write_down(config, meta, about, progress.step)
+                _write_down(config, meta, [*before, start])
         log = Logger(
             out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters
         )
         stack.callback(log.close)
         for line in (
             *banner(config, processes, model, how, len(data["train"]), progress.step),
-            code_line(about),
-            changed,
+            code_line(start, before),
         ):
-            if line:
-                log.say(line)
+            log.say(line)
         if meta is None:
             log.say(
                 f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE"
@@ -258,7 +251,7 @@ def open_run(
             )
         if config.wandb_log:
             n_params = sum(p.numel() for p in model.parameters())
-            log.start_wandb(out_dir, **wandb_options(config, about, n_params))
+            log.start_wandb(out_dir, **wandb_options(config, start, n_params))
         yield log
         if not config.eval_only:
             log.say(ending(config, progress))
@@ -280,25 +273,20 @@ def _take(out_dir: Path, stack: contextlib.ExitStack) -> None:
         left_by_a_killed_run.unlink()
 
 
-def _write_down(config, meta: dict | None, about: dict, step: int) -> str:
-    """Write the tokenizer, the code, and config.json with all starts of the run; a line if code has changed."""
+def _write_down(config, meta: dict | None, starts: list[dict]) -> None:
+    """Write the tokenizer, and config.json with all starts of the run; drop records that will be written again."""
     out_dir, folder = Path(config.out_dir), dataset_folder(config.dataset)
     checkpoint.copy_tokenizer(folder, out_dir)
     if meta and read_meta(folder) is None:  # known by the files' headers alone
         write_json(out_dir / "meta.json", meta)
-    before = starts(out_dir) if step else []
-    newest = max((path.name for path in out_dir.glob("code*.zip")), default="code.zip")
-    last = str(before[-1].get("code", newest)) if before else newest
-    code, changed = save_code(out_dir, step, config_files(type(config), sys.argv[1:]), last)
-    all_starts = [*before, {"step": step, "code": code} | about]
-    write_json(
-        out_dir / "config.json", flatten(config) | {"environment": about, "starts": all_starts}
-    )
-    forget_after(out_dir / "metrics.jsonl", step)
-    return changed
+    start = starts[-1]
+    environment = {name: start[name] for name in start if name not in ("step", "diff")}
+    about = {"environment": environment, "starts": starts}
+    write_json(out_dir / "config.json", flatten(config) | about)
+    forget_after(out_dir / "metrics.jsonl", start["step"])
 
 
-def wandb_options(config, about: dict, n_params: int) -> dict:
+def wandb_options(config, start: dict, n_params: int) -> dict:
     """How wandb files a run: with those on the same text, by its head."""
     head, out_dir = config.model.head, Path(config.out_dir)
     return {
@@ -307,7 +295,7 @@ def wandb_options(config, about: dict, n_params: int) -> dict:
         "group": Path(config.dataset).name,
         "job_type": f"{head.weights} x {head.likelihood}",
         "tags": [head.weights, head.likelihood, f"{n_params / 1e6:.3g}M"],
-        "config": flatten(config) | {"environment": about},
+        "config": flatten(config) | {"environment": start},
     }
 
 

@@ -1,0 +1,131 @@
+"""What a run is: the lines that it prints first, and the code, versions and machine that config.json records."""
+
+import contextlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from engine.base.errors import UserError
+from engine.base.files import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def count_parameters(model) -> dict[str, int]:
+    """Parameters of the backbone, of the head (tied weights count here), and of all posteriors' widths."""
+    of_head = {id(p) for p in model.lm_head.parameters()}
+    counts = {"backbone": 0, "head": 0, "posterior": 0}
+    for name, p in model.named_parameters():
+        part = "head" if id(p) in of_head else "backbone"
+        counts["posterior" if name.endswith("log_std") else part] += p.numel()
+    return counts
+
+
+def banner(config, processes, model, how: tuple[str, str], n_data: int, step: int) -> list[str]:
+    """The lines that a run prints first: head, parameters, size of a step, length of the run.
+
+    how: the dtype, and compiled or eager; n_data: training tokens; step: the first one to do."""
+    head, counts = config.model.head, count_parameters(model)
+    title = f"{config.out_dir}: {head.weights} x {head.likelihood} head, {', '.join(how)}, "
+    title += f"on {processes.world_size} x {processes.device.type}"
+    if config.labels:
+        title += f", teacher labels {config.labels} ({config.label_mode})"
+    if step:
+        title += f", resuming at step {step}"
+    elif config.init_from not in ("scratch", "resume", "auto"):
+        title += f", from the weights of {config.init_from}"
+    parameters = (
+        f"  parameters   {_size(sum(counts.values()))}: backbone {_size(counts['backbone'])}"
+    )
+    parameters += f", head {_size(counts['head'])}"
+    parameters += " (shared with the embedding)" if head.tie_head else ""
+    parameters += f", posterior {_size(counts['posterior'])}" if counts["posterior"] else ""
+    if config.eval_only:
+        return [title, parameters]
+    n_micro, block_size = config.gradient_accumulation_steps, config.model.block_size
+    n_tokens = n_micro * config.batch_size * block_size
+    flops = n_tokens * model.flops_per_token()
+    n_all = config.max_iters * n_tokens
+    micro_batches = f"{n_micro:,} x {config.batch_size} blocks of {block_size:,}"
+    return [
+        title,
+        parameters,
+        f"  a step       {n_tokens:,} tokens ({micro_batches}), {flops:.1e} FLOPs",
+        f"  the run      {config.max_iters:,} steps, {_size(n_all)} tokens, "
+        f"{n_all / n_data:.2f} epochs, {config.max_iters * flops:.1e} FLOPs",
+    ]
+
+
+def environment() -> dict[str, str]:
+    """What a number depends on besides the options: code ("-dirty": with uncommitted changes), versions, machine."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {"torch": torch.__version__}
+    for name in ("numpy", "tokenizers", "tiktoken"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return {
+        "commit": _git("describe", "--always", "--dirty").strip() or "unknown",
+        **versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": str(os.cpu_count()),
+        "gpu": gpu,
+    }
+
+
+def this_start(processes, step: int) -> dict:
+    """What config.json records of each start of a run: its step, code, command and machine."""
+    return {
+        "step": step,
+        **environment(),
+        "diff": _git("diff", "HEAD", "--", "*.py"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": str(processes.device),
+        "world_size": processes.world_size,
+    }
+
+
+def earlier_starts(out_dir: Path) -> list[dict]:
+    """What config.json records of the starts so far; [] if it is missing or damaged."""
+    try:
+        written = read_json(out_dir / "config.json")
+    except (OSError, UserError):
+        return []
+    starts = written.get("starts")
+    return starts if isinstance(starts, list) else []
+
+
+def code_line(start: dict, before: list[dict]) -> str:
+    """The line on commit and versions, and whether the code is another than at the last start."""
+    names = ("torch", "numpy", "tokenizers", "tiktoken", "cuda", "python")
+    versions = ", ".join(f"{name} {start[name]}" for name in names if name in start)
+    line = f"  code         {start['commit']}, {versions}"
+    code = ("commit", "diff")
+    if before and any(before[-1].get(name, "") != start[name] for name in code):
+        line += f"; the code has changed since the last start ({before[-1].get('commit')})"
+    return line
+
+
+def _git(*arguments: str) -> str:
+    """The output of git in this repository; "" without git, or if these files are an unpacked copy."""
+    if not (ROOT / ".git").exists():
+        return ""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True)
+        return done.stdout.decode(errors="replace")
+    return ""
+
+
+def _size(n: int) -> str:
+    """2.10 M for 2,100,000; small numbers as they are."""
+    if n >= 10**9:
+        return f"{n / 1e9:.2f} B"
+    return f"{n / 1e6:.2f} M" if n >= 10**5 else f"{n:,}"
