@@ -18,12 +18,12 @@ import torch
 from engine.base.errors import UserError
 from engine.data.tokenizer import BPETokenizer
 from engine.eval.generation import generate
-from engine.eval.reading import Reading, Token, reader
 from engine.eval.run import Continuation, Run, Sampling
+from engine.eval.scored_text import ScoredText, Token, token_decoder
 from heads import Prediction
 from model import GPT
 from tests.helpers import ROOT, flags, refused, run, words, write_bytes, write_words
-from tests.test_report import embedded
+from tests.test_report import spans
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_character_that_is_split_by_the_end_of_the_prompt_comes_out_whole():
         def token_bytes(self):
             return [bytes([i]) for i in range(256)]
 
-    tokens = reader(Bytes())
+    tokens = token_decoder(Bytes())
     assert [token.text for token in tokens("é".encode()[:1])] == [""]
     assert [token.text for token in tokens("é".encode()[1:])] == ["é"]
 
@@ -232,19 +232,11 @@ def test_a_text_goes_on_in_the_middle_of_its_prompts_last_character(folder, monk
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda run: run.generate_text("the", stop=["a"]), r"stop = \['a'\] must be of type str"),
-        (
-            lambda run: run.generate_text("the", max_new_tokens=2.0),
-            "max_new_tokens = 2.0 must be of type int",
-        ),
-        (lambda run: run.generate_text("\ud800"), "the text is not Unicode"),
-        (lambda run: run.uncertainty("the \ud800"), "the text is not Unicode"),
+        (lambda run: run.generate_text("the", stop=["a"]), "not a string"),
         (lambda run: run.predict("the", n_samples=-5), "n_samples = -5 must be at least -1"),
-        (lambda run: run.uncertainty("the", n_samples=-5), "n_samples = -5 must be at least -1"),
         (lambda run: list(run.stream("the", 0)), "at least one"),
         (lambda run: list(run.stream([], 1)), "at least one"),
         (lambda run: list(run.stream([-1], 1)), "ids outside 0 .."),
-        (lambda run: run.generate_text(5), "a text is wanted, not 5"),
     ],
 )
 def test_mistakes_in_python_are_errors_with_a_line(bayes, ask, message):
@@ -280,7 +272,7 @@ def test_the_text_stands_behind_its_prompt_and_is_plain_when_piped(
     assert capsys.readouterr().out == expected + "\n---------------\n"
     sample_py(monkeypatch, folder, "--show_uncertainty")
     output = capsys.readouterr().out
-    assert expected in output and "\033" not in output and "wavers" not in output
+    assert expected in output and "\033" not in output
     assert re.search(r"total \d\.\d+ nats, epistemic \d\.\d+", output)
 
 
@@ -297,7 +289,7 @@ def test_colours_are_those_of_the_legend_and_a_tenth_is_underlined(
     for (shade, _, _), token in zip(found, expected.tokens, strict=True):
         limits = [2, 5, 20, 100, math.inf]
         limit = next(limit for limit in limits if math.exp(token.total) <= limit)
-        assert shade == shades["more" if limit == math.inf else str(limit)]
+        assert shade == shades[str(limit)]
     marked = [
         token.epistemic
         for (_, underlined, _), token in zip(found, expected.tokens, strict=True)
@@ -379,13 +371,10 @@ def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, c
 def test_the_page_has_every_text_with_its_figures(folder, monkeypatch, capsys):
     sample_py(monkeypatch, folder, num_samples=2, html="texts.html")
     texts = capsys.readouterr().out.split("\n---------------\n")[:2]
-    documents = embedded(folder / "texts.html")["documents"]
-    assert ["".join(token[0] for token in d["runs"][0]["tokens"]) for d in documents] == texts
-    given, drawn = documents[0]["runs"][0]["tokens"][:4], documents[0]["runs"][0]["tokens"][4:]
-    assert all(token[1:] == [None] * 4 for token in given) and all(
-        None not in token for token in drawn
-    )
-    assert "Numbers" not in (folder / "texts.html").read_text()
+    found = spans(folder / "texts.html")
+    assert "".join(token for token, _ in found) == "".join(texts)
+    given = [about["title"] == "given" for _, about in found]
+    assert given == ([True] * 4 + [False] * 30) * 2
 
 
 def test_a_conversation_goes_on_behind_its_last_text_and_outlives_mistakes(
@@ -416,8 +405,7 @@ def test_an_interrupted_batch_leaves_the_texts_that_are_done(folder, monkeypatch
         sample_py(monkeypatch, folder, prompts="two.txt", html="some.html", jsonl="some.jsonl")
     assert exit_.value.code == 130
     (record,) = lines_of(folder / "some.jsonl")
-    (document,) = embedded(folder / "some.html")["documents"]
-    assert record["text"] == "".join(token[0] for token in document["runs"][0]["tokens"][3:])
+    assert record["text"] == "".join(token for token, _ in spans(folder / "some.html")[3:])
 
 
 def test_a_reader_that_has_seen_enough_ends_sampling_without_a_word(folder):
@@ -480,25 +468,23 @@ def test_a_terminal_sees_tokens_one_by_one_and_no_character_that_steers_it(tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"html": "there.txt"}, "there.txt is there already; delete it, or name another file"),
-        ({"jsonl": "there.txt"}, "there.txt is there already"),
+        ({"html": "there.txt"}, "there.txt exists already; delete it, or name another file"),
+        ({"jsonl": "there.txt"}, "there.txt exists already"),
         ({"jsonl": "nowhere/x.jsonl"}, "there is no folder nowhere; make it"),
         ({"prompts": "missing.txt"}, "cannot read the prompt missing.txt"),
         ({"prompts": "there.txt"}, "there.txt has no prompts"),
         (
             {"prompts": "bad.jsonl", "jsonl": "new"},
-            'bad.jsonl: its prompt 2 is no JSON object with a text "prompt"',
+            'bad.jsonl: its prompt 2 has no text "prompt"',
         ),
         ({"prompts": "strange.txt", "jsonl": "new"}, "the character 'S' is not in this data set"),
         (
             {"prompts": "taken.jsonl"},
             "taken.jsonl: its prompt 1 has the field 'text', which the output has; rename it",
         ),
-        ({"html": "new", "jsonl": "./new"}, "--html and --jsonl both name new; give two files"),
-        ({"interactive": True, "num_samples": 3}, "leave --num_samples out"),
         (
             {"n_samples": 4, "out_dir": "softmax"},
-            "softmax has point weights, of which there is nothing to draw",
+            "softmax has point weights, which cannot be drawn",
         ),
         (
             {"out_dir": "diverged"},
@@ -531,7 +517,7 @@ def test_mistakes_end_in_one_line_before_anything_is_written(
 
 
 def test_a_notebook_shows_hostile_texts_as_text():
-    page = Reading(
+    page = ScoredText(
         [Token("<script>", 0), Token("</p>\"'", 1, 0.5, 1.0, 1.0, 0.0, (("<b>", 0.5),))]
     )._repr_html_()
     assert "<script>" not in page and '</p>"' not in page and "<b>" not in page

@@ -25,7 +25,7 @@ from engine.eval.diversity import continuations, diversity, prompts
 from engine.eval.ensemble import load, members_of
 from engine.eval.evaluation import evaluate, widest_posterior
 from engine.eval.metrics import MetricAccumulator, out_of_domain
-from engine.eval.reading import Reading, read
+from engine.eval.scored_text import ScoredText, score_text
 from engine.eval.texts import TextStats, document
 from engine.eval.validation import exp
 from engine.gpt2.loading import HUB
@@ -178,10 +178,10 @@ class Evaluation:
         settings |= {"prompt_tokens": self.config.prompt_tokens, "split": self.config.split}
         return diversity(texts, found) | {"settings": settings}
 
-    def documents(self) -> Iterator[tuple[str, Reading]]:
+    def documents(self) -> Iterator[tuple[str, ScoredText]]:
         """Of the split and of the foreign text the beginning of a document, token by token."""
         for title, ids in self.shown.items():
-            yield title, read(self.model, self.tokenizer, ids, self.n_samples)
+            yield title, score_text(self.model, self.tokenizer, ids, self.n_samples)
 
     def widen(self) -> float:
         """Scale the posterior to the widest that costs no more than std_tolerance on the validation split."""

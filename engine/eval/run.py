@@ -7,86 +7,75 @@ run.uncertainty("The old prince looked at Napoleon.")
 run.predict("The old prince", n_samples=16).epistemic
 """
 
-import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 
 from engine.base.distributed import autocast, pick_device, seed_micro_batch
-from engine.base.errors import MANY, UserError, check_ranges
-from engine.base.options import flat_fields
+from engine.base.errors import UserError
+from engine.base.options import NonNegativeFloat, NonNegativeInt, Seed, check_options
 from engine.eval.generation import stream
-from engine.eval.reading import Reading, Token, figures, read, reader
+from engine.eval.scored_text import (
+    ScoredText,
+    Token,
+    prediction_scores,
+    score_text,
+    token_decoder,
+)
 from engine.runs.checkpoint import load_model, tokenizer_of
 from heads import Prediction
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text goes on, and where it ends."""
+    """How a text is continued, and where it ends."""
 
-    max_new_tokens: int = 500  # length of each continuation, at most
-    temperature: float = 0.8  # below 1: safer, above 1: wilder, 0: always the likeliest token
-    top_k: int = 200  # draw from the k likeliest tokens; 0: from all
-    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
+    max_new_tokens: Annotated[int, ">= 1", "<= 1e6"] = 500  # length of each continuation, at most
+    # below 1: safer, above 1: wilder, 0: always the likeliest token
+    temperature: NonNegativeFloat = 0.8
+    top_k: NonNegativeInt = 200  # draw from the k likeliest tokens; 0: from all
+    # draw from the likeliest tokens that together have this probability
+    top_p: Annotated[float, "> 0", "<= 1"] = 1.0
     # Bayesian heads: posterior draws averaged per token; 0: the mean weights; -1: all, not sampled
-    n_samples: int = 0
+    n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
     # end before this string, or before one of several with | between; \n: a line's end
     stop: str = ""
-    # no | mark: such tokens | stop: before the first whose epistemic uncertainty is above the next
-    abstain: str = "no"
+    # at tokens whose epistemic uncertainty is above the next option: mark them, or stop before
+    abstain: Literal["no", "mark", "stop"] = "no"
     # nats; --show_uncertainty and uncertainty() show what is usual for a run
-    max_epistemic: float = 0.0
-    seed: int = 1337  # the same seed, the same text
+    max_epistemic: NonNegativeFloat = 0.0
+    seed: Seed = 1337  # the same seed, the same text
 
     def __post_init__(self):
-        for name, kind in flat_fields(Sampling).items():
-            value = getattr(self, name)  # of NumPy or torch, too
-            try:
-                found = (
-                    operator.index(value)
-                    if kind is int
-                    else float(value)
-                    if kind is float
-                    else "" + value
-                )
-            except (TypeError, ValueError):
-                raise UserError(f"{name} = {value!r} must be of type {kind.__name__}") from None
-            object.__setattr__(self, name, found)
-        check_ranges(
-            self,
-            {"max_new_tokens": (1, 10**6), "n_samples": (-1, 10**6), "max_epistemic": (0.0, 1e6)},
-        )
-        check_ranges(
-            self, {"temperature": (0.0, 1e6), "top_k": (0, MANY), "seed": (0, (1 << 63) - 1)}
-        )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p} must lie in (0, 1]")
-        if self.abstain not in ("no", "mark", "stop"):
-            raise UserError(f"abstain = {self.abstain!r} is not one of: no, mark, stop")
+        for name, value in vars(self).items():
+            if hasattr(value, "item"):  # a number of NumPy or torch
+                object.__setattr__(self, name, value.item())
+        check_options(self)
+        if not isinstance(self.stop, str):
+            raise UserError(f"stop = {self.stop!r} is not a string; put | between several")
         if self.abstain != "no" and not self.max_epistemic:
             raise UserError(f"abstain = {self.abstain!r} needs a limit: --max_epistemic=0.05, say")
 
     @property
     def stops(self) -> list[str]:
-        parts = re.split(r"(<\|endoftext\|>)|\|", self.stop)  # whose own bars part nothing
+        parts = re.split(r"(<\|endoftext\|>)|\|", self.stop)  # not at the bars of <|endoftext|>
         return [text.replace("\\n", "\n").replace("\\t", "\t") for text in parts if text]
 
     def too_uncertain(self, token: Token) -> bool:
-        """Whether abstaining takes the token for more than the weights know."""
+        """Whether abstaining marks this token, or stops before it."""
         return self.abstain != "no" and (token.epistemic or 0.0) > self.max_epistemic
 
 
 @dataclass
 class Continuation:
-    """A text as it grows. Tokens in which a stop string may have begun are held back until that is known."""
+    """A growing text. Its last tokens are held back if a stop string may have begun in them."""
 
     sampling: Sampling
-    tokens: Reading = field(default_factory=Reading)
+    tokens: ScoredText = field(default_factory=ScoredText)
     held: list[Token] = field(default_factory=list)
     ended: str = ""  # why: length | stop | abstain
 
@@ -95,42 +84,38 @@ class Continuation:
         return self.tokens.text
 
     def add(self, token: Token) -> None:
-        """Take the next token, unless the text has ended."""
+        """Append the next token, unless the text has ended."""
         if self.ended:
             return
+        stops = self.sampling.stops
         if self.sampling.abstain == "stop" and self.sampling.too_uncertain(token):
-            self._let_go(MANY, "abstain")
-            return
-        self.held.append(token)
-        text = "".join(token.text for token in self.held)
-        if found := [text.find(stop) for stop in self.sampling.stops if stop in text]:
-            self._let_go(min(found), "stop")
-        elif len(self.tokens) + len(self.held) == self.sampling.max_new_tokens:
-            self._let_go(MANY, "length")
+            self.ended = "abstain"
         else:
-            begun = [
-                n
-                for stop in self.sampling.stops
-                for n in range(1, len(stop))
-                if text.endswith(stop[:n])
-            ]
-            self._let_go(len(text) - max(begun, default=0))
+            self.held.append(token)
+        text = "".join(held.text for held in self.held)
+        n_chars = len(text)
+        if len(self.tokens) + len(self.held) == self.sampling.max_new_tokens:
+            self.ended = "length"
+        if found := [text.find(stop) for stop in stops if stop in text]:
+            self.ended, n_chars = "stop", min(found)
+        elif not self.ended:
+            n_chars -= max(map(len, stops), default=1) - 1
+        self._release(n_chars)
 
-    def _let_go(self, n_chars: int, ended: str = "") -> None:
-        """Tokens within the first n_chars held are final; at the end of the text also the part of one."""
-        while self.held and (n_chars >= len(self.held[0].text) or (ended and n_chars > 0)):
+    def _release(self, n_chars: int) -> None:
+        """Move the held tokens of the first n_chars to the text; at its end also a token's part."""
+        while self.held and (n_chars >= len(self.held[0].text) or (self.ended and n_chars > 0)):
             token = self.held.pop(0)
             self.tokens.append(token._replace(text=token.text[:n_chars]))
             n_chars -= len(token.text)
-        self.ended = ended
 
 
 class Run:
-    """A model and its tokenizer, ready to write and to be asked. A user's mistake raises engine.base.errors.UserError.
-    Writing and asking set torch's seed, so that the same call gives the same answer.
+    """A model and its tokenizer. A user's mistake raises engine.base.errors.UserError.
 
-    source: a run folder, a checkpoint file (ours or nanoGPT's), a transformers folder, or gpt2 ... gpt2-xl; device and
-    dtype: as sample.py's options.
+    source: a run folder, a checkpoint file (ours or nanoGPT's), a transformers folder, or
+    gpt2 ... gpt2-xl; device and dtype: as sample.py's options. All methods set torch's seed, so
+    that the same call gives the same answer.
     """
 
     def __init__(self, source: str | Path, device: str = "auto", dtype: str = "auto"):
@@ -142,37 +127,22 @@ class Run:
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, at least one: "" and "<|endoftext|>" begin a new document."""
         if text not in ("", "<|endoftext|>"):
-            return self._ids(text).tolist()
+            return self.tokenizer.encode(text).tolist()
         if self.tokenizer.eot is None:
-            raise UserError(
-                "this tokenizer has no end-of-text token to start from; give some text to start with"
-            )
+            raise UserError("this tokenizer has no end-of-text token; give some text to start with")
         return [self.tokenizer.eot]
-
-    def _ids(self, text: str) -> np.ndarray:
-        if not isinstance(text, str):
-            raise UserError(f"a text is wanted, not {text!r}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                "the text is not Unicode; is it in another encoding than UTF-8?"
-            ) from None
-        return self.tokenizer.encode(text)
 
     def check(self, sampling: Sampling) -> None:
         """Refuse what this model cannot do."""
         if sampling.abstain != "no" and not self.model.bayes_layers():
-            raise UserError(
-                f"{self.source} has point weights, which have no epistemic uncertainty to abstain by"
-            )
+            reason = "has point weights, which have no epistemic uncertainty to abstain by"
+            raise UserError(f"{self.source} {reason}")
 
     def generate_text(self, prompt: str = "", **options: float | str) -> str:
-        """The prompt's continuation. Options: the fields of Sampling, such as max_new_tokens, temperature, seed."""
+        """The prompt's continuation. Options: the fields of Sampling, such as max_new_tokens."""
         sampling = Sampling(**options)
-        *_, (text,) = self.stream(
-            self.encode(prompt), 1, sampling, uncertain=sampling.abstain != "no"
-        )
+        uncertain = sampling.abstain != "no"
+        *_, (text,) = self.stream(prompt, 1, sampling, uncertain)
         return text.text
 
     def stream(
@@ -182,67 +152,63 @@ class Run:
         sampling: Sampling = Sampling(),
         uncertain: bool = True,
     ) -> Iterator[list[Continuation]]:
-        """Continuations of a prompt (text, or its ids) while they are written, in one batch: yields the same list after
-        each token. uncertain: their tokens have figures, each of the prediction that it was drawn from."""
+        """Continue a prompt (text, or its ids) in one batch of num_samples texts.
+
+        Yields the same list after each token. uncertain: tokens have the scores of the prediction
+        that they were drawn from.
+        """
         self.check(sampling)
-        prompt = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        if not prompt or num_samples < 1:
-            raise UserError(
-                f"{num_samples} texts behind {len(prompt)} tokens: at least one of both is needed"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
+        ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids or num_samples < 1:
+            raise UserError("stream needs at least one prompt token and one sample")
+        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
             raise UserError(f"the prompt has ids outside 0 .. {self.model.config.vocab_size - 1}")
         texts = [Continuation(sampling) for _ in range(num_samples)]
-        readers = [reader(self.tokenizer) for _ in texts]
-        for tokens in readers:
-            tokens(prompt)  # a character may be split over the prompt's end
-        options = {
-            name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "n_samples")
-        }
+        decoders = [token_decoder(self.tokenizer) for _ in texts]
+        for decode in decoders:
+            decode(ids)  # a character may be split over the prompt's end
+        names = ("temperature", "top_k", "top_p", "n_samples")
+        options = {name: getattr(sampling, name) for name in names}
         options |= {"n_ids": self.tokenizer.vocab_size, "uncertain": uncertain}
         torch.manual_seed(sampling.seed)
-        idx = torch.tensor([prompt] * num_samples, device=self.device)
+        idx = torch.tensor([ids] * num_samples, device=self.device)
+        # the caller's code runs between two tokens, and must not see our autocast
+        not_cast = torch.autocast(self.device.type, enabled=False)
         with self.cast:
-            for ids, prediction in stream(self.model, idx, sampling.max_new_tokens, **options):
-                rows = [()] * num_samples
+            for new, prediction in stream(self.model, idx, sampling.max_new_tokens, **options):
+                scores = [()] * num_samples
                 if uncertain:
                     last = Prediction(*(part.squeeze(1) for part in prediction))
-                    rows = [[row] for row in figures(last, ids.squeeze(1), self.tokenizer)]
-                for text, tokens, new, row in zip(texts, readers, ids.tolist(), rows, strict=True):
-                    for token in tokens(new, row):
-                        text.add(token)
-                with torch.autocast(
-                    self.device.type, enabled=False
-                ):  # the caller's code between two tokens is its own
+                    scores = prediction_scores(last, new.squeeze(1), self.tokenizer)
+                for text, decode, ids, score in zip(
+                    texts, decoders, new.tolist(), scores, strict=True
+                ):
+                    text.add(*decode(ids, [score]))
+                with not_cast:
                     yield texts
                 if all(text.ended for text in texts):
                     return
 
     @torch.no_grad()
     def predict(self, prompt: str = "", n_samples: int = 0) -> Prediction:
-        """What comes next: log_probs (V,), and in nats total, aleatoric and epistemic (scalars). Of a long prompt the
-        last block_size tokens are read. n_samples: as in Sampling; the same draws each time."""
+        """The prediction after the prompt's last block_size tokens: log_probs (V,), and in nats
+        total, aleatoric and epistemic (scalars). n_samples: as in Sampling."""
         n_samples = Sampling(n_samples=n_samples).n_samples
         seed_micro_batch(0, 0)
-        idx = torch.tensor(
-            [self.encode(prompt)[-self.model.config.block_size :]], device=self.device
-        )
+        ids = self.encode(prompt)[-self.model.config.block_size :]
         with self.cast:
-            last = [hidden[0, -1:] for hidden in self.model.hiddens(idx, n_samples)]
+            hiddens = self.model.hiddens(torch.tensor([ids], device=self.device), n_samples)
+            last = [hidden[0, -1:] for hidden in hiddens]
             return Prediction(*(part[0] for part in self.model.lm_head.predict(last, n_samples)))
 
-    def uncertainty(self, text: str, n_samples: int = 0) -> Reading:
-        """The text's tokens with what the model predicted at each, in nats: nll, total, aleatoric, epistemic, and the
-        likeliest tokens (see reading.Token). It is read as the beginning of a document; without an end-of-text
-        token to stand before it, the first token has no figures. n_samples: as in Sampling."""
+    def uncertainty(self, text: str, n_samples: int = 0) -> ScoredText:
+        """The text's tokens with their predictions (see scored_text.Token), as the beginning of a
+        document; if there is no end-of-text token, the first has none. n_samples: as in Sampling.
+        """
         n_samples = Sampling(n_samples=n_samples).n_samples
-        ids, eot = self._ids(text), self.tokenizer.eot
+        eot = self.tokenizer.eot
         before = [] if eot is None else [eot]
+        ids = [*before, *self.tokenizer.encode(text).tolist()]
         with self.cast:
-            reading = read(
-                self.model,
-                self.tokenizer,
-                np.concatenate([np.array(before, ids.dtype), ids]),
-                n_samples,
-            )
-        return Reading(reading[len(before) :])
+            scored = score_text(self.model, self.tokenizer, ids, n_samples)
+        return ScoredText(scored[len(before) :])

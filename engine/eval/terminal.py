@@ -1,101 +1,73 @@
-"""Texts on a terminal while they are written, coloured by how uncertain each token was."""
+"""Texts on a terminal while they are generated, coloured by the uncertainty of each token."""
 
-import bisect
 import math
 import os
 import re
-import sys
-from typing import TYPE_CHECKING
+from typing import TextIO
 
-from engine.eval.reading import Reading, Token
+import numpy as np
+
 from engine.eval.run import Continuation, Sampling
+from engine.eval.scored_text import Token
 
-if TYPE_CHECKING:
-    from sample import SampleConfig
-
-# the effective number of tokens that the model wavers between (exp of the entropy), and the colour up to there
-SHADES = ((2, 40), (5, 148), (20, 220), (100, 208), (math.inf, 196))
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what would steer the terminal
+# effective number of tokens that the model hesitates between (exp of the entropy) -> colour
+SHADES = {2: 40, 5: 148, 20: 220, 100: 208, math.inf: 196}
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that control a terminal
 
 
 class Screen:
-    """Prints texts as they grow, in colours where the terminal has some."""
+    """Prints texts as they grow. coloured: colour tokens by entropy, underline high epistemic
+    uncertainty, if the output is a terminal that has colours."""
 
-    def __init__(self, config: "SampleConfig", known: bool):
-        self.config, self.known, self.tty = config, known, bool(sys.stdout) and sys.stdout.isatty()
+    def __init__(self, out: TextIO, sampling: Sampling, coloured: bool):
+        self.out, self.sampling, self.coloured = out, sampling, coloured
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-        self.colours = (self.tty and not plain) or "FORCE_COLOR" in os.environ
-        self.silent, self.seen = bool(config.jsonl), 0
-        if config.show_uncertainty and self.colours:
-            names = [f"{limit:.0f}" if limit < math.inf else "more" for limit, _ in SHADES]
-            shown = [
-                self._styled(name, f"38;5;{c}") for name, (_, c) in zip(names, SHADES, strict=True)
-            ]
-            marked = (
-                f"above {config.sampling.max_epistemic} nats"
-                if config.sampling.max_epistemic
-                else "a high tenth"
-            )
-            text = (
-                f"[the model wavers between up to {' / '.join(shown)} tokens (exp of the entropy)"
-            )
-            self._print(
-                text + (f"; underlined: epistemic uncertainty, {marked}]" if known else "]"),
-                end="\n",
-            )
+        self.has_colours = (out.isatty() and not plain) or "FORCE_COLOR" in os.environ
+        if coloured and self.has_colours:
+            shades = " / ".join(self._styled(f"{n:g}", f"38;5;{c}") for n, c in SHADES.items())
+            self._print(f"[colours: effective number of tokens, up to {shades}; ")
+            self._print("underlined: high epistemic uncertainty]\n")
 
-    def begin(self, prompt: Reading) -> None:
-        """A text begins; in a conversation its prompt stands there already."""
-        self.seen, self.epistemic = 0, []
-        if not self.config.interactive:
-            self._print(self._styled(prompt.text))
+    def begin(self, prompt: str) -> None:
+        self.n_shown, self.epistemic = 0, []
+        self._print(self._styled(prompt))
 
     def show(self, text: Continuation) -> None:
-        """Print what is new."""
-        for token in text.tokens[self.seen :]:
-            styles, mark, coloured = [], "", self.config.show_uncertainty
-            if coloured:
-                styles.append(
-                    f"38;5;{next(colour for limit, colour in SHADES if math.exp(token.total) <= limit)}"
-                )
-            if (coloured or text.sampling.abstain == "mark") and self._is_high(
-                token, text.sampling
-            ):
-                styles.append("4")
-                mark = "" if self.colours else "[?]" * text.sampling.too_uncertain(token)
-            self._print(self._styled(token.text, *styles) + mark)
-        self.seen = len(text.tokens)
+        """Print the tokens that are new."""
+        for token in text.tokens[self.n_shown :]:
+            codes = []
+            if self.coloured:
+                n_tokens = math.exp(token.total)
+                codes.append(f"38;5;{next(c for n, c in SHADES.items() if n_tokens <= n)}")
+            if (self.coloured or self.sampling.abstain == "mark") and self._is_high(token):
+                codes.append("4")
+            self._print(self._styled(token.text, *codes))
+            if self.sampling.too_uncertain(token) and not self.has_colours:
+                self._print("[?]")
+        self.n_shown = len(text.tokens)
 
-    def end(self, text: Continuation) -> None:
-        self._print("", end="\n")
+    def end(self, text: Continuation, rule: str) -> None:
+        self._print("\n")
         if text.ended == "abstain":
-            self._print(
-                f"[abstains: epistemic uncertainty above {text.sampling.max_epistemic} nats]",
-                end="\n",
-            )
-        if self.config.show_uncertainty and text.tokens:
-            mean = text.tokens.means()
-            epistemic = f", epistemic {mean['epistemic']:.4f} nats" if self.known else ""
-            self._print(f"[mean uncertainty: total {mean['total']:.3f} nats{epistemic}]", end="\n")
-        if not self.config.interactive:
-            self._print("---------------", end="\n")
+            limit = self.sampling.max_epistemic
+            self._print(f"[abstains: epistemic uncertainty above {limit} nats]\n")
+        if self.coloured and text.tokens:
+            means = text.tokens.means()
+            shown = "total {total:.3f} nats, epistemic {epistemic:.4f} nats".format(**means)
+            self._print(f"[mean uncertainty: {shown}]\n")
+        self._print(rule)
 
-    def _is_high(self, token: Token, sampling: Sampling) -> bool:
-        """Whether a token is underlined: above the limit, or without one in the highest tenth of the text so far."""
-        if not token.epistemic:
-            return False
-        if sampling.max_epistemic:
-            return token.epistemic > sampling.max_epistemic
-        bisect.insort(self.epistemic, token.epistemic)
-        return (
-            len(self.epistemic) >= 10
-            and token.epistemic >= self.epistemic[-(len(self.epistemic) // 10)]
-        )
+    def _is_high(self, token: Token) -> bool:
+        """Above the limit; without one, in the highest tenth of the text so far."""
+        if self.sampling.max_epistemic:
+            return token.epistemic > self.sampling.max_epistemic
+        self.epistemic.append(token.epistemic)
+        return len(self.epistemic) >= 10 and token.epistemic > np.quantile(self.epistemic, 0.9)
 
     def _styled(self, text: str, *codes: str) -> str:
-        text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if self.tty else text
-        return f"\033[{';'.join(codes)}m{text}\033[0m" if self.colours and codes and text else text
+        if self.out.isatty():
+            text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        return f"\033[{';'.join(codes)}m{text}\033[0m" if self.has_colours and codes else text
 
-    def _print(self, text: str, end: str = "") -> None:
-        if not self.silent:
-            print(text, end=end, flush=True)
+    def _print(self, text: str) -> None:
+        print(text, end="", file=self.out, flush=True)

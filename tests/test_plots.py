@@ -5,17 +5,15 @@ import math
 import struct
 import subprocess
 import sys
-import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
 from engine.eval.plots import (
+    LOOKS,
     curves_figure,
     draw,
-    label,
-    line_style,
     reliability_figure,
     risk_coverage_figure,
     uncertainty_figure,
@@ -96,52 +94,31 @@ def test_the_curves_are_the_evaluations_without_step_0(rows):
     by_tokens, by_time = curves_figure(curves, rows).axes
     for i, curve in enumerate(curves.values()):
         kept = [record for record in curve if "val_nll" in record and record["step"] > 0]
+        nll = [record["val_nll"] for record in kept]
         for panel, key, unit in ((by_tokens, "tokens", 1e6), (by_time, "seconds", 60)):
-            assert panel.lines[i].get_xdata() == pytest.approx(
-                [record[key] / unit for record in kept]
-            )
-            assert panel.lines[i].get_ydata() == pytest.approx(
-                [record["val_nll"] for record in kept]
-            )
-    assert by_tokens.lines[1].get_label() == "bayes (kl_weight 0.1): 4.550"
-    assert "nats" in by_tokens.get_ylabel() and "minutes" in by_time.get_xlabel()
+            x = [record[key] / unit for record in kept]
+            assert panel.lines[i].get_xdata() == pytest.approx(x)
+            assert panel.lines[i].get_ydata() == pytest.approx(nll)
+    assert by_tokens.lines[1].get_label() == "bayes: 4.550"
+
+
+def test_a_run_without_evaluations_keeps_the_looks_of_the_others(rows):
+    assert curves_figure({"a": make_curve()[:2]}, {}) is None  # step 0 alone
+    (gpt2, bayes), _ = (panel.lines for panel in curves_figure({"bayes": make_curve()}, rows).axes)
+    assert len(gpt2.get_xdata()) == 0 and len(bayes.get_xdata()) == 20
     assert (
-        by_tokens.get_ylim()[0] < 4.05 and by_tokens.get_ylim()[1] > 5.0
-    )  # from the second tenth on, all is seen
+        bayes.get_color()
+        == curves_figure(dict.fromkeys(rows, make_curve()), rows).axes[0].lines[1].get_color()
+    )
 
 
-def test_step_0_is_drawn_where_it_is_all_there_is_and_else_a_run_that_has_only_it_is_not():
-    started = [make_curve()[1]]
-    assert len(curves_figure({"a": started}, {}).axes[0].lines) == 1
-    damaged = [
-        *started,
-        {"step": 5, "val_nll": 4.0},
-        {"step": 6, "tokens": 1, "seconds": 1.0, "val_nll": None},
-    ]
-    assert len(curves_figure({"a": damaged}, {}).axes[0].lines[0].get_xdata()) == 1
-    lines = curves_figure({"a": started, "b": make_curve()}, {}).axes[0].lines
-    assert [line.get_label() for line in lines] == ["b: 4.050"]
-
-
-def test_a_run_that_diverged_is_drawn_as_far_as_it_has_numbers():
-    broken = [
-        record | ({"val_nll": math.nan} if record["step"] > 9 else {}) for record in make_curve()
-    ]
-    low, high = curves_figure({"broken": broken, "good": make_curve()}, {}).axes[0].get_ylim()
+def test_a_run_that_diverged_is_drawn_as_far_as_it_has_numbers(tmp_path):
+    broken = make_curve()
+    for record in broken[10:]:
+        record["val_nll"] = math.nan
+    figure = curves_figure({"broken": broken, "good": make_curve()}, {})
+    low, high = figure.axes[0].get_ylim()
     assert 3 < low < high < 6
-
-
-def test_records_that_lack_a_number_are_passed_over():
-    damaged = [
-        {"step": 3, "val_nll": 4.0},
-        {"step": 4, "val_nll": "abc", "tokens": 1, "seconds": 1},
-    ]
-    assert curves_figure({"a": damaged}, {}) is None
-    assert len(curves_figure({"a": damaged + make_curve()}, {}).axes[0].lines[0].get_xdata()) == 20
-
-
-def test_hours_of_training_are_shown_in_hours():
-    assert "hours" in curves_figure({"a": make_curve(seconds=3600.0)}, {}).axes[1].get_xlabel()
 
 
 def test_reliability_shows_every_bin_that_is_not_empty_and_the_share_of_tokens(rows):
@@ -160,10 +137,7 @@ def test_reliability_shows_every_bin_that_is_not_empty_and_the_share_of_tokens(r
         assert bars.get_data().values == pytest.approx([*(k / sum(n) for k in n), 0, 0])
         for (_, low), (_, high) in [panel.collections[0].get_segments()[3]]:
             assert (low, high) == pytest.approx(wilson(accuracy[3], n[3]))
-    assert (
-        "bayes\n(kl_weight\N{NO-BREAK SPACE}0.1)" in texts(figure)
-        and texts(figure).count("ECE 0.0123") == 2
-    )
+    assert texts(figure).count("ECE 0.0123") == 2
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (3, 10), (500, 1000), (1000, 1000)])
@@ -186,7 +160,7 @@ def test_risk_and_coverage_have_a_panel_per_score_and_the_runs_that_have_it(rows
     assert len(risk_coverage_figure({"softmax": make_row()}).axes) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "softmax",
-        "bayes (kl_weight 0.1)",
+        "bayes",
     ]
 
 
@@ -205,8 +179,10 @@ def test_uncertainty_shows_both_domains_and_says_where_there_is_none(rows):
             ]
             assert len(drawn) == len(expected)
             for found, histogram in zip(drawn, expected, strict=True):
-                assert found.values == pytest.approx(histogram["share"])
-                assert found.edges == pytest.approx(histogram["edges"])
+                at = list(histogram["edges"]).index(found.edges[0])
+                share = histogram["share"][at : at + len(found.values)]
+                assert found.values == pytest.approx(share)
+                assert sum(share) > 0.95  # all but thin tails
     assert "none" in panels[0, 2].texts[0].get_text() and panels[1, 2].get_xscale() == "log"
     assert panels[1, 2].get_title() == "AUROC: token 0.61, block 0.93"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
@@ -221,18 +197,8 @@ def test_without_other_domains_the_own_one_is_shown():
     assert "AUROC" not in texts(figure) and "outside" not in texts(figure)
 
 
-def test_a_tempered_posterior_says_so():
-    assert label("bayes", {"kl_weight": 0.1}) == "bayes (kl_weight 0.1)"
-    assert label("bayes (16 draws)", {"kl_weight": 0.1}) == "bayes (16 draws, kl_weight 0.1)"
-    assert label("bayes (kl_weight 0.1)", {"kl_weight": 0.1}) == "bayes (kl_weight 0.1)"
-    assert label("bayes", {"kl_weight": 1.0}) == label("bayes", {}) == "bayes"
-
-
 def test_84_runs_look_different_and_the_first_7_in_colour_alone():
-    looks = [
-        tuple(str(line_style(i, 1)[key]) for key in ("color", "linestyle", "marker"))
-        for i in range(84)
-    ]
+    looks = [tuple(map(str, look.values())) for look in LOOKS]
     assert len(set(looks)) == 84 and len({look[0] for look in looks[:7]}) == 7
     assert all(a[1] != b[1] and a[2] != b[2] for a, b in itertools.pairwise(looks))
 
@@ -244,46 +210,29 @@ def test_no_number_of_runs_breaks_the_pictures(tmp_path, n):
         for i in range(n)
     }
     written = draw(tmp_path, rows, {name: make_curve() for name in rows})
-    for png, svg in written.values():
-        width, height = struct.unpack(">II", png.read_bytes()[16:24])
-        assert width in (830, 1660) and height <= 420 * (
-            2 + n
-        )  # two pixels of the screen for one of the README
-        assert xml.etree.ElementTree.parse(svg).getroot().tag.endswith("svg")
+    for path in written.values():
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])
+        assert width in (830, 1660) and height <= 420 * (2 + n)  # at 200 pixels an inch
 
 
-def test_names_are_shown_as_they_are(tmp_path, rows):
-    strange = {"_first": rows["softmax"], r"costs $\no$": rows["bayes"] | {"dataset": "a$b$"}}
-    figure = risk_coverage_figure(strange)
-    assert len(figure.legends[0].get_texts()) == 2
-    assert len(draw(tmp_path, strange, {name: make_curve() for name in strange})) == 4
+def test_a_long_name_is_cut_after_an_underscore():
+    expected = "bayes_sigmoid_\nweighted\n(std x 1.5)"
+    assert wrap("bayes_sigmoid_weighted (std x 1.5)", 18) == expected
 
 
-def test_a_long_name_is_cut_behind_an_underscore():
-    expected = "bayes_sigmoid_\nweighted\n(kl_weight\N{NO-BREAK SPACE}0.1)"
-    assert wrap("bayes_sigmoid_weighted (kl_weight 0.1)", 18) == expected
-    lines = ["Bayes,", "kl_weight\xa00.03,", "sum_penalty\xa01,", "ensemble of\xa04"]
-    assert wrap("Bayes, kl_weight 0.03, sum_penalty 1, ensemble of 4", 18).splitlines() == lines
-
-
-def test_pictures_without_numbers_are_left_out(tmp_path, rows):
+def test_plots_without_data_are_left_out(tmp_path, rows):
     assert draw(tmp_path, {}, {}) == {} and list(tmp_path.iterdir()) == []
-    bare = {"gpt2": {"nll": 3.0, "dataset": "books", "calibration": {"n": [0] * 15}}}
-    assert list(draw(tmp_path, bare, {"gpt2": [{"step": 1, "loss": 3.0}]})) == []
-    assert list(draw(tmp_path, rows, {})) == NAMES[1:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        f"{name}.{kind}" for name in NAMES[1:] for kind in ("png", "svg")
-    )
+    assert list(draw(tmp_path, rows, {"softmax": [{"step": 1, "loss": 3.0}]})) == NAMES[1:]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in NAMES[1:]}
 
 
 def test_the_same_numbers_give_the_same_bytes_in_any_process(tmp_path, rows):
     written = draw(tmp_path, rows, {"softmax": make_curve()})
     assert list(written) == NAMES
-    code = "import sys; from pathlib import Path; from tests.test_pictures import *; "
+    code = "import sys; from pathlib import Path; from tests.test_plots import *; "
     code += "draw(Path(sys.argv[1]), {'softmax': make_row(), "
     code += "'bayes': make_row(bayes=True, seed=1)}, {'softmax': make_curve()})"
     (again := tmp_path / "again").mkdir()
     subprocess.run([sys.executable, "-c", code, again], cwd=ROOT, check=True)
-    for path in itertools.chain.from_iterable(written.values()):
+    for path in written.values():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
-        assert b"<dc:date>" not in path.read_bytes()

@@ -1,0 +1,167 @@
+"""A text with a model's prediction at each token: surprise, uncertainty, likeliest alternatives."""
+
+import html
+import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.base.distributed import seed_micro_batch
+from engine.data.tokenizer import Tokenizer, piece_decoder, pieces_of
+from engine.data.windows import window_starts
+from engine.eval.evaluation import in_pieces
+from heads import Prediction
+from heads.likelihoods import token_scores
+
+N_TOP = 5  # likeliest next tokens that are kept
+AVERAGED = ("nll", "total", "epistemic")  # over a text
+COLOURINGS = ("epistemic", "aleatoric", "total", "nll")
+
+
+class Token(NamedTuple):
+    """A token and the prediction at its position, in nats; None if nothing predicted it."""
+
+    text: str  # a character that is split over tokens is in the last of them
+    id: int
+    nll: float | None = None  # of this token
+    total: float | None = None  # entropy of the prediction
+    aleatoric: float | None = None  # the part that remains if the weights are known
+    epistemic: float | None = None  # the part that comes from the weights; 0 for point weights
+    top: tuple[tuple[str, float], ...] = ()  # the likeliest tokens and their probabilities
+
+
+class ScoredText(list[Token]):
+    """Tokens in order. A notebook shows them coloured by epistemic uncertainty, else by nll."""
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self)
+
+    @property
+    def has_epistemic(self) -> bool:
+        return any(token.epistemic for token in self)
+
+    def means(self) -> dict[str, float]:
+        """nll, total and epistemic, nats per token."""
+        n = max(1, len(self))
+        return {name: sum(getattr(token, name) for token in self) / n for name in AVERAGED}
+
+    def __repr__(self) -> str:
+        return f"ScoredText({self.text!r}, {len(self)} tokens)"
+
+    def _repr_html_(self) -> str:
+        colouring = "epistemic" if self.has_epistemic else "nll"
+        scales = colour_scales([self])
+        spans = coloured_html(self, scales, colouring)
+        note = f"{colouring}, nats: white 0, orange {scales[colouring]:.3g} and more"
+        style = "white-space: pre-wrap; color: black; background: white"
+        return f'<p style="{style}">{spans}</p><small>{note}</small>'
+
+
+def colour_scales(texts: Iterable[ScoredText]) -> dict[str, float]:
+    """By colouring the value with the full colour: the 99th percentile over all texts."""
+    tokens = [token for text in texts for token in text]
+    scales = {}
+    for name in COLOURINGS:
+        values = [value for token in tokens if (value := getattr(token, name))]
+        finite = [value for value in values if math.isfinite(value)]
+        scales[name] = float(np.quantile(finite, 0.99)) if finite else 0.0
+    return scales
+
+
+def coloured_html(text: ScoredText, scales: dict[str, float], colouring: str) -> str:
+    """A <span> per token: the higher its value, the more orange; a tooltip with all its numbers.
+
+    Each span also holds its share of every scale as a CSS variable: a page switches to another
+    colouring with a rule such as `span { --share: var(--nll) }`.
+    """
+    spans = []
+    for token in text:
+        shares = {name: _share(getattr(token, name), scales[name]) for name in COLOURINGS}
+        style = "".join(f"--{name}:{share:.2f};" for name, share in shares.items())
+        style += f"background:rgb(254 153 41/var(--share,{shares[colouring]:.2f}))"
+        about, shown = html.escape(describe(token)), html.escape(token.text)
+        spans.append(f'<span tabindex="0" title="{about}" style="{style}">{shown}</span>')
+    return "".join(spans)
+
+
+def _share(value: float | None, scale: float) -> float:
+    """The share of the scale's full colour, 0 .. 1."""
+    if not value or not scale or math.isnan(value):
+        return 0.0
+    return min(1.0, max(0.0, value / scale))
+
+
+def describe(token: Token) -> str:
+    """The token's numbers and the likeliest alternatives, a line each."""
+    if token.nll is None:
+        return "given"
+    names = ("nll", "total", "aleatoric", "epistemic")
+    lines = [f"{name} {getattr(token, name):.3g} nats" for name in names]
+    lines += [f"{name!r} {p:.1%}" for name, p in token.top]
+    return "\n".join(lines)
+
+
+@lru_cache(maxsize=4)  # GPT-2's take a tenth of a second
+def names_of(tokenizer: Tokenizer) -> list[str]:
+    """The text that each id is shown as."""
+    names = [piece.decode(errors="replace") for piece in pieces_of(tokenizer)]
+    if tokenizer.eot is not None:
+        names[tokenizer.eot] = "<|endoftext|>"
+    return names
+
+
+def token_decoder(tokenizer: Tokenizer) -> Callable[..., list[Token]]:
+    """A function (ids, scores=()) -> Tokens, to be called with the parts of a text in order.
+
+    scores: what prediction_scores() returns for these ids, or nothing.
+    """
+    decode = piece_decoder(tokenizer)
+
+    def tokens(ids: Iterable[int], scores: Iterable[tuple] = ()) -> list[Token]:
+        ids = [int(i) for i in ids]
+        scores = scores or [()] * len(ids)
+        return [Token(decode(i), i, *score) for i, score in zip(ids, scores, strict=True)]
+
+    return tokens
+
+
+def prediction_scores(
+    prediction: Prediction, ids: torch.Tensor, tokenizer: Tokenizer
+) -> list[tuple]:
+    """Predictions (n, ...) of the ids (n,) -> for each id its Token's fields from nll on."""
+    names, log_probs = names_of(tokenizer), prediction.log_probs
+    nll = token_scores(log_probs, ids)[0]
+    top_log_probs, top_ids = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
+    tops = []
+    for of_token in zip(top_ids.tolist(), top_log_probs.exp().tolist(), strict=True):
+        tops.append(tuple((names[i], p) for i, p in zip(*of_token, strict=True)))
+    columns = (nll, prediction.total, prediction.aleatoric, prediction.epistemic)
+    return list(zip(*(column.tolist() for column in columns), tops, strict=True))
+
+
+@torch.no_grad()
+def score_text(
+    model: torch.nn.Module, tokenizer: Tokenizer, ids: np.ndarray, n_samples: int = 0
+) -> ScoredText:
+    """ids (n,) -> their Tokens; the first has no prediction. Draws are the same each time.
+
+    After the first window each token has at least half a block before it.
+    """
+    model.eval()
+    seed_micro_batch(0, 0)
+    decode, block_size = token_decoder(tokenizer), model.config.block_size
+    text = ScoredText(decode(ids[:1]))
+    idx = torch.from_numpy(np.asarray(ids).astype(np.int64)).to(next(model.parameters()).device)
+    stride = -(-block_size // 2)
+    for (start,), length in window_starts(len(ids) - 1, block_size, 1, 0, stride):
+        first = block_size - stride if start else 0
+        end = start + length
+        hiddens = [hidden[:, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
+        for hidden, targets in in_pieces(hiddens, idx[None, start + first + 1 : end + 1]):
+            prediction = model.lm_head.predict(hidden, n_samples)
+            text += decode(targets, prediction_scores(prediction, targets, tokenizer))
+    return text
