@@ -21,7 +21,7 @@ def test_a_sweep_finds_the_best_of_its_trials_and_goes_on_where_it_stopped(
 ):
     data = write_words(tmp_path / "data")
     run(data, tmp_path / "teacher", max_iters=20)
-    before = sorted(data.glob("[!.]*"))  # but for what remembers that it was checked
+    before = sorted(data.iterdir())
     options = {
         "teacher": tmp_path / "teacher",
         "dataset": data,
@@ -47,15 +47,15 @@ def test_a_sweep_finds_the_best_of_its_trials_and_goes_on_where_it_stopped(
     with pytest.raises(SystemExit):
         sweep(capsys, monkeypatch, *argv, "--trials=4", "--max_iters=6")
     assert "holds a sweep with other options" in capsys.readouterr().err
-    assert sorted(data.glob("[!.]*")) == before and not list((tmp_path / "sweep").glob("**/*.pt"))
+    assert sorted(data.iterdir()) == before and not list((tmp_path / "sweep").glob("**/*.pt"))
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "which teacher?"),
-        (["--teacher=x", "--trials=0"], "trials = 0 must be at least 1"),
-        (["--teacher=x", "--script=train_foo.py"], "none of ours"),
+        (["--teacher=x", "--trials=0"], "trials = 0 must be"),
+        (["--teacher=x", "--script=train_foo.py"], "train_foo.py does not exist"),
         (["--teacher=x", "--labels=y"], "leave --labels out"),
         (
             [

@@ -1,18 +1,24 @@
-"""engine/data/tokens.py: token files and the order of batches."""
+"""engine/data/tokens.py and batches.py: token files, their checks, and the order of batches."""
 
+import hashlib
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import engine.data.scan
+import engine.data.batches
 import engine.data.tokens
 from engine.base.errors import UserError
+from engine.data.batches import Batches
 from engine.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
-from engine.data.tokens import Batches, TokenFile, gather
-from tests.helpers import run, words, write_dataset, write_nanogpt
+from engine.data.tokens import TokenFile, gather
+from tests.helpers import ROOT, run, words, write_dataset, write_nanogpt
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def test_prefetched_batches_are_those_of_the_order_one_is_read_ahead_and_none_be
 def test_what_goes_wrong_in_the_reader_goes_wrong_where_its_batch_is_wanted(numbered, monkeypatch):
     batches = Batches(numbered, 2, 5, seed=1)
     monkeypatch.setattr(
-        engine.data.tokens, "gather", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone"))
+        engine.data.batches, "gather", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone"))
     )
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches.prefetched(range(3), torch.device("cpu")))
@@ -114,8 +120,6 @@ def test_ids_take_two_bytes_where_they_fit_and_four_where_not(tmp_path, tokenize
 
 
 def test_meta_json_tells_counts_bytes_and_hashes(tmp_path):
-    import hashlib
-
     meta = write_dataset(tmp_path, {"train": ["été", "", "b"], "val": ["c"]}, ByteTokenizer())
     assert json.loads((tmp_path / "meta.json").read_text()) == meta and meta["vocab_size"] == 257
     data = (tmp_path / "train.bin").read_bytes()
@@ -180,7 +184,9 @@ def test_a_truncated_file_is_refused_by_name(tmp_path):
     write_dataset(tmp_path, {"train": ["a long text"]}, ByteTokenizer())
     data = (tmp_path / "train.bin").read_bytes()
     (tmp_path / "train.bin").write_bytes(data[:-4])
-    with pytest.raises(UserError, match=r"train\.bin holds 9 tokens, meta\.json says 11; prepare"):
+    with pytest.raises(
+        UserError, match=r"train\.bin holds 9 tokens, but meta\.json says 11; prepare"
+    ):
         TokenFile(tmp_path, "train")
 
 
@@ -193,14 +199,17 @@ def test_a_broken_meta_json_is_refused_by_name(tmp_path):
         TokenFile(tmp_path, "train")
 
 
-def test_an_id_outside_the_vocabulary_is_refused_wherever_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.data.scan, "CHUNK", 10)
+def test_an_id_outside_the_vocabulary_is_refused_with_its_position_when_it_is_read(tmp_path):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"train": [0] * 95 + [67] + [0] * 4}), "train")
     file.check(vocab_size=68)
-    with pytest.raises(
-        UserError, match=r"train\.bin holds token id 67, outside the vocabulary of 67"
-    ):
-        file.check(vocab_size=67)
+    assert file.ids.max() == 67
+    file.check(vocab_size=67)
+    file.rows(np.array([0, 96]), 4)
+    for read in (lambda: file.rows(np.array([0, 80]), 20), lambda: file[90:], file.counts):
+        with pytest.raises(
+            UserError, match=r"train\.bin holds token id 67, .* of 67, at position 95"
+        ):
+            read() if read != file.counts else read(67)
 
 
 def test_a_split_shorter_than_a_block_and_its_target_is_refused_with_both_sizes(numbered):
@@ -212,13 +221,22 @@ def test_a_split_shorter_than_a_block_and_its_target_is_refused_with_both_sizes(
 
 
 def test_counts_are_bincounts_and_frequencies_sum_to_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.data.scan, "CHUNK", 100)
+    monkeypatch.setattr(engine.data.tokens, "CHUNK", 100)
     ids = np.random.default_rng(0).integers(0, 60, 999)
     file = TokenFile(write_nanogpt(tmp_path / "d", {"train": ids}), "train")
     counts = np.bincount(ids, minlength=67)
     assert file.counts(67).tolist() == counts.tolist()
     expected = (counts + 0.5) / (999 + 67 / 2)
     assert np.allclose(file.frequencies(67).numpy(), expected, rtol=1e-12)
+
+
+def test_a_very_large_split_is_counted_in_chunks_from_all_of_it(tmp_path, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 60, 999)
+    file = TokenFile(write_nanogpt(tmp_path / "d", {"train": ids}), "train")
+    for name, value in {"COUNT_ALL": 500, "N_CHUNKS": 10, "CHUNK": 7}.items():
+        monkeypatch.setattr(engine.data.tokens, name, value)
+    chunks = ids[(np.arange(10) * 99)[:, None] + np.arange(7)]
+    assert file.counts(67).tolist() == np.bincount(chunks.ravel(), minlength=67).tolist()
 
 
 def test_a_missing_split_names_those_that_are_there_or_the_command_that_makes_them(
@@ -230,7 +248,7 @@ def test_a_missing_split_names_those_that_are_there_or_the_command_that_makes_th
     (tmp_path / "tales").mkdir()
     (tmp_path / "tales" / "prepare.py").touch()
     for dataset in ("tales", "nowhere"):
-        with pytest.raises(UserError, match=r"is missing; run.*: python data/tales/prepare\.py"):
+        with pytest.raises(UserError, match=r"is missing; run python data/tales/prepare\.py"):
             TokenFile(dataset, "train")
 
 
@@ -277,3 +295,98 @@ def test_a_meta_pkl_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"meta\.pkl.*refused"):
         TokenFile(folder, "train")
     assert not (tmp_path / "ran").exists()
+
+
+GPT2S = np.random.default_rng(0).zipf(1.2, 4000) % 50257  # some ids often, most of them rarely
+
+
+def plain(folder, ids, dtype: str = "<u2") -> TokenFile:
+    """A data set without a meta file whose ids were written with that dtype."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.asarray(ids).astype(dtype).tofile(folder / "train.bin")
+    return TokenFile(folder, "train")
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<i8"])
+def test_wider_integers_are_refused_with_the_line_that_converts_them(tmp_path, dtype):
+    with pytest.raises(UserError, match="convert it: ") as error:
+        plain(tmp_path, GPT2S, dtype).check(50257)
+    advice = str(error.value).split("convert it: ")[1]
+    exec(advice.replace("NEW_FILE", repr(str(tmp_path / "val.bin"))), {"numpy": np})
+    assert TokenFile(tmp_path, "val").ids.tolist() == GPT2S.tolist()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        GPT2S,
+        np.zeros(1000),
+        np.tile([0, 9], 1000),
+        np.where(np.arange(2000) % 2, 0, GPT2S[:2000]) + (np.arange(2000) == 1501),
+        np.tile([50, 0], 20),  # too short to know
+    ],
+)
+def test_what_may_be_text_is_never_refused(tmp_path, ids):
+    plain(tmp_path, ids).check(50257)
+
+
+def test_lines_of_one_character_are_text_in_a_small_vocabulary(tmp_path):
+    meta = {"tokenizer": {"kind": "none"}, "vocab_size": 65}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    plain(tmp_path, np.tile([5, 0], 1000)).check(65)
+
+
+def test_a_file_cut_short_while_it_is_used_is_refused_by_name(tmp_path):
+    file = plain(tmp_path, GPT2S)
+    batches = Batches(file, 8, 16, seed=0)
+    batches[0]
+    os.truncate(file.path, 1000)
+    for read in (lambda: batches[1], lambda: file.ids):
+        with pytest.raises(UserError, match=r"train\.bin changed .* start again or resume"):
+            read()
+
+
+def test_a_fingerprint_tells_other_data_and_the_sha256_of_old_checkpoints_matches_too(tmp_path):
+    file = plain(tmp_path, GPT2S)
+    sha256 = hashlib.sha256(file.path.read_bytes()).hexdigest()
+    assert file.sha256 == sha256 and file.matches(sha256) and file.matches(file.fingerprint)
+    assert plain(tmp_path / "copy", GPT2S).fingerprint == file.fingerprint
+    for other in (GPT2S[:-1], GPT2S[::-1]):
+        found = plain(tmp_path / "other", other)
+        assert not found.matches(file.fingerprint) and not found.matches(sha256)
+
+
+MEMORY = """
+import sys
+import numpy as np
+from engine.data.batches import Batches
+from engine.data.tokens import TokenFile
+
+def resident() -> float:
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+file = TokenFile(sys.argv[1], "train")
+batches = Batches(file, 4, 64, seed=0)
+batches[0]
+before = resident()
+for i in range(10_000):
+    batches[i]
+batches_took = resident() - before
+file.counts(50257)
+print(batches_took, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_reading_and_counting_a_gigabyte_takes_less_than_64_mb_of_memory(tmp_path):
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.truncate(1 << 30)  # sparse
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert max(map(float, result.stdout.split())) < 64

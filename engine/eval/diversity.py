@@ -37,7 +37,7 @@ def prompts(file: TokenFile, tokenizer: Tokenizer, n: int, length: int) -> torch
         )
     starts = np.arange(n) * n_places // n
     if tokenizer.eot is not None and len(file) <= SEARCHED:
-        ends = np.flatnonzero(file.ids[:] == tokenizer.eot)
+        ends = np.flatnonzero(file.ids == tokenizer.eot)
         before, end = np.append(-1, ends), np.append(ends, len(file))  # of each document
         documents = before[end - before - 1 > length] + 1
         if len(documents) >= n:

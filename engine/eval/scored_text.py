@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.base.distributed import seed_micro_batch
-from engine.data.tokenizer import Tokenizer, piece_decoder, pieces_of
+from engine.data.tokenizer import Tokenizer, token_bytes_of, token_decoder
 from engine.data.windows import window_starts
 from engine.eval.evaluation import in_pieces
 from heads import Prediction
@@ -108,7 +108,7 @@ def describe(token: Token) -> str:
 @lru_cache(maxsize=4)  # GPT-2's take a tenth of a second
 def names_of(tokenizer: Tokenizer) -> list[str]:
     """The text that each id is shown as."""
-    names = [piece.decode(errors="replace") for piece in pieces_of(tokenizer)]
+    names = [piece.decode(errors="replace") for piece in token_bytes_of(tokenizer)]
     if tokenizer.eot is not None:
         names[tokenizer.eot] = "<|endoftext|>"
     return names
@@ -119,7 +119,7 @@ def token_decoder(tokenizer: Tokenizer) -> Callable[..., list[Token]]:
 
     scores: what prediction_scores() returns for these ids, or nothing.
     """
-    decode = piece_decoder(tokenizer)
+    decode = token_decoder(tokenizer)
 
     def tokens(ids: Iterable[int], scores: Iterable[tuple] = ()) -> list[Token]:
         ids = [int(i) for i in ids]

@@ -3,8 +3,6 @@
 They hold tensors and plain values, and are loaded without running any code that a file may hold.
 """
 
-import hashlib
-import os
 import pickle
 import shutil
 import warnings
@@ -15,7 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import UserError, warn
-from engine.base.files import atomic_write
+from engine.base.files import atomic_write, sha256_of
 from engine.base.options import build
 from engine.data.gpt2_bpe import GPT2Tokenizer, cached_tokens, write_tokens
 from engine.data.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer, read_meta
@@ -218,17 +216,6 @@ def all_in(out_dir: Path) -> list[Path]:
     return sorted(ours, key=lambda path: int(path.stem[5:])) or sorted(
         Path(out_dir).glob("ckpt.pt")
     )
-
-
-def sha256_of(path: Path, from_disk: bool = False) -> str:
-    """The file's sha256; from_disk: of what the disk gives back, not of what the system remembers of it."""
-    with open(path, "rb") as file:
-        if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        sha256 = hashlib.sha256()
-        while piece := file.read(1 << 22):
-            sha256.update(piece)
-    return sha256.hexdigest()
 
 
 def check_zip(path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import Interrupted, UserError
-from engine.base.files import atomic_write, flush
+from engine.base.files import atomic_write, flush, sha256_of
 from engine.base.sharding import is_sharded, load_optimizer, whole, whole_model
-from engine.runs.checkpoint import all_in, check_zip, name_of, read_sums, sha256_of, write_sums
+from engine.runs.checkpoint import all_in, check_zip, name_of, read_sums, write_sums
 
 KEEP = 2  # newest checkpoints kept beside the best one
 

@@ -15,9 +15,10 @@ from engine.base.distributed import Processes
 from engine.base.errors import UserError, warn
 from engine.base.files import check_writable, exclusive_lock, write_json
 from engine.base.options import build, flatten
+from engine.data.batches import Batches
 from engine.data.labels import LabelFile
 from engine.data.tokenizer import read_meta
-from engine.data.tokens import Batches, TokenFile, dataset_folder
+from engine.data.tokens import TokenFile, dataset_folder
 from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
 from engine.runs.banner import banner, code_line, earlier_starts, this_start
@@ -163,7 +164,7 @@ def allowed_changes(config) -> set[str]:
 def check_data(data: dict[str, TokenFile], state: dict, allowed: Set[str]) -> None:
     """Refuse to resume on other tokens than the run was trained and evaluated on."""
     for split, sha256 in state.get("data", {}).items():
-        if data[split].sha256 != sha256 and "dataset" not in allowed:
+        if not data[split].matches(sha256) and "dataset" not in allowed:
             raise UserError(
                 f"{data[split].path} holds other tokens than the run to resume began with; bring those back, use "
                 "another --out_dir, or change them on purpose with --allow_change=dataset"
@@ -199,7 +200,7 @@ def training_batches(config, file: TokenFile, state: dict) -> Batches:
 def describe(config, data: dict[str, TokenFile], batches: Batches) -> dict:
     """What a checkpoint says of its run: options, seeds among them, and the data by their hashes."""
     labels = {"labels": batches.labels.about} if batches.labels else {}
-    hashes = {split: file.sha256 for split, file in data.items()}
+    hashes = {split: file.fingerprint for split, file in data.items()}
     return {
         "config": flatten(config),
         "model_config": flatten(config.model),

@@ -1,0 +1,108 @@
+"""Training batches: blocks of a split in a shuffled order that depends on (seed, i) only."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from engine.data.tokens import TokenFile, gather
+
+Batch = tuple[torch.Tensor, ...]
+
+
+class BlockOrder:
+    """Where block k of an epoch starts, in a split whose shards have these lengths.
+
+    Each epoch takes the shards in a new order. It cuts a shard into consecutive blocks from a
+    random offset, visits each of these once, then turns to the next shard: a process reads from
+    few files at a time. No block crosses shards, and a shard too short for a block and its
+    target is left out.
+    """
+
+    def __init__(self, lengths: list[int], block_size: int, seed: int):
+        self.lengths = np.array(lengths)
+        self.block_size = block_size
+        self.seed = seed
+        self.begins = self.lengths.cumsum() - self.lengths
+        # one block fewer than fit, so that every offset is possible
+        n_blocks = (self.lengths - 1) // block_size - 1
+        self.blocks = n_blocks.clip(min=self.lengths > block_size)
+        self.n_blocks = int(self.blocks.sum())
+        self._epoch = self._place = -1
+
+    def start(self, epoch: int, k: int) -> int:
+        """The position of the first token of block k < n_blocks."""
+        if epoch != self._epoch:
+            n_shards = len(self.lengths)
+            # every shard has its own random numbers, (seed, epoch, shard); their order has the next ones
+            self._shards = np.random.default_rng((self.seed, epoch, n_shards)).permutation(n_shards)
+            self._ends = self.blocks[self._shards].cumsum()
+            self._epoch, self._place = epoch, -1
+        place = int(self._ends.searchsorted(k, side="right"))
+        if place != self._place:
+            self._place = place
+            self._starts = self._shuffled(int(self._shards[place]))
+        return int(self._starts[k - self._ends[place]])  # a negative index: the last block is -1
+
+    def _shuffled(self, shard: int) -> np.ndarray:
+        """The starts of a shard's blocks in this epoch's order."""
+        rng = np.random.default_rng((self.seed, self._epoch, shard))
+        n = int(self.blocks[shard])
+        slack = int(self.lengths[shard]) - 1 - n * self.block_size
+        offset = rng.integers(min(slack + 1, self.block_size))
+        return self.begins[shard] + offset + self.block_size * rng.permutation(n)
+
+
+class Batches:
+    """batches[i] -> (x, y), both (batch_size, block_size) int64: micro-batch i of an endless,
+    shuffled order.
+
+    An epoch visits each block of the split once. Any process can produce any micro-batch, in any
+    order, after any restart. labels: a LabelFile of this split; then batches[i] is (x, ids,
+    weights), see its targets().
+    """
+
+    def __init__(self, file: TokenFile, batch_size: int, block_size: int, seed: int, labels=None):
+        self.file = file
+        self.batch_size = batch_size
+        self.block_size = block_size
+        self.labels = labels
+        self.order = BlockOrder([len(shard) for shard in file.shards], block_size, seed)
+        self.n_blocks = self.order.n_blocks
+
+    def __getitem__(self, i: int) -> Batch:
+        starts = self.starts(i)
+        x, y = gather(self.file, starts, self.block_size)
+        if self.labels is None:
+            return x, y
+        return x, *self.labels.targets(y, starts)
+
+    def starts(self, i: int) -> np.ndarray:
+        """The positions (batch_size,) at which the blocks of micro-batch i start."""
+        blocks = range(i * self.batch_size, (i + 1) * self.batch_size)
+        return np.array([self.order.start(*divmod(block, self.n_blocks)) for block in blocks])
+
+    def prefetched(self, numbers: Iterable[int], device: torch.device) -> Iterator[Batch]:
+        """These micro-batches on the device; a thread reads each one while the one before it is
+        used."""
+        with ThreadPoolExecutor(1) as reader:
+            pending = deque()
+            for i in numbers:
+                pending.append(reader.submit(self._read, i, device))
+                if len(pending) > 1:
+                    yield _to_device(pending.popleft().result(), device)
+            for batch in pending:
+                yield _to_device(batch.result(), device)
+
+    def _read(self, i: int, device: torch.device) -> Batch:
+        batch = self[i]
+        if device.type == "cuda":  # only from pinned memory does a GPU copy in the background
+            batch = tuple(tensor.pin_memory() for tensor in batch)
+        return batch
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    is_pinned = device.type == "cuda"
+    return tuple(tensor.to(device, non_blocking=is_pinned) for tensor in batch)
