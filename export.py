@@ -32,14 +32,7 @@ from engine.gpt2.exporting import (
     write_tokenizer,
 )
 from engine.runs.banner import environment
-from engine.runs.checkpoint import (
-    about,
-    check_tokenizer,
-    folder_of,
-    load_model,
-    tokenizer_folder,
-    tokenizer_of,
-)
+from engine.runs.checkpoint import check_tokenizer, folder_of, load_model, read_checkpoint
 from model import GPT
 
 N_TOKENS = 20_480  # of the validation split: the same for both models, so few show a difference
@@ -59,18 +52,18 @@ class ExportConfig:
 def main() -> None:
     config, _ = load_config(ExportConfig, sys.argv[1:])
     source, to = config.out_dir, new_path(config.to)
-    model = load_model(source, pick_device(config.device))
+    checkpoint = read_checkpoint(source)
+    model = checkpoint.model(pick_device(config.device))
     unsupported = unsupported_features(model)
     if unsupported and not config.approximate:
         raise UserError(
             f"GPT-2 cannot represent {' or '.join(unsupported)} of {source}; "
             "to export the nearest GPT-2, with the difference measured, add --approximate"
         )
-    meta = read_meta(tokenizer_folder(source))
+    meta = read_meta(checkpoint.tokenizer_folder())
     has_text = meta is None or meta["tokenizer"].get("kind") != "none"
-    tokenizer = tokenizer_of(source, model.config.vocab_size) if has_text else None
-    state = about(source)
-    file = validation_split(config, state.get("config", {}).get("dataset"), model)
+    tokenizer = checkpoint.tokenizer() if has_text else None
+    file = validation_split(config, checkpoint.dataset, model)
     if unsupported and file is None:
         raise UserError(
             "--approximate measures the difference, and the run's data set is not here; "
@@ -78,7 +71,7 @@ def main() -> None:
         )
     run_config = folder_of(source) / "config.json"
     described = read_json(run_config) if run_config.is_file() else {}
-    facts = training_facts(state, meta, described, environment())
+    facts = training_facts(checkpoint.about, meta, described, environment())
 
     with new_folder(to) as folder:
         write_model(folder, nearest_gpt2(model), tokenizer.eot if tokenizer else None)

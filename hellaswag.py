@@ -26,7 +26,7 @@ from engine.base.options import load_config
 from engine.eval.endings import encode, score_endings
 from engine.eval.evaluation import abstaining
 from engine.gpt2.loading import HUB
-from engine.runs.checkpoint import load_model, tokenizer_of
+from engine.runs.checkpoint import read_checkpoint
 
 FIELDS = {
     "completion": ("ctx",),
@@ -91,13 +91,14 @@ def main() -> None:
     if config.out_dir and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --out_dir is the folder of a run")
     items = read_items(config)
-    model = load_model(source, device := pick_device(config.device))
+    checkpoint, device = read_checkpoint(source), pick_device(config.device)
+    model = checkpoint.model(device)
     cast, _ = autocast(device, config.dtype)
     if model.config.bayes_mlp and config.n_samples < 0:
         raise UserError(
             f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say"
         )
-    tokenizer = tokenizer_of(source, model.config.vocab_size)
+    tokenizer = checkpoint.tokenizer()
     texts = [encode(tokenizer, item.context, item.endings) for item in items]
     check_writable(folder)  # an hour before anything is written
     log_probs, epistemic = score_endings(

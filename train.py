@@ -33,7 +33,7 @@ from engine.data.labels import MODES
 from engine.data.windows import eval_batches
 from engine.eval.validation import mean_loss
 from engine.runs.saver import Saver
-from engine.runs.start import describe, open_run, start, training_batches
+from engine.runs.start import describe_run, open_run, prepare_run, training_batches
 from model import GPT, GPTConfig
 
 MAX_SKIPPED = 25  # steps in a row; float16's loss scale comes from 65536 to 1 in 16
@@ -56,7 +56,7 @@ class TrainConfig:
     save_interval: NonNegativeInt = 0  # steps between checkpoints; 0: as eval_interval
     # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
     init_from: str = "scratch"
-    # with resume: options, by commas, that may differ from the run's own (dataset: other tokens)
+    # no longer needed: an option that is given on resuming wins
     allow_change: str = ""
     seed: Seed = 1337  # of weights, data order, dropout and noise
     # log to Weights & Biases as well (offline without an account); val/ compares heads there
@@ -138,9 +138,9 @@ class Progress:
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if self.in_a_row == MAX_SKIPPED:
             raise Diverged(
-                f"{MAX_SKIPPED} steps in a row were left out up to step {self.step}: loss or gradient not finite; go "
-                "on from the last checkpoint with a lower rate, --init_from=resume --learning_rate=... "
-                "--allow_change=learning_rate, or start anew with a lower one or another --dtype"
+                f"{MAX_SKIPPED} steps in a row were left out up to step {self.step}: loss or gradient "
+                "not finite; resume from the last checkpoint with a lower rate, --init_from=resume "
+                "--learning_rate=..., or start again with a lower one or another --dtype"
             )
 
 
@@ -159,7 +159,7 @@ def train(
     config: TrainConfig, processes: distributed.Processes, given: Set[str] = frozenset()
 ) -> GPT:
     """Train until max_iters and return the model; given: the options that were set on purpose."""
-    config, data, bare, state = start(config, given, processes)
+    config, data, bare, state = prepare_run(config, given, processes)
     device, n_micro = processes.device, config.gradient_accumulation_steps
     distributed.check_accumulation(n_micro, processes.world_size)
     cast, dtype = distributed.autocast(device, config.dtype)
@@ -171,7 +171,7 @@ def train(
         data["val"], config.model.block_size, config.batch_size, config.eval_iters
     )
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-    saver = Saver(processes, progress, bare, optimizer, scaler, describe(config, data, batches))
+    saver = Saver(processes, progress, bare, optimizer, scaler, describe_run(config, data, batches))
     saver.restore(state)
     mine = range(
         progress.step * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size
@@ -179,7 +179,7 @@ def train(
     ahead = batches.prefetched(mine, device)
 
     with (
-        open_run(config, data, processes, bare, (dtype, how), progress) as log,
+        open_run(config, data, processes, bare, (dtype, how), progress, state) as log,
         processes.watch.watching(),
         saver,
     ):

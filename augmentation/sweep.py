@@ -21,7 +21,7 @@ from engine.base.errors import UserError, run_main
 from engine.base.options import check_options, flatten, load_config
 from engine.data.labels import paths_of
 from engine.data.tokens import TokenFile
-from engine.runs.checkpoint import read_weights
+from engine.runs.checkpoint import read_checkpoint
 from engine.runs.logger import read_records
 from train import TrainConfig
 
@@ -51,7 +51,7 @@ def main() -> None:
         import optuna
     except ImportError:
         raise UserError("the sweep needs optuna: pip install optuna") from None
-    read_weights(options.teacher)  # a bad teacher is refused before anything is trained
+    read_checkpoint(options.teacher)  # a bad teacher is refused before anything is trained
     dataset, out_dir = options.train.dataset, Path(options.train.out_dir)
     label_files = paths_of(TokenFile(dataset, "train"), "sweep")
     out_dir.mkdir(parents=True, exist_ok=True)

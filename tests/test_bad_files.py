@@ -112,34 +112,26 @@ CASES = [
     (WEIGHTS, None, "from openai", "model.safetensors is missing"),
 ]
 CHECKPOINTS = [
-    ({"model": 5}, "run", "is not a good checkpoint: its model is of another kind"),
-    ({"model": {"a": 1}}, "from run", "is not a good checkpoint: its a is of another kind"),
+    ({"model": 5}, "run", "is not a good checkpoint: its model is no dict"),
     (
         {"model": {}},
         "run",
         "the checkpoint does not describe a GPT-2: it has no transformer.wte.weight",
     ),
-    ({"model_config": 5}, "from run", "its model_config is of another kind"),
+    ({"model_config": 5}, "from run", "its model_config is no dict"),
     ({"model_config": {"n_layer": "x"}}, "run", "n_layer wants int, got 'x', a str"),
-    ({"model_config": {"weights": [1]}}, "from run", "weights wants str"),
     (
         {"model_config": {"n_embd": 2**18, "n_head": 1}},
         "run",
         "a model of .* parameters takes .* GB, this machine has",
     ),
-    ({"step": "x"}, "resume", "its step is of another kind"),
-    ({"optimizer": 5}, "resume", "its optimizer is of another kind"),
-    (
-        {"optimizer": ...},
-        "resume",
-        "holds a model without the state of its training; start from its weights",
-    ),
+    ({"optimizer": 5}, "resume", "its optimizer is no dict"),
+    ({"optimizer": ...}, "resume", "holds weights without the state of their training"),
     (
         {"model_config": ..., "model_args": {}},
         "run",
         "the checkpoint does not describe a GPT-2: it has no ",
     ),
-    ({"model_config": ..., "model_args": 5}, "run", "its model_args is of another kind"),
 ]
 
 
@@ -171,9 +163,6 @@ def test_a_checkpoint_with_other_contents_is_refused_in_one_line(
     folder, monkeypatch, capsys, changes, reader, message
 ):
     (path,) = (folder / "words_run").glob("ckpt_*.pt")
-    (
-        folder / "words_run" / "SHA256SUMS"
-    ).unlink()  # whoever writes such a file writes no sum, or a right one
     state = torch.load(path, weights_only=True) | changes
     torch.save({name: part for name, part in state.items() if part is not ...}, path)
     script, *argv = COMMANDS[reader]

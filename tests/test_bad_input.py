@@ -110,8 +110,8 @@ NUMBERS = [
     ("dataset", "\udcff", "--dataset wants str"),
     ("dataset", "\N{UNICORN FACE}", r"train\.bin is missing"),
     ("dataset", "words/train.bin", r"train\.bin is missing"),
-    ("out_dir", "/proc/self/nowhere", "cannot make the folder /proc/self/nowhere: .*--out_dir"),
-    ("out_dir", "/dev/full", "cannot make the folder /dev/full: .*--out_dir"),
+    ("out_dir", "/proc/self/nowhere", "/proc/self/nowhere"),
+    ("out_dir", "/dev/full", "/dev/full cannot be written to"),
     ("out_dir", "x" * 300, "File name too long"),
     ("init_from", "", "there is no checkpoint in "),
     ("device", "", "device = '' is not a device"),
@@ -296,7 +296,7 @@ CASES = [
         [*TRAIN, "--init_from=resume"],
         "there is no checkpoint in new; train first, or give another --out_dir",
     ),
-    ("train.py", [*TRAIN, "--out_dir=run"], "already holds a run; go on with --init_from=resume"),
+    ("train.py", [*TRAIN, "--out_dir=run"], "already holds a run.*--init_from=resume"),
     (
         "train.py",
         [*TRAIN, "--out_dir=run", "--init_from=resume", "--n_layer=2"],
@@ -312,7 +312,7 @@ CASES = [
         [*TRAIN, "--init_from=run", "--n_embd=64"],
         "n_embd = 64, but the weights to start from have 32",
     ),
-    ("train.py", [*TRAIN, "--out_dir=latin.txt"], "cannot make the folder latin.txt: .*--out_dir"),
+    ("train.py", [*TRAIN, "--out_dir=latin.txt"], "latin.txt cannot be written to"),
     (
         "sample.py",
         [*SAMPLE, "--out_dir=empty"],
@@ -324,7 +324,7 @@ CASES = [
     (
         "evaluate.py",
         [*EVALUATE, "--out_dir=damaged"],
-        "is not a good checkpoint.*no other one in damaged",
+        "is not a good checkpoint",
     ),
     (
         "evaluate.py",
@@ -393,7 +393,7 @@ def test_a_run_of_nothing_but_damaged_checkpoints_names_each_and_then_what_to_do
     warning, error = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2 and "ckpt_00000002.pt is not a good checkpoint" in warning
     assert error.startswith("error: two_damaged/ckpt_00000001.pt is not a good checkpoint")
-    assert error.endswith("there is no other one in two_damaged, give another --out_dir")
+    assert "use another one" in error
 
 
 @pytest.mark.parametrize(("steps", "world_size"), [(40, 3), (5, 8), (7, 2)])
@@ -518,6 +518,6 @@ def test_an_error_of_ours_keeps_its_traceback():
 
 def test_a_nanogpt_checkpoint_cannot_be_resumed_but_started_from(prepared, tmp_path):
     torch.save({"model": {}, "model_args": {}}, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="nanoGPT checkpoint; start from its weights: --init_from="):
+    with pytest.raises(UserError, match="start from the weights: --init_from="):
         run(prepared / "words", tmp_path, init_from="resume")
     shutil.rmtree(tmp_path)

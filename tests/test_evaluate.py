@@ -325,7 +325,6 @@ def test_a_run_whose_weights_are_not_finite_is_refused_and_nothing_written(
     contents = torch.load(path)
     contents["model"]["transformer.ln_f.weight"].fill_(math.nan)
     torch.save(contents, path)
-    (tmp_path / "bad" / "SHA256SUMS").unlink()
     argv = [f"--out_dir={tmp_path}/bad", "--device=cpu"]
     assert "not finite" in refused("evaluate.py", argv, tmp_path, monkeypatch, capsys)
 

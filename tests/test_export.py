@@ -20,7 +20,7 @@ from engine.data.gpt2_bpe import GPT2Tokenizer
 from engine.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from engine.data.tokens import TokenFile
 from engine.eval.generation import generate
-from engine.runs.checkpoint import load_model, tokenizer_of
+from engine.runs.checkpoint import load_model, read_checkpoint
 from model import GPT
 from tests.conftest import shared_data
 from tests.helpers import (
@@ -286,7 +286,7 @@ def test_characters_are_characters_in_transformers_and_unknown_ones_an_error(tmp
     assert theirs("日").keys() == {"input_ids", "attention_mask"}  # all that GPT-2 takes
     with pytest.raises(Exception, match="UNK"):
         theirs("ß")
-    back = tokenizer_of(folder, ours.vocab_size)
+    back = read_checkpoint(folder).tokenizer()
     assert back.describe() == ours.describe()
 
 

@@ -119,11 +119,11 @@ SLOW = """
 import sys, time
 import engine.runs.saver as saver, train
 write = saver.Saver._write_and_read_back
-def slowly(self, temporary, name, state):
+def slowly(self, temporary, state):
     if state["step"] > 20:
         print("writing", flush=True)
         time.sleep(1000)
-    return write(self, temporary, name, state)
+    return write(self, temporary, state)
 saver.Saver._write_and_read_back = slowly
 train.main()
 """

@@ -16,7 +16,7 @@ from engine.base.errors import UserError
 from engine.base.options import load_config
 from engine.data.tokens import TokenFile, gather
 from engine.runs import checkpoint
-from engine.runs.finetune import on_weights
+from engine.runs.finetune import from_weights
 from heads import HeadConfig
 from heads.likelihoods import linear_fit
 from tests.helpers import (
@@ -60,10 +60,10 @@ def started(data, source, **options):
     """The model at step 0 of a run with these options on these weights."""
     argv = flags(**TINY | {"dataset": data, "out_dir": "none", "init_from": source} | options)
     config, _ = load_config(train.TrainConfig, argv)
-    file, given = TokenFile(data, "train"), options.keys()
-    return on_weights(
-        config, str(source), replace(config.model.head, n_data=len(file)), file, given
-    ).eval()
+    file = TokenFile(data, "train")
+    head = replace(config.model.head, n_data=len(file))
+    config = replace(config, model=replace(config.model, head=head))
+    return from_weights(config, str(source), file, options.keys()).eval()
 
 
 def scores(model, data) -> tuple[float, float]:
@@ -168,7 +168,7 @@ def test_a_posterior_goes_along_or_is_said_to_be_left(data, runs, tmp_path, caps
     full = started(data, source, weights="bayes", posterior="full").lm_head.weights.log_std
     assert torch.equal(full, old.expand_as(full)) and capsys.readouterr().err == ""
     started(data, source)
-    assert "posterior go on, its widths do not (--weights=bayes" in capsys.readouterr().err
+    assert "only the means are kept; --weights=bayes" in capsys.readouterr().err
     run(data, tmp_path / "full", weights="bayes", posterior="full", max_iters=1, n_embd=8)
     with pytest.raises(UserError, match="add --posterior=full"):
         started(data, tmp_path / "full", weights="bayes")

@@ -187,14 +187,14 @@ def test_the_two_newest_checkpoints_and_the_best_are_kept(data, tmp_path, monkey
 def test_without_always_save_checkpoint_only_improvements_are_saved(data, tmp_path, monkeypatch):
     nll, saved = iter([3.0, 2.0, 2.5, 1.0, 1.0, 4.0]), []
     monkeypatch.setattr("train.mean_loss", lambda *_: {"val_nll": next(nll), "val_loss": 0.0})
-    monkeypatch.setattr(saver.Saver, "_write", lambda _, state: saved.append(state["step"]))
+    monkeypatch.setattr(saver.Saver, "_write", lambda _, state, kept: saved.append(state["step"]))
     run(data, tmp_path, max_iters=5, eval_interval=1, always_save_checkpoint=False)
     assert saved == [1, 3]
 
 
 def test_save_interval_saves_between_evaluations_and_at_the_end(data, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(saver.Saver, "_write", lambda _, state: saved.append(state["step"]))
+    monkeypatch.setattr(saver.Saver, "_write", lambda _, state, kept: saved.append(state["step"]))
     run(data, tmp_path, max_iters=7, eval_interval=100, save_interval=2)
     assert saved == [2, 4, 6, 7]
 
@@ -420,7 +420,7 @@ def test_training_needs_no_git(data, tmp_path, monkeypatch):
 
 def test_weights_of_another_tokenizer_are_refused(data, plain, tmp_path):
     other = write_bytes(tmp_path / "bytes")
-    with pytest.raises(UserError, match=r"another tokenizer \(char\) than .* has \(byte\)"):
+    with pytest.raises(UserError, match="another tokenizer"):
         run(other, tmp_path / "run", init_from=plain[1])
 
 

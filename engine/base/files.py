@@ -92,12 +92,10 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to; copy the run, or name another folder")
 
 
-def sha256_of(path: Path, from_disk: bool = False) -> str:
-    """The file's sha256; from_disk: of what the disk holds, not of what the system has cached."""
+def sha256_of(path: Path) -> str:
+    """The file's sha256."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(1 << 22):
             sha256.update(chunk)
     return sha256.hexdigest()

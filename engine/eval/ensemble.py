@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from engine.base.errors import UserError
-from engine.runs.checkpoint import load_model
+from engine.runs.checkpoint import read_checkpoint
 from heads import Prediction
 from heads.draws import entropy, mixture
 from heads.weights import BayesLinear
@@ -61,10 +61,15 @@ def members_of(source: str) -> list[str]:
     return [source] if Path(source).exists() else source.split("+")
 
 
-def load(source: str, device: torch.device | str = "cpu") -> GPT | Ensemble:
-    """The model of a source, ready to predict."""
+def load(source: str, device: torch.device | str = "cpu") -> tuple[GPT | Ensemble, str | None]:
+    """The model of a source, ready to predict, and the data set that its first run was trained on."""
     paths = members_of(source)
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise UserError(f"{source} names a run twice; an ensemble is one of different runs")
-    members = [load_model(path, device) for path in paths]
-    return members[0] if len(members) == 1 else Ensemble(members).eval()
+    members, datasets = [], []
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        members.append(checkpoint.model(device))
+        datasets.append(checkpoint.dataset)
+    model = members[0] if len(members) == 1 else Ensemble(members).eval()
+    return model, datasets[0]

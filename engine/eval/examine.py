@@ -29,7 +29,7 @@ from engine.eval.scored_text import ScoredText, score_text
 from engine.eval.texts import TextStats, document
 from engine.eval.validation import exp
 from engine.gpt2.loading import HUB
-from engine.runs.checkpoint import check_tokenizer, folder_of, trained_on
+from engine.runs.checkpoint import check_tokenizer, folder_of
 
 if TYPE_CHECKING:
     from evaluate import EvaluateConfig
@@ -44,7 +44,8 @@ class Evaluation:
     def __init__(self, source: str, config: "EvaluateConfig", processes: Processes):
         self.source, self.config, self.processes = source, config, processes
         self.cast, _ = autocast(processes.device, config.dtype)
-        self.model, self.members = load(source, processes.device), members_of(source)
+        self.model, dataset = load(source, processes.device)
+        self.members = members_of(source)
         self.models = list(getattr(self.model, "members", [self.model]))
         self.drops_out = config.mc_dropout and self._drop_out()
         self.n_samples = config.n_samples if self.model.bayes_layers() or self.drops_out else 0
@@ -62,7 +63,7 @@ class Evaluation:
             raise UserError(
                 f"stride = {config.stride} leaves tokens out: {source} reads {self.model.config.block_size}"
             )
-        self.dataset = config.dataset or trained_on(self.members[0])
+        self.dataset = config.dataset or dataset
         if self.dataset is None:
             raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
         self.foreign = self._split(config.ood_dataset, config.split) if config.ood_dataset else None

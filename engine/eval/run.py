@@ -26,7 +26,7 @@ from engine.eval.scored_text import (
     score_text,
     token_decoder,
 )
-from engine.runs.checkpoint import load_model, tokenizer_of
+from engine.runs.checkpoint import read_checkpoint
 from heads import Prediction
 
 
@@ -121,8 +121,9 @@ class Run:
     def __init__(self, source: str | Path, device: str = "auto", dtype: str = "auto"):
         self.source, self.device = str(source), pick_device(device)
         self.cast, _ = autocast(self.device, dtype)
-        self.model = load_model(source, self.device)
-        self.tokenizer = tokenizer_of(source, self.model.config.vocab_size)
+        checkpoint = read_checkpoint(source)
+        self.model = checkpoint.model(self.device)
+        self.tokenizer = checkpoint.tokenizer()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, at least one: "" and "<|endoftext|>" begin a new document."""

@@ -1,19 +1,18 @@
-"""Checkpoints: <out_dir>/ckpt_<step>.pt, whole or not there, with their sha256 in SHA256SUMS (`sha256sum -c` reads it).
+"""Checkpoints: <out_dir>/ckpt_<step>.pt, and other trained models that load like one.
 
-They hold tensors and plain values, and are loaded without running any code that a file may hold.
+A checkpoint holds tensors and plain values, and is loaded without running any code a file may hold.
 """
 
 import pickle
 import shutil
 import warnings
 import zipfile
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.base.errors import UserError, warn
-from engine.base.files import atomic_write, sha256_of
 from engine.base.options import build
 from engine.data.gpt2_bpe import GPT2Tokenizer, cached_tokens, write_tokens
 from engine.data.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer, read_meta
@@ -21,221 +20,156 @@ from engine.data.tokens import dataset_folder
 from engine.gpt2.loading import HUB, from_nanogpt, from_transformers, is_transformers, load_state
 from model import GPT, GPTConfig
 
-PARTS = {
-    "model": dict,
-    "model_config": dict,
-    "config": dict,
-    "optimizer": dict,
-    "scaler": dict,
-}  # what save() is given
-PARTS |= {"step": int, "best_step": int, "best_val_nll": float, "seconds": float}
-KINDS = PARTS | {"tokens": int, "skipped": int, "wandb_id": str, "data": dict}
-KINDS |= {"model_args": dict}  # nanoGPT's
-SUMS = "SHA256SUMS"
-GPT2S = {
-    "tokenizer": {"kind": GPT2Tokenizer.kind}
-}  # what is said of GPT-2's tokens, or to be said of them
+GPT2_META = {"tokenizer": {"kind": GPT2Tokenizer.kind}}  # of data and models without a meta.json
+DICTS = ("model", "optimizer", "config", "model_config", "model_args")  # the last is nanoGPT's
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model as its files describe it."""
+
+    source: str | Path
+    config: GPTConfig
+    weights: dict[str, torch.Tensor]
+    about: dict  # the rest of the file: the run's options, step ...; {} if it has none
+
+    def model(self, device: torch.device | str = "cpu") -> GPT:
+        """The model, ready to predict."""
+        model = GPT(self.config)
+        load_state(model, self.weights)
+        return model.to(device).eval()
+
+    @property
+    def dataset(self) -> str | None:
+        """The data set that it was trained on, if known."""
+        return self.about.get("config", {}).get("dataset")
+
+    def tokenizer_folder(self) -> Path:
+        """The folder that has its tokenizer."""
+        folder = folder_of(self.source)
+        if self.dataset and not has_tokenizer(folder):  # nanoGPT keeps it with the data
+            return dataset_folder(self.dataset)
+        return folder
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer; GPT-2's if no file names another."""
+        tokenizer = load_tokenizer(self.tokenizer_folder())
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model {self.config.vocab_size}: "
+                f"copy the tokenizer's files (meta.json of its data set) to {self.source}"
+            )
+        return tokenizer
 
 
 def name_of(step: int) -> str:
     return f"ckpt_{step:08d}.pt"
 
 
-def exists(out_dir: Path) -> bool:
-    """Whether a run is in the folder."""
-    return bool(all_in(out_dir))
+def list_checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; or else nanoGPT's ckpt.pt."""
+    ours = [path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
+    return sorted(ours, key=lambda path: int(path.stem[5:])) or list(Path(out_dir).glob("ckpt.pt"))
 
 
 def read(path: Path) -> dict:
-    """A checkpoint file's contents: tensors and plain values only, anything else in it is refused."""
+    """The contents of a checkpoint file. A damaged file is refused, and one that would run code."""
     try:
-        if known := read_sums(path.parent).get(path.name):
-            if sha256_of(path) not in known:
-                raise ValueError(f"its sha256 is not the one in {SUMS}")
-        else:  # torch.load itself does not look at the checksums
-            check_zip(path)
+        check_crc(path)  # torch.load ignores it
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of old formats, which are read or refused all the same
+            warnings.simplefilter("ignore")  # about old formats
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and "model" in state:
-            odd = [
-                name
-                for name, kind in KINDS.items()
-                if name in state and not isinstance(state[name], kind)
-            ]
-            odd = odd or [
-                name
-                for name, tensor in state["model"].items()
-                if not isinstance(tensor, torch.Tensor)
-            ]
-            if not odd:
-                return state
-            reason = f"its {odd[0]} is of another kind"
-        else:
-            reason = "it holds no model"
+        if not (isinstance(state, dict) and "model" in state):
+            raise ValueError("it holds no model")
+        for name in DICTS:
+            if not isinstance(state.get(name, {}), dict):
+                raise ValueError(f"its {name} is no dict")
+        return state
     except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
         reason = str(error).split("\n")[0][:120] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds something else than tensors and plain values, which is never run"
-    raise UserError(f"{path} is not a good checkpoint: {reason}")
+            reason = "it holds more than tensors and plain values"
+    raise UserError(f"{path} is not a good checkpoint: {reason}; use another one, or train again")
 
 
-def read_newest(out_dir: Path) -> dict:
-    """The newest good checkpoint of a run folder; a damaged one is named and passed over."""
-    paths = all_in(out_dir)
-    for path in reversed(paths):
-        try:
-            return read(path)
-        except UserError as error:
-            if path == paths[0]:
-                raise UserError(
-                    f"{error}; there is no other one in {out_dir}, give another --out_dir"
-                ) from None
-            warn(f"{error}; trying the one before")
-    raise UserError(f"there is no checkpoint in {out_dir}; train first, or give another --out_dir")
-
-
-def read_weights(source: str | Path) -> tuple[GPTConfig, dict]:
-    """The model's config and state_dict in a run folder, a checkpoint file (ours or nanoGPT's), a transformers folder,
-    or OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl)."""
-    path = Path(source)
-    if str(source) in HUB or is_transformers(path):
-        shape, state = from_transformers(source)
-    elif path.is_dir() or path.is_file():
-        contents = read_newest(path) if path.is_dir() else read(path)
-        if "model_config" in contents:
-            return build(GPTConfig, contents["model_config"]), contents["model"]
-        if "model_args" not in contents:
-            raise UserError(f"{source} is neither a checkpoint of ours nor one of nanoGPT's")
-        shape, state = from_nanogpt(contents)
-    else:
-        raise UserError(
-            f"{source} does not exist; give a run folder, a checkpoint file, or one of: {', '.join(HUB)}"
-        )
-    tied = torch.equal(state["transformer.wte.weight"], state["lm_head.weights.weight"])
-    return build(GPTConfig, shape | {"tie_head": tied}), state
-
-
-def load_model(
-    source: str | Path, device: torch.device | str = "cpu", config: GPTConfig | None = None
-) -> GPT:
-    """The model of read_weights(source), ready to predict; config: another head or a shorter block_size on the same
-    backbone (what the new head has beyond the old one stays as initialised)."""
-    found, state = read_weights(source)
-    model = GPT(config or found)
-    load_state(model, state)
-    return model.to(device).eval()
-
-
-def folder_of(source: str | Path) -> Path:
-    """The folder of a run, also where one of its checkpoint files is named."""
-    return Path(source).parent if Path(source).is_file() else Path(source)
-
-
-def check_tokenizer(source: str | Path, dataset: Path) -> None:
-    """Refuse data whose tokenizer is another than that of the run in the folder of source, where both are known."""
-    folder, theirs = folder_of(source), read_meta(dataset)
-    ours = GPT2S if str(source) in HUB else read_meta(folder)
-    if (
-        theirs and ours is None and has_tokenizer(folder)
-    ):  # transformers': its files of a BPE are not ours to the byte
-        found = load_tokenizer(folder)
-        same = found.kind == "bpe" == theirs["tokenizer"].get("kind")
-        same = same and found.token_bytes() == load_tokenizer(dataset).token_bytes()
-        ours = theirs if same else {"tokenizer": found.describe()}
-    if ours and theirs and ours["tokenizer"] != theirs["tokenizer"]:
-        kinds = [meta["tokenizer"].get("kind") for meta in (ours, theirs)]
-        raise UserError(
-            f"{source} was trained with another tokenizer ({kinds[0]}) than {dataset} has ({kinds[1]})"
-        )
-
-
-def about(source: str | Path) -> dict:
-    """What the checkpoint of a run, the newest in a folder, holds beside the model; {} where source is none."""
-    path = Path(source)
-    state = (
-        read(path)
-        if path.is_file()
-        else read_newest(path)
-        if path.is_dir() and exists(path)
-        else {}
-    )
-    return {name: value for name, value in state.items() if name not in ("model", "optimizer")}
-
-
-def trained_on(source: str | Path) -> str | None:
-    """The data set of a run or checkpoint file (of ours or nanoGPT's); None where the source does not say."""
-    return about(source).get("config", {}).get("dataset")
-
-
-def tokenizer_folder(source: str | Path) -> Path:
-    """The folder that says what the tokens of a model mean."""
-    folder = folder_of(source)
-    if not has_tokenizer(folder) and (
-        dataset := trained_on(source)
-    ):  # nanoGPT keeps its tokenizer with the data
-        return dataset_folder(dataset)
-    return folder
-
-
-def tokenizer_of(source: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer that a run, a checkpoint file or GPT-2's weights belong to; GPT-2's where nothing names another."""
-    tokenizer = load_tokenizer(folder := tokenizer_folder(source))
-    if tokenizer.vocab_size > vocab_size:
-        needed = (
-            "tokenizer files of its own"
-            if is_transformers(folder)
-            else "the meta.json of its data set"
-        )
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}: {source} needs {needed}"
-        )
-    return tokenizer
-
-
-def copy_tokenizer(data_folder: Path, out_dir: Path) -> None:
-    """Carry the tokenizer along with the run, so that the run folder is enough to sample from."""
-    for name in ("meta.json", "meta.pkl", BPETokenizer.file, GPT2Tokenizer.file):
-        if (data_folder / name).is_file():
-            atomic_write(out_dir / name, partial(shutil.copyfile, data_folder / name))
-    if lacks_bpe(out_dir) and (tokens := cached_tokens()):  # nanoGPT's folders have none
-        write_tokens(out_dir / GPT2Tokenizer.file, tokens)
-
-
-def lacks_bpe(folder: Path) -> bool:
-    """Whether the folder's tokens are GPT-2's, and their BPE is not in it."""
-    kind = (read_meta(folder) or GPT2S)["tokenizer"].get("kind")
-    return kind == GPT2Tokenizer.kind and not (folder / GPT2Tokenizer.file).exists()
-
-
-def all_in(out_dir: Path) -> list[Path]:
-    """Oldest first; a lone ckpt.pt is nanoGPT's."""
-    ours = [path for path in Path(out_dir).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
-    return sorted(ours, key=lambda path: int(path.stem[5:])) or sorted(
-        Path(out_dir).glob("ckpt.pt")
-    )
-
-
-def check_zip(path: Path) -> None:
-    """Compare a zip archive with the checksums that were taken before it was written."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+def check_crc(file) -> None:
+    """Check a zip archive (path or open file) against the checksums that were taken in writing."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def read_sums(folder: Path) -> dict[str, list[str]]:
-    """File name -> the hashes that it may have: two while a file is being replaced."""
-    sums = {}
-    if (folder / SUMS).is_file():
-        for line in (folder / SUMS).read_text(errors="replace").splitlines():
-            sha256, _, name = line.partition("  ")
-            sums.setdefault(name, []).append(sha256)
-    return sums
+def read_newest(out_dir: Path) -> dict:
+    """The newest checkpoint of a run. If it is damaged, warn and read the one before it."""
+    oldest, *later = list_checkpoints(out_dir) or [None]
+    if oldest is None:
+        raise UserError(
+            f"there is no checkpoint in {out_dir}; train first, or give another --out_dir"
+        )
+    for path in reversed(later):
+        try:
+            return read(path)
+        except UserError as error:
+            warn(str(error))
+    return read(oldest)
 
 
-def write_sums(folder: Path, sums: dict[str, list[str]]) -> None:
-    lines = [f"{sha256}  {name}\n" for name in sorted(sums) for sha256 in sums[name]]
-    atomic_write(folder / SUMS, lambda temporary: temporary.write_text("".join(lines)))
+def read_checkpoint(source: str | Path) -> Checkpoint:
+    """The model of a run folder (the newest checkpoint), a checkpoint file (ours or nanoGPT's), a folder of
+    transformers, or OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl)."""
+    path, about = Path(source), {}
+    if str(source) in HUB or is_transformers(path):
+        shape, weights = from_transformers(source)
+    elif path.exists():
+        state = read_newest(path) if path.is_dir() else read(path)
+        about = {name: state[name] for name in state.keys() - {"model", "optimizer"}}
+        if "model_config" in state:
+            config = build(GPTConfig, state["model_config"])
+            return Checkpoint(source, config, state["model"], about)
+        if "model_args" not in state:
+            raise UserError(f"{source} is neither a checkpoint of ours nor one of nanoGPT's")
+        shape, weights = from_nanogpt(state)
+    else:
+        choices = f"a run folder, a checkpoint file, or one of: {', '.join(HUB)}"
+        raise UserError(f"{source} does not exist; give {choices}")
+    tied = torch.equal(weights["transformer.wte.weight"], weights["lm_head.weights.weight"])
+    return Checkpoint(source, build(GPTConfig, shape | {"tie_head": tied}), weights, about)
+
+
+def load_model(source: str | Path, device: torch.device | str = "cpu") -> GPT:
+    """The model of read_checkpoint(source), ready to predict."""
+    return read_checkpoint(source).model(device)
+
+
+def folder_of(source: str | Path) -> Path:
+    """The folder of a run, given that or one of its checkpoint files."""
+    return Path(source).parent if Path(source).is_file() else Path(source)
+
+
+def check_tokenizer(source: str | Path, dataset: Path) -> None:
+    """Refuse data with another tokenizer than the model was trained with, if both are known."""
+    folder, theirs = folder_of(source), read_meta(dataset)
+    ours = GPT2_META if str(source) in HUB else read_meta(folder)
+    if theirs and ours:
+        same = ours["tokenizer"] == theirs["tokenizer"]
+    elif theirs and has_tokenizer(folder):  # transformers' file of the same BPE has other bytes
+        same = load_tokenizer(folder).token_bytes() == load_tokenizer(dataset).token_bytes()
+    else:
+        return
+    if not same:
+        raise UserError(
+            f"{source} was trained with another tokenizer than {dataset} has; "
+            "prepare the data with that of the model (--tokenizer)"
+        )
+
+
+def copy_tokenizer(dataset: Path, out_dir: Path) -> None:
+    """Copy a data set's tokenizer to a run, so that the run's folder is enough to sample from."""
+    for name in ("meta.json", "meta.pkl", BPETokenizer.file, GPT2Tokenizer.file):
+        if (dataset / name).is_file():
+            shutil.copyfile(dataset / name, out_dir / name)
+    is_gpt2s = (read_meta(dataset) or GPT2_META)["tokenizer"].get("kind") == GPT2Tokenizer.kind
+    file = out_dir / GPT2Tokenizer.file
+    if is_gpt2s and not file.exists() and (tokens := cached_tokens()):  # nanoGPT's folders lack it
+        write_tokens(file, tokens)

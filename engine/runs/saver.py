@@ -1,5 +1,6 @@
-"""What of a run survives: copies of its state, written while it goes on."""
+"""Saves a run's checkpoints in the background, and loads the newest into optimizer and loss scale."""
 
+import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,60 +10,56 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import Interrupted, UserError
-from engine.base.files import atomic_write, flush, sha256_of
-from engine.base.sharding import is_sharded, load_optimizer, whole, whole_model
-from engine.runs.checkpoint import all_in, check_zip, name_of, read_sums, write_sums
-
-KEEP = 2  # newest checkpoints kept beside the best one
+from engine.base.files import atomic_write, flush
+from engine.base.sharding import full_copy, load_optimizer
+from engine.runs.checkpoint import check_crc, list_checkpoints, name_of
 
 
 class Saver:
-    """Writes a run's checkpoints in the background, one at a time, and lets the old ones go.
+    """Writes one checkpoint at a time, reads it back, and keeps the newest two and the best.
 
-    Only what this run has written and read back, or was loaded from, counts among the KEEP; all others go once there
-    are as many: a damaged file does not take a good one's place. As a context it ends with all on the disk, and when
-    the run is interrupted it saves first.
+    As a context it waits at the end for the last write. When the run is interrupted it saves first.
     """
 
     def __init__(self, processes, progress, model, optimizer, scaler, about: dict):
+        """about: what a checkpoint says of its run besides the state and the progress."""
         self.processes, self.progress, self.about = processes, progress, about
-        self.out_dir = Path(about["config"]["out_dir"])
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.sharded = is_sharded(model)  # now: behind a forward pass they may lie there whole
-        self.saved, self.good = progress.step, [name_of(progress.step)] if progress.step else []
+        self.out_dir = Path(about["config"]["out_dir"])
+        self.saved_step = progress.step  # the last checkpoint that was written or resumed from
         self.thread, self.pending = ThreadPoolExecutor(1), Future()
         self.pending.set_result(None)
 
     def restore(self, state: dict) -> None:
-        """Load optimiser and loss scale of a checkpoint, if there is one; the model has its weights already."""
-        self.processes.check_same(self.progress.step, "the step to go on from")
-        try:
-            if state:
-                load_optimizer(self.optimizer, state["optimizer"])
-            if state.get("scaler") and self.scaler.is_enabled():
-                self.scaler.load_state_dict(state["scaler"])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"the checkpoint in {self.out_dir} has no optimiser of this model: {error}"
-            ) from None
+        """Load the optimizer and the loss scale of a checkpoint, {} for none."""
+        self.processes.check_same(self.progress.step, "the step to resume from")
+        if state:
+            load_optimizer(self.optimizer, state["optimizer"])
+        if state.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
     def save(self) -> None:
-        """Take a copy of all and start to write it; nothing to do where this step is saved already."""
-        if self.progress.step == self.saved:
+        """Copy the state and start to write it, unless this step is saved already."""
+        step, previous = self.progress.step, self.saved_step
+        if step == previous:
             return
-        self.pending.result()  # the write before has to be done, and raises here what went wrong
-        if self.processes.is_main or self.sharded:
-            parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            keep = self.processes.is_main
-            state = {"model": whole_model(self.model, keep)} | whole(parts, keep)
-        if self.processes.is_main:
-            self.pending = self.thread.submit(
-                self._write, state | self.about | asdict(self.progress)
-            )
-        self.saved = self.progress.step
+        self.pending.result()  # wait for the write before this one; raises its error
+        is_main = self.processes.is_main
+        if is_main or self.about["config"]["sharding"] == "fsdp":
+            state = {
+                # the parameters themselves, so that full_copy sees which are tied
+                "model": self.model.state_dict(keep_vars=True),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
+            state = full_copy(state, keep=is_main) | self.about | asdict(self.progress)
+        if is_main:
+            kept = {name_of(n) for n in (step, previous, self.progress.best_step)}
+            self.pending = self.thread.submit(self._write, state, kept)
+        self.saved_step = step
 
     def stepped(self) -> None:
-        """A step is done: there is something to save, and a write that failed is said now."""
+        """After each step: now there is something to save. Raises the error of a failed write."""
         self.processes.watch.catch_signals()
         if self.pending.done():
             self.pending.result()
@@ -73,63 +70,46 @@ class Saver:
     def __exit__(self, kind, error, _) -> None:
         interrupted = isinstance(error, Interrupted)
         try:
-            if interrupted and not self.about["config"]["eval_only"]:
+            if interrupted:
                 self.save()
             if interrupted or kind is None:
                 self.pending.result()
-                self.processes.wait_for_all()  # torchrun ends all as soon as one is gone
+                self.processes.wait_for_all()  # torchrun kills the others as soon as one exits
             if interrupted and self.processes.is_main:
-                saved = (
-                    f"{self.out_dir / name_of(self.saved)} holds it; "
-                    if self.saved
-                    else "nothing to save; "
-                )
-                print(
-                    f"interrupted at step {self.saved}: {saved}go on with --init_from=auto",
-                    file=sys.stderr,
-                )
+                path = self.out_dir / name_of(self.saved_step)
+                saved = f"saved {path}" if self.saved_step else "nothing to save"
+                message = f"interrupted at step {self.saved_step}: {saved}"
+                print(f"{message}; resume with --init_from=auto", file=sys.stderr)
         finally:
             self.thread.shutdown()
 
-    def _write(self, state: dict) -> None:
+    def _write(self, state: dict, kept: set[str]) -> None:
+        """Write a checkpoint, then delete all whose names are not in `kept`.
+
+        The newest of the others by name may be damaged, if the run resumed from an earlier one.
+        """
         path = self.out_dir / name_of(state["step"])
         try:
-            atomic_write(
-                path, lambda temporary: self._write_and_read_back(temporary, path.name, state)
-            )
-            self.good = [name for name in self.good if name != path.name] + [path.name]
-            if len(self.good) >= KEEP:
-                kept = {*self.good[-KEEP:], name_of(state["best_step"])}
-                for old in all_in(self.out_dir):
-                    if old.name not in kept:
-                        old.unlink()
-            sums = read_sums(self.out_dir)
-            write_sums(
-                self.out_dir,
-                {name: sums[name][:1] for name in sums if (self.out_dir / name).exists()},
-            )
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            atomic_write(path, lambda temporary: self._write_and_read_back(temporary, state))
+            for old in list_checkpoints(self.out_dir):
+                if old.name not in kept:
+                    old.unlink()
+        except (OSError, RuntimeError, ValueError) as error:  # a full disk: torch's RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:150]
+            free = shutil.disk_usage(self.out_dir).free >> 20
             raise UserError(
-                f"cannot write {path} ({reason}; {shutil.disk_usage(self.out_dir).free >> 20:,} MiB free); the earlier "
-                "checkpoints are untouched: make room and go on with --init_from=resume"
+                f"cannot write {path} ({reason}; {free:,} MiB free); the earlier checkpoints are "
+                "untouched: make room and resume with --init_from=resume"
             ) from None
 
-    def _write_and_read_back(self, temporary: Path, name: str, state: dict) -> None:
-        beat = self.processes.watch.beat  # who waits for a large file on a slow disk does not hang
-        torch.save(state, str(temporary))  # from a path torch writes without the GIL
+    def _write_and_read_back(self, temporary: Path, state: dict) -> None:
+        beat = self.processes.watch.beat  # a large file on a slow disk is no hang
+        torch.save(state, str(temporary))  # given a path, torch writes without the GIL
         beat()
         flush(temporary)
         beat()
-        sha256 = sha256_of(temporary, from_disk=True)
+        with open(temporary, "rb") as file:
+            if hasattr(os, "posix_fadvise"):  # read from the disk, not from the page cache
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            check_crc(file)
         beat()
-        check_zip(temporary)
-        beat()
-        sums = read_sums(
-            self.out_dir
-        )  # a file of this name that is there keeps its line until it is replaced
-        write_sums(self.out_dir, sums | {name: [sha256, *sums.get(name, [])]})

@@ -1,7 +1,6 @@
-"""How a run begins: afresh, from weights, or where a checkpoint left it; what may be another then, and what not."""
+"""Start a run: from scratch, from pretrained weights, or from a checkpoint."""
 
 import contextlib
-import difflib
 import os
 import platform
 import shlex
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.base.distributed import Processes
-from engine.base.errors import UserError, warn
+from engine.base.errors import UserError
 from engine.base.files import check_writable, exclusive_lock, write_json
 from engine.base.options import build, flatten
 from engine.data.batches import Batches
@@ -22,234 +21,192 @@ from engine.data.tokens import TokenFile, dataset_folder
 from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
 from engine.runs.banner import banner, code_line, earlier_starts, this_start
-from engine.runs.finetune import on_weights
+from engine.runs.finetune import from_weights
 from engine.runs.logger import Logger, forget_after
 from model import GPT
 
-# what belongs to this start of a run, not to the run
-HERE = {"out_dir", "init_from", "allow_change", "eval_only", "backend", "device", "hang_timeout"}
-# what may change in the middle, and stays as it was where it is not given: how long, how, with which reports it runs
-FREE = {
-    "max_iters",
-    "eval_interval",
-    "eval_iters",
-    "log_interval",
-    "save_interval",
-    "always_save_checkpoint",
-}
-FREE |= {
-    "wandb_log",
-    "wandb_project",
-    "wandb_run_name",
-    "gradient_checkpointing",
-    "dtype",
-    "compile",
-    "sharding",
-}
-FREE |= {"patience"}
-FREE |= {"dataset"}  # what counts is what is in it, see check_data
+# options of a launch, not of the run: a checkpoint does not bring them back
+PER_LAUNCH = {"out_dir", "init_from", "allow_change", "eval_only", "backend", "device"}
+PER_LAUNCH |= {"hang_timeout"}
+# options that make another model, which a checkpoint does not fit
+SHAPE = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "qkv_bias", "bayes_mlp"}
+SHAPE |= {"weights", "likelihood", "posterior", "tie_head", "logit_bias"}
 LAUNCH = ".launch"  # a file in out_dir: which torchrun trains there
-FROM_DATA = ("vocab_size", "n_data")  # 0 there asks for the data's own
 
 
-def start(config, given: Set[str], processes: Processes):
-    """(config, data, model, state): the config as it holds for this run, the token files of both splits, checked; the
-    model, on the CPU; and the checkpoint that the run goes on from, {} where it begins. given: the options named on
-    purpose."""
+def prepare_run(config, given: Set[str], processes: Processes):
+    """Returns (config, data, model, state): the options as they hold for this run, the token files
+    of both splits, the model on the CPU, and the checkpoint to resume from, {} for a new run.
+
+    given: the names of the options that the user set.
+    """
     out_dir = Path(config.out_dir)
-    init_from = processes.broadcast(how_to_begin(out_dir, config.init_from))
-    state = checkpoint.read_newest(out_dir) if init_from == "resume" else {}
-    if state:
-        config = resumed(config, state, given)
-    elif checkpoint.exists(out_dir):
+    init_from = processes.broadcast(resolve_init_from(out_dir, config.init_from))
+    state = {}
+    if init_from == "resume":
+        state = checkpoint.read_newest(out_dir)
+        config = resumed_config(config, state, given)
+    elif checkpoint.list_checkpoints(out_dir):
         raise UserError(
-            f"{out_dir} already holds a run; go on with --init_from=resume, or give another --out_dir"
+            f"{out_dir} already holds a run; add --init_from=resume, or give another --out_dir"
         )
+
     data = {split: TokenFile(config.dataset, split) for split in ("train", "val")}
     if state:
+        check_data(data, state, out_dir)
         model = GPT(config.model)
         load_state(model, state["model"])
     else:
-        model = begin(config, init_from, data["train"], given)
+        torch.manual_seed(config.seed)
+        n_data = config.model.head.n_data or len(data["train"])
+        head = replace(config.model.head, n_data=n_data)
+        config = replace(config, model=replace(config.model, head=head))
+        if init_from == "scratch":
+            model = from_scratch(config, data["train"])
+        else:
+            model = from_weights(config, init_from, data["train"], given)
+
     config = replace(config, model=model.config)
     for file in data.values():
         file.check(config.model.vocab_size, config.model.block_size)
-    if state:
-        check_data(data, state, allowed_changes(config))
     return config, data, model, state
 
 
-def how_to_begin(out_dir: Path, init_from: str) -> str:
-    """auto: resume, if there is a run. What this very torchrun has begun, and starts anew, is resumed too."""
-    ours, mark = _launch(), out_dir / LAUNCH
-    if init_from == "auto" or (ours and mark.is_file() and mark.read_text() == ours):
-        return (
-            "resume"
-            if checkpoint.exists(out_dir)
-            else "scratch"
-            if init_from == "auto"
-            else init_from
-        )
-    return init_from
+def resolve_init_from(out_dir: Path, init_from: str) -> str:
+    """auto means resume if there is a checkpoint, else scratch. A run that torchrun restarts resumes
+    its own checkpoints, whatever init_from says."""
+    launch, file = launch_id(), out_dir / LAUNCH
+    restarted = launch and file.is_file() and file.read_text() == launch
+    if (init_from == "auto" or restarted) and checkpoint.list_checkpoints(out_dir):
+        return "resume"
+    return "scratch" if init_from == "auto" else init_from
 
 
-def _launch() -> str:
-    """Which torchrun has started this process; the same for all that it starts on this machine."""
+def launch_id() -> str:
+    """Which torchrun started this process: the same text in all that it starts on this machine."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{platform.node()} {os.getppid()} {run_id}" if run_id else ""
 
 
-def begin(config, init_from: str, data: TokenFile, given: Set[str]) -> GPT:
-    """A model at its start: from scratch, or from the weights of a run or of GPT-2 with a head of these options."""
-    torch.manual_seed(config.seed)
-    head = replace(config.model.head, n_data=config.model.head.n_data or len(data))
-    if init_from == "scratch":
-        model = GPT(
-            replace(config.model, vocab_size=config.model.vocab_size or data.vocab_size, head=head)
-        )
-        data.check(model.config.vocab_size)
-        model.lm_head.init_from_frequencies(data.frequencies(model.config.vocab_size))
-        return model
-    return on_weights(config, init_from, head, data, given)
+def from_scratch(config, file: TokenFile) -> GPT:
+    """A new model for this training split."""
+    vocab_size = config.model.vocab_size or file.vocab_size
+    model = GPT(replace(config.model, vocab_size=vocab_size))
+    model.lm_head.init_from_frequencies(file.frequencies(vocab_size))
+    return model
 
 
-def resumed(config, state: dict, given: Set[str]):
-    """The config to go on with: the run's own, but for what is said now and may change."""
+def resumed_config(config, state: dict, given: Set[str]):
+    """The run's own options, except those that are given now. Another model is refused."""
     out_dir = config.out_dir
-    if checkpoint.PARTS.keys() - state.keys():
-        what = (
-            "a nanoGPT checkpoint"
-            if "model_args" in state
-            else "a model without the state of its training"
-        )
-        raise UserError(f"{out_dir} holds {what}; start from its weights: --init_from={out_dir}")
-    now, before = (
-        flatten(config),
-        flatten(type(config)()) | state["config"],
-    )  # of an older version: its defaults
-    allowed = allowed_changes(config)
-    for name in allowed - now.keys():
-        close = difflib.get_close_matches(name, now, 1)
+    if not {"model_config", "optimizer"} <= state.keys():
         raise UserError(
-            f"allow_change: unknown option {name!r}"
-            + (f"; did you mean {close[0]!r}?" if close else "")
+            f"{out_dir} holds weights without the state of their training; start from the weights: "
+            f"--init_from={out_dir} --out_dir=ANOTHER"
         )
-    said = {
-        name for name in given - HERE & before.keys() if not (name in FROM_DATA and now[name] == 0)
-    }
-    now |= {name: before[name] for name in now.keys() & before.keys() - HERE - said}
-    ends = [values["lr_decay_iters"] or values["max_iters"] for values in (before, now)]
-    changed = {name for name in said - FREE - allowed if now[name] != before[name]}
-    for name in sorted(changed - ({"lr_decay_iters"} if ends[0] == ends[1] else set())):
-        raise UserError(
-            f"{name} = {now[name]!r}, but the run to resume has {before[name]!r}; leave it so, use another --out_dir, "
-            f"or change it on purpose with --allow_change={','.join(sorted(allowed | {name}))}"
-        )
-    if now["decay_lr"] and ends[0] != ends[1]:
-        warn(
-            f"the learning rate decays to step {ends[1]} now, not {ends[0]} (--lr_decay_iters={ends[0]} keeps it)"
-        )
+    now, before = flatten(config), options_of(config, state)
+    for name in ("vocab_size", "n_data"):
+        if now[name] == 0:  # the data's, which the run knows already
+            given = given - {name}
+    for name in sorted(SHAPE & given):
+        if now[name] != before[name]:
+            raise UserError(
+                f"{name} = {now[name]!r}, but the run to resume has {before[name]!r}, another model; "
+                f"leave {name} out, or give another --out_dir"
+            )
+    now |= {name: before[name] for name in now.keys() - PER_LAUNCH - given}
     if state["step"] > now["max_iters"]:
         raise UserError(
             f"{out_dir} is at step {state['step']} already, beyond max_iters = {now['max_iters']}"
         )
-    checkpoint.check_tokenizer(out_dir, dataset_folder(now["dataset"]))
     return build(type(config), now)
 
 
-def allowed_changes(config) -> set[str]:
-    return {name for name in config.allow_change.replace(" ", "").split(",") if name}
+def options_of(config, state: dict) -> dict:
+    """The options that a checkpoint was trained with; defaults for those that its code did not have."""
+    return flatten(type(config)()) | state["config"]
 
 
-def check_data(data: dict[str, TokenFile], state: dict, allowed: Set[str]) -> None:
+def changed_options(config, state: dict) -> str:
+    """A line that names what is not as it was in the checkpoint."""
+    now, before = flatten(config), options_of(config, state)
+    names = [name for name in now if name not in PER_LAUNCH and now[name] != before[name]]
+    return ", ".join(f"{name} = {now[name]!r} (was {before[name]!r})" for name in names)
+
+
+def check_data(data: dict[str, TokenFile], state: dict, out_dir: Path) -> None:
     """Refuse to resume on other tokens than the run was trained and evaluated on."""
-    for split, sha256 in state.get("data", {}).items():
-        if not data[split].matches(sha256) and "dataset" not in allowed:
+    for split, recorded in state.get("data", {}).items():
+        if not data[split].matches(recorded):
             raise UserError(
-                f"{data[split].path} holds other tokens than the run to resume began with; bring those back, use "
-                "another --out_dir, or change them on purpose with --allow_change=dataset"
+                f"{data[split].path} holds other tokens than the run to resume; bring those back, "
+                f"or start from its weights: --init_from={out_dir} --out_dir=ANOTHER"
             )
 
 
 def training_batches(config, file: TokenFile, state: dict) -> Batches:
-    """The micro-batches of the training split, with teacher labels where the options name some.
-
-    state: the checkpoint that the run goes on from; its labels must be the same ones."""
+    """The micro-batches of the training split, with a teacher's labels if the options name some."""
     labels = None
     if config.label_mode == "set" and not config.labels:
         raise UserError("label_mode = 'set' needs --labels=NAME")
+    if config.label_mode == "set" and config.model.head.likelihood != "sigmoid":
+        raise UserError(
+            "label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1"
+        )
     if config.labels:
-        if config.label_mode == "set" and config.model.head.likelihood != "sigmoid":
-            raise UserError(
-                "label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1"
-            )
         labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
         labels.check(config.model.vocab_size)
-        if (
-            state
-            and state.get("labels") != labels.about
-            and "labels" not in allowed_changes(config)
-        ):
+        same_name = state and state["config"].get("labels") == config.labels
+        if same_name and state.get("labels") != labels.about:
             raise UserError(
-                f"{labels.path} was made anew since the run to resume began; use another --out_dir, or go on with it "
-                "on purpose with --allow_change=labels"
+                f"{labels.path} has changed since the run to resume began; bring the old file back, "
+                "or give another --out_dir"
             )
     return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
 
 
-def describe(config, data: dict[str, TokenFile], batches: Batches) -> dict:
-    """What a checkpoint says of its run: options, seeds among them, and the data by their hashes."""
-    labels = {"labels": batches.labels.about} if batches.labels else {}
-    hashes = {split: file.fingerprint for split, file in data.items()}
-    return {
+def describe_run(config, data: dict[str, TokenFile], batches: Batches) -> dict:
+    """What a checkpoint says of its run: options, and which data it was trained on."""
+    about = {
         "config": flatten(config),
         "model_config": flatten(config.model),
-        "data": hashes,
-    } | labels
+        "data": {split: file.fingerprint for split, file in data.items()},
+    }
+    if batches.labels:
+        about["labels"] = batches.labels.about
+    return about
 
 
 @contextlib.contextmanager
 def open_run(
-    config,
-    data: dict[str, TokenFile],
-    processes: Processes,
-    model: GPT,
-    how: tuple[str, str],
-    progress,
+    config, data: dict[str, TokenFile], processes: Processes, model: GPT, how, progress, state: dict
 ) -> Iterator[Logger]:
-    """Make the run's folder, write down what the run is, and say it. One process at a time may train in a folder.
+    """Make the run's folder, write its options and code there, and print what the run is.
 
-    how: the dtype, and compiled or eager, as Processes.wrap says it."""
+    how: the dtype, and compiled or eager. Only one process at a time may train in a folder.
+    """
     out_dir, meta = Path(config.out_dir), data["train"].meta
     start = this_start(processes, progress.step)
     before = earlier_starts(out_dir) if progress.step else []
-    tokens_per_step = (
-        config.gradient_accumulation_steps * config.batch_size * config.model.block_size
-    )
+    n_blocks = config.gradient_accumulation_steps * config.batch_size
+    tokens_per_step = n_blocks * config.model.block_size
+    lines = banner(config, processes, model, how, len(data["train"]), progress.step)
+    lines.append(code_line(start, before))
+    if state and (changed := changed_options(config, state)):
+        lines.append(f"changed since the checkpoint: {changed}")
+    if meta is None:
+        lines.append(f"{config.dataset} has no meta.json: its tokens are taken for GPT-2's")
     with contextlib.ExitStack() as stack:
         if processes.is_main:
-            _take(out_dir, stack)
-            if not (
-                progress.step and config.eval_only
-            ):  # to evaluate a run adds a record and leaves all else as it is
-                _write_down(config, meta, [*before, start])
+            stack.enter_context(locked_folder(out_dir))
+            if not (state and config.eval_only):  # an evaluation only adds a record
+                write_config(config, meta, [*before, start])
         log = Logger(
             out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters
         )
         stack.callback(log.close)
-        for line in (
-            *banner(config, processes, model, how, len(data["train"]), progress.step),
-            code_line(start, before),
-        ):
+        for line in lines:
             log.say(line)
-        if meta is None:
-            log.say(
-                f"{config.dataset} has no meta.json and no meta.pkl: its tokens are taken for GPT-2's BPE"
-            )
-        if processes.is_main and checkpoint.lacks_bpe(out_dir):
-            log.say(
-                f"tiktoken has not fetched GPT-2's BPE, so {out_dir} goes without; sample.py will fetch it"
-            )
         if config.wandb_log:
             n_params = sum(p.numel() for p in model.parameters())
             log.start_wandb(out_dir, **wandb_options(config, start, n_params))
@@ -258,37 +215,35 @@ def open_run(
             log.say(ending(config, progress))
 
 
-def _take(out_dir: Path, stack: contextlib.ExitStack) -> None:
-    """Make the folder, and keep others from training there until the stack is closed."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the folder {out_dir}: {error.strerror}; give another --out_dir"
-        ) from None
+@contextlib.contextmanager
+def locked_folder(out_dir: Path) -> Iterator[None]:
+    """Make the folder, and let no other process train there."""
     check_writable(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
     busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
-    stack.enter_context(exclusive_lock(out_dir / ".lock", busy))
-    (out_dir / LAUNCH).write_text(_launch())
-    for left_by_a_killed_run in out_dir.glob("*.*.[0-9]*.tmp"):
-        left_by_a_killed_run.unlink()
+    with exclusive_lock(out_dir / ".lock", busy):
+        (out_dir / LAUNCH).write_text(launch_id())
+        for file in out_dir.glob("*.*.[0-9]*.tmp"):  # left by a run that was killed
+            file.unlink()
+        yield
 
 
-def _write_down(config, meta: dict | None, starts: list[dict]) -> None:
-    """Write the tokenizer, and config.json with all starts of the run; drop records that will be written again."""
+def write_config(config, meta: dict | None, starts: list[dict]) -> None:
+    """Write the tokenizer, and config.json with all starts of the run. Records that the run will
+    write again are dropped."""
     out_dir, folder = Path(config.out_dir), dataset_folder(config.dataset)
     checkpoint.copy_tokenizer(folder, out_dir)
-    if meta and read_meta(folder) is None:  # known by the files' headers alone
+    if meta and read_meta(folder) is None:  # from the headers of the token files
         write_json(out_dir / "meta.json", meta)
     start = starts[-1]
     environment = {name: start[name] for name in start if name not in ("step", "diff")}
-    about = {"environment": environment, "starts": starts}
-    write_json(out_dir / "config.json", flatten(config) | about)
+    contents = flatten(config) | {"environment": environment, "starts": starts}
+    write_json(out_dir / "config.json", contents)
     forget_after(out_dir / "metrics.jsonl", start["step"])
 
 
 def wandb_options(config, start: dict, n_params: int) -> dict:
-    """How wandb files a run: with those on the same text, by its head."""
+    """How wandb files a run: grouped by its data, with its head as the job type."""
     head, out_dir = config.model.head, Path(config.out_dir)
     return {
         "project": config.wandb_project,
@@ -301,17 +256,15 @@ def wandb_options(config, start: dict, n_params: int) -> dict:
 
 
 def ending(config, progress) -> str:
-    """Why a run ended where it did, and how to sample from its best checkpoint."""
-    why = (
-        f"no lower val nll in {config.patience} evaluations: stopped; "
-        if progress.step < config.max_iters
-        else ""
-    )
-    best = f"{why}best val nll {progress.best_val_nll:.4f} at step {progress.best_step}"
+    """A run's last line: its best checkpoint, and how to sample from that."""
+    best = f"best val nll {progress.best_val_nll:.4f} at step {progress.best_step}"
+    if progress.step < config.max_iters:
+        best = f"no lower val nll in {config.patience} evaluations: stopped; {best}"
     path = Path(config.out_dir) / checkpoint.name_of(progress.best_step)
-    if not path.is_file():  # the weights that it began with are kept where they came from
-        return best + (
-            ": training made it worse, try a lower --learning_rate" if progress.step else ""
-        )
-    newest = checkpoint.all_in(path.parent)[-1] == path
-    return f"{best}: python sample.py {shlex.quote(f'--out_dir={path.parent if newest else path}')}"
+    if path.is_file():
+        newest = checkpoint.list_checkpoints(path.parent)[-1] == path
+        out_dir = shlex.quote(f"--out_dir={path.parent if newest else path}")
+        return f"{best}: python sample.py {out_dir}"
+    if progress.step:  # the best are the weights that training began with
+        return f"{best}: training made it worse, try a lower --learning_rate"
+    return best
