@@ -1,11 +1,11 @@
-"""How fast text is generated: ours with and without its cache, with posterior draws, and transformers' generate.
+"""How fast text is generated: with and without the cache, with posterior draws, by transformers.
 
-    python bench/generate.py                     # a few minutes on two CPU cores
-    python bench/generate.py --n_layer=12 --n_head=12 --n_embd=768 --n_new=64 --rounds=3
+    python bench/generate.py                     4 layers of 256; a few minutes on two CPU cores
+    python bench/generate.py --scale=gpt2 --rounds=3
 
-Random weights, sampling at temperature 0.8 from the 200 likeliest. Ours runs in bfloat16 where the machine multiplies
-it fast, as sample.py does; float32, the precision of transformers' model, is beside it. A text of a Bayesian head that
-averages 16 draws per token is compared with one of a single draw.
+Random weights, sampling at temperature 0.8 from the 200 likeliest tokens. Ours runs in bfloat16 if
+the machine multiplies it fast, as sample.py does; transformers' model and the case beside it run in
+float32. A text that averages 16 posterior draws per token is compared with one of a single draw.
 """
 
 import sys
@@ -17,81 +17,64 @@ import torch
 
 from bench import measure
 from bench.heads import OURS
+from bench.step import shapes_of, transformers_gpt2
 from engine.base.distributed import autocast, keep_memory, pick_device
 from engine.eval.generation import generate
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 512, "vocab_size": 50304}
-QUICK = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 67}
-SAMPLING = {"temperature": 0.8, "top_k": 200}
-DRAWS = 16
-
 
 def main() -> None:
-    args = measure.arguments(__doc__, rounds=5, n_prompt=16, n_new=256, **SHAPE)
-    shape = QUICK if args.quick else {name: getattr(args, name) for name in SHAPE}
-    n_prompt, n_new = (2, 4) if args.quick else (args.n_prompt, args.n_new)
+    args = measure.arguments(__doc__, 5, scale=("small", "gpt2"))
+    shape = shapes_of("quick" if args.quick else args.scale)
+    del shape["batch_size"]
+    n_prompt = shape["block_size"] // 16
+    n_new = min(256, shape["block_size"] - n_prompt)
     keep_memory()
     device = pick_device("auto")
     fast = autocast(device, "auto")[1]
-    models = {name: gpt(name, shape).to(device) for name in ("softmax", "sigmoid", "bayes")}
+    softmax, bayes = gpt("softmax", shape), gpt("bayes", shape)
+    theirs = transformers_gpt2(**shape).eval().to(device)
     for batch in (1, 8):
         idx = torch.randint(shape["vocab_size"], (batch, n_prompt), device=device)
-        about = {"shapes": shape | {"n_prompt": n_prompt, "n_new": n_new, "batch": batch}}
-        for name, model in models.items():
-            cases = {
-                name: ours(model, idx, n_new, fast),
-                "uncached": ours(model, idx, n_new, fast, use_cache=False),
-            }
-            measure.report(
-                "generate", measure.in_turns(cases, args.rounds), "uncached", dtype=fast, **about
-            )
         cases = {
-            "softmax": ours(models["softmax"], idx, n_new, "float32"),
-            "transformers": transformers_generate(idx, n_new, **shape),
-            "uncached": ours(models["softmax"], idx, n_new, "float32", use_cache=False),
+            "uncached": text_of(softmax, idx, n_new, fast, use_cache=False),
+            "softmax": text_of(softmax, idx, n_new, fast),
+            "bayes": text_of(bayes, idx, n_new, fast),
+            "softmax_float32": text_of(softmax, idx, n_new, "float32"),
+            "transformers": transformers_text(theirs, idx, n_new),
         }
-        measure.report(
-            "generate", measure.in_turns(cases, args.rounds), "uncached", dtype="float32", **about
-        )
         draws = {
-            f"bayes, draws: {n}": ours(models["bayes"], idx, n_new, fast, n_samples=n)
-            for n in (DRAWS, 1)
+            "bayes, draws: 1": text_of(bayes, idx, n_new, fast, n_samples=1),
+            "bayes, draws: 16": text_of(bayes, idx, n_new, fast, n_samples=16),
         }
-        measure.report(
-            "generate", measure.in_turns(draws, args.rounds), "bayes, draws: 1", dtype=fast, **about
-        )
+        shapes = shape | {"n_prompt": n_prompt, "n_new": n_new, "batch": batch}
+        for group in (cases, draws):
+            seconds = measure.in_turns(group, args.rounds)
+            measure.report("generate", seconds, next(iter(group)), dtype=fast, shapes=shapes)
 
 
 def gpt(name: str, shape: dict[str, int]) -> GPT:
     """Our model with the head of that name and random weights."""
     torch.manual_seed(0)
-    return GPT(GPTConfig(**shape, bias=True, head=HeadConfig(**OURS[name], n_data=10**8))).eval()
+    head = HeadConfig(**OURS[name], n_data=10**8)
+    return GPT(GPTConfig(**shape, bias=True, head=head)).eval().to(pick_device("auto"))
 
 
-def ours(model: GPT, idx: torch.Tensor, n_new: int, dtype: str, **generation) -> Callable[[], None]:
-    """A text of ours; in one autocast context, which keeps the weights that it casts."""
-
+def text_of(model: GPT, idx: torch.Tensor, n_new: int, dtype: str, **options) -> Callable[[], None]:
     def case():
-        with autocast(idx.device, dtype)[0]:
-            generate(model, idx, n_new, **SAMPLING, **generation)
+        with autocast(idx.device, dtype)[0]:  # one context, which keeps the weights that it casts
+            generate(model, idx, n_new, temperature=0.8, top_k=200, **options)
 
     return case
 
 
-def transformers_generate(
-    idx: torch.Tensor, n_new: int, block_size: int, **shape: int
+def transformers_text(
+    model: torch.nn.Module, idx: torch.Tensor, n_new: int
 ) -> Callable[[], object]:
-    """A text of transformers' GPT-2 in the same shape, cached as is its default, that no token ends."""
-    import transformers
-
-    config = transformers.GPT2Config(
-        **shape, n_positions=block_size, bos_token_id=None, eos_token_id=None
-    )
-    model = transformers.GPT2LMHeadModel(config).eval().to(idx.device)
-    given = SAMPLING | {"do_sample": True, "max_new_tokens": n_new, "pad_token_id": 0}
-    return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), **given)
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": 0}
+    mask = torch.ones_like(idx)
+    return lambda: model.generate(idx, attention_mask=mask, max_new_tokens=n_new, **options)
 
 
 if __name__ == "__main__":

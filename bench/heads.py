@@ -1,25 +1,27 @@
-"""The head alone, forward and backward, against the plain fp32 linear + cross-entropy, and against what users write.
+"""The head alone, forward and backward, against the plain fp32 linear + cross-entropy.
 
-    python bench/heads.py                          all cases under both allocators
-    python bench/heads.py --allocator=default --cases=softmax,sigmoid --rounds=5
+    python bench/heads.py                            all cases, with both settings of malloc
+    python bench/heads.py --cases=softmax,sigmoid --rounds=5
 
-Ours are compiled unless a case ends in _eager; _bf16 is under autocast. The naive ones are as users write them, eager
-and in fp32: a one-hot target for the sigmoids, torchbnn's layer with its KL for the Bayesian weights.
+The project's heads are compiled unless a case ends in _eager; _bf16 is under autocast. The others
+are what users write, eager and in fp32: a one-hot target for the sigmoids, torchbnn's layer with
+its KL for the Bayesian weights.
 """
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+import torch.nn as nn
+from torch.nn import functional as F
 
 from bench import measure
-from bench.plain import N_DATA, PlainHead
 from engine.base.distributed import autocast, pick_device
 from heads import Head, HeadConfig
 
+N_DATA = 1_000_000  # tokens of a training set, the N of KL / N
 OURS = {
     "softmax": {},
     "smooth": {"likelihood": "smooth"},
@@ -29,34 +31,26 @@ OURS = {
     "sigmoid_regularised": {"likelihood": "sigmoid", "sum_penalty": 1.0},
     "bayes_sigmoid": {"weights": "bayes", "likelihood": "sigmoid"},
 }
-NAIVE = ("plain_bf16", "dense_bce", "torchbnn", "torchbnn_dense_bce")
-CASES = (
-    "plain",
-    *OURS,
-    *(f"{name}_bf16" for name in OURS),
-    "softmax_eager",
-    "sigmoid_eager",
-    *NAIVE,
-)
+BF16 = [f"{name}_bf16" for name in OURS]
+USERS = ("plain", "plain_bf16", "dense_bce", "torchbnn", "torchbnn_dense_bce")
+CASES = (*USERS, *OURS, *BF16, "softmax_eager", "sigmoid_eager")
 SHAPES = {"n_tokens": 2048, "n_embd": 256, "vocab_size": 50304}
 QUICK = {"n_tokens": 512, "n_embd": 8, "vocab_size": 5003}
 
 
 def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[[], None]:
-    """One forward and backward pass; the gradients are dropped at its end."""
+    """One forward and backward pass; it drops the gradients at its end."""
     torch.manual_seed(0)
     device = pick_device("auto")
     x = torch.randn(8, n_tokens // 8, n_embd, device=device, requires_grad=True)
     targets = torch.randint(vocab_size, (8, n_tokens // 8), device=device)
-    name, how = split(case)
+    name = case.removesuffix("_bf16").removesuffix("_eager")
     if name in OURS:
         head = Head(HeadConfig(**OURS[name], n_data=N_DATA), vocab_size, n_embd).to(device)
-        loss_of = head.loss
+        loss_of = head.loss if case.endswith("_eager") else measure.compiled(head.loss)
     else:
         loss_of = head = PlainHead(name, vocab_size, n_embd).to(device)
-    if how == "compiled" or (how == "bf16" and name in OURS):
-        loss_of = measure.compiled(loss_of)
-    cast, _ = autocast(device, "bfloat16" if how == "bf16" else "float32")
+    cast, _ = autocast(device, "bfloat16" if case.endswith("_bf16") else "float32")
 
     def step() -> None:
         with cast:
@@ -68,42 +62,41 @@ def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[
     return step
 
 
-def split(case: str) -> tuple[str, str]:
-    """A case's name and how it runs: eager | compiled | bf16."""
-    for how in ("eager", "compiled", "bf16"):
-        if case.endswith(f"_{how}"):
-            return case.removesuffix(f"_{how}"), how
-    return case, "compiled" if case in OURS else "eager"
+class PlainHead(nn.Module):
+    """A head as users write it. kind: plain (cross-entropy), dense_bce (a one-hot target), torchbnn
+    (its layer and its KL), or torchbnn_dense_bce."""
+
+    def __init__(self, kind: str, vocab_size: int, n_embd: int):
+        super().__init__()
+        self.divergence = None
+        if kind.startswith("torchbnn"):
+            import torchbnn
+
+            self.linear = torchbnn.BayesLinear(0, 0.1, n_embd, vocab_size, bias=False)
+            self.divergence = torchbnn.BKLLoss(reduction="sum")
+        else:
+            self.linear = nn.Linear(n_embd, vocab_size, bias=False)
+        self.nll = dense_bce if kind.endswith("dense_bce") else F.cross_entropy
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = self.nll(self.linear(x).flatten(0, 1), targets.flatten())
+        if self.divergence is not None:
+            loss = loss + self.divergence(self.linear).squeeze() / N_DATA
+        return loss
+
+
+def dense_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy with a one-hot target (N, V), summed over V."""
+    one_hot = torch.zeros_like(logits).scatter_(1, targets.unsqueeze(1), 1.0)
+    return F.binary_cross_entropy_with_logits(logits, one_hot, reduction="sum") / len(targets)
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, cases=CASES, rounds=7, allocator="both")
-    if args.allocator == "both":  # malloc is set once, before anything large is allocated
-        for allocator in ("default", "tuned"):
-            subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], f"--allocator={allocator}"], check=True
-            )
-        return
-    measure.use_allocator(args.allocator)
+    args = measure.arguments(__doc__, 7, CASES)
     shapes = QUICK if args.quick else SHAPES
-    cases = {
-        name: prepare(name, **shapes) for name in dict.fromkeys(["plain", *(args.cases or CASES)])
-    }
-    seconds = measure.in_turns(cases, args.rounds)
-    # under the tuned allocator a peak says what the process grew to, not what a call needs
-    memory = None
-    if args.allocator == "default":
-        memory = {
-            name: measure.peak_of("bench.heads", name, args.allocator, **shapes) for name in cases
-        }
-    measure.report(
-        "heads",
-        seconds,
-        "plain",
-        memory,
-        allocators=dict.fromkeys(cases, args.allocator),
-        shapes=shapes,
-    )
+    for allocator in ("default", "tuned"):
+        allocators = dict.fromkeys(["plain", *(args.cases or CASES)], allocator)
+        measure.compare("heads", allocators, "plain", args.rounds, shapes)
 
 
 if __name__ == "__main__":

@@ -1,96 +1,80 @@
 """A whole training step: each head against our softmax, and against what users write.
 
     python bench/step.py                        4 layers of 256, V = 50304 (small)
-    python bench/step.py --scale=char           6 layers of 384 on 65 characters; --scale=gpt2: 124M, one block of 1024;
-                                                --scale=study: config/train_wikitext2_8k.py
+    python bench/step.py --scale=char           6 layers of 384 on 65 characters
+    python bench/step.py --scale=gpt2           124M, one block of 1024
+    python bench/step.py --scale=study          config/train_wikitext2_8k.py
 
-Ours run as on a CPU with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned allocator, in turns in this
-process. What users write is eager fp32 with AdamW as it comes, each in a worker process under malloc's default, which
-has its turn while ours waits; plain_tuned is the plain GPT here, under our setting.
+Our steps run as training on a CPU with --compile: bf16 autocast, torch.compile, fused AdamW, the
+tuned allocator. What users write is eager fp32 with AdamW's and malloc's defaults; plain_tuned is
+the plain GPT with our allocator.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import measure
-from bench.heads import OURS
-from bench.plain import N_DATA, PlainGPT
+from bench.heads import N_DATA, OURS, PlainHead
 from engine.base.distributed import autocast, pick_device
 from engine.base.optim import adamw
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
 USERS = ("plain", "transformers", "torchbnn", "dense_bce", "torchbnn_dense_bce")
-SMALL = {
-    "n_layer": 4,
-    "n_head": 4,
-    "n_embd": 256,
-    "block_size": 256,
-    "batch_size": 8,
-    "vocab_size": 50304,
+CASES = (*OURS, "dropout", "plain_tuned", *USERS)
+OF_SCALE = {  # those of 124M fit into 24 GiB together
+    "small": (*OURS, "plain_tuned", *USERS),
+    "char": (*OURS, "plain_tuned", "plain", "transformers"),
+    "gpt2": ("softmax", "plain", "transformers"),
+    "study": (*OURS, "dropout"),
 }
-CHAR = {
-    "n_layer": 6,
-    "n_head": 6,
-    "n_embd": 384,
-    "block_size": 256,
-    "batch_size": 12,
-    "vocab_size": 65,
-}
-GPT2 = {
-    "n_layer": 12,
-    "n_head": 12,
-    "n_embd": 768,
-    "block_size": 1024,
-    "batch_size": 1,
-    "vocab_size": 50304,
-}
-STUDY = {
-    "n_layer": 3,
-    "n_head": 3,
-    "n_embd": 192,
-    "block_size": 256,
-    "batch_size": 8,
-    "vocab_size": 8192,
-}
-SCALES = {  # shapes and cases; those of 124M that fit into 24 GiB together
-    "small": (SMALL, (*OURS, "plain_tuned", *USERS)),
-    "char": (CHAR, (*OURS, "plain_tuned", "plain", "transformers")),
-    "gpt2": (GPT2, ("softmax", "plain", "transformers")),
-    "study": (STUDY, (*OURS, "dropout")),
-}
-QUICK = {
-    "n_layer": 1,
-    "n_head": 2,
-    "n_embd": 16,
-    "block_size": 16,
-    "batch_size": 2,
-    "vocab_size": 307,
+SIZES = {  # n_layer, n_head, n_embd, block_size, batch_size, vocab_size
+    "small": (4, 4, 256, 256, 8, 50304),
+    "char": (6, 6, 384, 256, 12, 65),
+    "gpt2": (12, 12, 768, 1024, 1, 50304),
+    "study": (3, 3, 192, 256, 8, 8192),
+    "quick": (1, 2, 16, 16, 2, 307),
 }
 
 
+def shapes_of(scale: str) -> dict[str, int]:
+    names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size")
+    return dict(zip(names, SIZES[scale], strict=True))
+
+
+class PlainGPT(torch.nn.Module):
+    """A GPT in the way of nanoGPT: model.py's backbone under a PlainHead of that kind."""
+
+    def __init__(self, kind: str, config: GPTConfig):
+        super().__init__()
+        self.backbone = GPT(config)
+        self.head = PlainHead(kind, config.vocab_size, config.n_embd)
+        if not kind.startswith("torchbnn"):  # its weights are a pair, which the embedding is not
+            self.head.linear.weight = self.backbone.transformer.wte.weight
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone.hidden(idx), targets)
+
+
+@dataclass
 class Step:
-    """One step of training, of n_micro micro-batches: a batch that stays the same."""
+    """A training step of n_micro micro-batches, always on the same batch."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        loss_of: Callable,
-        optimizer: torch.optim.Optimizer,
-        dtype: str,
-        n_micro: int = 1,
-    ):
-        self.model, self.loss_of, self.optimizer, self.n_micro = model, loss_of, optimizer, n_micro
-        self.cast, _ = autocast(pick_device("auto"), dtype)
+    model: torch.nn.Module
+    loss_of: Callable[[], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    dtype: str
+    n_micro: int = 1
 
     def __call__(self) -> None:
         for _ in range(self.n_micro):
-            with self.cast:
+            with autocast(pick_device("auto"), self.dtype)[0]:
                 loss = self.loss_of()
             (loss / self.n_micro).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -98,81 +82,52 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def held(self) -> int:
-        """Bytes of the weights and the optimiser's state, which are there between two steps."""
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
-        tensors = [
-            *self.model.parameters(),
-            *(value for value in state if isinstance(value, torch.Tensor)),
-        ]
+        """Bytes of the weights and the optimizer's state, which exist between two steps."""
+        tensors = list(self.model.parameters())
+        for state in self.optimizer.state.values():
+            tensors += state.values()
         return sum(tensor.nbytes for tensor in tensors)
 
 
 def prepare(case: str, batch_size: int, n_micro: int = 1, **shape: int) -> Step:
     torch.manual_seed(0)
     device = pick_device("auto")
-    idx, targets = torch.randint(
-        shape["vocab_size"], (2, batch_size, shape["block_size"]), device=device
-    )
+    size = (2, batch_size, shape["block_size"])
+    idx, targets = torch.randint(shape["vocab_size"], size, device=device)
     if case in OURS or case == "dropout":
         head = HeadConfig(**OURS.get(case, {}), n_data=N_DATA)
-        model = GPT(GPTConfig(**shape, head=head, dropout=0.1 if case == "dropout" else 0.0)).to(
-            device
-        )
-        compiled, optimizer = measure.compiled(model), adamw(model, 6e-4, (0.9, 0.95), 0.1)
-        return Step(model, lambda: compiled(idx, targets), optimizer, "bfloat16", n_micro)
+        dropout = 0.1 if case == "dropout" else 0.0
+        model = GPT(GPTConfig(**shape, head=head, dropout=dropout)).to(device)
+        loss_of = partial(measure.compiled(model), idx, targets)
+        return Step(model, loss_of, adamw(model, 6e-4, (0.9, 0.95), 0.1), "bfloat16", n_micro)
     if case == "transformers":
         model = transformers_gpt2(**shape).to(device)
         loss_of = lambda: model(idx, labels=idx).loss  # noqa: E731  it shifts the labels itself
     else:
-        model = PlainGPT(**shape, head=case.removesuffix("_tuned")).to(device)
-        loss_of = lambda: model(idx, targets)  # noqa: E731
+        model = PlainGPT(case.removesuffix("_tuned"), GPTConfig(**shape)).to(device)
+        loss_of = partial(model, idx, targets)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
     return Step(model, loss_of, optimizer, "float32", n_micro)
 
 
 def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
+    """transformers' GPT-2 in training mode, without dropout; no token ends a text."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    no_ids = {
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }  # its defaults lie beyond a small vocabulary
-    model = GPT2LMHeadModel(GPT2Config(n_positions=block_size, **shape, **no_dropout, **no_ids))
-    model.loss_type = "ForCausalLM"  # what it takes anyway, with a warning
+    options = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    options |= dict.fromkeys(("bos_token_id", "eos_token_id"))
+    model = GPT2LMHeadModel(GPT2Config(n_positions=block_size, **shape, **options))
+    model.loss_type = "ForCausalLM"  # its default, without the warning
     return model.train()
 
 
 def main() -> None:
-    args = measure.arguments(
-        __doc__, rounds=7, cases=(*OURS, "dropout", "plain_tuned", *USERS), scale=tuple(SCALES)
-    )
-    measure.use_allocator("tuned")
-    shapes, names = SCALES[args.scale]
-    shapes = QUICK if args.quick else shapes
-    allocators = {
-        name: "default" if name in USERS else "tuned"
-        for name in ("softmax", *(args.cases or names))
-    }
-    with contextlib.ExitStack() as stack:
-        cases = {}
-        for name, allocator in allocators.items():
-            if name in USERS:
-                cases[name] = stack.enter_context(
-                    measure.worker("bench.step", name, allocator, **shapes)
-                )
-            else:
-                cases[name] = prepare(name, **shapes)
-        seconds = measure.in_turns(cases, args.rounds)
-    del cases
-    memory = {
-        name: measure.peak_of("bench.step", name, allocator, **shapes)
-        for name, allocator in allocators.items()
-    }
+    args = measure.arguments(__doc__, 7, CASES, scale=tuple(OF_SCALE))
+    shapes = shapes_of("quick" if args.quick else args.scale)
+    names = ["softmax", *(args.cases or OF_SCALE[args.scale])]
+    allocators = {name: "default" if name in USERS else "tuned" for name in names}
     n_tokens = shapes["batch_size"] * shapes["block_size"]
-    measure.report(
-        "step", seconds, "softmax", memory, n_tokens, allocators=allocators, shapes=shapes
-    )
+    measure.compare("step", allocators, "softmax", args.rounds, shapes, n_tokens)
 
 
 if __name__ == "__main__":
