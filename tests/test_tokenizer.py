@@ -17,8 +17,8 @@ from engine.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    incremental_decoder,
     load_tokenizer,
-    token_decoder,
 )
 from engine.gpt2.exporting import merges_of, transformers_tokenizer
 from tests.conftest import shared_data
@@ -56,14 +56,14 @@ def test_token_by_token_the_text_is_that_of_all_tokens(kind):
     tokenizer = make(kind)
     for text in [TEXT[:200]] if kind == "char" else STRANGE:
         ids = tokenizer.encode(text)
-        pieces = list(map(token_decoder(tokenizer), ids))
+        pieces = list(map(incremental_decoder(tokenizer), ids))
         assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids) == text
 
 
 def test_a_character_that_is_split_over_tokens_stands_whole_at_the_last_of_them():
     tokenizer = ByteTokenizer()
     ids = [*tokenizer.encode("aé€"), tokenizer.eot, 98]
-    assert list(map(token_decoder(tokenizer), ids)) == [
+    assert list(map(incremental_decoder(tokenizer), ids)) == [
         "a",
         "",
         "é",

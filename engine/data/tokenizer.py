@@ -170,7 +170,7 @@ def token_bytes_of(tokenizer: Tokenizer) -> list[bytes]:
     return tokenizer.token_bytes()
 
 
-def token_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
+def incremental_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
     """A function that takes the ids of a text one by one and returns the text of each. A
     character that is split over several tokens is returned with the last of them."""
     token_bytes = token_bytes_of(tokenizer)

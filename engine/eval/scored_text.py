@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.base.distributed import seed_micro_batch
-from engine.data.tokenizer import Tokenizer, token_bytes_of, token_decoder
+from engine.data.tokenizer import Tokenizer, incremental_decoder, token_bytes_of
 from engine.data.windows import window_starts
 from engine.eval.evaluation import in_pieces
 from heads import Prediction
@@ -119,7 +119,7 @@ def token_decoder(tokenizer: Tokenizer) -> Callable[..., list[Token]]:
 
     scores: what prediction_scores() returns for these ids, or nothing.
     """
-    decode = token_decoder(tokenizer)
+    decode = incremental_decoder(tokenizer)
 
     def tokens(ids: Iterable[int], scores: Iterable[tuple] = ()) -> list[Token]:
         ids = [int(i) for i in ids]
