@@ -1,30 +1,32 @@
 """How good are runs on held-out text, and do they know what they do not know?
 
-    python evaluate.py --out_dir=out/quickstart/softmax,out/quickstart/bayes --split=test --ood_dataset=shakespeare
+    python evaluate.py --out_dir=out/quickstart/softmax,out/quickstart/bayes --split=test
+    python evaluate.py --out_dir=out/quickstart/bayes --n_samples=16 --ood_dataset=shakespeare
+    python evaluate.py --out_dir=out/a+out/b+out/c            # an ensemble of three runs
 
-Every number comes from log_probs, the normalised distribution over the next token, over the whole split: consecutive
-blocks of block_size, each token predicted once. Each run gets eval_<split>.json, the comparison a folder with tables,
-pictures and report.html. `unigram` is what the training text's token frequencies alone reach. With
---std_tolerance=0.01 --n_samples=16 a Bayesian run has a second row: its posterior as wide as costs no more than that on
-the validation split. A+B+C names the ensemble of three runs. torchrun shares the work between
+Every number comes from log_probs, the normalised distribution over the next token, over the whole
+split: consecutive blocks of block_size, each token predicted once. Each run gets eval_<split>.json, the
+comparison a folder with tables, plots and report.html. `unigram` is what the training text's token
+frequencies alone reach. With --std_tolerance=0.01 --n_samples=16 a Bayesian run has a second row: its
+posterior widened until that costs 0.01 nats on the validation split. torchrun shares the work between
 processes; the results are the same.
 """
 
+import json
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.base import distributed
-from engine.base.errors import MANY, UserError, check_ranges, run_main
+from engine.base.errors import UserError, run_main
 from engine.base.files import atomic_write, check_writable, write_json
 from engine.base.options import load_config
 from engine.eval import table
 from engine.eval.ensemble import members_of
-from engine.eval.examine import Evaluation, result_file
+from engine.eval.evaluator import EvaluationConfig, Evaluator
 from engine.eval.report import Document, write_report
 from engine.gpt2.loading import HUB
 from engine.runs.checkpoint import folder_of
@@ -35,179 +37,156 @@ from engine.runs.logger import read_records
 class EvaluateConfig:
     # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset; A+B
     out_dir: str = "out"
-    split: str = "test"  # test | val | train
-    dataset: str = ""  # another data set than the run's own (same tokenizer)
-    # the same split of this one as foreign text: which doubt tells it from the run's own?
-    ood_dataset: str = ""
-    stride: int = 0  # windows this far apart: more context for each token, more time; 0: block_size
-    batch_size: int = 16  # windows at a time: speed and memory
-    limit: int = 0  # this many windows, evenly spread over the split; 0: the whole split
-    # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
-    n_samples: int = 0
-    mc_dropout: bool = False  # runs trained with dropout: leave it on and average n_samples passes
-    # Bayesian: also with the widest posterior within so many nats on val; 0: do not
-    std_tolerance: float = 0.0
-    # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
-    labels: str = ""
-    # also generate so many, behind beginnings from the split: Self-BLEU, distinct-n, repetition
-    continuations: int = 0
-    prompt_tokens: int = 32  # of each beginning
-    max_new_tokens: int = 100  # of each continuation
-    temperature: float = 1.0  # of the continuations; these four are the same for all runs
-    top_k: int = 0  # of the continuations: draw from the k likeliest tokens; 0: from all
-    # the report colours the beginning of this document of the split by uncertainty
-    document: int = 0
-    # folder of tables, pictures, report.html; default: report_<split> beside the first run; none
+    evaluation: EvaluationConfig = EvaluationConfig()
+    # folder of tables, plots, report.html; default: report_<split> beside the first run; none
     report: str = ""
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
-    dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
-        check_ranges(self, {"batch_size": (1, MANY), "limit": (0, MANY), "n_samples": (-1, 10**6)})
-        check_ranges(
-            self, {"std_tolerance": (0.0, 1e6), "stride": (0, MANY), "continuations": (0, 10**6)}
-        )
-        check_ranges(
-            self, {"prompt_tokens": (1, 10**6), "max_new_tokens": (1, 10**6), "top_k": (0, MANY)}
-        )
-        check_ranges(self, {"temperature": (0.0, 1e6), "document": (0, MANY)})
         if self.report and Path(self.report).is_file():
             raise UserError(f"report = {self.report!r} is a file; name a folder")
-        if self.mc_dropout and self.n_samples < 1:
-            raise UserError("mc_dropout averages passes: give --n_samples=16, say")
-        if self.mc_dropout and self.continuations:
-            raise UserError(
-                "continuations are written without dropout; leave --mc_dropout or --continuations out"
-            )
-        if self.std_tolerance and self.n_samples == 0:
-            raise UserError(
-                "std_tolerance needs predictions that see the width: give --n_samples=16, say, or -1"
-            )
+
+    @property
+    def sources(self) -> list[str]:
+        """The runs and ensembles, without repetitions."""
+        return list(dict.fromkeys(name.rstrip("/") for name in self.out_dir.split(",") if name))
+
+    @property
+    def report_folder(self) -> Path:
+        """By default in the folder of a run, or beside the first of several."""
+        home = result_file(self.sources[0], self).parent
+        folder = home if len(self.sources) == 1 else home.parent
+        return Path(self.report or folder / f"report_{self.evaluation.split}")
 
 
 def main() -> None:
     config, _ = load_config(EvaluateConfig, sys.argv[1:])
-    sources = list(
-        dict.fromkeys(source.rstrip("/") for source in config.out_dir.split(",") if source)
-    )
-    if not sources:
-        raise UserError("which runs? --out_dir=RUN or --out_dir=RUN,RUN")
-    for member in (
-        member for source in sources for member in members_of(source)
-    ):  # before an hour goes into others
-        if member not in HUB and not Path(member).exists():
-            raise UserError(
-                f"{member} does not exist; give run folders, or one of: {', '.join(HUB)}"
-            )
-    files = {}
-    for source in sources:
-        if (other := files.setdefault(result_file(source, config).resolve(), source)) != source:
-            said = f"{other} and {source} would both be written to {result_file(source, config)}"
-            raise UserError(f"{said}; name each run once, and begin each ensemble with another run")
+    check_outputs(config)
+    names = short_names(config.sources)
     with distributed.init(config.device, "auto") as processes:
-        # start() allows it, for training; float32 here is float32
-        torch.backends.cuda.matmul.allow_tf32 = False
-        for source in sources:
-            Evaluation(
-                source, config, processes
-            )  # refuses what is wrong before hours go into the runs before it
-        compare(config, sources, processes)
+        torch.backends.cuda.matmul.allow_tf32 = False  # init() allows it for training
+        # all are loaded, and refused if something is wrong, before hours go into the first
+        runs = {
+            name: Evaluator(source, config.evaluation, processes) for name, source in names.items()
+        }
+        refuse_useless(config.evaluation, list(runs.values()))
+        compare(config, runs, processes)
 
 
-def compare(config: EvaluateConfig, sources: list[str], processes: distributed.Processes) -> None:
-    """Evaluate run by run, write down what each has, and report."""
-    names = short_names(sources)
-    rows, tallies, texts = {}, {}, {}
-    if processes.is_main:  # hours before anything is written
-        for source in sources:
-            check_writable(result_file(source, config).parent)
-        if config.report != "none":
-            check_writable(report_folder(sources, config))
-    for source, name in names.items():
-        found = Evaluation(source, config, processes)
-        rows[name], tallies[name] = row, _ = found.scores()
-        scaled = ""
-        if processes.is_main:
-            result_file(source, config).parent.mkdir(parents=True, exist_ok=True)
-        if processes.is_main and config.report != "none":
-            for title, tokens in found.documents():
-                texts.setdefault(title, {})[name] = tokens
-        if processes.is_main and config.continuations:
-            row["continuations"] = found.continuations()
-        if config.std_tolerance and found.model.bayes_layers():
-            factor = found.widen()
-            scaled = f"{name} (std x {factor:.2f})"
-            rows[scaled], tallies[scaled] = found.scores()
-            rows[scaled] |= {"std_factor": factor, "std_tolerance": config.std_tolerance}
-        if processes.is_main:
-            write_json(
-                result_file(source, config), row | ({"scaled": rows[scaled]} if scaled else {})
+def refuse_useless(config: EvaluationConfig, runs: list[Evaluator]) -> None:
+    """Refuse options that would change nothing."""
+    if config.mc_dropout and not any(run.mc_dropout for run in runs):
+        raise UserError("no run was trained with dropout; leave --mc_dropout out")
+    if config.std_tolerance and not any(run.model.bayes_layers() for run in runs):
+        raise UserError("no run has a posterior to widen; leave --std_tolerance out")
+
+
+def check_outputs(config: EvaluateConfig) -> None:
+    """Check that all results can be written, each to a file of its own."""
+    if not config.sources:
+        raise UserError("which runs? --out_dir=RUN or --out_dir=RUN,RUN")
+    files = {}
+    for source in config.sources:
+        path = result_file(source, config)
+        other = files.setdefault(path.resolve(), source)
+        if other != source:
+            raise UserError(
+                f"{other} and {source} would both be written to {path}; "
+                "name each run once, and begin each ensemble with another run"
             )
-    if processes.is_main:
-        report(config, sources, rows, tallies, texts)
+        check_writable(path.parent)
+    if config.report != "none":
+        check_writable(config.report_folder)
 
 
-def report(
-    config: EvaluateConfig, sources: list[str], rows: dict, tallies: dict, texts: dict
+def compare(
+    config: EvaluateConfig, runs: dict[str, Evaluator], processes: distributed.Processes
 ) -> None:
-    """The comparison on the screen and in a folder. rows, tallies: by the names of the runs; texts: of each document,
-    its tokens as each run reads them."""
-    tables = table.tables(rows, tallies)
+    """Evaluate run by run, write the results of each, and report."""
+    rows, scores, texts = {}, {}, {}
+    for name, run in runs.items():
+        run.model.to(processes.device)
+        row, scores[name] = run.scores()
+        rows[name] = row
+        path = result_file(run.source, config)
+        if processes.is_main and config.report != "none":
+            for title, reading in run.documents().items():
+                texts.setdefault(title, {})[name] = reading
+        if processes.is_main and config.evaluation.continuations:
+            row["continuations"], records = run.continuations()
+            write_lines(path.with_name(f"continuations_{path.name[5:]}l"), records)
+        written = dict(row)
+        if config.evaluation.std_tolerance and run.model.bayes_layers():
+            factor = run.widen()
+            wide = f"{name} (std x {factor:.2f})"
+            rows[wide], scores[wide] = run.scores()
+            rows[wide] |= {"std_factor": factor, "std_tolerance": config.evaluation.std_tolerance}
+            written["scaled"] = rows[wide]
+        run.model.to("cpu")
+        if processes.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, written)
+    if processes.is_main:
+        report(config, runs, rows, scores, texts)
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    atomic_write(path, lambda temporary: temporary.write_text(lines))
+
+
+def report(config: EvaluateConfig, runs: dict, rows: dict, scores: dict, texts: dict) -> None:
+    """Print the comparison, and write it to a folder. rows, scores: by name of the run; texts: for
+    each document its tokens as each run reads them."""
+    tables = table.tables(rows, scores)
     first = next(iter(rows.values()))
-    units = {"stretch": "stretches"}.get(first["unit"], first["unit"] + "s")
-    of_what = "{dataset}, {split} split, {n_tokens:,} tokens in {n_units:,} {units}".format(
-        **first, units=units
-    )
+    title = "{dataset}, {split} split, {n_tokens:,} tokens, {n_units:,} bootstrap units ({unit})"
+    title = title.format(**first)
     parts = [f"{t.title}\n{table.as_text(t.header, t.lines)}" for t in tables]
-    print("\n\n".join([of_what, *parts]))
+    print("\n\n".join([title, *parts]))
     if config.report == "none":
         return
-    folder = report_folder(sources, config)
+    folder = config.report_folder
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"{t.title}\n\n{table.as_markdown(t.header, t.lines)}" for t in tables]
-    markdown = "\n\n".join([of_what, *parts]) + "\n"
-    for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, tallies))):
-        atomic_write(
-            folder / name, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")
-        )
-    runs = {
-        name: source
-        for source, name in short_names(sources).items()
-        if len(members_of(source)) == 1
-    }
+    markdown = "\n\n".join([title, *parts]) + "\n"
+    for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, scores))):
+        (folder / name).write_text(text, encoding="utf-8")
     curves = {
-        name: read_records(folder_of(source) / "metrics.jsonl") for name, source in runs.items()
+        name: read_records(folder_of(run.source) / "metrics.jsonl")
+        for name, run in runs.items()
+        if len(run.members) == 1
     }
-    same = table.comparable(rows)  # else pictures would compare what the tables do not
-    pairs = dict.fromkeys(
-        "{block_size} tokens, {stride} apart".format(**row) for row in rows.values()
-    )
-    settings = f"n_samples = {config.n_samples}, windows of {' or '.join(pairs)}"
+    if not table.comparable(rows):  # plots would compare what the tables do not
+        rows, curves = {}, {}
+    blocks = dict.fromkeys(f"{run.block_size} tokens, {run.stride} apart" for run in runs.values())
+    settings = f"n_samples = {config.evaluation.n_samples}, windows of {' or '.join(blocks)}"
     documents = [Document(title, tokens) for title, tokens in texts.items()]
-    write_report(
-        folder, of_what, settings, tables, rows if same else {}, curves if same else {}, documents
-    )
+    write_report(folder, title, settings, tables, rows, curves, documents)
     print(f"report: {os.path.relpath(folder / 'report.html')}")
 
 
-def report_folder(sources: list[str], config: EvaluateConfig) -> Path:
-    """The one named; else in the folder of a run, of several runs beside the first."""
-    home = result_file(sources[0], config).parent
-    return Path(
-        config.report or (home if len(sources) == 1 else home.parent) / f"report_{config.split}"
-    )
+def result_file(source: str, config: EvaluateConfig) -> Path:
+    """Where the numbers of a run go: its folder, out/gpt2, or that of an ensemble's first run."""
+    first, *others = members_of(source)
+    folder = Path("out", first) if first in HUB else folder_of(first)
+    name = f"eval_{config.evaluation.split}"
+    if Path(first).is_file():
+        name += f"_{Path(first).stem}"
+    if others:
+        name += f"_ensemble_of_{1 + len(others)}"
+    return folder / f"{name}.json"
 
 
-def short_names(sources: Iterable[str]) -> dict[str, str]:
-    """source -> the last part of its path, or all of it where two share that part."""
-    last = {
-        source: "+".join(Path(member).name or member for member in members_of(source))
-        for source in sources
-    }
-    return {
-        source: name if list(last.values()).count(name) == 1 else source
-        for source, name in last.items()
-    }
+def short_names(sources: list[str]) -> dict[str, str]:
+    """name -> source: the last part of its path, or all of it if two share that part."""
+    names = {}
+    for source in sources:
+        last = [Path(member).name or member for member in members_of(source)]
+        names[source] = "+".join(last)
+    unique = list(names.values())
+    return {name if unique.count(name) == 1 else source: source for source, name in names.items()}
 
 
 if __name__ == "__main__":

@@ -125,14 +125,14 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.weight, self.asked = torch.nn.Parameter(torch.zeros(1)), []
 
-    def stream(self, idx, max_new_tokens, **options):
+    def generate(self, idx, max_new_tokens, **options):
         self.asked.append(options)
-        for i in range(max_new_tokens):
-            yield torch.where(idx[:, :1] == i, EOT, idx[:, :1] + 100 + i), None
+        i, first = torch.arange(max_new_tokens), idx[:, :1]
+        return torch.cat([idx, torch.where(first == i, EOT, first + 100 + i)], dim=1)
 
 
 def test_the_prompt_is_no_part_of_a_continuation_and_end_of_text_ends_it(monkeypatch):
-    monkeypatch.setattr("engine.eval.diversity.stream", Scripted.stream)
+    monkeypatch.setattr("engine.eval.diversity.generate", Scripted.generate)
     model, ids = Scripted(), torch.tensor([[3, 50], [0, 51], [9, 52], [2, 53], [1, 54]])
     found = continuations(model, ids, 5, batch_size=2, top_k=7, n_ids=200, eot=EOT)
     assert found == [[103, 104, 105], [], [109, 110, 111, 112, 113], [102, 103], [101]]
@@ -181,7 +181,7 @@ def test_prompts_are_the_beginnings_of_documents_where_enough_are_long_enough(tm
     ]  # 11, 20 or 29 bytes
     write_dataset(tmp_path, {"test": documents}, tokenizer := ByteTokenizer())
     file = TokenFile(tmp_path, "test")
-    texts = [tokenizer.decode(row) for row in prompts(file, tokenizer, 4, 15).tolist()]
+    texts = [tokenizer.decode(row) for row in prompts(file, tokenizer.eot, 4, 15).tolist()]
     assert [text[0] for text in texts] == [
         "b",
         "e",
@@ -189,24 +189,24 @@ def test_prompts_are_the_beginnings_of_documents_where_enough_are_long_enough(tm
         "k",
     ]  # every other one of the eight that have 20 or 29
     assert all(any(document.startswith(text) for document in documents) for text in texts)
-    longer = prompts(file, tokenizer, 4, 20)  # one of 20 bytes would leave nothing to continue
+    longer = prompts(file, tokenizer.eot, 4, 20)  # one of 20 bytes would leave nothing to continue
     assert longer[:, 0].tolist() == [*b"cfil"]
-    nine = prompts(file, tokenizer, 9, 15)
+    nine = prompts(file, tokenizer.eot, 9, 15)
     apart = np.arange(9) * (len(file) - 14) // 9
     assert (
         nine.tolist() == [file.ids[start : start + 15].tolist() for start in apart]
         and nine.dtype == torch.int64
     )
-    assert prompts(file, tokenizer, 12, 10)[:, 0].tolist() == [
+    assert prompts(file, tokenizer.eot, 12, 10)[:, 0].tolist() == [
         ord(document[0]) for document in documents
     ]
 
 
 def test_prompts_of_a_split_without_end_of_text_are_evenly_spaced(tmp_path):
     file, tokenizer = TokenFile(write_words(tmp_path), "test"), CharTokenizer("abc")
-    found = prompts(file, tokenizer, 5, 8)
-    assert torch.equal(found, prompts(file, tokenizer, 5, 8)) and found.shape == (5, 8)
+    found = prompts(file, tokenizer.eot, 5, 8)
+    assert torch.equal(found, prompts(file, tokenizer.eot, 5, 8)) and found.shape == (5, 8)
     assert found[0].tolist() == file.ids[:8].tolist()
-    for n, length in ((0, 8), (5, 0), (5, -1), (5, len(file)), (len(file), 2)):
+    for n, length in ((5, len(file)), (len(file), 2)):
         with pytest.raises(UserError):
-            prompts(file, tokenizer, n, length)
+            prompts(file, tokenizer.eot, n, length)

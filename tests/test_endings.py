@@ -5,7 +5,7 @@ import torch
 
 from engine.base.errors import UserError
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
-from engine.eval.endings import by_length, encode, in_rows, score_endings
+from engine.eval.endings import by_length, encode, make_rows, score_endings
 from tests.helpers import HEADS, tiny_gpt
 
 V, BLOCK = 67, 16
@@ -66,15 +66,15 @@ def test_the_epistemic_uncertainty_of_an_ending_is_the_sum_over_its_tokens(weigh
 def test_padding_and_the_other_items_of_a_batch_change_nothing():
     model = tiny_gpt(std=0.3)
     items = random_items((6, [4, 3, 4, 4]), (6, [4, 4, 4, 3]), (6, [4, 4, 4, 4]))
-    assert [len(batch) for batch in by_length(in_rows(items, BLOCK), 9)] == [3]
+    assert [len(batch) for batch in by_length(make_rows(items, BLOCK), 9)] == [3]
     together = score_endings(model, items)[0]
     torch.testing.assert_close(
         together, torch.cat([score_endings(model, [item])[0] for item in items])
     )
-    rows = in_rows(ITEMS, BLOCK)
+    rows = make_rows(ITEMS, BLOCK)
     batches = list(by_length(rows, 2))
     assert sum(map(len, batches)) == len(rows) and max(map(len, batches)) <= 2
-    assert all(batch[0].n_read <= 1.1 * batch[-1].n_read for batch in batches)
+    assert all(len(batch[0].ids) <= 1.1 * len(batch[-1].ids) for batch in batches)
 
 
 @pytest.mark.parametrize("n_samples", [0, 3])
@@ -89,19 +89,14 @@ def test_draws_are_the_same_each_time_and_bayesian_mlps_draw_too(n_samples):
 
 
 def test_what_is_too_long_loses_its_beginning_and_an_ending_beyond_a_block_is_scored_whole():
-    rows = in_rows([(list(range(10)), [[20] * 7, [21] * 8])], BLOCK)
-    assert [row.context for row in rows] == [
-        tuple(range(10)),
-        tuple(range(1, 10)),
-    ]  # 17 fit: the last is never read
+    rows = make_rows([(list(range(10)), [[20] * 7, [21] * 8])], BLOCK)
+    # 17 fit: the last is never read
+    assert [row.ids[: row.n_context] for row in rows] == [list(range(10)), list(range(1, 10))]
     (item,) = random_items((3, [40]))
-    rows, text = in_rows([item], BLOCK), item[0] + item[1][0]
-    assert [ids for row in rows for _, ids in row.texts] == [
-        text[i : i + 8] for i in range(3, 43, 8)
-    ]
-    assert all(len(row.context) + 7 == BLOCK for row in rows[2:]) and rows[0].context == tuple(
-        text[:3]
-    )
+    rows, text = make_rows([item], BLOCK), item[0] + item[1][0]
+    assert [row.targets for row in rows] == [text[i : i + 8] for i in range(3, 43, 8)]
+    assert all(row.n_context + 7 == BLOCK for row in rows[2:])
+    assert rows[0].ids[:3] == text[:3] and rows[0].n_context == 3
     assert score_endings(tiny_gpt(std=0.3), [item])[0].item() < -40
 
 

@@ -119,7 +119,7 @@ def test_monte_carlo_dropout_drops_entries_of_the_embeddings_too():
 def test_each_member_of_an_ensemble_drops_out_where_that_is_asked_for(runs, monkeypatch):
     models, source = [], f"{runs}/seed1+{runs}/seed2"
     monkeypatch.setattr(
-        "engine.eval.examine.evaluate", lambda model, *_: models.append(model) or sys.exit()
+        "engine.eval.evaluator.evaluate", lambda model, *_: models.append(model) or sys.exit()
     )
     with pytest.raises(SystemExit):
         evaluate_py(monkeypatch, out_dir=source, mc_dropout=True, n_samples=3)
@@ -154,14 +154,14 @@ def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypat
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"out_dir": "plain", "mc_dropout": True, "n_samples": 4}, "was trained without dropout"),
+        ({"out_dir": "plain", "mc_dropout": True, "n_samples": 4}, "trained with dropout"),
         ({"out_dir": "seed1", "mc_dropout": True}, "give --n_samples"),
         ({"out_dir": "seed1+nowhere"}, "nowhere does not exist"),
         ({"out_dir": "seed1+longer"}, "same block_size, not 16 and 32"),
         ({"out_dir": "seed1+mlp", "n_samples": 3}, "same bayes_mlp, not False and True"),
         (
             {"out_dir": "seed1+plain", "mc_dropout": True, "n_samples": 3},
-            "plain was trained without dropout",
+            "trained with dropout",
         ),
         ({"out_dir": "seed1+seed1"}, "names a run twice"),
         (
@@ -171,16 +171,16 @@ def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypat
         ({"out_dir": "seed1,seed2/../seed1"}, "would both be written to"),
         (
             {"out_dir": "seed1", "mc_dropout": True, "n_samples": 3, "continuations": 4},
-            "are written without dropout",
+            "are generated without dropout",
         ),
-        ({"out_dir": "seed1+seed2", "continuations": 4}, "does not write"),
+        ({"out_dir": "seed1+seed2", "continuations": 4}, "does not generate"),
     ],
 )
 def test_what_an_ensemble_or_dropout_cannot_do_ends_in_one_line(
     runs, monkeypatch, capsys, options, says
 ):
     source = re.sub(r"(^|[+,])", rf"\1{runs}/", options["out_dir"])
-    monkeypatch.setattr("engine.eval.examine.evaluate", None)  # not called
+    monkeypatch.setattr("engine.eval.evaluator.evaluate", None)  # not called
     with pytest.raises(SystemExit) as exit_:
         evaluate_py(monkeypatch, **options | {"out_dir": source})
     error = capsys.readouterr().err.strip().splitlines()

@@ -68,7 +68,7 @@ def test_evaluate_py_writes_the_contract_for_every_run(runs, monkeypatch, capsys
         )
     assert softmax["nll"] == pytest.approx(scores_of(load_model(runs / "softmax"), file, 5)["nll"])
     lines = output.splitlines()
-    assert lines[0].endswith(" stretches")
+    assert lines[0].endswith("(stretch)")
     ratio = math.exp(softmax["unigram_nll"] - softmax["nll"])
     assert f"{ratio:.3f}" in lines[4].split()
     assert [line.split()[0] for line in lines[3:7]] == [

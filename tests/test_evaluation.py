@@ -14,9 +14,9 @@ from engine.data.tokenizer import CharTokenizer
 from engine.data.tokens import TokenFile
 from engine.data.windows import eval_batches, windows
 from engine.eval.evaluation import (
-    NOISE,
-    _of_tokens,
+    NOISE_GROUP,
     evaluate,
+    score_windows,
     set_scores,
 )
 from engine.eval.generation import generate
@@ -328,10 +328,10 @@ def test_neighbouring_tokens_share_their_draws_and_others_have_draws_of_their_ow
         file, T, 16
     )  # all windows say the same, so only their noise tells them apart
     with torch.no_grad():
-        nll = _of_tokens(model, batch, CPU.device, 2)["nll"].view(16, T)[
+        nll = score_windows(model, batch, CPU.device, 2)["nll"].view(16, T)[
             :, :-1
         ]  # the last token is of the next group
-    groups = nll.view(4, NOISE // T, T - 1)
+    groups = nll.view(4, NOISE_GROUP // T, T - 1)
     torch.testing.assert_close(groups, groups[:, :1].expand_as(groups), rtol=1e-5, atol=0)
     apart = (groups[:, None, 0] - groups[None, :, 0]).abs().amax(-1)
     assert (apart > 1e-3).sum() == 12  # each of the four from each other one

@@ -49,7 +49,6 @@ def imports_of(module: str) -> set[str]:
 
 
 UPWARD = {  # to be mended
-    ("engine.eval.examine", "evaluate"),
     ("heads.weights", "heads"),
 }
 

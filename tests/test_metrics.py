@@ -13,11 +13,11 @@ from engine.eval import metrics as metrics_module
 from engine.eval.metrics import (
     EDGES,
     MetricAccumulator,
-    fine_values,
+    auroc_and_fpr95,
+    bootstrap_weights,
+    fine_bin,
+    fine_bin_centers,
     out_of_domain,
-    place_of,
-    tell_apart,
-    weights_of,
 )
 from engine.eval.table import compared_numbers, flat
 from engine.eval.texts import TextStats, document
@@ -51,13 +51,14 @@ def tokens(
 
 
 def tally_of(values, units, n_bytes, size: int = 0, rows: int = 1) -> MetricAccumulator:
-    """In pieces of a size."""
-    tally, size = MetricAccumulator(), size or len(units)
+    """Scores added in pieces of a size, each of so many blocks."""
+    scores, size = MetricAccumulator(), size or len(units)
+    values = values | {"n_bytes": n_bytes}
     for i in range(0, len(units), size):
-        at = slice(i, i + size)
-        tally.add({name: value[at] for name, value in values.items()}, units[at], n_bytes[at], rows)
-    tally.n_units = len(units.unique())
-    return tally
+        piece = {name: value[i : i + size] for name, value in values.items()}
+        scores.add(piece, units[i : i + size].view(rows, -1))
+    scores.n_units = len(units.unique())
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -145,19 +146,19 @@ def test_foreign_text_is_told_apart_as_scikit_learn_does_it(few, doubt):
 
 
 def test_doubts_that_are_all_the_same_tell_nothing():
-    same = torch.zeros(len(fine_values())).double()
+    same = torch.zeros(len(fine_bin_centers())).double()
     same[7] = 5
-    auroc, fpr95 = tell_apart(same, same)
+    auroc, fpr95 = auroc_and_fpr95(same, same)
     assert auroc == 0.5 and fpr95 == pytest.approx(0.95)
 
 
 def test_where_an_own_text_in_20_is_beyond_most_foreign_ones_the_threshold_lies_at_the_19th():
-    own, foreign = torch.zeros(2, len(fine_values())).double()
+    own, foreign = torch.zeros(2, len(fine_bin_centers())).double()
     own[100], own[300], foreign[200], foreign[400] = 19, 1, 5, 5
-    assert tell_apart(own, foreign) == (pytest.approx(0.975), 0.0)
+    assert auroc_and_fpr95(own, foreign) == (pytest.approx(0.975), 0.0)
     foreign[100] = 10  # of a tie half of them
     own[100], own[300] = 38, 0
-    assert tell_apart(own, foreign)[1] == pytest.approx(9.5 / 20)
+    assert auroc_and_fpr95(own, foreign)[1] == pytest.approx(9.5 / 20)
 
 
 def test_histograms_are_numpys_of_the_doubts_themselves(few):
@@ -171,9 +172,9 @@ def test_histograms_are_numpys_of_the_doubts_themselves(few):
 def test_a_resampled_text_without_any_of_the_few_units_is_left_out():
     values, *_ = tokens(10, units=4)
     units = next(
-        u for k in range(10**6) if not weights_of(u := list(range(k, k + 10))).sum(0).all()
+        u for k in range(10**6) if not bootstrap_weights(u := list(range(k, k + 10))).sum(0).all()
     )
-    assert not weights_of(units).sum(0).all()
+    assert not bootstrap_weights(units).sum(0).all()
     result = tally_of(values, torch.tensor(units), torch.ones(10)).result()
     errors = [value for name, value in result.items() if name.endswith("_se")]
     assert len(errors) == 7 and all(0 < error < math.inf for error in errors)
@@ -185,12 +186,14 @@ def test_places_keep_the_order_and_tell_apart_what_differs_by_a_thousandth():
         .sort()
         .values
     )
-    places = place_of(doubts)
-    assert (places.diff() >= 0).all() and places[0] == 0 and places[-1] == len(fine_values()) - 1
+    places = fine_bin(doubts)
+    assert (
+        (places.diff() >= 0).all() and places[0] == 0 and places[-1] == len(fine_bin_centers()) - 1
+    )
     within = (doubts > 1e-11) & (doubts < 200)
-    middle = torch.from_numpy(fine_values())[places[within]]
+    middle = torch.from_numpy(fine_bin_centers())[places[within]]
     torch.testing.assert_close(middle, doubts[within].double(), rtol=5e-4, atol=0)
-    assert (place_of(torch.tensor([1.0, 1.001])).diff() > 0).all()
+    assert (fine_bin(torch.tensor([1.0, 1.001])).diff() > 0).all()
 
 
 def test_whatever_the_pieces_and_their_order_the_result_is_the_same(few):
@@ -250,7 +253,7 @@ def test_the_error_of_a_ratio_of_perplexities_is_that_of_pairs_of_resampled_docu
 
 def test_resampling_each_document_once_is_the_text_itself(few, monkeypatch):
     once = lambda units: torch.ones(len(units), metrics_module.N_REPLICATES).double()  # noqa: E731
-    monkeypatch.setattr(metrics_module, "weights_of", once)
+    monkeypatch.setattr(metrics_module, "bootstrap_weights", once)
     tally = tally_of(*few, size=100)
     result = tally.result()
     for name, values in tally.replicates().items():
@@ -259,11 +262,13 @@ def test_resampling_each_document_once_is_the_text_itself(few, monkeypatch):
 
 
 def test_weights_of_documents_are_poisson_and_their_own():
-    weights = weights_of(list(range(300)))
+    weights = bootstrap_weights(list(range(300)))
     assert weights.mean().item() == pytest.approx(
         1, abs=0.02
     ) and weights.var().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(weights[17:18], weights_of([17])) and not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[17:18], bootstrap_weights([17])) and not torch.equal(
+        weights[0], weights[1]
+    )
     assert np.abs(np.corrcoef(weights[:50].numpy()) - np.eye(50)).max() < 0.2
 
 
@@ -279,12 +284,11 @@ def test_words_bytes_and_documents_are_those_of_the_text_however_it_is_cut():
         text = TextStats(tokenizer, torch.full((300,), 1 / 300), n_documents=20)
         numbers = []
         for part in ids.split(size):
-            text.count(part[None])
-            numbers += text.units(torch.zeros(1, len(part)), part[None])[0].tolist()
+            numbers += text.read(torch.zeros(1, len(part)), part[None])[0].tolist()
         assert text.n_words == sum(len(t.split()) for t in texts) == 9
         expected = [k for k, t in enumerate(texts) for _ in range(len(t.encode()) + 1)]
         assert numbers == expected and text.n_documents == len(texts)
-        assert text.bytes[ids].sum() == sum(len(t.encode()) for t in texts)
+        assert text.scores(ids)["n_bytes"].sum() == sum(len(t.encode()) for t in texts)
 
 
 @pytest.mark.parametrize("n_ids", [300, 100])
@@ -293,9 +297,9 @@ def test_ids_that_a_tokenizer_has_not_are_no_text_and_a_model_may_have_fewer_tha
 ):
     text = TextStats(ByteTokenizer(), torch.full((n_ids,), 1 / n_ids))
     ids = torch.tensor([[*b"a b", n_ids - 1, *b"c"]])
-    text.count(ids)
-    assert text.n_words == 2 and len(text.bytes) == n_ids
-    assert text.bytes[ids].tolist() == [[1, 1, 1, int(n_ids < 256), 1]]
+    text.read(torch.arange(5)[None], ids)
+    assert text.n_words == 2 and len(text.n_bytes) == n_ids
+    assert text.n_bytes[ids].tolist() == [[1, 1, 1, int(n_ids < 256), 1]]
 
 
 @pytest.mark.parametrize(
@@ -307,20 +311,18 @@ def test_the_unit_is_a_document_where_there_are_enough_of_them(n_documents, part
     assert text.unit == unit
     at = torch.arange(2048).view(2, -1) + 1
     found = {"document": [0], "stretch": [0, 1, 2], "window": [1, 1025]}[unit]
-    assert text.units(at, at % 256).unique().tolist() == found
+    assert text.read(at, at % 256).unique().tolist() == found
 
 
 @pytest.mark.parametrize("begin", [[], [9]])  # llm.c's documents begin with end-of-text
 def test_a_document_is_what_stands_between_two_ends_of_text(tmp_path, begin):
     ids = [*begin, 1, 2, 3, 9, 4, 5, 9, 6, 7, 8, 7, 6]
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": ids}), "val")
-    skip = len(begin)
-    assert document(file, 9, 0, 100).tolist() == [1, 2, 3] and document(
-        file, 9, 0, 2 + skip
-    ).tolist() == [1, 2]
-    assert document(file, 9, 1 + skip, 100).tolist() == [4, 5]
-    assert document(file, 9, 2 + skip, 4).tolist() == [6, 7, 8, 7]
+    assert document(file, 9, 0, 100).tolist() == [1, 2, 3]
+    assert document(file, 9, 0, 2).tolist() == [1, 2]
+    assert document(file, 9, 1, 100).tolist() == [4, 5]
+    assert document(file, 9, 2, 4).tolist() == [6, 7, 8, 7]
     assert document(file, None, 0, 100).tolist() == ids
-    for eot, number in ((9, 3 + skip), (None, 1)):
-        with pytest.raises(UserError, match=f"fewer than {number + 1} documents"):
+    for eot, number in ((9, 3), (None, 1)):
+        with pytest.raises(UserError, match=f"has {number} documents"):
             document(file, eot, number, 100)

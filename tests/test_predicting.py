@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from engine.data.tokens import TokenFile
 from engine.data.windows import windows
-from engine.eval.evaluation import scale_posterior, widest_posterior
+from engine.eval.evaluator import scale_posterior, widest_posterior
 from engine.runs.checkpoint import load_model
 from heads import LIKELIHOODS, Head, HeadConfig, entropy
 from heads.likelihoods import expected_log_sigmoid

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
-from engine.eval.evaluation import ROWS
+from engine.eval.evaluation import CHUNK_ROWS
 from engine.eval.report import Document, write_report
 from engine.eval.scored_text import COLOURINGS, ScoredText, Token, score_text
 from engine.eval.table import Table
@@ -76,7 +76,7 @@ def test_a_long_document_never_has_all_its_predictions_at_once(monkeypatch):
     spy = lambda x, n: seen.append(x[0].shape) or predict(x, n)  # noqa: E731
     monkeypatch.setattr(model.lm_head, "predict", spy)
     score_text(model, CharTokenizer("abc"), np.zeros(1000, dtype=np.int64))
-    assert max(n for n, _ in seen) <= ROWS["cpu"] and sum(n for n, _ in seen) == 999
+    assert max(n for n, _ in seen) <= CHUNK_ROWS["cpu"] and sum(n for n, _ in seen) == 999
 
 
 def test_end_of_text_and_split_characters_have_a_text():

@@ -1,37 +1,26 @@
-"""How probable are several endings of one context? Each context is read once, whatever the number of its endings.
+"""How probable are several endings of one context? The context is read once for all of them.
 
-A batch row is a context and all its endings, which do not see each other (Branches): no cache to
-copy, and padding only where whole rows differ in length, which sorting by length keeps small.
+A batch row is a context and its endings, which do not see each other (Branches). So no cache is
+copied, and only whole rows are padded, which sorting by length keeps small.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from engine.base.distributed import seed_micro_batch
 from engine.base.errors import UserError
 from engine.data.tokenizer import Tokenizer
-from engine.eval.evaluation import in_pieces
-from heads import Head
+from engine.eval.evaluation import row_chunks
 
-Texts = tuple[
-    list[int], list[list[int]]
-]  # token ids of a context and of each of its endings, none of them empty
+# rows of logits at a time with point weights: as nothing but log_probs is computed, more are faster
+CHUNK_ROWS = 256
 
-
-class Row(NamedTuple):
-    """Token ids: a context, and what is scored behind it, each text with the number of the ending that it is of."""
-
-    context: tuple[int, ...]
-    texts: list[tuple[int, list[int]]]
-
-    @property
-    def n_read(self) -> int:
-        """Tokens of the row: nothing is predicted from the last one of a text."""
-        return len(self.context) + sum(len(ids) - 1 for _, ids in self.texts)
+Item = tuple[list[int], list[list[int]]]  # token ids of a context, and of its endings (not empty)
 
 
 class Branches:
@@ -58,56 +47,68 @@ class Branches:
         return k, v, self.mask
 
 
+class Row:
+    """A context and the texts that continue it, laid out as one row of tokens."""
+
+    def __init__(self, context: Sequence[int]):
+        self.n_context, self.n_texts = len(context), 0
+        # of each token to read; the last token of a text is predicted, never read
+        self.ids = list(context)
+        self.branch = [0] * len(context)
+        self.positions = list(range(len(context)))
+        # of each token to predict
+        self.at: list[int] = []  # where in the row it is predicted
+        self.targets: list[int] = []
+        self.owners: list[int] = []  # the number of the ending that it belongs to
+
+    def add(self, text: list[int], owner: int) -> None:
+        n_read, start = len(text) - 1, len(self.ids)
+        self.n_texts += 1
+        self.at += [self.n_context - 1, *range(start, start + n_read)]
+        self.targets += text
+        self.owners += [owner] * len(text)
+        self.ids += text[:-1]
+        self.branch += [self.n_texts] * n_read
+        self.positions += range(self.n_context, self.n_context + n_read)
+
+
 @torch.no_grad()
 def score_endings(
     model: torch.nn.Module,
-    items: Sequence[Texts],
+    items: Sequence[Item],
     batch_size: int = 16,
     cast: AbstractContextManager | None = None,
     n_samples: int = 0,
-    desc: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """desc: the name of a progress bar.
-
-    Returns for all endings of all items in their order, (N,) float64, the sum over their tokens of log p(token) and of
-    the epistemic uncertainty of its prediction, nats (0 where there are no Bayesian weights).
-    """
+    """For all endings of all items in their order, (N,) float64: the sums over their tokens of log p
+    and of the epistemic uncertainty, nats (0 without Bayesian weights)."""
     model.eval()
-    seed_micro_batch(0, 0)  # n_samples draws the same noise each time
-    rows = in_rows(items, model.config.block_size)
-    sums = torch.zeros(2, sum(len(endings) for _, endings in items), dtype=torch.float64)
-    device, bayes = next(model.parameters()).device, bool(model.bayes_layers())
-    n = (
-        None if bayes else 256
-    )  # with fewer passes over the logits than evaluate() has, larger products win
-    with tqdm(
-        total=len(rows), desc=desc, leave=False, disable=None if desc else True
-    ) as bar:  # None: not in a file
-        for some in by_length(rows, batch_size):
-            idx, branches, at, targets, owners = batch_of(some, device)
-            with cast or nullcontext():
-                hiddens = [x.flatten(0, 1)[at] for x in model.hiddens(idx, n_samples, branches)]
-                for of_tokens, ids, owner in in_pieces(hiddens, targets, owners, n=n):
-                    values = per_token(model.lm_head, of_tokens, ids, n_samples, bayes)
-                    sums.index_add_(1, owner, values.cpu().double())
-            bar.update(len(some))
-    return sums[0], sums[1]
+    seed_micro_batch(0, 0)  # the same draws each time
+    head, bayes = model.lm_head, bool(model.bayes_layers())
+    device = next(model.parameters()).device
+    n_endings = sum(len(endings) for _, endings in items)
+    log_p, epistemic = torch.zeros(2, n_endings, dtype=torch.float64)
+    batches = list(by_length(make_rows(items, model.config.block_size), batch_size))
+    for rows in tqdm(batches, desc="endings", leave=False, disable=None):
+        idx, branches, at, targets, owners = collate(rows, device)
+        with cast or nullcontext():
+            hiddens = [x.flatten(0, 1)[at] for x in model.hiddens(idx, n_samples, branches)]
+            for some in row_chunks(len(at), device, size=0 if bayes else CHUNK_ROWS):
+                states = [hidden[some] for hidden in hiddens]
+                if bayes:
+                    prediction = head.predict(states, n_samples)
+                    log_probs = prediction.log_probs
+                    values = prediction.epistemic.cpu().double()
+                    epistemic.index_add_(0, owners[some], values)
+                else:  # without the entropies of predict(), which take time
+                    log_probs = head.log_probs(states, n_samples)
+                nll = F.nll_loss(log_probs, targets[some], reduction="none")
+                log_p.index_add_(0, owners[some], -nll.cpu().double())
+    return log_p, epistemic
 
 
-def per_token(
-    head: Head, hiddens: Sequence[torch.Tensor], ids: torch.Tensor, n_samples: int, bayes: bool
-) -> torch.Tensor:
-    """hiddens (n, C) each, ids (n,) -> log p(id) and the prediction's epistemic uncertainty, (2, n)."""
-    prediction = (
-        head.predict(hiddens, n_samples) if bayes else None
-    )  # its entropies cost further passes over V
-    log_probs = prediction.log_probs if bayes else head.log_probs(hiddens, n_samples)
-    log_p = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([log_p, prediction.epistemic if bayes else torch.zeros_like(log_p)])
-
-
-def encode(tokenizer: Tokenizer, context: str, endings: Sequence[str]) -> Texts:
-    """Context and endings are encoded apart, so that the endings share the context's tokens."""
+def encode(tokenizer: Tokenizer, context: str, endings: Sequence[str]) -> Item:
+    """Encode the context and each ending on its own, so that the endings share the context's tokens."""
     ids = tokenizer.encode(context).tolist()
     if not ids and tokenizer.eot is None:
         raise UserError(
@@ -116,61 +117,48 @@ def encode(tokenizer: Tokenizer, context: str, endings: Sequence[str]) -> Texts:
     return ids or [tokenizer.eot], [tokenizer.encode(ending).tolist() for ending in endings]
 
 
-def in_rows(items: Sequence[Texts], block_size: int) -> list[Row]:
-    """The endings together that are behind the same tokens.
+def make_rows(items: Sequence[Item], block_size: int) -> list[Row]:
+    """One row for all endings that continue the same tokens.
 
-    What is longer than block_size is cut from the left as in lm-evaluation-harness, for each ending by itself (whose
-    contexts then differ). An ending that alone is longer goes in texts of half a block, each behind what comes before.
-    """
-    rows, number = {}, 0
-    for item, (context, endings) in enumerate(items):
+    What does not fit into block_size is cut from the left as in lm-evaluation-harness, for each
+    ending by itself. An ending longer than that is split into texts of half a block, each with what
+    comes before it as context."""
+    rows, owner = {}, 0
+    for number, (context, endings) in enumerate(items):
         for ids in endings:
-            whole, step = (
-                context + ids,
-                len(ids) if len(ids) <= block_size else max(1, block_size // 2),
-            )
+            whole = context + ids
+            step = len(ids) if len(ids) <= block_size else max(1, block_size // 2)
             for start in range(len(context), len(whole), step):
                 end = min(start + step, len(whole))
-                before = tuple(
-                    whole[max(0, end - 1 - block_size) : start]
-                )  # the last token is predicted, never read
-                rows.setdefault((item, before), Row(before, [])).texts.append(
-                    (number, whole[start:end])
-                )
-            number += 1
+                before = tuple(whole[max(0, end - 1 - block_size) : start])
+                row = rows.setdefault((number, before), Row(before))
+                row.add(whole[start:end], owner)
+            owner += 1
     return list(rows.values())
 
 
 def by_length(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
-    """Batches of at most batch_size rows, the longest first, in which no row is padded by more than a tenth."""
+    """Batches of at most batch_size rows, the longest first, padded by at most a tenth."""
     batch = []
-    for row in sorted(rows, key=lambda row: -row.n_read):
-        if len(batch) == batch_size or (batch and batch[0].n_read > 1.1 * row.n_read):
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        if len(batch) == batch_size or (batch and len(batch[0].ids) > 1.1 * len(row.ids)):
             yield batch
             batch = []
         batch.append(row)
     yield batch
 
 
-def batch_of(rows: Sequence[Row], device: torch.device) -> tuple[torch.Tensor | Branches, ...]:
-    """idx (B, T) and its Branches; and of each token that is predicted, (N,): where of the B * T its prediction stands,
-    its id, its ending (on the CPU)."""
-    B, T = len(rows), max(row.n_read for row in rows)
-    idx, branch, positions = (
-        torch.zeros(B, T).long(),
-        torch.full((B, T), -1),
-        torch.zeros(B, T).long(),
-    )
-    at, targets, owners = [], [], []
-    for b, (context, texts) in enumerate(rows):
-        n = end = len(context)
-        idx[b, :n], branch[b, :n], positions[b, :n] = torch.tensor(context), 0, torch.arange(n)
-        for k, (ending, ids) in enumerate(texts, 1):
-            here = slice(end, end + len(ids) - 1)
-            idx[b, here], branch[b, here] = torch.tensor(ids[:-1]), k
-            positions[b, here] = torch.arange(n, n + len(ids) - 1)
-            at += [b * T + n - 1, *range(b * T + here.start, b * T + here.stop)]
-            targets, owners, end = targets + ids, owners + [ending] * len(ids), here.stop
-    at, targets = torch.tensor(at, device=device), torch.tensor(targets, device=device)
-    branches = Branches(branch.to(device), positions.to(device))
-    return idx.to(device), branches, at, targets, torch.tensor(owners)
+def collate(rows: Sequence[Row], device: torch.device) -> tuple[torch.Tensor | Branches, ...]:
+    """idx (B, T) and its Branches; and for each token to predict, (N,): its place among the B * T,
+    its id, and its ending (on the CPU)."""
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        parts = [torch.tensor(getattr(row, name)) for row in rows]
+        return pad_sequence(parts, batch_first=True, padding_value=value).to(device)
+
+    idx = padded("ids", 0)
+    branches = Branches(padded("branch", -1), padded("positions", 0))
+    at = torch.cat([torch.tensor(row.at) + b * idx.size(1) for b, row in enumerate(rows)])
+    targets = torch.cat([torch.tensor(row.targets) for row in rows])
+    owners = torch.cat([torch.tensor(row.owners) for row in rows])
+    return idx, branches, at.to(device), targets.to(device), owners

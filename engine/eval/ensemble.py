@@ -1,6 +1,7 @@
-"""Runs that predict together: the mean of their probabilities (Lakshminarayanan et al. 2017, deep ensembles).
+"""Ensembles: the mean of the probabilities of several runs (Lakshminarayanan et al. 2017).
 
-A source "A+B+C" is the ensemble of the runs A, B and C; their disagreement is its epistemic uncertainty.
+A source "A+B+C" is the ensemble of the runs A, B and C; their disagreement is its epistemic
+uncertainty.
 """
 
 from pathlib import Path
@@ -15,40 +16,43 @@ from heads.draws import entropy, mixture
 from heads.weights import BayesLinear
 from model import GPT
 
+ALIKE = ("block_size", "vocab_size", "bayes_mlp")  # the last: as many hidden states of each
+
 
 class Ensemble(nn.Module):
-    """Stands for a GPT, and for its head, where predictions are read: hiddens, then predict. It does not generate."""
+    """Predicts as a GPT and its head do: hiddens(), then predict(). It does not generate."""
+
+    likelihood = None  # the mean of likelihoods is none of them
 
     def __init__(self, members: list[GPT]):
         super().__init__()
         self.members, self.config = nn.ModuleList(members), members[0].config
-        alike = (
-            "block_size",
-            "vocab_size",
-            "bayes_mlp",
-        )  # the last: predict() takes as many hidden states of each
-        for name in alike:
-            if len(values := {getattr(member.config, name) for member in members}) > 1:
-                said = " and ".join(map(str, sorted(values)))
-                raise UserError(f"the runs of an ensemble must have the same {name}, not {said}")
+        for name in ALIKE:
+            values = {getattr(member.config, name) for member in members}
+            if len(values) > 1:
+                different = " and ".join(map(str, sorted(values)))
+                raise UserError(
+                    f"the runs of an ensemble must have the same {name}, not {different}"
+                )
 
     @property
     def lm_head(self) -> "Ensemble":
         return self
 
     def hiddens(self, idx: torch.Tensor, n_samples: int = 0) -> list[torch.Tensor]:
-        """idx (B, T) -> the hidden states (B, T, C) of each member, or n_samples of each: see GPT.hiddens."""
+        """idx (B, T) -> the hidden states of all members, one after the other: see GPT.hiddens."""
         return [hidden for member in self.members for hidden in member.hiddens(idx, n_samples)]
 
     def predict(self, hiddens: list[torch.Tensor], n_samples: int = 0) -> Prediction:
-        """As Head.predict; epistemic: the mutual information of the next token and the member (and its weights)."""
-        n, each = len(self.members), len(hiddens) // len(self.members)
-        parts = (hiddens[i : i + each] for i in range(0, len(hiddens), each))
-        found = (
-            member.lm_head.predict(part, n_samples)
-            for member, part in zip(self.members, parts, strict=True)
-        )
-        log_probs, aleatoric = mixture((p.log_probs, p.aleatoric, 1 / n) for p in found)
+        """As Head.predict. epistemic: the mutual information of the next token and the member (with
+        its weights)."""
+        n, per_member = len(self.members), len(hiddens) // len(self.members)
+        parts = []
+        for i, member in enumerate(self.members):
+            own = hiddens[i * per_member : (i + 1) * per_member]
+            prediction = member.lm_head.predict(own, n_samples)
+            parts.append((prediction.log_probs, prediction.aleatoric, 1 / n))
+        log_probs, aleatoric = mixture(parts)
         total = entropy(log_probs)
         return Prediction(log_probs, total, total - aleatoric)
 
@@ -57,12 +61,12 @@ class Ensemble(nn.Module):
 
 
 def members_of(source: str) -> list[str]:
-    """The runs that a source names: one, or with + several."""
+    """The runs of a source: one, or several with + between them."""
     return [source] if Path(source).exists() else source.split("+")
 
 
 def load(source: str, device: torch.device | str = "cpu") -> tuple[GPT | Ensemble, str | None]:
-    """The model of a source, ready to predict, and the data set that its first run was trained on."""
+    """The model of a source, ready to predict, and the data set of its first run, if known."""
     paths = members_of(source)
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise UserError(f"{source} names a run twice; an ensemble is one of different runs")

@@ -12,7 +12,7 @@ import torch
 from engine.base.distributed import seed_micro_batch
 from engine.data.tokenizer import Tokenizer, incremental_decoder, token_bytes_of
 from engine.data.windows import window_starts
-from engine.eval.evaluation import in_pieces
+from engine.eval.evaluation import row_chunks
 from heads import Prediction
 from heads.likelihoods import token_scores
 
@@ -160,8 +160,9 @@ def score_text(
     for (start,), length in window_starts(len(ids) - 1, block_size, 1, 0, stride):
         first = block_size - stride if start else 0
         end = start + length
-        hiddens = [hidden[:, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
-        for hidden, targets in in_pieces(hiddens, idx[None, start + first + 1 : end + 1]):
-            prediction = model.lm_head.predict(hidden, n_samples)
-            text += decode(targets, prediction_scores(prediction, targets, tokenizer))
+        hiddens = [hidden[0, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
+        targets = idx[start + first + 1 : end + 1]
+        for rows in row_chunks(len(targets), targets.device):
+            prediction = model.lm_head.predict([hidden[rows] for hidden in hiddens], n_samples)
+            text += decode(targets[rows], prediction_scores(prediction, targets[rows], tokenizer))
     return text

@@ -1,4 +1,4 @@
-"""What a split says of itself while it is read: bytes, words, documents, token frequencies."""
+"""Statistics of a split, taken while it is read: bytes, words, documents, token frequencies."""
 
 import codecs
 
@@ -11,63 +11,70 @@ from engine.data.tokenizer import Tokenizer
 from engine.data.tokens import TokenFile
 
 STRETCH = 1024  # tokens, of a text without documents
-FEW = 20  # documents: with fewer there are more stretches
+FEW_DOCUMENTS = 20  # with fewer, the bootstrap resamples stretches
+SEARCHED = 1 << 26  # tokens of a split in which documents are looked for
 
 
 class TextStats:
-    """Counts of the tokens that count() has been given, in their order, and what each token is.
+    """Counts of the tokens that read() has seen, in their order; bytes and frequency of each token.
 
-    unit: what a bootstrap resamples. Documents; of a split with few of them stretches of STRETCH tokens (which depend
-    on each other: a standard error is then too small); of a part of a split its windows."""
+    unit: what a bootstrap resamples. Documents; stretches of STRETCH tokens if the split has few
+    documents (neighbours depend on each other, so a standard error is then too small); windows if
+    only a part of the split is read."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        frequencies: Tensor,
-        n_documents: float = 0.0,
-        part: bool = False,
+        self, tokenizer: Tokenizer, frequencies: Tensor, n_documents: float = 0.0, part=False
     ):
-        """frequencies: (V,) of the training text."""
-        self.eot, self.log_frequencies, n_ids = tokenizer.eot, frequencies.log(), len(frequencies)
-        self.pieces = [*tokenizer.token_bytes(), *[b""] * n_ids][
-            :n_ids
-        ]  # of ids that the tokenizer has not: nothing
-        self.bytes = torch.tensor(list(map(len, self.pieces)))
-        self.unit = "window" if part else "document" if n_documents >= FEW else "stretch"
+        """frequencies: (V,), in the training text. part: whether only a part of the split is read."""
+        self.eot, self.log_frequencies = tokenizer.eot, frequencies.log()
+        pieces = list(tokenizer.token_bytes())[: len(frequencies)]
+        self.pieces = pieces + [b""] * (len(frequencies) - len(pieces))
+        self.n_bytes = torch.tensor([len(piece) for piece in self.pieces])
+        self.unit = "window" if part else "document" if n_documents >= FEW_DOCUMENTS else "stretch"
         self.n_words, self.n_documents = 0, 0
-        self._decoder, self._within = codecs.getincrementaldecoder("utf-8")("replace"), False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._within_word = False
 
-    def units(self, at: Tensor, ids: Tensor) -> Tensor:
-        """at, ids (B, n): positions and tokens, behind those of the call before -> the number of the unit of each.
-        End-of-text belongs to the document that it ends."""
-        if self.unit != "document":
-            return at // STRETCH if self.unit == "stretch" else at[:, :1].expand_as(at)
+    def read(self, at: Tensor, ids: Tensor) -> Tensor:
+        """Count the next tokens: positions and ids (B, T) -> the number of the unit of each.
+
+        An end-of-text token belongs to the document that it ends."""
+        self._count_words(ids)
+        if self.unit == "stretch":
+            return at // STRETCH
+        if self.unit == "window":
+            return at[:, :1].expand_as(at)
         ends = (ids.flatten() == self.eot).long()
-        numbers = self.n_documents + ends.cumsum(0) - ends
+        documents = self.n_documents + ends.cumsum(0) - ends
         self.n_documents += int(ends.sum())
-        return numbers.view_as(ids)
+        return documents.view_as(ids)
 
-    def count(self, ids: Tensor) -> None:
-        """Count words, as what stands between white space (WikiText's convention), across calls."""
-        pieces = (b"\n" if i == self.eot else self.pieces[i] for i in ids.flatten().tolist())
+    def scores(self, ids: Tensor) -> dict[str, Tensor]:
+        """ids (n,) -> the scores (n,) that need no model."""
+        return {"unigram_nll": -self.log_frequencies[ids], "n_bytes": self.n_bytes[ids]}
+
+    def _count_words(self, ids: Tensor) -> None:
+        """Words are what white space separates (as WikiText counts them)."""
+        pieces = [b"\n" if i == self.eot else self.pieces[i] for i in ids.flatten().tolist()]
         if text := self._decoder.decode(b"".join(pieces)):
-            self.n_words += len(text.split()) - (self._within and not text[0].isspace())
-            self._within = not text[-1].isspace()
+            goes_on = self._within_word and not text[0].isspace()
+            self.n_words += len(text.split()) - goes_on
+            self._within_word = not text[-1].isspace()
+
+
+def document_bounds(file: TokenFile, eot: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The starts and ends of the documents in a split's first SEARCHED tokens, empty ones left out."""
+    ids = file[:SEARCHED]
+    found = np.flatnonzero(ids == eot)
+    starts, ends = np.append(0, found + 1), np.append(found, len(ids))
+    kept = ends > starts
+    return starts[kept], ends[kept]
 
 
 def document(file: TokenFile, eot: int | None, number: int, n_tokens: int) -> np.ndarray:
-    """The first n_tokens ids, or fewer, of the document with this number, from 0 on."""
-    start, left = 0, number
-    while left:
-        ids = file.rows(np.array([start]), min(1 << 20, len(file) - start))[0]
-        ends = np.flatnonzero(ids == eot)[:left]
-        left -= len(ends)
-        start += int(ends[-1]) + 1 if left == 0 else len(ids)
-        if start == len(file):
-            raise UserError(
-                f"{file.path} has fewer than {number + 1} documents; give a lower --document"
-            )
-    ids = file.rows(np.array([start]), min(n_tokens, len(file) - start))[0]
-    ids = ids[np.argmax(ids != eot) :]  # llm.c's documents begin with end-of-text
-    ends = np.flatnonzero(ids == eot)
-    return ids[: ends[0]] if len(ends) else ids
+    """The first n_tokens ids, or fewer, of document `number`; the first document is 0."""
+    starts, ends = document_bounds(file, eot)
+    if number >= len(starts):
+        raise UserError(f"{file.path} has {len(starts)} documents; give a lower --document")
+    start = starts[number]
+    return file[start : min(start + n_tokens, ends[number])]
