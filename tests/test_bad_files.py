@@ -112,20 +112,18 @@ CASES = [
     (WEIGHTS, None, "from openai", "model.safetensors is missing"),
 ]
 CHECKPOINTS = [
-    ({"model": 5}, "run", "is not a good checkpoint: its model is no dict"),
+    ({"model": 5}, "run", "is not a good checkpoint: it holds no model"),
     (
         {"model": {}},
         "run",
         "the checkpoint does not describe a GPT-2: it has no transformer.wte.weight",
     ),
-    ({"model_config": 5}, "from run", "its model_config is no dict"),
-    ({"model_config": {"n_layer": "x"}}, "run", "n_layer wants int, got 'x', a str"),
+    ({"model_config": {"n_layer": "x"}}, "run", "n_layer wants int"),
     (
         {"model_config": {"n_embd": 2**18, "n_head": 1}},
         "run",
         "a model of .* parameters takes .* GB, this machine has",
     ),
-    ({"optimizer": 5}, "resume", "its optimizer is no dict"),
     ({"optimizer": ...}, "resume", "holds weights without the state of their training"),
     (
         {"model_config": ..., "model_args": {}},

@@ -523,5 +523,5 @@ def test_what_was_changed_behind_the_labels_back_is_refused(data, teacher, label
     for path in (made.path, made.path.with_name(made.path.name + ".json")):
         path.unlink()
     label("copy", dataset=folder, k=2)
-    with pytest.raises(UserError, match="has changed since"):
+    with pytest.raises(UserError, match="does not hold the labels"):
         run(folder, out_dir, labels="copy", likelihood="sigmoid", max_iters=4, init_from="resume")

@@ -1,7 +1,6 @@
 """Saves a run's checkpoints in the background, and loads the newest into optimizer and loss scale."""
 
 import os
-import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -95,11 +94,10 @@ class Saver:
                 if old.name not in kept:
                     old.unlink()
         except (OSError, RuntimeError, ValueError) as error:  # a full disk: torch's RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:150]
-            free = shutil.disk_usage(self.out_dir).free >> 20
+            reason = str(error).splitlines()[0][:150]
             raise UserError(
-                f"cannot write {path} ({reason}; {free:,} MiB free); the earlier checkpoints are "
-                "untouched: make room and resume with --init_from=resume"
+                f"cannot write {path} ({reason}); the earlier checkpoints are untouched: "
+                "make room and resume with --init_from=resume"
             ) from None
 
     def _write_and_read_back(self, temporary: Path, state: dict) -> None:

@@ -105,9 +105,6 @@ def resumed_config(config, state: dict, given: Set[str]):
             f"--init_from={out_dir} --out_dir=ANOTHER"
         )
     now, before = flatten(config), options_of(config, state)
-    for name in ("vocab_size", "n_data"):
-        if now[name] == 0:  # the data's, which the run knows already
-            given = given - {name}
     for name in sorted(SHAPE & given):
         if now[name] != before[name]:
             raise UserError(
@@ -147,20 +144,16 @@ def check_data(data: dict[str, TokenFile], state: dict, out_dir: Path) -> None:
 def training_batches(config, file: TokenFile, state: dict) -> Batches:
     """The micro-batches of the training split, with a teacher's labels if the options name some."""
     labels = None
-    if config.label_mode == "set" and not config.labels:
-        raise UserError("label_mode = 'set' needs --labels=NAME")
-    if config.label_mode == "set" and config.model.head.likelihood != "sigmoid":
-        raise UserError(
-            "label_mode = 'set' needs --likelihood=sigmoid: labels of another likelihood sum to 1"
-        )
+    is_sigmoid = config.model.head.likelihood == "sigmoid"
+    if config.label_mode == "set" and not (config.labels and is_sigmoid):
+        raise UserError("label_mode = 'set' needs --labels=NAME and --likelihood=sigmoid")
     if config.labels:
         labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
         labels.check(config.model.vocab_size)
-        same_name = state and state["config"].get("labels") == config.labels
-        if same_name and state.get("labels") != labels.about:
+        if state.get("labels", labels.about) != labels.about:
             raise UserError(
-                f"{labels.path} has changed since the run to resume began; bring the old file back, "
-                "or give another --out_dir"
+                f"{labels.path} does not hold the labels that the run to resume was trained on; "
+                "bring those back, or give another --out_dir"
             )
     return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
 
