@@ -30,7 +30,6 @@ from engine.data.tokenizer import load_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.runs.checkpoint import check_tokenizer, load_model
 
-ROWS = 256  # positions whose log-probabilities (ROWS, V) exist at a time; sentences of a batch
 SENTENCE = 64  # the most tokens of a sentence that max_perplexity looks at
 # may differ when an interrupted run is continued
 MAY_CHANGE = ("teacher", "dataset", "name", "batch_size", "device")
@@ -88,8 +87,7 @@ class Teacher:
         self.n_windows = 1 + math.ceil(unread / self.stride)
         if options.max_perplexity:
             tokens = load_tokenizer(dataset_folder(options.dataset)).token_bytes()
-            # end-of-text, which has no bytes, ends a sentence too
-            self.ends_sentence = np.array([not t or any(c in t for c in b".!?\n") for t in tokens])
+            self.ends_sentence = np.array([ends_sentence(token) for token in tokens])
 
     def about(self) -> dict:
         """What the labels depend on, for their description."""
@@ -109,66 +107,71 @@ class Teacher:
     def label(self, windows: range) -> tuple[int, np.ndarray, dict]:
         """The first position that these windows label, the rows (n, 2, K) from there on, and
         their statistics."""
-        B, T, K = len(windows), self.block_size, self.options.k
-        tokens = np.zeros((B, T), np.int64)
-        chance = np.zeros((B, T, 1 + K), np.float32)
-        for i, window in enumerate(windows):
+        tokens = np.zeros((len(windows), self.block_size), np.int64)
+        for row, window in zip(tokens, windows, strict=True):
             begin = window * self.stride
-            found = self.file[begin : begin + T]
-            tokens[i, : len(found)] = found
-            chance[i] = np.random.default_rng((self.options.seed, window)).random((T, 1 + K), "f4")
-        begins = np.array(windows)[:, None] * self.stride
-        positions = begins + np.arange(T)
-        is_ours = (positions - begins >= T - self.stride) | (begins == 0)
-        is_ours &= positions < self.n_positions
-        is_chosen = is_ours & (chance[:, :, 0] < self.options.share)
+            found = self.file[begin : begin + self.block_size]
+            row[: len(found)] = found
         with self.cast:
-            hidden = self.model.hidden(self.to_device(tokens))[self.to_device(is_chosen)]
-            ids, weights, mass = self.pick(hidden, self.to_device(chance[is_chosen][:, 1:]))
-        if self.options.max_perplexity and is_chosen.any():
-            weights = self.filtered(positions[is_chosen], ids, weights)
-        first = positions[is_ours].min()
-        rows = np.zeros((is_ours.sum(), 2, K), "<u2")
-        rows[positions[is_chosen] - first] = pack(ids, weights)
-        labelled = int(rows[:, 1].any(-1).sum())
-        return int(first), rows, {"chosen": len(ids), "labelled": labelled, "mass": mass}
+            hiddens = self.model.hidden(self.to_device(tokens))
+        all_rows = []
+        counts = {"chosen": 0, "labelled": 0, "mass": 0.0}
+        for window, hidden in zip(windows, hiddens, strict=True):
+            first, end = self.positions(window)
+            random = np.random.default_rng((self.options.seed, window))
+            uniforms = random.random((self.block_size, 1 + self.options.k), np.float32)
+            at = slice(first - window * self.stride, end - window * self.stride)
+            hidden, uniforms = hidden[at], uniforms[at]
+            chosen = np.flatnonzero(uniforms[:, 0] < self.options.share)
+            with self.cast:
+                ids, weights, mass = self.pick(hidden[chosen], self.to_device(uniforms[chosen, 1:]))
+            if self.options.max_perplexity:
+                for i, place in enumerate(chosen):
+                    weights[i] *= self.is_plausible(first + place, ids[i])
+                weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+            rows = np.zeros((end - first, 2, self.options.k), "<u2")
+            rows[chosen] = pack(ids, weights)
+            all_rows.append(rows)
+            counts["chosen"] += len(chosen)
+            counts["labelled"] += int(rows[:, 1].any(-1).sum())
+            counts["mass"] += mass
+        return self.positions(windows[0])[0], np.concatenate(all_rows), counts
+
+    def positions(self, window: int) -> tuple[int, int]:
+        """The first position that a window labels, and the end: its last `stride` ones."""
+        begin = window * self.stride
+        first = begin + self.block_size - self.stride if window else 0
+        return first, min(begin + self.block_size, self.n_positions)
 
     def pick(
         self, hidden: torch.Tensor, uniforms: torch.Tensor
     ) -> tuple[np.ndarray, np.ndarray, float]:
         """hidden (n, C), uniforms (n, K) -> ids (n, K), weights (n, K) of sum 1, and the sum of
-        the top K's mass."""
-        all_ids, all_weights, mass = [], [], 0.0
-        for x, u in zip(hidden.split(ROWS), uniforms.split(ROWS), strict=True):
-            log_probs = self.model.lm_head.log_probs(x)[:, : self.n_ids]
-            values, ids = log_probs.topk(self.options.k)
-            weights = values.softmax(-1)
-            mass += values.exp().sum().item()
-            if self.options.mode == "sample":
-                cumulative = log_probs.exp().cumsum(-1)
-                ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-                ids = ids.clamp(max=self.n_ids - 1)
-                # an id that is drawn twice appears once, with the weight of two
-                is_same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
-                weights = is_same.float().mean(-1) * ~is_same.tril(-1).any(-1)
-            all_ids.append(ids.cpu().numpy())
-            all_weights.append(weights.cpu().numpy())
-        return np.concatenate(all_ids), np.concatenate(all_weights), mass
+        the top K's probability."""
+        log_probs = self.model.lm_head.log_probs(hidden)[:, : self.n_ids]
+        values, ids = log_probs.topk(self.options.k)
+        weights = values.softmax(-1)
+        if self.options.mode == "sample":
+            cumulative = log_probs.exp().cumsum(-1)
+            ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+            ids = ids.clamp(max=self.n_ids - 1)
+            # an id that is drawn twice appears once, with the weight of two
+            is_same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
+            weights = is_same.float().mean(-1) * ~is_same.tril(-1).any(-1)
+        return ids.cpu().numpy(), weights.cpu().numpy(), values.exp().sum().item()
 
-    def filtered(self, positions: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """weights (n, K) without the ids that are implausible after their positions (n,). The
-        sum is 1 again, or 0."""
-        variants, true_ids = [], []
-        for position, candidates in zip(positions.tolist(), ids, strict=True):
-            sentence, place = self.sentence(position + 1)
-            true_ids.append(sentence[place])
-            for candidate in candidates:
-                variants.append(sentence.copy())
-                variants[-1][place] = candidate
-        is_plausible = self.perplexities(variants) <= self.options.max_perplexity
-        is_true = ids == np.array(true_ids)[:, None]
-        weights = weights * (is_plausible.reshape(ids.shape) | is_true)
-        return weights / np.maximum(weights.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
+    def is_plausible(self, position: int, ids: np.ndarray) -> np.ndarray:
+        """Whether each of the ids (K,), as the token after this position, leaves its sentence
+        with a low perplexity; the true token always does."""
+        sentence, place = self.sentence(position + 1)
+        variants = np.repeat(sentence[None], len(ids), axis=0)
+        variants[:, place] = ids
+        variants = self.to_device(variants)
+        with self.cast:
+            log_probs = self.model.log_probs(variants[:, :-1])
+        log_p = log_probs.gather(-1, variants[:, 1:].unsqueeze(-1)).squeeze(-1)
+        perplexity = (-log_p.mean(-1)).exp().cpu().numpy()
+        return (perplexity <= self.options.max_perplexity) | (ids == sentence[place])
 
     def sentence(self, target: int) -> tuple[np.ndarray, int]:
         """The sentence around a token, after one token of context if there is one; and the
@@ -186,27 +189,13 @@ class Teacher:
         stop = min(stop, begin + longest + 1)
         return text[begin:stop], place - begin
 
-    def perplexities(self, sentences: list[np.ndarray]) -> np.ndarray:
-        """The teacher's perplexity of each sentence after its first token, (n,)."""
-        found = []
-        for i in range(0, len(sentences), ROWS):
-            batch = [torch.from_numpy(sentence) for sentence in sentences[i : i + ROWS]]
-            padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-1)
-            padded = padded.to(self.device)
-            is_token = padded[:, 1:] >= 0
-            targets = padded[:, 1:][is_token].unsqueeze(-1)
-            with self.cast:
-                hidden = self.model.hidden(padded[:, :-1].clamp(min=0))[is_token]
-                log_p = [
-                    self.model.lm_head.log_probs(x).gather(-1, y)
-                    for x, y in zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
-                ]
-            of_sentences = torch.cat(log_p).flatten().split([len(s) - 1 for s in batch])
-            found += [(-log_p.mean()).exp().item() for log_p in of_sentences]
-        return np.array(found)
-
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def ends_sentence(token: bytes) -> bool:
+    """End-of-text, which has no bytes, ends a sentence too."""
+    return not token or any(end in token for end in b".!?\n")
 
 
 def main() -> None:
@@ -229,11 +218,11 @@ def main() -> None:
             progress[name] += count
         progress |= {"done": windows.stop, "seconds": time.perf_counter() - started}
         writer.save(**progress)
+    labelled, seconds = progress["labelled"], progress["seconds"]
+    mass = progress["mass"] / max(1, progress["chosen"])
     print(
-        f"{writer.path}: {progress['labelled']:,} of {teacher.n_positions:,} positions have labels; "
-        f"the {options.k} likeliest ids have {progress['mass'] / max(1, progress['chosen']):.1%} of "
-        f"the teacher's probability; {writer.path.stat().st_blocks * 512 / 1e6:.1f} MB on the disk, "
-        f"{progress['seconds']:.0f} s"
+        f"{writer.path}: {labelled:,} of {teacher.n_positions:,} positions have labels; the "
+        f"{options.k} likeliest ids have {mass:.1%} of the teacher's probability; {seconds:.0f} s"
     )
 
 

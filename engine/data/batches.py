@@ -36,7 +36,7 @@ class BlockOrder:
         """The position of the first token of block k < n_blocks."""
         if epoch != self._epoch:
             n_shards = len(self.lengths)
-            # every shard has its own random numbers, (seed, epoch, shard); their order has the next ones
+            # shards draw from the seeds (seed, epoch, shard), their order from the next one
             self._shards = np.random.default_rng((self.seed, epoch, n_shards)).permutation(n_shards)
             self._ends = self.blocks[self._shards].cumsum()
             self._epoch, self._place = epoch, -1

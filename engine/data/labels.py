@@ -46,6 +46,10 @@ def identity(file: TokenFile) -> dict:
     }
 
 
+def row_bytes(k: int) -> int:
+    return 2 * k * UINT16.itemsize
+
+
 def pack(ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """ids, weights (n, K) -> rows (n, 2, K) uint16; an id of weight 0 becomes 0."""
     bits = weights.astype("<f2").view(UINT16)
@@ -79,10 +83,10 @@ class LabelFile:
         self.about = read_about(description)
         again = f"delete it and its .json, and {make}"
         refuse_other(identity(file), self.about, f"{self.path} was made for other data", again)
-        done, windows, k = (self.about[key] for key in ("done", "windows", "k"))
-        if done < windows:
-            raise UserError(f"{self.path} is {done / windows:.0%} done; to finish it, {make}")
-        size = len(file) * 2 * k * UINT16.itemsize
+        done = self.about["done"] / self.about["windows"]
+        if done < 1:
+            raise UserError(f"{self.path} is {done:.0%} done; to finish it, {make}")
+        size = len(file) * row_bytes(self.about["k"])
         if not self.path.is_file() or self.path.stat().st_size != size:
             raise UserError(f"{self.path} does not have the size that its .json says; {again}")
         self.shard = Shard(self.path, UINT16, 0, size)
@@ -111,17 +115,20 @@ class LabelFile:
             raise UserError(f"{self.path} is damaged; delete it and its .json, and make it again")
         y = y.unsqueeze(-1)
         total = weights.sum(-1, keepdim=True)
-        targets = torch.cat([y, ids], -1)
+        is_label = weights > 0
+        is_true = ids == y
         if self.mode == "set":
-            others = ((weights > 0) & (ids != y)).float()
-            return targets, torch.cat([torch.ones_like(total), others], -1)
-        is_used = total > 0
-        if self.about.get("mode") == "topk":
-            is_used = ((ids == y) & (weights > 0)).any(-1, keepdim=True)
-        share = self.weight * is_used
-        # divided by the total, which float16 makes differ from 1 by some 1e-4
-        soft = weights * (share / total.clamp(min=1e-6))
-        return targets, torch.cat([1 - share, soft], -1)
+            of_true = torch.ones_like(total)
+            of_others = (is_label & ~is_true).float()
+        else:
+            is_used = total > 0
+            if self.about.get("mode") == "topk":
+                is_used = (is_label & is_true).any(-1, keepdim=True)
+            share = self.weight * is_used
+            of_true = 1 - share
+            # float16 makes the total differ from 1 by some 1e-4
+            of_others = weights * (share / total.clamp(min=1e-6))
+        return torch.cat([y, ids], -1), torch.cat([of_true, of_others], -1)
 
 
 class LabelWriter:
@@ -146,13 +153,13 @@ class LabelWriter:
             raise UserError(f"{self.path} has no .json next to it; delete it")
         else:
             self.save(done=0)
-        size = len(file) * 2 * about["k"] * UINT16.itemsize
+        size = len(file) * row_bytes(about["k"])
         if self.path.stat().st_size != size:
             self.file.truncate(size)
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """rows (n, 2, K) of the positions from first on."""
-        self.file.seek(first * 2 * self.about["k"] * UINT16.itemsize)
+        self.file.seek(first * row_bytes(self.about["k"]))
         self.file.write(rows.tobytes())
         self.file.flush()
         os.fsync(self.file.fileno())

@@ -149,9 +149,9 @@ def _by_header(path: Path, dtype: np.dtype) -> Shard:
     expected_size = HEADER + n * dtype.itemsize
     if n < 1 or (version, size) != (expected_version, expected_size):
         raise UserError(
-            f"{path} is damaged or of another version: its header says version {version} and "
-            f"{n:,} tokens, which is {expected_size:,} bytes, but it has {size:,}; get it again, or "
-            f"write it with today's llm.c (version {expected_version})"
+            f"{path} is damaged or of another version: its header says version {version} "
+            f"and {n:,} tokens, which is {expected_size:,} bytes, but it has {size:,}; get it "
+            f"again, or write it with today's llm.c (version {expected_version})"
         )
     return Shard(path, dtype, HEADER, size)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.base.errors import UserError
-from engine.data.gpt2_bpe import GPT2Tokenizer, are_gpt2s, to_bytes
+from engine.data.gpt2_bpe import GPT2Tokenizer, to_bytes
 
 KINDS = ("gpt2", "bpe", "char", "byte")
 END_OF_TEXT = "<|endoftext|>"
@@ -190,9 +190,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if meta is None:
         if (folder / GPT2Tokenizer.file).exists() or not has_tokenizer(folder):
             return GPT2Tokenizer.load(folder)
-        tokenizer = BPETokenizer.load(folder)
-        tokens = [tokenizer.bpe.id_to_token(i) for i in range(tokenizer.vocab_size)]
-        return GPT2Tokenizer(tokens[:-1]) if are_gpt2s(tokens[:-1]) else tokenizer
+        return BPETokenizer.load(folder)
     kind = meta["tokenizer"].get("kind")
     if kind == "gpt2":
         return GPT2Tokenizer.load(folder)
@@ -223,7 +221,7 @@ def read_meta(folder: str | Path) -> dict | None:
         if tokenizer.get("kind") == "char":
             CharTokenizer(tokenizer["chars"], tokenizer["eot"]).token_bytes()
         sizes = [about.get("tokens", 0) for about in meta.get("splits", {}).values()]
-        if not all(isinstance(size, int) for size in (meta["vocab_size"], *sizes)):
+        if not all(isinstance(size, int) for size in [meta["vocab_size"], *sizes]):
             raise ValueError("a size is no integer")
         if meta.get("dtype", "uint16") not in ("uint16", "uint32"):
             raise ValueError("unknown dtype")

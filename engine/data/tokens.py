@@ -16,12 +16,11 @@ import torch
 
 from engine.base.errors import UserError
 from engine.base.files import DATA_ROOT, sha256_of
-from engine.data.shards import each_of, find, joined, splits_in
+from engine.data.shards import Shard, each_of, find, joined, splits_in
 from engine.data.tokenizer import GPT2Tokenizer, read_meta
 
 CHUNK = 1 << 19  # ids that are counted at a time
-# A split of more ids (it takes about 6 s to count so many) is counted in N_CHUNKS evenly spaced chunks.
-COUNT_ALL = 1 << 31
+COUNT_ALL = 1 << 31  # a split of more ids is counted in N_CHUNKS evenly spaced chunks
 N_CHUNKS = 256
 # llm.c's files of 32-bit ids are made with Llama 3's tokenizer, which we cannot decode
 LLAMA3 = {"tokenizer": {"kind": "none"}, "vocab_size": 128256}
@@ -71,33 +70,31 @@ class TokenFile:
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(len(starts), length): the ids from each start on."""
         rows = np.empty((len(starts), length), self.dtype)
-        opened = ids = None
-        for row, position in zip(rows, starts.tolist(), strict=True):
-            while len(row):
-                k = self.shard_at(position)
-                if k != opened:
-                    opened, ids = k, self.shards[k].map()
-                begin = position - int(self.ends[k]) + len(ids)
-                part = ids[begin : begin + len(row)]
-                row[: len(part)] = part
-                row, position = row[len(part) :], position + len(part)
+        mapped = ids = None
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            n_read = 0
+            while n_read < length:
+                shard, begin = self._locate(start + n_read)
+                if shard is not mapped:
+                    mapped, ids = shard, shard.map()
+                part = ids[begin : begin + length - n_read]
+                row[n_read : n_read + len(part)] = part
+                n_read += len(part)
         if rows.size and rows.max() >= self.max_vocab_size:
             i, j = np.unravel_index(rows.argmax(), rows.shape)
-            raise self._outside_vocabulary(int(starts[i] + j), rows[i, j])
+            shard, position = self._locate(int(starts[i] + j))
+            raise UserError(
+                f"{shard.path} holds token id {rows[i, j]}, outside the vocabulary of "
+                f"{self.max_vocab_size}, at position {position:,}; use the tokenizer it was made "
+                "with, or set --vocab_size"
+            )
         return rows
 
-    def shard_at(self, position: int) -> int:
-        """The number of the shard that holds this position."""
-        return int(self.ends.searchsorted(position, side="right"))
-
-    def _outside_vocabulary(self, position: int, token: int) -> UserError:
-        k = self.shard_at(position)
-        position -= int(self.ends[k]) - len(self.shards[k])
-        return UserError(
-            f"{self.shards[k].path} holds token id {token}, outside the vocabulary of "
-            f"{self.max_vocab_size}, at position {position:,}; use the tokenizer it was made with, "
-            "or set --vocab_size"
-        )
+    def _locate(self, position: int) -> tuple[Shard, int]:
+        """The shard that holds a position of the split, and the position in that shard."""
+        k = self.ends.searchsorted(position, side="right")
+        shard = self.shards[k]
+        return shard, position - int(self.ends[k]) + len(shard)
 
     @property
     def vocab_size(self) -> int:
@@ -128,11 +125,9 @@ class TokenFile:
         ids outside this vocabulary when they are read."""
         longest = max(map(len, self.shards))
         if longest < block_size + 1:
-            has = "in its longest shard" if len(self.shards) > 1 else "in all"
-            shorter = f" or --block_size={longest - 1} or less" if longest > 1 else ""
             raise UserError(
-                f"{self.path} has {longest:,} tokens {has}, too few for one block of {block_size} "
-                f"and its target; use more text{shorter}"
+                f"{self.path} has {longest:,} tokens (in its longest file), too few for one block "
+                f"of {block_size} and its target; use more text, or --block_size={longest - 1}"
             )
         self.max_vocab_size = vocab_size
         if self.meta is None and self.dtype.itemsize == 2:
