@@ -1,11 +1,14 @@
-"""Train a GPT. This file is the loop; by itself it trains the softmax baseline, the other train_*.py name another head.
+"""Train a GPT. This file is the loop. On its own it trains the softmax baseline; train_bayes.py,
+train_sigmoid.py and the others set another head.
 
-    python train.py config/quickstart.py                                          one process, CPU or GPU
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py        one machine with 8 GPUs
-    python train.py config/train_shakespeare_char.py --device=cpu --compile=False --max_iters=200
+    # one process, CPU or GPU
+    python train.py config/quickstart.py
+    # one machine with 8 GPUs
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-Data, dropout and noise of micro-batch i depend on (seed, i) alone: evaluating or logging more often never changes
-training, and a resumed run or one on more processes repeats the run of a single process.
+Data, dropout and noise of micro-batch i depend on (seed, i) alone. So evaluating or logging more
+often never changes training, and a resumed run, or one on more processes, repeats the run of a
+single process.
 """
 
 import math
@@ -17,7 +20,7 @@ from typing import Annotated, Literal
 import torch
 
 from engine.base import distributed
-from engine.base.errors import Diverged, UserError, check_memory, run_main
+from engine.base.errors import Diverged, UserError, run_main
 from engine.base.optim import adamw, set_learning_rate
 from engine.base.options import (
     Fraction,
@@ -74,7 +77,7 @@ class TrainConfig:
     # micro-batches in a step, counted over all processes
     gradient_accumulation_steps: PositiveInt = 40
     # blocks in a micro-batch; lower it when memory runs out, and accumulate more
-    batch_size: PositiveInt = 12
+    batch_size: Annotated[int, ">= 1", "<= 1e6"] = 12
     model: GPTConfig = GPTConfig()
     learning_rate: NonNegativeFloat = 6e-4  # peak; small models take more: 1e-3 and above
     max_iters: NonNegativeInt = 600000  # steps in all
@@ -102,9 +105,6 @@ class TrainConfig:
 
     def __post_init__(self):
         check_options(self)
-        n_bytes = 2 * self.batch_size * self.model.block_size * self.model.n_embd
-        what = f"a micro-batch of batch_size = {self.batch_size}"
-        check_memory(n_bytes, what, "lower it, and accumulate more")
         if self.sharding == "fsdp" and self.dtype == "float16":
             raise UserError(
                 "dtype = 'float16' needs a loss scale, and shards have none; use --dtype=bfloat16"
@@ -115,130 +115,148 @@ class TrainConfig:
 
 @dataclass
 class Progress:
-    """How far a run has come; beside model and optimiser this is all that a checkpoint has to bring back."""
+    """How far a run has come: what a checkpoint holds besides the model and the optimiser."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of training, without evaluations and checkpoints
     best_val_nll: float = math.inf
     best_step: int = 0
-    skipped: int = 0  # steps that left the weights alone, because loss or gradient was not finite
+    skipped: int = 0  # steps without an update, because the loss or the gradient was not finite
     wandb_id: str = ""
-    in_a_row = 0  # no field: who resumes may have changed what was bad
+    skipped_in_a_row = 0  # not a field, not saved: the count restarts on resume
 
     def improves(self, scores: dict[str, float]) -> bool:
-        """Whether val_nll is the lowest so far; if so, remember it. What is not finite ends the run."""
-        refuse_non_finite(scores, self.step)
-        if better := scores["val_nll"] < self.best_val_nll:
+        """Whether val_nll is the lowest so far; remember it. A score that is not finite ends the
+        run.
+        """
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                what = f"{name.replace('_', ' ')} is {value} at step {self.step}"
+                raise Diverged(f"{what}; try a lower --learning_rate or --grad_clip")
+        is_best = scores["val_nll"] < self.best_val_nll
+        if is_best:
             self.best_val_nll, self.best_step = scores["val_nll"], self.step
-        return better
+        return is_best
 
-    def watch_skipped(self, finite: bool) -> None:
-        """Count the steps without an update in a row; where they do not end, neither will they tomorrow."""
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        if self.in_a_row == MAX_SKIPPED:
+    def advance(self, n_tokens: int, is_finite: bool) -> None:
+        """Count a step of n_tokens, which is skipped if its loss or gradient was not finite."""
+        self.step += 1
+        self.tokens += n_tokens
+        self.skipped += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+
+    def check_skipped(self) -> None:
+        """End the run when too many steps in a row were skipped: later ones would be, too."""
+        if self.skipped_in_a_row == MAX_SKIPPED:
             raise Diverged(
-                f"{MAX_SKIPPED} steps in a row were left out up to step {self.step}: loss or gradient "
-                "not finite; resume from the last checkpoint with a lower rate, --init_from=resume "
-                "--learning_rate=..., or start again with a lower one or another --dtype"
+                f"{MAX_SKIPPED} steps in a row were skipped up to step {self.step}: the loss or "
+                "the gradient is not finite; resume from the last checkpoint with a lower rate, "
+                "--init_from=resume --learning_rate=..., or start again with another --dtype"
             )
 
 
 def main(**fixed: str) -> None:
-    """Run train() with the options of the command line; fixed: what a variant's script decides."""
+    """Run train() with the options of the command line; fixed: options that a script like
+    train_bayes.py sets.
+    """
 
-    def from_command_line():
+    def train_from_command_line():
         config, given = load_config(TrainConfig, sys.argv[1:], fixed)
         with distributed.init(config.device, config.backend, config.hang_timeout) as processes:
             train(config, processes, given | set(fixed))
 
-    run_main(from_command_line)
+    run_main(train_from_command_line)
 
 
 def train(
     config: TrainConfig, processes: distributed.Processes, given: Set[str] = frozenset()
 ) -> GPT:
-    """Train until max_iters and return the model; given: the options that were set on purpose."""
-    config, data, bare, state = prepare_run(config, given, processes)
-    device, n_micro = processes.device, config.gradient_accumulation_steps
-    distributed.check_accumulation(n_micro, processes.world_size)
-    cast, dtype = distributed.autocast(device, config.dtype)
-    model, how = processes.wrap(bare, config.compile, config.sharding)
-    optimizer = adamw(bare, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    batches = training_batches(config, data["train"], state)
-    val_batches = eval_batches(
-        data["val"], config.model.block_size, config.batch_size, config.eval_iters
-    )
+    """Train until max_iters and return the model; given: names of the options that the user set."""
+    config, data, raw_model, state = prepare_run(config, given, processes)
+    cast, dtype = distributed.autocast(processes.device, config.dtype)
+    model, how = processes.wrap(raw_model, config.compile, config.sharding)
+    betas = (config.beta1, config.beta2)
+    optimizer = adamw(raw_model, config.learning_rate, betas, config.weight_decay)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == "float16")
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-    saver = Saver(processes, progress, bare, optimizer, scaler, describe_run(config, data, batches))
+    batches = training_batches(config, data["train"], state)
+    my_micro_batches = micro_batches_of(processes, config, progress.step)
+    prefetched = batches.prefetched(my_micro_batches, processes.device)
+    block_size = config.model.block_size
+    val_batches = eval_batches(data["val"], block_size, config.batch_size, config.eval_iters)
+    run_info = describe_run(config, data, batches)
+    saver = Saver(processes, progress, raw_model, optimizer, scaler, run_info)
     saver.restore(state)
-    mine = range(
-        progress.step * n_micro + processes.rank, config.max_iters * n_micro, processes.world_size
-    )
-    ahead = batches.prefetched(mine, device)
+    run = open_run(config, data, processes, raw_model, (dtype, how), progress, state)
 
-    with (
-        open_run(config, data, processes, bare, (dtype, how), progress, state) as log,
-        processes.watch.watching(),
-        saver,
-    ):
+    with run as log, processes.watch.watching(), saver:
         for step in range(progress.step, config.max_iters + 1):
-            bare.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
-            last, improved = step == config.max_iters or config.eval_only, False
-            if last or step % config.eval_interval == 0:
+            # the KL of a Bayesian head warms up with the learning rate
+            raw_model.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
+            is_last = step == config.max_iters or config.eval_only
+            improved = False
+            if is_last or step % config.eval_interval == 0:
                 with log.paused():
-                    scores = mean_loss(bare, val_batches, data["val"], processes, cast)
+                    scores = mean_loss(raw_model, val_batches, data["val"], processes, cast)
                 improved = progress.improves(scores)
                 log.evaluation(scores)
-                last = (
-                    last or 0 < config.patience * config.eval_interval <= step - progress.best_step
-                )
-            due = (
-                last or step % (config.save_interval or config.eval_interval) == 0
-            ) and config.always_save_checkpoint
-            if (due or improved) and not config.eval_only:
+                patience_steps = config.patience * config.eval_interval
+                is_last = is_last or 0 < patience_steps <= step - progress.best_step
+            is_save_step = is_last or step % (config.save_interval or config.eval_interval) == 0
+            should_save = improved or (is_save_step and config.always_save_checkpoint)
+            if should_save and not config.eval_only:
                 with log.paused():
                     saver.save()
-            if last:
+            if is_last:
                 break
 
             lr = set_learning_rate(optimizer, step, config)
-            loss = torch.zeros(1, device=device)
-            for micro in processes.share(n_micro):
-                processes.heartbeat()
-                distributed.seed_micro_batch(config.seed, step * n_micro + micro)
-                with processes.accumulate(model, last=micro + processes.world_size >= n_micro):
-                    with cast:
-                        micro_loss = model(*next(ahead))
-                    # gradients are averaged over the processes, so each divides by the micro-batches of its own
-                    scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
-                loss += micro_loss.detach() / n_micro
-            (loss,) = processes.all_reduce(
-                loss
-            )  # from here on the step is either done or left out, by all processes
+            loss = accumulate_gradients(model, prefetched, step, config, processes, cast, scaler)
             scaler.unscale_(optimizer)
-            grad_norm = clip_gradients(bare.parameters(), config.grad_clip)
-            if finite := math.isfinite(loss) and math.isfinite(grad_norm):
+            grad_norm = clip_gradients(raw_model.parameters(), config.grad_clip)
+            is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if is_finite:
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            progress.step, progress.tokens = step + 1, progress.tokens + log.tokens_per_step
-            if not finite:
+            progress.advance(log.tokens_per_step, is_finite)
+            if not is_finite:
                 log.skipped(loss, grad_norm)
-            progress.watch_skipped(finite)
-            saver.stepped()
-            if finite and (step + 1) % config.log_interval == 0:
+                progress.check_skipped()
+            elif progress.step % config.log_interval == 0:
                 log.training(loss, lr, grad_norm)
-    return bare
+            saver.stepped()
+    return raw_model
 
 
-def refuse_non_finite(scores: dict[str, float], step: int) -> None:
-    """Stop a training that has come to nothing."""
-    for name, value in scores.items():
-        if not math.isfinite(value):
-            what = f"{name.replace('_', ' ')} is {value} at step {step}"
-            raise Diverged(f"{what}; try a lower --learning_rate or --grad_clip")
+def accumulate_gradients(model, batches, step, config, processes, cast, scaler) -> float:
+    """Forward and backward of this process's micro-batches of a step; the mean loss over all
+    processes.
+    """
+    n_micro = config.gradient_accumulation_steps
+    loss = torch.zeros(1, device=processes.device)
+    for micro in processes.share(n_micro):
+        processes.heartbeat()
+        distributed.seed_micro_batch(config.seed, step * n_micro + micro)
+        is_last = micro + processes.world_size >= n_micro
+        with processes.accumulate(model, is_last):
+            with cast:
+                micro_loss = model(*next(batches))
+            # gradients are averaged over the processes, so each divides by its own share
+            scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
+        loss += micro_loss.detach() / n_micro
+    # after this, all processes finish the step or none: a signal interrupts here, if at all
+    (loss,) = processes.all_reduce(loss)
+    return loss
+
+
+def micro_batches_of(processes: distributed.Processes, config: TrainConfig, step: int) -> range:
+    """The numbers of the micro-batches that this process does from `step` to the end."""
+    n_micro = config.gradient_accumulation_steps
+    distributed.check_accumulation(n_micro, processes.world_size)
+    first, end = step * n_micro, config.max_iters * n_micro
+    return range(first + processes.rank, end, processes.world_size)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def nan(processes, data: str, folder: Path) -> None:
     try:
         trained(processes, data, folder / "all", max_iters=100, eval_interval=100)
     except Diverged as error:
-        assert f"{train.MAX_SKIPPED} steps in a row were left out" in str(
+        assert f"{train.MAX_SKIPPED} steps in a row were skipped" in str(
             error
         ) and "--learning_rate" in str(error)
         if processes.is_main:  # who writes the records

@@ -1,4 +1,4 @@
-"""Processes: one without torchrun, several under it. The model and the loop do not depend on how many there are."""
+"""Processes: one without torchrun, several under it. The model and the loop see no difference."""
 
 import contextlib
 import ctypes
@@ -53,8 +53,10 @@ class Processes:
     def wrap(
         self, model: torch.nn.Module, compile: bool, sharding: str = "none"
     ) -> tuple[torch.nn.Module, str]:
-        """Return the model on this device, compiled if possible, with gradients averaged over all processes in
-        backward; and a description of how it runs. fsdp shards in place: parameters become DTensors."""
+        """Return the model on this device, compiled if possible, with gradients averaged over all
+        processes in backward; and a description of how it runs. fsdp shards in place: parameters
+        become DTensors.
+        """
         if self.world_size > 1 and sharding == "fsdp":
             how = _compile(model.transformer.h, self.device) if compile else "eager"
             shard(model, self.device.type, self.world_size)  # moves blocks to the device one by one
@@ -69,7 +71,7 @@ class Processes:
         return ddp_model, how
 
     def accumulate(self, model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Around one micro-batch: only the last one of a step sends gradients to the other processes."""
+        """Around a micro-batch: only the last one of a step averages gradients over processes."""
         if isinstance(model, DistributedDataParallel):
             return contextlib.nullcontext() if last else model.no_sync()
         if self.world_size > 1:
@@ -83,7 +85,7 @@ class Processes:
             raise Interrupted(self.watch.signum)
 
     def all_reduce(self, values: torch.Tensor) -> list[float]:
-        """Sum values (n,) over all processes; if a signal reached one of them, all raise Interrupted here."""
+        """Sum values (n,) over all processes; after a signal to one, all raise Interrupted."""
         self.heartbeat()
         if self.world_size == 1:
             return values.tolist()
@@ -102,7 +104,7 @@ class Processes:
         return values[0]
 
     def check_same(self, value: int, what: str) -> None:
-        """Refuse values that differ between processes, as they do if machines see different folders."""
+        """Refuse values that differ between processes, as if machines see different folders."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -118,9 +120,11 @@ class Processes:
 
 @contextlib.contextmanager
 def init(device: str, backend: str, hang_timeout: float = 0.0):
-    """Join the processes that torchrun started, or be the only one; yields Processes and leaves the group at the end.
+    """Join the processes that torchrun started, or be the only one; yields Processes.
 
-    hang_timeout: seconds without progress, in a collective or in the loop, after which a process ends; 0: never."""
+    hang_timeout: seconds without progress, in a collective or in the loop, after which a process
+    ends; 0: never.
+    """
     keep_memory()
     # for what autocast leaves in float32, as nanoGPT does
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -140,7 +144,7 @@ def init(device: str, backend: str, hang_timeout: float = 0.0):
         torch.cuda.set_device(picked)
     if backend == "nccl" and picked.type != "cuda":
         raise UserError(
-            f"backend = 'nccl' needs CUDA, but the device is {picked.type}; use --backend=gloo or auto"
+            f"backend = 'nccl' needs CUDA, but the device is {picked.type}; use --backend=gloo"
         )
     if backend == "auto":
         backend = "nccl" if picked.type == "cuda" else "gloo"
@@ -181,16 +185,17 @@ def pick_device(device: str) -> torch.device:
 
 
 def check_accumulation(gradient_accumulation_steps: int, world_size: int) -> None:
-    """Refuse an accumulation (counted over all processes) that the processes cannot share evenly."""
+    """Refuse an accumulation, counted over all processes, that these cannot share evenly."""
     if gradient_accumulation_steps % world_size:
         raise UserError(
-            f"gradient_accumulation_steps = {gradient_accumulation_steps} counts over all processes "
-            f"and must be a multiple of their number, {world_size}"
+            f"gradient_accumulation_steps = {gradient_accumulation_steps} counts over all "
+            f"processes and must be a multiple of their number, {world_size}"
         )
 
 
 def autocast(device: torch.device, dtype: str) -> tuple[contextlib.AbstractContextManager, str]:
-    """The autocast context of dtype = auto | float32 | bfloat16 | float16, and the name of the dtype that it uses.
+    """The autocast context of dtype = auto | float32 | bfloat16 | float16, and the name of the
+    dtype that it uses.
 
     auto: bfloat16 if the hardware multiplies it fast, else float16 on CUDA, else float32.
     """
@@ -221,7 +226,9 @@ def peak_flops(device: torch.device) -> float:
 
 
 def keep_memory() -> None:
-    """Have glibc's malloc keep large freed blocks: by default each step on a CPU page-faults its tensors in again."""
+    """Have glibc's malloc keep large freed blocks: by default each step on a CPU page-faults its
+    tensors in again.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc, m_mmap_max, m_trim_threshold = ctypes.CDLL(None), -4, -1
         libc.mallopt(m_mmap_max, 0)
@@ -245,9 +252,11 @@ def _rank_and_world_size() -> tuple[int, int]:
 def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """The store in which the processes find each other, under a prefix of its own for each start.
 
-    torchrun keeps one store over restarts, so a process may read the address of a killed one (PyTorch issue 135712;
-    the restart count differs between machines). So each process announces a random name, rank 0 publishes the names
-    that it read, and all use rank 0's as prefix once the others have found theirs among them."""
+    torchrun keeps one store over restarts, so a process may read the address of a killed one
+    (PyTorch issue 135712; the restart count differs between machines). So each process announces a
+    random name, rank 0 publishes the names that it read, and all use rank 0's as prefix once the
+    others have found theirs among them.
+    """
     store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     name, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank:

@@ -42,8 +42,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a script's main() and end the process. A UserError, OSError or lack of memory is one line and exit code 2,
-    a diverged training 3, a signal 128 + its number."""
+    """Run a script's main() and end the process. A UserError, OSError or lack of memory is one line
+    and exit code 2, a diverged training 3, a signal 128 + its number.
+    """
     try:
         main()
         _exit(0)
@@ -72,7 +73,7 @@ def run_main(main: Callable[[], object]) -> None:
 
 
 def check_ranges(options: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse options below the least or above the most that the ranges give them; nan is neither."""
+    """Refuse options below the least or above the most of their range, and nan."""
     for name, (least, most) in ranges.items():
         value = getattr(options, name)
         if not value >= least:
@@ -101,8 +102,9 @@ def _has_peers() -> bool:
 
 
 def _exit(code: int) -> None:
-    """End. One process of several does so at once: gloo's threads may abort an interpreter that shuts down (seen once
-    in some hundred runs)."""
+    """End. One process of several does so at once: gloo's threads may abort an interpreter that
+    shuts down (seen once in some hundred runs).
+    """
     if _has_peers():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -16,8 +16,10 @@ DATA_ROOT = Path(__file__).resolve().parents[2] / "data"
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file at once: write(temporary) makes it next to the old one, and it takes the name once it is on the
-    disk. A process killed at any instant, or a failure, leaves the old file or the new one."""
+    """Replace a file at once: write(temporary) makes it next to the old one, and it takes the name
+    once it is on the disk. A process killed at any instant, or a failure, leaves the old file or
+    the new one.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -31,7 +33,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` once the block is done and all of it is on the disk.
+    """A temporary folder that takes the name `path` once the block is done and it is on the disk.
 
     A failure leaves nothing. What a killed process left is removed after an hour."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -86,7 +88,7 @@ def parse_json(text: bytes, what: str) -> dict:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that the output folder, which may not exist yet, is writable before starting the work."""
+    """Check before the work that the output folder, which may not exist yet, is writable."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written to; copy the run, or name another folder")
@@ -112,7 +114,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock on the file, which is made if needed; UserError(busy) if another process holds it.
+    """Hold a lock on the file, making it if needed; UserError(busy) if another process has it.
 
     The system releases it when the process ends, however that happens."""
     with open(path, "a") as file:

@@ -8,7 +8,8 @@ import torch
 def adamw(
     model: torch.nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and embeddings only: no bias, no norm, no log_std (decay pulls std to 1).
+    """AdamW with weight decay on matrices and embeddings only: no bias, no norm, no log_std (decay
+    pulls std to 1).
 
     Fused where the device has it (CUDA, MPS and CPU all do in torch 2.11 and later).
     """
@@ -26,7 +27,9 @@ def adamw(
 
 
 def learning_rate_at(step: int, config) -> float:
-    """nanoGPT's schedule: linear warm-up, cosine from learning_rate to min_lr at lr_decay_iters, then min_lr."""
+    """nanoGPT's schedule: linear warm-up, cosine from learning_rate to min_lr at lr_decay_iters,
+    then min_lr.
+    """
     peak, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_iters
     end = config.lr_decay_iters or config.max_iters
     if not config.decay_lr:

@@ -12,7 +12,8 @@
 
     config, given = load_config(TrainConfig, sys.argv[1:])  # config/a.py --n_layer=6 --compile
 
-A config file is ordinary Python, run in a namespace of its own; the plain values it leaves behind are its options.
+A config file is ordinary Python, run in a namespace of its own; the plain values it leaves behind
+are its options.
 """
 
 import ast
@@ -62,7 +63,9 @@ def check_options(options: Any) -> None:
 
 
 def _problem(value: Any, kind: Any) -> str:
-    """Why a value does not fit Literal[...], Annotated[number, "> 0", ...] or a union; "" if it does."""
+    """Why a value does not fit Literal[...], Annotated[number, "> 0", ...] or a union; "" if it
+    does.
+    """
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         return "" if value in choices else f"is not one of: {', '.join(choices)}"
@@ -82,10 +85,11 @@ def _problem(value: Any, kind: Any) -> str:
 def load_config(
     cls: type[T], argv: Sequence[str], fixed: Mapping[str, Any] | None = None
 ) -> tuple[T, set[str]]:
-    """The options of a script and the names that the user gave. argv: config files and flags, later ones win.
+    """The options of a script and the names that the user gave. argv: config files and flags, later
+    ones win.
 
-    fixed: options that the script itself sets (train_bayes.py fixes weights); to override one is an error. --help
-    prints every option with its default and comment, and exits.
+    fixed: options that the script itself sets (train_bayes.py fixes weights); to override one is an
+    error. --help prints every option with its default and comment, and exits.
     """
     fixed = dict(fixed or {})
     options = flat_fields(cls)
@@ -111,7 +115,9 @@ def flat_fields(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass with these flat values, the nested ones' own fields filled from the same mapping."""
+    """The dataclass with these flat values, the nested ones' own fields filled from the same
+    mapping.
+    """
     arguments = {}
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -183,7 +189,8 @@ def _split_arguments(
 
 
 def _run_config_file(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values a config file leaves behind: no modules, no functions, no name that begins with an underscore.
+    """The plain values a config file leaves behind: no modules, no functions, no name that begins
+    with an underscore.
 
     An option's name counts with any value, so that a wrong type is refused and not ignored.
     """

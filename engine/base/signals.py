@@ -1,4 +1,6 @@
-"""End a training loop in an orderly way when a signal asks for it, and end it with a traceback when it hangs."""
+"""End a training loop in an orderly way when a signal asks for it, and end it with a traceback when
+it hangs.
+"""
 
 import contextlib
 import faulthandler
@@ -18,27 +20,26 @@ class Watch:
     """signum: the signal that asked the loop to save and end, 0 without one.
 
     hang_timeout: seconds without beat() after which the process prints the stacks of its threads
-    and ends; 0: never."""
+    and ends; 0: never.
+    """
 
     def __init__(self, is_main: bool = True, hang_timeout: float = 0.0):
         self.is_main, self.hang_timeout = is_main, hang_timeout
         self.signum, self.received_at = 0, 0.0
 
     def beat(self) -> None:
-        """Restart the hang timer. Its thread needs no GIL: it fires while the main thread is in C++."""
+        """Restart the hang timer. It needs no GIL: it fires even if the main thread is in C++."""
         if self.hang_timeout:
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=sys.__stderr__)
 
     def catch_signals(self) -> None:
-        """Let signals set signum. The loop calls this once a step is done; earlier there is nothing to save."""
+        """Let signals set signum, from the first step on: before it, there is nothing to save."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows handlers in the main thread only
         for signum in SIGNALS:
-            is_nohup = (
-                signal.Signals(signum).name == "SIGHUP"
-                and signal.getsignal(signum) == signal.SIG_IGN
-            )
-            if not is_nohup:
+            is_ignored = signal.getsignal(signum) == signal.SIG_IGN
+            # a script's background jobs start with SIGINT ignored; nohup is taken at its word
+            if signum == signal.SIGINT or not is_ignored:
                 signal.signal(signum, self._handle)
 
     @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""What a run is: the lines that it prints first, and the code, versions and machine that config.json records."""
+"""What a run is: the lines that it prints first, and the code, versions and machine that
+config.json records.
+"""
 
 import contextlib
 import os
@@ -18,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def count_parameters(model) -> dict[str, int]:
-    """Parameters of the backbone, of the head (tied weights count here), and of all posteriors' widths."""
+    """Parameters of the backbone, of the head (tied weights count here), and of all posteriors'
+    widths.
+    """
     of_head = {id(p) for p in model.lm_head.parameters()}
     counts = {"backbone": 0, "head": 0, "posterior": 0}
     for name, p in model.named_parameters():
@@ -63,7 +67,9 @@ def banner(config, processes, model, how: tuple[str, str], n_data: int, step: in
 
 
 def environment() -> dict[str, str]:
-    """What a number depends on besides the options: code ("-dirty": with uncommitted changes), versions, machine."""
+    """What a number depends on besides the options: code ("-dirty": with uncommitted changes),
+    versions, machine.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {"torch": torch.__version__}
     for name in ("numpy", "tokenizers", "tiktoken"):
@@ -115,7 +121,7 @@ def code_line(start: dict, before: list[dict]) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """The output of git in this repository; "" without git, or if these files are an unpacked copy."""
+    """The output of git in this repository; "" without git, or in an unpacked copy of the files."""
     if not (ROOT / ".git").exists():
         return ""
     with contextlib.suppress(OSError):

@@ -1,4 +1,6 @@
-"""What a run reports: one line on screen and the same record as JSON, on a terminal a progress bar, wandb if asked."""
+"""What a run reports: one line on screen and the same record as JSON, on a terminal a progress bar,
+wandb if asked.
+"""
 
 import contextlib
 import json
@@ -16,8 +18,8 @@ from engine.base.distributed import Processes, peak_flops
 from engine.base.errors import UserError
 from engine.base.files import write_text
 
-# a record's fields as wandb groups them; all others are train/. val/ compares heads; objective/ does not: it is what
-# a head minimises, in a unit of its own
+# a record's fields as wandb groups them; all others are train/. val/ compares heads; objective/
+# does not: it is what a head minimises, in a unit of its own
 CHARTS = {
     "step": "step",
     "tokens": "tokens",
@@ -70,9 +72,12 @@ class Logger:
         self.clock = time.perf_counter()
 
     def training(self, loss: float, lr: float, grad_norm: float) -> None:
-        """Write a training record: the loss of the last step, the speed of all steps since the record before.
+        """Write a training record: the loss of the last step, the speed of all steps since the
+        record before.
 
-        The speed is of training alone; the time left includes evaluations and checkpoints at their rate so far."""
+        The speed is of training alone; the time left includes evaluations and checkpoints at their
+        rate so far.
+        """
         self._count_seconds()
         step, seconds = self.progress.step, self.progress.seconds
         n_tokens = (step - self.last_step) * self.tokens_per_step
@@ -172,7 +177,9 @@ class Logger:
                 self._chart(record)
 
     def _chart(self, record: dict) -> None:
-        """Send a record to wandb, whose steps cannot go back: those that a resumed run repeats stay as they are."""
+        """Send a record to wandb, whose steps cannot go back: those that a resumed run repeats stay
+        as they are.
+        """
         if record["step"] >= self.next_step:
             self.next_step = record["step"]
             charts = {CHARTS.get(name, f"train/{name}"): value for name, value in record.items()}
@@ -213,7 +220,9 @@ def clock_time(seconds: float) -> str:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, without lines that are damaged or that a killed run left unfinished."""
+    """The records of a metrics.jsonl, without lines that are damaged or that a killed run left
+    unfinished.
+    """
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
@@ -224,7 +233,9 @@ def read_records(path: Path) -> list[dict]:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the records that a resumed run will write again: later ones, and the evaluation of this very step."""
+    """Drop the records that a resumed run will write again: later ones, and the evaluation of this
+    very step.
+    """
     kept = []
     for record in read_records(path):
         if record["step"] < step or (record["step"] == step and "val_nll" not in record):
