@@ -233,7 +233,7 @@ CASES = [
     ("evaluate.py", [*EVALUATE, "--device=cuda:99"], "--device=auto"),
     # config files
     *(("train.py", [*TRAIN, name], message) for name, message in CONFIG_MISTAKES),
-    ("train_bayes.py", [*TRAIN, "array.py"], "array.py: weights = 'bayes' is fixed"),
+    ("train_bayes.py", [*TRAIN, "array.py"], "array.py: weights wants str"),
     # other scripts
     *(
         ("augmentation/teacher_labels.py", [*TEACHER, f"--{flag}"], message)

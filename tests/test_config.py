@@ -210,7 +210,9 @@ def test_a_flag_without_a_value_is_refused():
 def test_what_a_script_fixes_cannot_be_overridden_from_anywhere(tmp_path):
     fixed = {"weights": "bayes", "likelihood": "categorical"}
     assert "train.py --likelihood=sigmoid" in refusal(["--likelihood=sigmoid"], TrainConfig, fixed)
-    assert "fixed" in refusal([write(tmp_path / "a.py", "weights = 'point'")], TrainConfig, fixed)
+    assert "this script sets" in refusal(
+        [write(tmp_path / "a.py", "weights = 'point'")], TrainConfig, fixed
+    )
     config, _ = load_config(
         TrainConfig, ["--weights=bayes"], fixed
     )  # saying the same is no contradiction
@@ -261,7 +263,7 @@ def test_help_of_a_prepare_script_lists_every_option_with_a_comment(path, monkey
 def test_help_says_what_the_script_fixes(capsys):
     with pytest.raises(SystemExit):
         load_config(TrainConfig, ["-h"], {"weights": "bayes"})
-    assert "--weights='bayes'  (fixed by this script)" in capsys.readouterr().out
+    assert "--weights='bayes'  (set by this script)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/**/*.py")), ids=lambda path: path.stem)

@@ -1,12 +1,10 @@
 """Atomic files, JSON, and folders with one writer."""
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,12 +32,8 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `path` once the block is done and it is on the disk.
-
-    A failure leaves nothing. What a killed process left is removed after an hour."""
+    A failure leaves nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if old.stat().st_mtime < time.time() - 3600:
-            shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -31,7 +31,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from engine.base.errors import UserError
 
@@ -41,7 +41,6 @@ NonNegativeFloat = Annotated[float, ">= 0", "<= 1e6"]
 Fraction = Annotated[float, ">= 0", "<= 1"]
 Seed = Annotated[int, ">= 0", "<= 9e18"]
 
-T = TypeVar("T")
 COMPARISONS = {
     ">=": (operator.ge, "at least"),
     "<=": (operator.le, "at most"),
@@ -63,9 +62,7 @@ def check_options(options: Any) -> None:
 
 
 def _problem(value: Any, kind: Any) -> str:
-    """Why a value does not fit Literal[...], Annotated[number, "> 0", ...] or a union; "" if it
-    does.
-    """
+    """Why a value does not fit Literal[...], Annotated[number, "> 0"] or a union; "" if it does."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         return "" if value in choices else f"is not one of: {', '.join(choices)}"
@@ -83,15 +80,14 @@ def _problem(value: Any, kind: Any) -> str:
 
 
 def load_config(
-    cls: type[T], argv: Sequence[str], fixed: Mapping[str, Any] | None = None
-) -> tuple[T, set[str]]:
-    """The options of a script and the names that the user gave. argv: config files and flags, later
-    ones win.
+    cls: type, argv: Sequence[str], fixed: Mapping[str, str] | None = None
+) -> tuple[Any, set[str]]:
+    """The options of a script, and the names of those that the user gave.
 
-    fixed: options that the script itself sets (train_bayes.py fixes weights); to override one is an
-    error. --help prints every option with its default and comment, and exits.
+    argv: config files and flags, of which later ones win. fixed: options that the script itself
+    sets, which the user may not change. --help prints every option and exits.
     """
-    fixed = dict(fixed or {})
+    fixed = fixed or {}
     options = flat_fields(cls)
     if {"--help", "-h"} & set(argv):
         print_help(cls, fixed)
@@ -100,10 +96,16 @@ def load_config(
     given: dict[str, Any] = {}
     for path in files:
         for name, value in _run_config_file(path, options).items():
-            given[name] = _checked(options, name, value, f"{path}: ", fixed)
+            given[name] = _checked(options, name, value, f"{path}: ")
     for name, text in flags:
-        given[name] = _checked(options, name, text, "--", fixed)
-    return build(cls, given | fixed), set(given)
+        given[name] = _checked(options, name, text, "--")
+    for name, value in fixed.items():
+        if given.get(name, value) != value:
+            raise UserError(
+                f"this script sets {name} = {value!r}; "
+                f"for another value use train.py --{name}={given[name]}"
+            )
+    return build(cls, {**given, **fixed}), set(given)
 
 
 def flat_fields(cls: type) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def flat_fields(cls: type) -> dict[str, Any]:
     return fields
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
+def build(cls: type, values: Mapping[str, Any]) -> Any:
     """The dataclass with these flat values, the nested ones' own fields filled from the same
     mapping.
     """
@@ -143,7 +145,7 @@ def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
         print(script_doc, "\n")
     defaults = flatten(build(cls, fixed))
     for name, comment in _comments(cls).items():
-        note = "  (fixed by this script)" if name in fixed else ""
+        note = "  (set by this script)" if name in fixed else ""
         print(f"  --{name}={defaults[name]!r}{note}\n        {comment}")
 
 
@@ -215,23 +217,12 @@ def _run_config_file(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _checked(
-    options: Mapping[str, Any],
-    name: str,
-    value: Any,
-    where: str,
-    fixed: Mapping[str, str] = types.MappingProxyType({}),
-) -> Any:
-    """The value in the option's type; refuse unknown names, wrong types and fixed options.
+def _checked(options: Mapping[str, Any], name: str, value: Any, where: str) -> Any:
+    """The value in the option's type; refuse unknown names and wrong types.
 
     where: what stands before the name in a message, "--" for a flag, whose value is text."""
     if name not in options:
         raise _unknown(name, options, where)
-    if str(value) != fixed.get(name, str(value)):
-        raise UserError(
-            f"{where}{name} = {fixed[name]!r} is fixed by this script; "
-            f"for another value use train.py --{name}={value}"
-        )
     try:
         return _convert(value, options[name], is_text=where == "--")
     except WRONG:
