@@ -221,12 +221,12 @@ def train(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             progress.advance(log.tokens_per_step, is_finite)
+            saver.stepped()
             if not is_finite:
                 log.skipped(loss, grad_norm)
                 progress.check_skipped()
             elif progress.step % config.log_interval == 0:
                 log.training(loss, lr, grad_norm)
-            saver.stepped()
     return raw_model
 
 

@@ -24,10 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from engine.base.errors import Diverged, UserError, check_ranges, run_main
+from engine.base.errors import Diverged, UserError, run_main
 from engine.base.files import atomic_write, check_writable, read_json
-from engine.base.options import flatten, load_config
+from engine.base.options import check_options, flatten, load_config
 from study.logs import read_trials
 from study.variants import AVERAGED, KNOBS, NEEDS, OTHER_VALUES, SEEDS, STUDIES, preparation
 from train import TrainConfig
@@ -55,7 +56,11 @@ class StudyConfig:
     logs: str = "training_logs"  # where the records go
     # to try it out, in out/tried (delete that first): "--max_iters=20 --compile=False"
     train_flags: str = ""
-    jobs: int = 1  # runs at a time, each with its share of the processors
+    # runs at a time, each with its share of the processors
+    jobs: Annotated[int, ">= 1", "<= 64"] = 1
+
+    def __post_init__(self):
+        check_options(self)
 
 
 class Runner:
@@ -314,7 +319,6 @@ class Runner:
 
 def main() -> None:
     config, _ = load_config(StudyConfig, sys.argv[1:])
-    check_ranges(config, {"jobs": (1, 64)})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that whatever runs is ended, too
     runner, studies = Runner(config), config.studies.split(",")
     check_names("studies", studies, STUDIES)

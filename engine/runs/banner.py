@@ -20,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def count_parameters(model) -> dict[str, int]:
-    """Parameters of the backbone, of the head (tied weights count here), and of all posteriors'
-    widths.
-    """
+    """Parameters of the backbone, of the head (with a tied embedding), of all posteriors' stds."""
     of_head = {id(p) for p in model.lm_head.parameters()}
     counts = {"backbone": 0, "head": 0, "posterior": 0}
     for name, p in model.named_parameters():
@@ -44,12 +42,10 @@ def banner(config, processes, model, how: tuple[str, str], n_data: int, step: in
         title += f", resuming at step {step}"
     elif config.init_from not in ("scratch", "resume", "auto"):
         title += f", from the weights of {config.init_from}"
-    parameters = (
-        f"  parameters   {_size(sum(counts.values()))}: backbone {_size(counts['backbone'])}"
-    )
-    parameters += f", head {_size(counts['head'])}"
-    parameters += " (shared with the embedding)" if head.tie_head else ""
-    parameters += f", posterior {_size(counts['posterior'])}" if counts["posterior"] else ""
+    parts = ", ".join(f"{part} {_size(n)}" for part, n in counts.items() if n)
+    parameters = f"  parameters   {_size(sum(counts.values()))}: {parts}"
+    if head.tie_head:
+        parameters += " (the head shares the embedding)"
     if config.eval_only:
         return [title, parameters]
     n_micro, block_size = config.gradient_accumulation_steps, config.model.block_size
@@ -67,7 +63,7 @@ def banner(config, processes, model, how: tuple[str, str], n_data: int, step: in
 
 
 def environment() -> dict[str, str]:
-    """What a number depends on besides the options: code ("-dirty": with uncommitted changes),
+    """What a result depends on besides the options: code ("-dirty": uncommitted changes),
     versions, machine.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
