@@ -5,11 +5,11 @@
     python evaluate.py --out_dir=out/a+out/b+out/c            # an ensemble of three runs
 
 Every number comes from log_probs, the normalised distribution over the next token, over the whole
-split: consecutive blocks of block_size, each token predicted once. Each run gets eval_<split>.json, the
-comparison a folder with tables, plots and report.html. `unigram` is what the training text's token
-frequencies alone reach. With --std_tolerance=0.01 --n_samples=16 a Bayesian run has a second row: its
-posterior widened until that costs 0.01 nats on the validation split. torchrun shares the work between
-processes; the results are the same.
+split: consecutive blocks of block_size, each token predicted once. Each run gets
+eval_<split>.json, the comparison a folder with tables, plots and report.html. `unigram` is what the
+training text's token frequencies alone reach. With --std_tolerance=0.01 --n_samples=16 a Bayesian
+run has a second row: its posterior widened until that costs 0.01 nats on the validation split.
+torchrun shares the work between processes; the results are the same.
 """
 
 import json

@@ -1,206 +1,173 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings fits? Any head, from log_probs.
+"""HellaSwag (Zellers et al. 2019): which of four endings fits? Any head, by its log_probs.
 
-    python hellaswag.py --out_dir=out/quickstart/bayes --source=hellaswag_val.jsonl --limit=1000
-    python hellaswag.py --model=gpt2 --download --style=harness
+    python hellaswag.py --download               # the 10,042 validation items, into data/hellaswag
+    python hellaswag.py --model=gpt2 --style=harness
+    python hellaswag.py --out_dir=out/quickstart/bayes --limit=1000 --n_samples=16
 
-Two conventions, not to be compared with each other: completion is the raw ctx, then " " + ending; harness the text
-cleaned as in lm-evaluation-harness. acc takes the ending of the highest sum of log-probabilities, acc_norm divides that
-by the ending's tokens (completion) or characters (harness). Are answers in doubt, by any measure, wrong more often?
+Two conventions, not to be compared with each other: completion is the raw ctx, then " " + ending;
+harness the text cleaned as in lm-evaluation-harness. acc takes the ending with the highest sum of
+log-probabilities; acc_norm divides it by the ending's tokens (completion) or characters (harness).
+Are uncertain answers, by any measure, wrong more often?
 """
 
+import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
-from engine.base.files import atomic_write, check_writable, write_json
-from engine.base.options import load_config
+from engine.base.files import DATA_ROOT, atomic_write, check_writable, write_json
+from engine.base.options import PositiveInt, check_options, load_config
 from engine.eval.endings import encode, score_endings
-from engine.eval.evaluation import abstaining
+from engine.eval.evaluation import check_n_samples
+from engine.eval.metrics import selective_accuracy
 from engine.gpt2.loading import HUB
 from engine.runs.checkpoint import read_checkpoint
 
-FIELDS = {
-    "completion": ("ctx",),
-    "harness": ("activity_label", "ctx_a", "ctx_b"),
-}  # of an item, beside its endings
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+ITEMS = DATA_ROOT / "hellaswag" / "hellaswag_val.jsonl"
 
 
 @dataclass(frozen=True)
 class HellaSwagConfig:
-    out_dir: str = ""  # the run to score; hellaswag.json and the answers are written there
-    # or OpenAI's: gpt2 | gpt2-medium | gpt2-large | gpt2-xl; what is written goes to out/<model>
-    model: str = ""
-    source: str = ""  # the items, a JSONL file
-    # or the 10,042 validation items from the Hugging Face Hub (kept by datasets' own cache)
-    download: bool = False
-    style: str = "completion"  # completion | harness
+    # the folder of the run to score (or of transformers); results go there
+    out_dir: str = ""
+    model: str = ""  # or gpt2 | gpt2-medium | gpt2-large | gpt2-xl; results go to out/<model>
+    download: bool = False  # fetch the items into data/hellaswag first; alone: only that
+    source: str = ""  # the items, a JSONL file; default: those in data/hellaswag
+    style: Literal["completion", "harness"] = "completion"
     # so many items, the first ones (3,243 of ActivityNet, then 6,799 of WikiHow)
-    limit: int | str = "all"
-    batch_size: int = 16  # items at a time: speed and memory (and which noise n_samples draws)
+    limit: PositiveInt | Literal["all"] = "all"
+    batch_size: PositiveInt = (
+        16  # items at a time: speed and memory (and which noise n_samples draws)
+    )
     # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
-    n_samples: int = 0
+    n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
-        limited = self.limit == "all" if isinstance(self.limit, str) else self.limit >= 1
-        for fine, advice in (
-            (
-                bool(self.out_dir) != bool(self.model),
-                "which model? --out_dir=RUN or --model=gpt2, one of the two",
-            ),
-            (
-                self.model in ("", *HUB),
-                f"model = {self.model!r} is not one of {', '.join(HUB)}; a run: --out_dir=RUN",
-            ),
-            (
-                bool(self.source) != self.download,
-                "which items? --source=FILE.jsonl or --download, one of the two",
-            ),
-            (self.style in FIELDS, f"style = {self.style!r} is not one of: {', '.join(FIELDS)}"),
-            (limited, f"limit = {self.limit!r} must be at least 1, or 'all'"),
-            (self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1"),
-            (self.n_samples >= -1, f"n_samples = {self.n_samples} must be at least -1"),
-        ):
-            if not fine:
-                raise UserError(advice)
+        check_options(self)
+        if self.out_dir and self.model:
+            raise UserError("which model? give --out_dir or --model, not both")
+        if self.model not in ("", *HUB):
+            names = ", ".join(HUB)
+            raise UserError(f"model = {self.model!r} is not one of {names}; a run: --out_dir=RUN")
+        if not (self.out_dir or self.model or self.download):
+            raise UserError("which model? give --out_dir=RUN or --model=gpt2")
+        if self.download and self.source:
+            raise UserError("which items? give --source=FILE or --download, not both")
 
 
 class Item(NamedTuple):
-    """A context, the four texts that may follow it (each with its space), their characters, the right one."""
-
     context: str
-    endings: list[str]
-    n_chars: list[int]
+    endings: list[str]  # four, each with its space
+    n_chars: list[int]  # of each ending
     label: int
 
 
 def main() -> None:
     config, _ = load_config(HellaSwagConfig, sys.argv[1:])
+    if config.download:
+        download()
+    if config.out_dir or config.model:
+        evaluate(config)
+
+
+def download() -> None:
+    """Fetch the items, unless they are there."""
+    if not ITEMS.is_file():
+        check_writable(ITEMS.parent)
+        try:
+            with urllib.request.urlopen(URL, timeout=60) as response:
+                data = response.read()
+        except OSError as error:
+            raise UserError(
+                f"cannot fetch {URL} ({error}); copy the file to {ITEMS}, or give it with --source"
+            ) from None
+        if hashlib.sha256(data).hexdigest() != SHA256:
+            raise UserError(f"{URL} sent {len(data):,} bytes that are not the items; try again")
+        ITEMS.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(ITEMS, lambda temporary: temporary.write_bytes(data))
+    print(f"items: {ITEMS}")
+
+
+def evaluate(config: HellaSwagConfig) -> None:
+    """Score the endings, and write hellaswag.json and every answer."""
     source = config.model or config.out_dir
     folder = Path("out", config.model) if config.model else Path(config.out_dir)
     if config.out_dir and not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --out_dir is the folder of a run")
     items = read_items(config)
     checkpoint, device = read_checkpoint(source), pick_device(config.device)
-    model = checkpoint.model(device)
-    cast, _ = autocast(device, config.dtype)
-    if model.config.bayes_mlp and config.n_samples < 0:
-        raise UserError(
-            f"{source} has Bayesian MLPs, which only draws reach: give --n_samples=16, say"
-        )
-    tokenizer = checkpoint.tokenizer()
+    model, tokenizer = checkpoint.model(device), checkpoint.tokenizer()
+    check_n_samples(model, config.n_samples, source)
     texts = [encode(tokenizer, item.context, item.endings) for item in items]
-    check_writable(folder)  # an hour before anything is written
-    log_probs, epistemic = score_endings(
-        model, texts, config.batch_size, cast, config.n_samples, desc=source
-    )
+    check_writable(folder)
+    cast, _ = autocast(device, config.dtype)
+    scores = score_endings(model, texts, 4 * config.batch_size, cast, config.n_samples)
+    log_probs, epistemic = (values.view(-1, 4) for values in scores)
     if not log_probs.isfinite().all():
-        raise UserError(
-            f"{source} gives log-probabilities that are not finite; train it again, or use float32"
-        )
+        raise UserError(f"{source} gives log-probabilities that are not finite; train it again")
     n_tokens = torch.tensor([[len(ids) for ids in endings] for _, endings in texts])
-    result, answers = judge(
-        items, config.style, n_tokens, log_probs.view(-1, 4), epistemic.view(-1, 4)
-    )
+    result, answers = judge(items, config.style, n_tokens, log_probs, epistemic)
     head = model.config.head
     result |= asdict(config) | {"model": source, "head": f"{head.weights} x {head.likelihood}"}
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-    atomic_write(
-        folder / f"hellaswag_{config.style}.jsonl", lambda temporary: temporary.write_text(lines)
-    )
+    answers_file = folder / f"hellaswag_{config.style}.jsonl"
+    atomic_write(answers_file, lambda temporary: temporary.write_text(lines))
     write_json(folder / "hellaswag.json", result)
     print(summary(result))
 
 
 def read_items(config: HellaSwagConfig) -> list[Item]:
-    """The items, prepared in their style; one that cannot be is named."""
-    items = []
-    for where, record in islice(records(config), None if config.limit == "all" else config.limit):
-        try:
-            items.append(
-                prepare(json.loads(record) if isinstance(record, bytes) else record, config.style)
-            )
-        except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of the fields
-            raise UserError(f"{where} is not an item: {error}") from None
-    if not items:
+    """The items, prepared in their style; a line that is no item is named."""
+    path = Path(config.source or ITEMS)
+    if not path.is_file():
         raise UserError(
-            f"{config.source} holds no items: it should have a JSON object on each line"
+            f"{path} is missing; run: python hellaswag.py --download, or give --source=FILE"
         )
+    lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path} holds no items: it should have a JSON object on each line")
+    items = []
+    for number, line in enumerate(lines[: None if config.limit == "all" else config.limit], 1):
+        try:
+            items.append(prepare(json.loads(line), config.style))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}, item {number} is no HellaSwag item: {error!r}") from None
     return items
 
 
-def records(config: HellaSwagConfig) -> Iterator[tuple[str, bytes | dict]]:
-    """Where each item stands, and the item: lines of JSON from a file, dicts from the hub."""
-    if config.source:
-        if not Path(config.source).is_file():
-            raise UserError(
-                f"{config.source} is missing; it should be HellaSwag's validation items, or use --download"
-            )
-        with open(config.source, "rb") as file:
-            yield from (
-                (f"{config.source}, line {n}", line)
-                for n, line in enumerate(file, 1)
-                if line.strip()
-            )
-        return
-    import datasets
-
-    try:
-        rows = datasets.load_dataset("Rowan/hellaswag", split="validation")
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"the hub does not give Rowan/hellaswag ({type(error).__name__}); use --source=FILE"
-        ) from error
-    yield from ((f"Rowan/hellaswag, item {n}", row) for n, row in enumerate(rows))
-
-
 def prepare(record: dict, style: str) -> Item:
-    """One item in this style; a ValueError says what it lacks."""
-    needed = ("endings", "label", *FIELDS[style])
-    if missing := [name for name in needed if not isinstance(record, dict) or name not in record]:
-        raise ValueError(f"it has no {missing[0]!r}")
-    endings, label, texts = (
-        record["endings"],
-        str(record["label"]),
-        [record[name] for name in FIELDS[style]],
-    )
-    if (
-        not isinstance(endings, list)
-        or len(endings) != 4
-        or not all(isinstance(t, str) for t in endings + texts)
-    ):
-        raise ValueError(f"it needs texts as {', '.join(FIELDS[style])}, and 4 endings")
-    if label not in ("0", "1", "2", "3"):  # on the hub it is a text
-        raise ValueError(f"its label is {record['label']!r}, not 0, 1, 2 or 3")
-    "".join(
-        endings + texts
-    ).encode()  # half a surrogate pair, which JSON can hold, is a ValueError too
-    before = context = texts[0]
+    """One item in this style."""
+    endings, label = record["endings"], int(record["label"])  # a text in the Hub's copy
+    if len(endings) != 4 or label not in range(4):
+        raise ValueError("it needs 4 endings and a label from 0 to 3")
+    context, space = record["ctx"], " "
     if style == "harness":
-        before, endings = (
-            clean(f"{texts[0]}: {texts[1]} {texts[2].capitalize()}"),
-            [clean(text) for text in endings],
-        )
-        context = before.rstrip()  # the space belongs to the endings, as it does to GPT-2's tokens
-    space = before[len(context) :] + " "
-    return Item(
-        context, [space + ending for ending in endings], [len(e) for e in endings], int(label)
-    )
+        activity, ctx_a, ctx_b = (record[name] for name in ("activity_label", "ctx_a", "ctx_b"))
+        cleaned = clean(f"{activity}: {ctx_a} {ctx_b.capitalize()}")
+        endings = [clean(ending) for ending in endings]
+        context = cleaned.rstrip()  # a space belongs to the ending, as it does to GPT-2's tokens
+        space = cleaned[len(context) :] + " "
+    "".join([context, *endings]).encode()  # JSON can hold half a character
+    n_chars = [len(ending) for ending in endings]
+    return Item(context, [space + ending for ending in endings], n_chars, label)
 
 
 def clean(text: str) -> str:
-    """lm-evaluation-harness' preprocessing: WikiHow's marks in brackets go."""
+    """lm-evaluation-harness' preprocessing: WikiHow's marks in brackets are removed."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -211,49 +178,45 @@ def judge(
     log_probs: torch.Tensor,
     epistemic: torch.Tensor,
 ) -> tuple[dict, list[dict]]:
-    """The scores, and a record for each item. Of each ending, (n, 4): its tokens, and the sums over them of log p and
-    of the epistemic uncertainty, nats."""
-    labels, n_chars = (
-        torch.tensor(column) for column in zip(*((i.label, i.n_chars) for i in items), strict=True)
-    )
-    n, result = len(items), {"n": len(items)}
+    """The scores, and a record for each item. n_tokens (n, 4): of each ending; log_probs and
+    epistemic (n, 4): the sums over them, nats."""
+    n, labels = len(items), torch.tensor([item.label for item in items])
+    n_chars = torch.tensor([item.n_chars for item in items])
     mean = log_probs / (n_tokens if style == "completion" else n_chars.clamp(min=1))
-    answers = {"acc": log_probs.argmax(1), "acc_norm": mean.argmax(1)}
-    for name, answer in answers.items():
-        share = (answer == labels).double().mean().item()
-        result |= {name: share, f"{name}_stderr": (share * (1 - share) / max(1, n - 1)) ** 0.5}
     best, second = mean.topk(2).values.unbind(1)
-    doubt = {"margin": second - best}  # a small margin is doubt, whatever the head
-    if epistemic.any():
-        doubt["epistemic"] = (
-            (epistemic / n_tokens).gather(1, answers["acc_norm"].unsqueeze(1)).squeeze(1)
-        )
-    result |= {
-        f"abstaining_by_{by}": abstaining(answers["acc_norm"] == labels, d)
-        for by, d in doubt.items()
+    columns = {
+        "item": torch.arange(n),
+        "label": labels,
+        "answer_acc": log_probs.argmax(1),
+        "answer_acc_norm": mean.argmax(1),
+        "margin": best - second,
     }
-    columns = (
-        {"item": torch.arange(n), "label": labels}
-        | {f"answer_{name}": a for name, a in answers.items()}
-        | doubt
-    )
-    columns["margin"] = best - second
+    uncertainties = {"margin": second - best}  # a small margin is uncertain, whatever the head
+    if epistemic.any():
+        of_answers = (epistemic / n_tokens).gather(1, columns["answer_acc_norm"][:, None])
+        columns["epistemic"] = uncertainties["epistemic"] = of_answers.squeeze(1)
+    result = {"n": n}
+    for name in ("acc", "acc_norm"):
+        correct = columns[f"answer_{name}"] == labels
+        result[name] = share = correct.double().mean().item()
+        result[f"{name}_stderr"] = (share * (1 - share) / max(1, n - 1)) ** 0.5
+    for name, uncertainty in uncertainties.items():
+        result[f"abstaining_by_{name}"] = selective_accuracy(correct, uncertainty)
     columns |= {"log_probs": log_probs, "n_tokens": n_tokens, "n_chars": n_chars}
-    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return result, [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def summary(result: dict) -> str:
     """The result in lines of text."""
-    scores = "{model}, {style} style, {n:,} items: acc {acc:.4f} +- {acc_stderr:.4f}"
-    scores += ", acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f}"
-    shown = "  {}: acc_norm of the more certain half {:.4f}, of the rest {:.4f}; risk-coverage area {:.4f}"
-    lines = [
-        shown.format(k.replace("_", " "), *v.values())
-        for k, v in result.items()
-        if k.startswith("abstaining")
-    ]
-    return "\n".join([scores.format(**result), *lines])
+    text = "{model}, {style} style, {n:,} items: acc {acc:.4f} ± {acc_stderr:.4f}, "
+    text += "acc_norm {acc_norm:.4f} ± {acc_norm_stderr:.4f}"
+    lines = [text.format(**result)]
+    shown = "  {}: acc_norm of the more certain half {:.4f}, of the rest {:.4f}; AURC {:.4f}"
+    for name in ("margin", "epistemic"):
+        if values := result.get(f"abstaining_by_{name}"):
+            lines.append(shown.format(f"abstaining by {name}", *values.values()))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

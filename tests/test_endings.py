@@ -1,11 +1,11 @@
-"""Endings that share a context score as each alone, in float64, row by row."""
+"""Endings in padded batches score as each alone, in float64, row by row."""
 
 import pytest
 import torch
 
 from engine.base.errors import UserError
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
-from engine.eval.endings import by_length, encode, make_rows, score_endings
+from engine.eval.endings import encode, score_endings
 from tests.helpers import HEADS, tiny_gpt
 
 V, BLOCK = 67, 16
@@ -42,7 +42,7 @@ def slow(model, items, n_samples: int = 0) -> torch.Tensor:
 
 @every_head
 @pytest.mark.parametrize("n_samples", [0, -1])
-def test_endings_behind_one_context_score_as_each_alone(weights, likelihood, n_samples):
+def test_endings_in_a_batch_score_as_each_alone(weights, likelihood, n_samples):
     model = tiny_gpt(weights, likelihood, std=0.3, bias=True)
     together, epistemic = score_endings(model, ITEMS, 3, n_samples=n_samples)
     torch.testing.assert_close(together, slow(model.double(), ITEMS, n_samples), atol=2e-5, rtol=0)
@@ -63,20 +63,6 @@ def test_the_epistemic_uncertainty_of_an_ending_is_the_sum_over_its_tokens(weigh
         )
 
 
-def test_padding_and_the_other_items_of_a_batch_change_nothing():
-    model = tiny_gpt(std=0.3)
-    items = random_items((6, [4, 3, 4, 4]), (6, [4, 4, 4, 3]), (6, [4, 4, 4, 4]))
-    assert [len(batch) for batch in by_length(make_rows(items, BLOCK), 9)] == [3]
-    together = score_endings(model, items)[0]
-    torch.testing.assert_close(
-        together, torch.cat([score_endings(model, [item])[0] for item in items])
-    )
-    rows = make_rows(ITEMS, BLOCK)
-    batches = list(by_length(rows, 2))
-    assert sum(map(len, batches)) == len(rows) and max(map(len, batches)) <= 2
-    assert all(len(batch[0].ids) <= 1.1 * len(batch[-1].ids) for batch in batches)
-
-
 @pytest.mark.parametrize("n_samples", [0, 3])
 def test_draws_are_the_same_each_time_and_bayesian_mlps_draw_too(n_samples):
     model = tiny_gpt("bayes", std=0.3, bayes_mlp=True)
@@ -88,16 +74,12 @@ def test_draws_are_the_same_each_time_and_bayesian_mlps_draw_too(n_samples):
     )
 
 
-def test_what_is_too_long_loses_its_beginning_and_an_ending_beyond_a_block_is_scored_whole():
-    rows = make_rows([(list(range(10)), [[20] * 7, [21] * 8])], BLOCK)
-    # 17 fit: the last is never read
-    assert [row.ids[: row.n_context] for row in rows] == [list(range(10)), list(range(1, 10))]
-    (item,) = random_items((3, [40]))
-    rows, text = make_rows([item], BLOCK), item[0] + item[1][0]
-    assert [row.targets for row in rows] == [text[i : i + 8] for i in range(3, 43, 8)]
-    assert all(row.n_context + 7 == BLOCK for row in rows[2:])
-    assert rows[0].ids[:3] == text[:3] and rows[0].n_context == 3
-    assert score_endings(tiny_gpt(std=0.3), [item])[0].item() < -40
+def test_what_is_too_long_loses_its_beginning():
+    model, (item,) = tiny_gpt(std=0.3), random_items((3, [40, 14]))
+    context, (long, ending) = item
+    whole = long[-BLOCK - 1 :]
+    expected = score_endings(model, [(whole[:1], [whole[1:]]), (context, [ending])])[0]
+    torch.testing.assert_close(score_endings(model, [item])[0], expected)
 
 
 def test_no_more_than_a_piece_of_the_logits_exists(monkeypatch):
@@ -106,7 +88,7 @@ def test_no_more_than_a_piece_of_the_logits_exists(monkeypatch):
     monkeypatch.setattr(
         model.lm_head, "log_probs", lambda x, n: seen.append(x[0].shape) or log_probs(x, n)
     )
-    score_endings(model, random_items(*[(3, [5, 5, 5, 5])] * 40), 16)
+    score_endings(model, random_items(*[(3, [5, 5, 5, 5])] * 40), 64)
     assert sum(n for n, _ in seen) == 800 and max(n for n, _ in seen) <= 256
 
 

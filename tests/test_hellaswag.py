@@ -1,5 +1,6 @@
 """hellaswag.py: items prepared as both conventions say, scored as transformers scores each ending alone."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import hellaswag
 from engine.base.errors import UserError
 from engine.data.tokenizer import GPT2Tokenizer, load_tokenizer
 from engine.eval.endings import encode, score_endings
-from engine.eval.evaluation import abstaining
+from engine.eval.metrics import selective_accuracy
 from engine.runs.checkpoint import load_model
 from tests.conftest import shared_data
 from tests.helpers import ROOT, run, write_bytes, write_words
@@ -142,7 +143,7 @@ def test_scores_errors_and_abstaining_by_hand():
     assert result["acc_norm_stderr"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
     assert [answer["margin"] for answer in answers] == [0.5, 0, 0.25, 0.25]
     assert [answer["epistemic"] for answer in answers] == [0.25, 1.25, 11 / 4, 15 / 4]
-    assert result["abstaining_by_epistemic"] == abstaining(
+    assert result["abstaining_by_epistemic"] == selective_accuracy(
         torch.tensor([False, True, True, True]), torch.arange(4)
     )
     result, answers = hellaswag.judge(items, "harness", n_tokens, log_probs, 0 * epistemic)
@@ -150,8 +151,10 @@ def test_scores_errors_and_abstaining_by_hand():
     assert "abstaining_by_epistemic" not in result and result["acc_norm"] == 0.75
 
 
-def test_abstaining_in_the_order_of_doubt():
-    found = abstaining(torch.tensor([True, False, True, False]), torch.tensor([0.1, 0.9, 0.2, 0.8]))
+def test_abstaining_in_the_order_of_uncertainty():
+    found = selective_accuracy(
+        torch.tensor([True, False, True, False]), torch.tensor([0.1, 0.9, 0.2, 0.8])
+    )
     assert found["accuracy_certain_half"] == 1 and found["accuracy_rest"] == 0
     assert found["risk_coverage_area"] == pytest.approx((0 + 0 + 1 / 3 + 1 / 2) / 4)
 
@@ -184,52 +187,76 @@ def test_a_run_of_any_tokenizer_is_scored_and_one_that_lacks_a_character_is_told
     assert not (tmp_path / "of_chars" / "hellaswag.json").exists()
 
 
-BROKEN = {
-    "{": "line 2 is not an item",
-    "\xff": "line 2 is not an item",
-    "[1]": "has no 'endings'",
-    json.dumps(ACTIVITY | {"endings": ["a", "b", "c"]}): "4 endings",
-    json.dumps(ACTIVITY | {"endings": ["a", "b", "c", 4]}): "4 endings",
-    json.dumps(ACTIVITY | {"label": ""}): "label is ''",
-    json.dumps(ACTIVITY | {"label": 4}): "label is 4",
-    json.dumps(
-        {name: value for name, value in ACTIVITY.items() if name != "label"}
-    ): "has no 'label'",
-    json.dumps(ACTIVITY | {"ctx": None}): "needs texts as ctx",
-    json.dumps(ACTIVITY | {"ctx": "\ud800"}): "line 2 is not an item",
-}
+BROKEN = [
+    "{",
+    "\xff",
+    "[1]",
+    json.dumps(ACTIVITY | {"endings": ["a", "b", "c"]}),
+    json.dumps(ACTIVITY | {"endings": ["a", "b", "c", 4]}),
+    json.dumps(ACTIVITY | {"label": ""}),
+    json.dumps(ACTIVITY | {"label": 4}),
+    json.dumps({name: value for name, value in ACTIVITY.items() if name != "label"}),
+    json.dumps(ACTIVITY | {"ctx": None}),
+    json.dumps(ACTIVITY | {"ctx": "\ud800"}),
+]
 
 
-@pytest.mark.parametrize(("line", "message"), BROKEN.items())
-def test_a_line_that_is_no_item_is_named_and_nothing_is_written_over(
-    line, message, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_line_that_is_no_item_is_named(line, tmp_path, monkeypatch):
     source = tmp_path / "items.jsonl"
     source.write_bytes(json.dumps(ACTIVITY).encode() + b"\n" + line.encode("latin-1"))
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match="item 2 is no") as error:
         call(f"--out_dir={tmp_path}", f"--source={source}", monkeypatch=monkeypatch)
-    assert f"{source}, line 2" in str(error.value) and "\n" not in str(error.value)
+    assert str(source) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source=none.jsonl"], "none.jsonl is missing"),
-        (["--source=empty.jsonl"], "holds no items"),
-        (["--source=empty.jsonl", "--limit=0"], "limit = 0"),
-        (["--source=empty.jsonl", "--limit=some"], "limit = 'some'"),
-        (["--source=empty.jsonl", "--style=mine"], "style = 'mine'"),
-        (["--source=empty.jsonl", "--model=gpt2"], "which model"),
-        (["--source=empty.jsonl", "--out_dir=none"], "none is not a folder"),
-        (["--source=empty.jsonl", "--download"], "which items"),
-        ([], "which items"),
+        (["--source=none.jsonl"], "--download"),
+        (["--source=empty.jsonl"], "no items"),
+        (["--limit=0"], "limit"),
+        (["--limit=some"], "limit"),
+        (["--style=mine"], "style"),
+        (["--model=gpt2"], "not both"),
+        (["--out_dir=none", "--source=empty.jsonl"], "not a folder"),
+        (["--source=empty.jsonl", "--download"], "not both"),
+        (["--out_dir="], "which model"),
+        ([], "--download"),
+        (["--out_dir=", "--model=gpt2"], "--download"),
     ],
 )
 def test_wrong_options_end_in_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, "ITEMS", tmp_path / "hellaswag_val.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=message):
         call("--out_dir=.", *arguments, monkeypatch=monkeypatch)
+
+
+def test_download_alone_fetches_the_items_once(tmp_path, monkeypatch, capsys):
+    original, items = tmp_path / "original.jsonl", tmp_path / "hellaswag" / "items.jsonl"
+    monkeypatch.setattr(hellaswag, "URL", original.as_uri())
+    monkeypatch.setattr(hellaswag, "ITEMS", items)
+    with pytest.raises(UserError, match="cannot fetch"):
+        call("--download", monkeypatch=monkeypatch)
+    write_items(original, [ACTIVITY])
+    with pytest.raises(UserError, match="not the items"):
+        call("--download", monkeypatch=monkeypatch)
+    assert not items.exists()
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(original.read_bytes()).hexdigest())
+    call("--download", monkeypatch=monkeypatch)
+    assert items.read_bytes() == original.read_bytes() and str(items) in capsys.readouterr().out
+    original.unlink()
+    call("--download", monkeypatch=monkeypatch)  # it is there
+    assert len(hellaswag.read_items(hellaswag.HellaSwagConfig(out_dir="x"))) == 1
+
+
+def test_the_real_items_are_those_of_the_stated_hash_and_git_ignores_them():
+    data = shared_data("hellaswag/hellaswag_val.jsonl").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == hellaswag.SHA256
+    ignored = subprocess.run(["git", "check-ignore", "-q", hellaswag.ITEMS], cwd=ROOT)
+    assert ignored.returncode == 0
 
 
 def test_the_script_ends_with_code_2_and_one_line_and_keeps_what_was_there(tmp_path):

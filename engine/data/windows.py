@@ -1,4 +1,4 @@
-"""Read a split in windows of block_size tokens, in its order: all of them, or some that are evenly spaced."""
+"""Read a split in windows of block_size tokens: all in their order, or some, evenly spaced."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from engine.data.tokens import TokenFile, gather
 def eval_batches(
     file: TokenFile, block_size: int, batch_size: int, n_batches: int
 ) -> list[np.ndarray]:
-    """Block starts of the batches that every evaluation of a run sees, evenly spaced over the split."""
+    """The block starts of the batches that training evaluates on, evenly spaced over the split."""
     n_blocks = max(1, (len(file) - 1) // block_size)
     n = min(n_blocks, n_batches * batch_size)
     starts = np.arange(n) * n_blocks // n * block_size
@@ -20,7 +20,7 @@ def eval_batches(
 
 
 class Windows(NamedTuple):
-    """A batch of windows of a split: x, y (B, T). Of each window the targets from `first` on count."""
+    """A batch of windows of a split: x, y (B, T). In each the targets from `first` on count."""
 
     x: torch.Tensor
     y: torch.Tensor

@@ -1,8 +1,8 @@
-"""How varied is generated text? Self-BLEU, distinct-n and repetition of continuations of real prompts.
+"""How varied is generated text? Self-BLEU, distinct-n and repetition of continuations.
 
-The prompt is not judged, only what follows it up to end-of-text. Words are separated by white space,
-whatever the tokenizer. These numbers depend on the amount of text: compare runs on the same prompts,
-lengths and settings.
+The prompt is not judged, only what follows it up to end-of-text. Words are separated by white
+space, whatever the tokenizer. These numbers depend on the amount of text: compare runs on the same
+prompts, lengths and settings.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def continuations(
 ) -> list[list[int]]:
     """The ids that the model generates after each prompt (n, T), up to end-of-text (eot).
 
-    options: those of generation.stream. The text depends on them, the seed and the batch size alone."""
+    options: those of generation.stream. They, seed and batch size alone determine the text."""
     model.eval()
     device, found = next(model.parameters()).device, []
     batches = prompts.split(batch_size)

@@ -28,8 +28,8 @@ def evaluate(
 ) -> MetricAccumulator:
     """The scores of all windows, which the processes share; the same on each.
 
-    With a text also unigram_nll and scores by byte, and its documents as units of the bootstrap, which
-    are the windows otherwise. See score_tokens for the names of the scores."""
+    With a text also unigram_nll and scores by byte, and its documents as units of the bootstrap;
+    otherwise the units are windows. See score_tokens for the names of the scores."""
     model.eval()
     scores = MetricAccumulator()
     for i, batch in enumerate(batches):
@@ -142,7 +142,7 @@ def set_scores(
     """How well scores (n, V) rank a set of ids (n, K), those with weights (n, K) above 0.
 
     recall_at_k: the share of the set among the K best. lrap: label-ranking average precision, the
-    mean over members of the share of members among all that rank as high (as scikit-learn has it)."""
+    mean over members of the share of members among all that rank as high."""
     of_ids, is_member = scores.gather(-1, ids), weights > 0
     ranks = [(scores >= score.unsqueeze(-1)).sum(-1) for score in of_ids.unbind(-1)]
     rank = torch.stack(ranks, -1)

@@ -1,4 +1,4 @@
-"""Everything that evaluate.py measures of one run: scores, continuations, and coloured documents."""
+"""All that evaluate.py measures of one run: scores, continuations, and coloured documents."""
 
 import math
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ class Evaluator:
         self.stride = config.stride or self.block_size
         if self.stride > self.block_size:
             raise UserError(
-                f"stride = {self.stride} leaves tokens out: {source} reads {self.block_size} at a time"
+                f"stride = {self.stride} leaves tokens out: {source} reads {self.block_size}"
             )
         self.dataset = config.dataset or dataset
         if self.dataset is None:

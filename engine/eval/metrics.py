@@ -46,7 +46,7 @@ class MetricAccumulator:
         self.last_unit = units[-1, -1].item()
 
     def add(self, values: dict[str, Tensor], units: Tensor) -> None:
-        """values: name -> (B * T,), scores of the tokens of B blocks. units (B, T): see count_units."""
+        """values: name -> (B * T,), the scores of B blocks. units (B, T): see count_units."""
         values = {name: value.cpu().double() for name, value in values.items()}
         ones = torch.ones_like(values["nll"])
         values = {"n_bytes": torch.zeros_like(ones)} | values | {"n_tokens": ones}
@@ -194,7 +194,7 @@ def cumulative(counts: Tensor) -> np.ndarray:
 def adaptive_ece(table: Tensor) -> float:
     """The calibration error in N_BINS bins of equally many tokens (Nixon et al. 2019).
 
-    table (N_FINE, 3): counts of tokens and of wrong ones, and sums of confidence, by uncertainty."""
+    table (N_FINE, 3), by uncertainty: tokens, wrong ones, and the sum of their confidence."""
     n, wrong, confidence = (cumulative(column) for column in table.unbind(1))
     ends = np.linspace(0, n[-1], N_BINS + 1)
     correct = ends - np.interp(ends, n, wrong)
@@ -214,7 +214,7 @@ def aurc(table: Tensor) -> float:
 
 
 def risks(table: Tensor, coverages: np.ndarray) -> list[float]:
-    """The error rate of each share of the tokens, the most certain ones. table: see adaptive_ece."""
+    """The error rate of the most certain share of the tokens. table: see adaptive_ece."""
     n, wrong = cumulative(table[:, 0]), cumulative(table[:, 1])
     n_answered = coverages * n[-1]
     return (np.interp(n_answered, n, wrong) / n_answered).tolist()
@@ -223,8 +223,8 @@ def risks(table: Tensor, coverages: np.ndarray) -> list[float]:
 def auroc_and_fpr95(in_domain: Tensor, ood: Tensor) -> tuple[float, float]:
     """Tell out-of-domain text by its higher uncertainty; counts (N_FINE,) by uncertainty.
 
-    The area under the ROC curve, ties counted half; and the share of OOD text that is accepted at
-    the threshold that accepts 95 % of the in-domain text (Liang et al. 2018), ties in random order."""
+    The area under the ROC curve, ties counted half; and the share of OOD text accepted at the
+    threshold that accepts 95 % of the in-domain text (Liang et al. 2018), ties in random order."""
     ood_below = ood.cumsum(0) - ood
     auroc = 1 - (in_domain @ (ood_below + ood / 2)) / (in_domain.sum() * ood.sum())
     n_in_domain, n_ood = cumulative(in_domain), cumulative(ood)

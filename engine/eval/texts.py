@@ -25,7 +25,7 @@ class TextStats:
     def __init__(
         self, tokenizer: Tokenizer, frequencies: Tensor, n_documents: float = 0.0, part=False
     ):
-        """frequencies: (V,), in the training text. part: whether only a part of the split is read."""
+        """frequencies: (V,), in the training text. part: only a part of the split is read."""
         self.eot, self.log_frequencies = tokenizer.eot, frequencies.log()
         pieces = list(tokenizer.token_bytes())[: len(frequencies)]
         self.pieces = pieces + [b""] * (len(frequencies) - len(pieces))
@@ -63,7 +63,7 @@ class TextStats:
 
 
 def document_bounds(file: TokenFile, eot: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The starts and ends of the documents in a split's first SEARCHED tokens, empty ones left out."""
+    """The starts and ends of the documents in a split's first SEARCHED tokens; no empty ones."""
     ids = file[:SEARCHED]
     found = np.flatnonzero(ids == eot)
     starts, ends = np.append(0, found + 1), np.append(found, len(ids))
