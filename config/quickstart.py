@@ -1,7 +1,7 @@
-# What `make run` trains, five times with five heads: a small GPT on four books (data/quickstart), one epoch: 720 steps
-# of 2,048 tokens, 1.47 M tokens in all. Expect a validation nll of 4.28 to 4.35 by head (measured,
-# training_logs/quickstart; unigram: 6.4) after a minute on two CPU cores (measured: 50 to 57 s of training); 0.57 GB of
-# memory (measured, the whole process).
+# What `make run` trains, five times with five heads: a small GPT on four books (data/quickstart),
+# one epoch: 720 steps of 2,048 tokens, 1.47 M tokens in all. Expect a validation nll of 4.28 to
+# 4.35 by head (measured, training_logs/quickstart; unigram: 6.4) after a minute on two CPU cores
+# (measured: 50 to 57 s of training); 0.57 GB of memory (measured, the whole process).
 #     python data/quickstart/prepare.py
 #     python train.py config/quickstart.py
 dataset = "quickstart"
@@ -24,6 +24,6 @@ eval_iters = 25
 log_interval = 40
 compile = False  # at this size compiling takes longer than it saves
 
-# the heads: the same start for all, and a tempered posterior, since one and a half million tokens are few
+# the same start for all heads; a tempered posterior, because 1.5 M tokens are few
 logit_bias = "unigram"
 kl_weight = 0.1

@@ -1,10 +1,11 @@
-# A small GPT on WikiText-2 (2.42 M tokens, GPT-2's BPE), one epoch: 1180 steps of 2,048 tokens. Expect a validation nll
-# of 5.57 to 5.62 by row (measured, training_logs/wikitext2) after 16 to 26 minutes on one thread of a CPU with AMX, 40
-# without, other work beside (measured); 1.2 to 1.4 GB of memory by row (measured, the whole process of softmax, bayes
-# and sigmoid).
+# A small GPT on WikiText-2 (2.42 M tokens, GPT-2's BPE), one epoch: 1180 steps of 2,048 tokens.
+# Expect a validation nll of 5.57 to 5.62 by row (measured, training_logs/wikitext2) after 16 to 26
+# minutes on one thread of a CPU with AMX, 40 without, beside other work (measured); 1.2 to 1.4 GB
+# of memory by row (measured, the whole process of softmax, bayes and sigmoid).
 #     python data/wikitext/prepare.py --version=2
-#     python train.py config/train_gpt2_wikitext2_cpu.py                                          softmax
-#     python train.py config/train_gpt2_wikitext2_cpu.py config/rows/bayes.py --out_dir=out/wikitext2/bayes
+#     python train.py config/train_gpt2_wikitext2_cpu.py
+#     python train.py config/train_gpt2_wikitext2_cpu.py config/rows/bayes.py \
+#         --out_dir=out/wikitext2/bayes
 dataset = "wikitext2"
 out_dir = "out/wikitext2/softmax"
 block_size = 256

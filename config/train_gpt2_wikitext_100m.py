@@ -1,9 +1,10 @@
-# GPT-2 124M on WikiText-103 (118 M tokens), 4 epochs: 900 steps of 524,288 tokens, 472 M in all. Not run by us, so no
-# validation nll to expect. At 40 % of the bf16 peak an estimated 54 minutes on one A100 or 17 on one H200. Estimated
-# memory for each process: 10 GB.
+# GPT-2 124M on WikiText-103 (118 M tokens), 4 epochs: 900 steps of 524,288 tokens, 472 M in all.
+# Not run by us, so no validation nll to expect. At 40 % of the bf16 peak an estimated 54 minutes on
+# one A100 or 17 on one H200. Estimated memory for each process: 10 GB.
 #     python data/wikitext/prepare.py
-#     python train.py config/train_gpt2_wikitext_100m.py                                          softmax, one GPU
-#     python train.py config/train_gpt2_wikitext_100m.py config/rows/bayes.py --out_dir=out/wikitext_100m/bayes
+#     python train.py config/train_gpt2_wikitext_100m.py
+#     python train.py config/train_gpt2_wikitext_100m.py config/rows/bayes.py \
+#         --out_dir=out/wikitext_100m/bayes
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_wikitext_100m.py
 dataset = "wikitext"
 out_dir = "out/wikitext_100m/softmax"

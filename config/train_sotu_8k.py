@@ -1,7 +1,9 @@
-# The State of the Union addresses, a BPE of 8,192 learnt on them (1.97 M tokens), one epoch for the model of
-# train_wikitext2_8k.py: 963 steps of 2,048 tokens, 1.97 M in all; the study's second corpus. 6 minutes of steps
-# (measured, one thread of a CPU without AMX, another run beside), the same memory.
-#     python data/text/prepare.py --source=sotu.txt --separator='\n\n' --name=sotu_8k --tokenizer=bpe --vocab_size=8192
+# The State of the Union addresses, a BPE of 8,192 learnt on them (1.97 M tokens), one epoch for the
+# model of train_wikitext2_8k.py: 963 steps of 2,048 tokens, 1.97 M in all; the study's second
+# corpus. 6 minutes of steps (measured, one thread of a CPU without AMX, beside another run), the
+# same memory.
+#     python data/text/prepare.py --source=sotu.txt --separator='\n\n' --name=sotu_8k \
+#         --tokenizer=bpe --vocab_size=8192
 #     python train.py config/train_sotu_8k.py config/rows/bayes.py --out_dir=out/sotu_8k/bayes
 from config.train_wikitext2_8k import *
 

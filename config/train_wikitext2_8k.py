@@ -1,8 +1,11 @@
-# WikiText-2, a BPE of 8,192 learnt on it (2.70 M tokens), one epoch for a small GPT: 1316 steps of 2,048 tokens, 2.70 M
-# in all; the study's first regime (training_logs/README.md). 4 minutes of steps on one thread of a CPU with AMX, 10
-# without, another run beside; 0.8 GB of memory (measured, the whole process of softmax and smooth).
-#     python data/wikitext/prepare.py --version=2 --tokenizer=bpe --vocab_size=8192 --folder=data/wikitext2_8k
-#     python train.py config/train_wikitext2_8k.py config/rows/bayes.py --out_dir=out/wikitext2_8k/bayes
+# WikiText-2, a BPE of 8,192 learnt on it (2.70 M tokens), one epoch for a small GPT: 1316 steps of
+# 2,048 tokens, 2.70 M in all; the study's first regime (training_logs/README.md). 4 minutes of
+# steps on one thread of a CPU with AMX, 10 without, beside another run; 0.8 GB of memory (measured,
+# the whole process of softmax and smooth).
+#     python data/wikitext/prepare.py --version=2 --tokenizer=bpe --vocab_size=8192 \
+#         --folder=data/wikitext2_8k
+#     python train.py config/train_wikitext2_8k.py config/rows/bayes.py \
+#         --out_dir=out/wikitext2_8k/bayes
 dataset = "wikitext2_8k"
 out_dir = "out/wikitext2_8k/softmax"
 block_size = 256

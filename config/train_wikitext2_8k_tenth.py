@@ -1,9 +1,11 @@
-# The first 60 articles of WikiText-2's 600 (281 k tokens), the model and BPE of train_wikitext2_8k.py, 6 epochs: 824
-# steps of 2,048 tokens, 1.69 M in all; the study's second regime. 3 minutes of steps, without AMX 6
-# (measured, one thread beside another run), the same memory.
-#     python data/wikitext/prepare.py --version=2 --tokenizer=data/wikitext2_8k --train_articles=60 \
-#         --folder=data/wikitext2_8k_tenth
-#     python train.py config/train_wikitext2_8k_tenth.py config/rows/bayes.py --out_dir=out/wikitext2_8k_tenth/bayes
+# The first 60 articles of WikiText-2's 600 (281 k tokens), the model and BPE of
+# train_wikitext2_8k.py, 6 epochs: 824 steps of 2,048 tokens, 1.69 M in all; the study's second
+# regime. 3 minutes of steps, without AMX 6 (measured, one thread beside another run), the same
+# memory.
+#     python data/wikitext/prepare.py --version=2 --tokenizer=data/wikitext2_8k \
+#         --train_articles=60 --folder=data/wikitext2_8k_tenth
+#     python train.py config/train_wikitext2_8k_tenth.py config/rows/bayes.py \
+#         --out_dir=out/wikitext2_8k_tenth/bayes
 from config.train_wikitext2_8k import *
 
 dataset = "wikitext2_8k_tenth"

@@ -94,10 +94,9 @@ def test_the_script_of_a_head_takes_scale_and_row_and_trains_what_train_py_does(
 
 @every_scale
 def test_a_scale_tells_how_a_row_is_run_on_it_in_a_folder_of_its_own(scale, monkeypatch):
-    text = (ROOT / f"config/{scale}.py").read_text()
-    argv = re.search(r"python train\.py (config/\w+\.py config/rows/\w+\.py --out_dir=\S+)", text)[
-        1
-    ].split()
+    text = re.sub(r" \\\n#\s+", " ", (ROOT / f"config/{scale}.py").read_text())
+    command = r"python train\.py (config/\w+\.py config/rows/\w+\.py --out_dir=\S+)"
+    argv = re.search(command, text)[1].split()
     monkeypatch.chdir(ROOT)
     found, row = flatten(load_config(TrainConfig, argv)[0]), Path(argv[1]).stem
     assert found == options(scale, row) | {"out_dir": found["out_dir"]}
