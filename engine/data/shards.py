@@ -90,26 +90,28 @@ def _find_stated(folder: Path, split: str, about: dict, dtype: np.dtype) -> list
             return []
         listed = [about | {"file": f"{split}.bin"}]
     try:
-        paths = [folder / part["file"] for part in listed]
-        good = all(FILE_NAME.fullmatch(part["file"]) for part in listed) and len(listed) > 0
+        names = [part["file"] for part in listed]
+        is_good = len(names) > 0 and all(map(FILE_NAME.fullmatch, names))
     except (KeyError, TypeError):
-        good = False
-    if not good:
+        is_good = False
+    if not is_good:
         raise UserError(
             f"{folder / 'meta.json'} does not describe the files of {split!r}; prepare it again"
         )
-    shards = []
-    for path, size, part in zip(paths, each_of(paths, _size), listed, strict=True):
-        if size < 0:
+
+    def find_part(part: dict) -> Shard:
+        path = folder / part["file"]
+        if not path.is_file():
             raise UserError(f"{path} is missing, but meta.json names it; prepare it again")
-        shard = _without_header(path, size, dtype, part.get("sha256"))
+        shard = _without_header(path, path.stat().st_size, dtype, part.get("sha256"))
         if len(shard) != part.get("tokens", len(shard)):
             raise UserError(
                 f"{path} holds {len(shard):,} tokens, but meta.json says {part['tokens']}; "
                 "prepare it again"
             )
-        shards.append(shard)
-    return shards
+        return shard
+
+    return each_of(listed, find_part)
 
 
 def _find_by_name(folder: Path, split: str, dtype: np.dtype) -> list[Shard]:
@@ -128,10 +130,8 @@ def _find_by_name(folder: Path, split: str, dtype: np.dtype) -> list[Shard]:
     paths = [folder / name for found in by_prefix.values() for _, name in sorted(found)]
     shards = each_of(paths, lambda path: _by_header(path, dtype))
     for shard in shards:
-        if (shard.header, shard.dtype) != (shards[0].header, shards[0].dtype):
-            raise UserError(
-                f"{shards[0].path} and {shard.path.name} are of two formats; a split has one format"
-            )
+        if shard.dtype != shards[0].dtype:
+            raise UserError(f"{shards[0].path} and {shard.path.name} have ids of two types")
     return shards
 
 
@@ -140,7 +140,7 @@ def _by_header(path: Path, dtype: np.dtype) -> Shard:
 
     The magic numbers, read as ids, are not in GPT-2's vocabulary: a damaged header is refused,
     never read as ids."""
-    size = _size(path)
+    size = path.stat().st_size
     with open(path, "rb", buffering=0) as file:
         magic, version, n = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
     if magic not in FORMATS:
@@ -160,10 +160,6 @@ def _without_header(path: Path, size: int, dtype: np.dtype, sha256: str | None =
     if size == 0 or size % dtype.itemsize:
         raise UserError(f"{path} has {size} bytes: not whole {dtype.name} ids; prepare it again")
     return Shard(path, dtype, 0, size, sha256)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
 
 
 def each_of(items: Iterable, function: Callable) -> list:
