@@ -13,7 +13,9 @@ Each writes what it counted into training_logs/reliability.json. The tests run s
 import contextlib
 import datetime
 import hashlib
+import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +59,7 @@ OPTIONS |= {
     "eval_iters": 20,
     "save_interval": 1,
 }
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=5"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SHARD = 20_000  # tokens of a file that preparations() writes
 LAST_WORDS = 100.0  # seconds until a run that does not end counts as hung
 
@@ -72,21 +75,67 @@ class FaultConfig:
     seed: int = 0  # of the instants
 
 
+# children of a server that has imported torch once: they start at once
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.faults"])
+
+
+class Forked:
+    """train.py with these flags in a forked child; in its use like subprocess.Popen."""
+
+    def __init__(self, argv: list[str], log: Path, main: Callable[[], None] = train.main):
+        self.child = FORKS.Process(target=in_child, args=(argv, log, main), daemon=True)
+        self.child.start()
+        self.pid = self.child.pid
+
+    def poll(self) -> int | None:
+        return self.child.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.child.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self.child.join(timeout)
+        if self.child.exitcode is None:
+            raise subprocess.TimeoutExpired("train.py", timeout)
+        return self.child.exitcode
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+
+def in_child(argv: list[str], log: Path, main: Callable[[], None]) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["train.py", *argv]
+    main()
+
+
 class Run:
-    """train.py as a process of its own, or two of them under torchrun, which goes on with what is in its folder."""
+    """train.py in a child, or in two under torchrun, which resumes what is in its folder."""
 
     def __init__(
-        self, data: Path, out_dir: Path, processes: int = 1, log: Path | None = None, **options
+        self,
+        data: Path,
+        out_dir: Path,
+        processes: int = 1,
+        log: Path | None = None,
+        main: Callable[[], None] = train.main,
+        restarts: int = 5,
+        **options,
     ):
-        launch = [sys.executable, *(TORCHRUN if processes > 1 else [])]
-        argv = flags(
-            **OPTIONS | {"dataset": data, "out_dir": out_dir, "init_from": "auto"} | options
-        )
+        options = OPTIONS | {"dataset": data, "out_dir": out_dir, "init_from": "auto"} | options
         self.log = log or out_dir.with_suffix(".log")
         self.at = self.log.stat().st_size if self.log.exists() else 0
+        if processes == 1:
+            self.process = Forked(flags(**options), self.log, main)
+            return
+        launch = [sys.executable, *TORCHRUN, f"--max-restarts={restarts}"]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [*launch, str(ROOT / "train.py"), *argv],
+                [*launch, str(ROOT / "train.py"), *flags(**options)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
@@ -97,6 +146,8 @@ class Run:
     @property
     def output(self) -> str:
         """What this process has printed."""
+        if not self.log.exists():
+            return ""
         with open(self.log) as log:
             log.seek(self.at)
             return log.read()
@@ -204,41 +255,37 @@ def kills(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
 
 
 def corruptions(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
-    """Cut the newest checkpoint short, or flip one byte of it: how often the one before is used, with a warning, and
-    the damaged one refused by name."""
-    undisturbed(data, folder / "reference", max_iters=30)
+    """Cut the newest checkpoint short, or flip one bit of it: how often the one before is used, with a warning, and
+    the damaged one refused by name. A bit between the parts of the file may change nothing that is read."""
     Run(data, folder / "run", max_iters=20, save_interval=10).ended()
     before, newest = (folder / "run" / checkpoint.name_of(step) for step in (10, 20))
-    good, passed_over, refused = newest.read_bytes(), 0, 0
-    whole = checkpoint.read(before)
+    good, passed_over, refused, harmless = newest.read_bytes(), 0, 0, 0
+    whole = checkpoint.load_model(newest)
     for i in range(n):
         at = rng.randrange(len(good))
-        newest.write_bytes(
-            good[:at]
-            if i % 2
-            else good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :]
-        )
-        said = folder / "said"
-        with open(said, "w") as file, contextlib.redirect_stderr(file):
+        flipped = good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :]
+        newest.write_bytes(good[:at] if i % 2 else flipped)
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
             state = checkpoint.read_newest(newest.parent)
-        one_line = (
-            said.read_text().count("\n") == 1
-            and f"warning: {newest} is not a good checkpoint" in said.read_text()
-        )
-        passed_over += one_line and state["step"] == whole["step"]
+        if not printed.getvalue() and same_weights(checkpoint.load_model(newest), whole):
+            harmless += 1
+            continue
+        named = printed.getvalue().startswith(f"warning: {newest} is not a good checkpoint")
+        passed_over += named and state["step"] == int(before.stem[5:])
         try:
             checkpoint.read(newest)
         except UserError:
             refused += 1
+    newest.write_bytes(good[:at])
     code, _ = Run(data, folder / "run", max_iters=30, lr_decay_iters=400).ended()
-    same = code == 0 and same_weights(
-        *(checkpoint.load_model(folder / name) for name in ("run", "reference"))
-    )
+    undamaged = undisturbed(data, folder / "reference", max_iters=30)
     return {
         "corruptions": n,
+        "harmless": harmless,
         "passed_over": passed_over,
         "refused_by_name": refused,
-        "same_end": same,
+        "same_end": code == 0 and same_weights(checkpoint.load_model(folder / "run"), undamaged),
     }
 
 

@@ -94,9 +94,11 @@ def test_the_traps_work_on_whoever_trusts_them(tmp_path, monkeypatch, payload, f
     assert Path(MARK).exists()
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("payload", PAYLOADS)
-@pytest.mark.parametrize("form", FORMATS)
+TRAPS = [(payload, form, "sample") for payload in PAYLOADS for form in FORMATS]
+TRAPS += [("exec", "zip", reader) for reader in READERS if reader != "sample"]
+
+
+@pytest.mark.parametrize(("payload", "form", "reader"), TRAPS)
 @pytest.mark.parametrize("name", ["ckpt_00000001.pt", "ckpt.pt"])
 def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, name, form, payload, reader):
     for path in (folder / "run").glob("ckpt*.pt"):
@@ -104,13 +106,11 @@ def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, name, form, payloa
     state = {"model": {}, "model_args": {}, "model_config": {}, "config": PAYLOADS[payload]()}
     (folder / "run" / name).write_bytes(FORMATS[form](state))
     script, *argv = READERS[reader]
-    assert f"run/{name} is not a good checkpoint" in refused(
-        script, argv, folder, monkeypatch, capsys
-    )
+    message = refused(script, argv, folder, monkeypatch, capsys)
+    assert f"run/{name} is not a good checkpoint" in message
     assert not Path(MARK).exists()
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize(
     ("name", "command"),
     [
@@ -127,7 +127,7 @@ def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, name, form, payloa
         ("run/gpt2.json", SAMPLE),
     ],
 )
-def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command, payload):
+def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command):
     path = folder / name
     if path.parent.name == "openai":
         path.parent.mkdir()
@@ -140,7 +140,7 @@ def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command, pay
         (folder / "run" / "meta.json").write_text(
             json.dumps({"vocab_size": 27, "tokenizer": {"kind": kind}})
         )
-    trap = PAYLOADS[payload]()
+    trap = PAYLOADS["exec"]()
     if path.suffix == ".bin":
         np.save(folder / "array.npy", np.array([trap], dtype=object), allow_pickle=True)
         shutil.move(folder / "array.npy", path)

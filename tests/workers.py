@@ -1,4 +1,6 @@
-"""What the tests run as two processes: torchrun tests/workers.py CASE DATA FOLDER. A failed claim ends a process."""
+"""What the tests run as two processes: torchrun tests/workers.py CASES DATA FOLDER.
+
+A failed claim ends a process."""
 
 import math
 import sys
@@ -113,10 +115,11 @@ def hang(processes, data: str, folder: Path) -> None:
 
 
 def main() -> None:
-    case, data, folder = sys.argv[1:]
+    cases, data, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    with distributed.init("cpu", "auto", hang_timeout=3 if case == "hang" else 100) as processes:
-        globals()[case](processes, data, Path(folder))
+    with distributed.init("cpu", "auto", hang_timeout=3 if cases == "hang" else 100) as processes:
+        for case in cases.split(","):
+            globals()[case](processes, data, Path(folder))
 
 
 if __name__ == "__main__":

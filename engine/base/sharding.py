@@ -1,8 +1,8 @@
 """Sharded training (PyTorch's fully_shard), and full copies of the state for checkpoints.
 
-torch.distributed.checkpoint.state_dict has get / set helpers for this. We do not use them: on a CPU they return the
-live tensors, not copies; gathered shards of tied weights become two tensors; an optimizer that has not stepped yet
-is made to step; and importing them takes a second.
+torch.distributed.checkpoint.state_dict has helpers for this, which do not fit: on a CPU they return
+the live tensors, not copies; tied weights become two tensors when their shards are gathered; an
+optimizer that has not stepped yet is made to step; and importing them takes a second.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 
 
 def shard(model: torch.nn.Module, device_type: str, world_size: int) -> None:
-    """Split parameters, gradients and optimizer state over all processes: each block, then the rest."""
+    """Shard parameters, gradients and optimizer state over all processes, block by block."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -26,9 +26,9 @@ def shard(model: torch.nn.Module, device_type: str, world_size: int) -> None:
 
 
 def full_copy(state: dict, keep: bool = True) -> dict:
-    """A nested dict with every tensor copied to the CPU, and sharded ones gathered from all processes.
+    """Copy every tensor of a nested dict to the CPU; gather sharded ones from all processes.
 
-    A tensor that occurs twice (tied weights) is copied once. keep=False: help to gather, copy nothing.
+    A tensor that occurs twice (tied weights) is copied once. keep=False: gather, but copy nothing.
     """
     copies = {}
 
@@ -46,7 +46,7 @@ def full_copy(state: dict, keep: bool = True) -> dict:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimizer's state from full tensors, sharded as its parameters are. Its options stay as they are."""
+    """Load an optimizer's state, sharded as the parameters are. Its options stay as they are."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in state["state"].items():

@@ -52,11 +52,11 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer; GPT-2's if no file names another."""
-        tokenizer = load_tokenizer(self.tokenizer_folder())
-        if tokenizer.vocab_size > self.config.vocab_size:
+        tokenizer, vocab_size = load_tokenizer(self.tokenizer_folder()), self.config.vocab_size
+        if tokenizer.vocab_size > vocab_size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the model {self.config.vocab_size}: "
-                f"copy the tokenizer's files (meta.json of its data set) to {self.source}"
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; copy the "
+                f"tokenizer's files (meta.json of its data set) to {self.source}"
             )
         return tokenizer
 
@@ -113,8 +113,11 @@ def read_newest(out_dir: Path) -> dict:
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
-    """The model of a run folder (the newest checkpoint), a checkpoint file (ours or nanoGPT's), a folder of
-    transformers, or OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl)."""
+    """Read a trained model.
+
+    source: a run folder (its newest checkpoint), a checkpoint file (ours or nanoGPT's), a folder of
+    transformers, or OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl).
+    """
     path, about = Path(source), {}
     if str(source) in HUB or is_transformers(path):
         shape, weights = from_transformers(source)

@@ -57,7 +57,7 @@ def from_weights(config, source: str, file: TokenFile, given: Set[str]) -> GPT:
 
 
 def hidden_states(model: GPT, file: TokenFile) -> torch.Tensor:
-    """(n, C): the hidden states at about POSITIONS positions of a split, in evenly spaced blocks."""
+    """(n, C): hidden states at about POSITIONS positions of a split, in evenly spaced blocks."""
     block_size = model.config.block_size
     n_blocks = max(1, POSITIONS // block_size)
     hidden = []
@@ -70,7 +70,7 @@ def hidden_states(model: GPT, file: TokenFile) -> torch.Tensor:
 
 
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:
-    """`wanted` (dropout, head ...) with the sizes of `shape`; given sizes that differ are refused."""
+    """`wanted` (dropout, head ...) with the sizes of `shape`. Refuse given sizes that differ."""
     sizes = {name: getattr(shape, name) for name in BACKBONE}
     for name, size in sizes.items():
         if name in given and getattr(wanted, name) != size:

@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints in the background, and loads the newest into optimizer and loss scale."""
+"""Save a run's checkpoints in the background; load one into optimizer and loss scale."""
 
 import os
 import sys

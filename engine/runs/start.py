@@ -73,8 +73,10 @@ def prepare_run(config, given: Set[str], processes: Processes):
 
 
 def resolve_init_from(out_dir: Path, init_from: str) -> str:
-    """auto means resume if there is a checkpoint, else scratch. A run that torchrun restarts resumes
-    its own checkpoints, whatever init_from says."""
+    """auto means resume if there is a checkpoint, else scratch.
+
+    A run that torchrun restarts resumes its own checkpoints, whatever init_from says.
+    """
     launch, file = launch_id(), out_dir / LAUNCH
     restarted = launch and file.is_file() and file.read_text() == launch
     if (init_from == "auto" or restarted) and checkpoint.list_checkpoints(out_dir):
@@ -108,7 +110,7 @@ def resumed_config(config, state: dict, given: Set[str]):
     for name in sorted(SHAPE & given):
         if now[name] != before[name]:
             raise UserError(
-                f"{name} = {now[name]!r}, but the run to resume has {before[name]!r}, another model; "
+                f"{name} = {now[name]!r}, but the run to resume has {before[name]!r}; "
                 f"leave {name} out, or give another --out_dir"
             )
     now |= {name: before[name] for name in now.keys() - PER_LAUNCH - given}
@@ -120,7 +122,7 @@ def resumed_config(config, state: dict, given: Set[str]):
 
 
 def options_of(config, state: dict) -> dict:
-    """The options that a checkpoint was trained with; defaults for those that its code did not have."""
+    """The options of a checkpoint's run; the defaults of those that are newer than it."""
     return flatten(type(config)()) | state["config"]
 
 
