@@ -25,11 +25,13 @@ class Watch:
 
     def __init__(self, is_main: bool = True, hang_timeout: float = 0.0):
         self.is_main, self.hang_timeout = is_main, hang_timeout
-        self.signum, self.received_at = 0, 0.0
+        self.signum, self.received_at, self.armed_at = 0, 0.0, 0.0
 
     def beat(self) -> None:
         """Restart the hang timer. It needs no GIL: it fires even if the main thread is in C++."""
-        if self.hang_timeout:
+        now = time.monotonic()
+        if self.hang_timeout and now > self.armed_at + 1.0:  # it costs 50 microseconds
+            self.armed_at = now
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=sys.__stderr__)
 
     def catch_signals(self) -> None:
@@ -51,6 +53,7 @@ class Watch:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+            self.armed_at = 0.0
             for signum, handler in handlers.items():
                 if signal.getsignal(signum) == self._handle:
                     signal.signal(signum, handler)
