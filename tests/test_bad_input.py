@@ -432,7 +432,7 @@ TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_
         (TORCHRUN | {"MASTER_ADDR": ""}, "start with torchrun"),
         (
             TORCHRUN | {"BACKEND": "nccl"},
-            "backend = 'nccl' needs CUDA, but the device is cpu; use --backend=gloo",
+            "use --backend=gloo",
         ),
     ],
 )
