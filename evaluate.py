@@ -42,10 +42,6 @@ class EvaluateConfig:
     report: str = ""
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
 
-    def __post_init__(self):
-        if self.report and Path(self.report).is_file():
-            raise UserError(f"report = {self.report!r} is a file; name a folder")
-
     @property
     def sources(self) -> list[str]:
         """The runs and ensembles, without repetitions."""
@@ -180,13 +176,13 @@ def result_file(source: str, config: EvaluateConfig) -> Path:
 
 
 def short_names(sources: list[str]) -> dict[str, str]:
-    """name -> source: the last part of its path, or all of it if two share that part."""
-    names = {}
+    """name -> source: the last part of each path, or all of it if two share that part."""
+    names = []
     for source in sources:
-        last = [Path(member).name or member for member in members_of(source)]
-        names[source] = "+".join(last)
-    unique = list(names.values())
-    return {name if unique.count(name) == 1 else source: source for source, name in names.items()}
+        names.append("+".join(Path(member).name or member for member in members_of(source)))
+    if len(set(names)) < len(names):
+        names = sources
+    return dict(zip(names, sources, strict=True))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ CASES = [
     (
         "evaluate.py",
         [*EVALUATE, "--report=latin.txt"],
-        "report = 'latin.txt' is a file; name a folder",
+        "latin.txt cannot be written to",
     ),
     ("evaluate.py", [*EVALUATE, "--stride=17"], "stride = 17 leaves tokens out"),
     (
@@ -233,7 +233,7 @@ CASES = [
     (
         "evaluate.py",
         ["--device=cpu", "--out_dir=run,nowhere"],
-        "nowhere does not exist; give run folders",
+        "nowhere does not exist; give a run",
     ),
     # data
     (
