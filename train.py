@@ -127,9 +127,7 @@ class Progress:
     skipped_in_a_row = 0  # not a field, not saved: the count restarts on resume
 
     def improves(self, scores: dict[str, float]) -> bool:
-        """Whether val_nll is the lowest so far; remember it. A score that is not finite ends the
-        run.
-        """
+        """Whether val_nll is the lowest so far. A score that is not finite ends the run."""
         for name, value in scores.items():
             if not math.isfinite(value):
                 what = f"{name.replace('_', ' ')} is {value} at step {self.step}"
@@ -157,9 +155,7 @@ class Progress:
 
 
 def main(**fixed: str) -> None:
-    """Run train() with the options of the command line; fixed: options that a script like
-    train_bayes.py sets.
-    """
+    """Train with the options of the command line; fixed: what a script like train_bayes.py sets."""
 
     def train_from_command_line():
         config, given = load_config(TrainConfig, sys.argv[1:], fixed)
@@ -180,6 +176,7 @@ def train(
     optimizer = adamw(raw_model, config.learning_rate, betas, config.weight_decay)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == "float16")
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
+
     batches = training_batches(config, data["train"], state)
     my_micro_batches = micro_batches_of(processes, config, progress.step)
     prefetched = batches.prefetched(my_micro_batches, processes.device)
@@ -231,9 +228,7 @@ def train(
 
 
 def accumulate_gradients(model, batches, step, config, processes, cast, scaler) -> float:
-    """Forward and backward of this process's micro-batches of a step; the mean loss over all
-    processes.
-    """
+    """Do this process's micro-batches of a step; returns the mean loss over all processes."""
     n_micro = config.gradient_accumulation_steps
     loss = torch.zeros(1, device=processes.device)
     for micro in processes.share(n_micro):

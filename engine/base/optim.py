@@ -27,9 +27,7 @@ def adamw(
 
 
 def learning_rate_at(step: int, config) -> float:
-    """nanoGPT's schedule: linear warm-up, cosine from learning_rate to min_lr at lr_decay_iters,
-    then min_lr.
-    """
+    """nanoGPT's schedule: linear warm-up, cosine to min_lr at lr_decay_iters, then min_lr."""
     peak, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_iters
     end = config.lr_decay_iters or config.max_iters
     if not config.decay_lr:

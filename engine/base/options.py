@@ -117,9 +117,7 @@ def flat_fields(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass with these flat values, the nested ones' own fields filled from the same
-    mapping.
-    """
+    """The dataclass with these flat values, which fill nested dataclasses, too."""
     arguments = {}
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):

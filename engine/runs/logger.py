@@ -177,9 +177,7 @@ class Logger:
                 self._chart(record)
 
     def _chart(self, record: dict) -> None:
-        """Send a record to wandb, whose steps cannot go back: those that a resumed run repeats stay
-        as they are.
-        """
+        """Send a record to wandb, unless it has a later step: its steps cannot go back."""
         if record["step"] >= self.next_step:
             self.next_step = record["step"]
             charts = {CHARTS.get(name, f"train/{name}"): value for name, value in record.items()}
@@ -220,9 +218,7 @@ def clock_time(seconds: float) -> str:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, without lines that are damaged or that a killed run left
-    unfinished.
-    """
+    """The records of a metrics.jsonl; ignores damaged lines, as a killed run may leave one."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
@@ -233,9 +229,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the records that a resumed run will write again: later ones, and the evaluation of this
-    very step.
-    """
+    """Drop what a resumed run will write again: later records, and the evaluation of this step."""
     kept = []
     for record in read_records(path):
         if record["step"] < step or (record["step"] == step and "val_nll" not in record):
