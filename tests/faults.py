@@ -435,7 +435,7 @@ def stalls(
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    progress, about = train.Progress(), {"config": {"out_dir": str(folder), "eval_only": False}}
+    progress, about = train.Progress(), {"config": {"out_dir": str(folder), "sharding": "none"}}
     scaler, one = torch.amp.GradScaler("cpu", enabled=False), Processes(torch.device("cpu"))
     a, held, written, slower = torch.randn(2000, 2000), [], [], []
 

@@ -1,5 +1,6 @@
 """A resumed run repeats the uninterrupted one bit for bit, and two processes repeat one."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -109,6 +110,18 @@ def test_a_run_killed_between_checkpoints_leaves_no_record_twice(
     assert '"step": 40' in (tmp_path / "metrics.jsonl").read_text().splitlines()[-2]
     assert same_weights(run(data, tmp_path, **LONG, init_from="auto"), whole[0])
     assert without_times(tmp_path) == without_times(whole[1])
+
+
+def test_a_folder_of_the_first_edition_resumes_bit_for_bit(data, whole, tmp_path):
+    run(data, tmp_path, **LONG | {"max_iters": 30})
+    newest = tmp_path / "ckpt_00000030.pt"
+    state = checkpoint.read(newest)
+    splits = json.loads((data / "meta.json").read_text())["splits"]
+    state["data"] = {split: splits[split]["sha256"] for split in ("train", "val")}
+    state["config"]["allow_change"] = "dataset"
+    torch.save(state, newest)
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {newest.name}\n")
+    assert same_weights(run(data, tmp_path, **LONG, init_from="resume"), whole[0])
 
 
 def test_auto_starts_where_there_is_no_run_and_resumes_where_there_is(

@@ -59,6 +59,9 @@ def heads(processes, data: str, folder: Path) -> None:
                 processes, data, name / f"{sharding}_parts", **options, init_from="resume"
             )
             assert same_weights(whole, parts), (name, sharding)
+            state = checkpoint.read_newest(name / sharding)["model"]
+            tied = (state["transformer.wte.weight"], state["lm_head.weights.weight"])
+            assert tied[0].data_ptr() == tied[1].data_ptr(), "the file has two copies"
         apart = [
             abs(a - b) for a, b in zip(*(losses(name / s) for s in ("none", "fsdp")), strict=True)
         ]
