@@ -1,7 +1,7 @@
 """Run notebooks and keep what they show: .venv/bin/python notebooks/execute.py notebooks/*.ipynb
 
-Kernels start in a notebook's folder, as Jupyter's do. Neither times nor versions are kept, so that a second run of the
-same numbers leaves the same file.
+Kernels start in a notebook's folder, as Jupyter's do. Neither times nor versions are kept, so that
+a second run of the same numbers leaves the same file.
 """
 
 import sys
@@ -12,8 +12,9 @@ from nbclient import NotebookClient
 
 
 def execute(path: Path, **parameters) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run; parameters: values in the place of those in its cell of that tag. Raises
-    nbclient.exceptions.CellExecutionError where a cell fails."""
+    """The notebook with the outputs of a run; parameters: values in the place of those in its cell
+    of that tag. Raises nbclient.exceptions.CellExecutionError where a cell fails.
+    """
     notebook = nbformat.read(path, as_version=4)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-BLOBS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken_ext/openai_public.py
+# as in tiktoken_ext/openai_public.py
+BLOBS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 def shared_data(name: str = "") -> Path:

@@ -105,7 +105,9 @@ def write_dataset(
 
 
 def write_words(folder: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """A data set of random words (by characters unless a tokenizer is given) with train, val and test."""
+    """A data set of random words (by characters unless a tokenizer is given) with train, val and
+    test.
+    """
     splits = {"train": [words(4000)], "val": [words(500, seed=1)], "test": [words(200, seed=2)]}
     write_dataset(folder, splits, tokenizer or CharTokenizer.train(splits["train"]))
     return folder
@@ -138,7 +140,9 @@ def run(dataset: Path | str, out_dir: Path, **options) -> GPT:
 
 
 def records(out_dir: Path, key: str) -> list[dict]:
-    """The records of metrics.jsonl that have the key: "loss" for training, "val_nll" for evaluations."""
+    """The records of metrics.jsonl that have the key: "loss" for training, "val_nll" for
+    evaluations.
+    """
     lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if key in record]
 
@@ -153,7 +157,9 @@ def contents(folder: Path) -> dict[str, int]:
 
 
 def refused(script: str, argv: list[str], folder: Path, monkeypatch, capsys) -> str:
-    """Run a script in a folder; it must say one line on stderr and nothing else, write nothing, and exit with 2."""
+    """Run a script in a folder; it must say one line on stderr and nothing else, write nothing, and
+    exit with 2.
+    """
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [script, *argv])
     before = contents(folder)
@@ -203,7 +209,9 @@ def difference(a: GPT, b: GPT) -> float:
 
 
 def tiny_head(weights: str = "point", likelihood: str = "categorical", **options) -> Head:
-    """A head with 67 tokens on hidden states of 16, its parameters far from their symmetric start."""
+    """A head with 67 tokens on hidden states of 16, its parameters far from their symmetric
+    start.
+    """
     torch.manual_seed(0)
     head = Head(
         HeadConfig(**{"weights": weights, "likelihood": likelihood, "n_data": 1000} | options),

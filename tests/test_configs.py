@@ -1,4 +1,6 @@
-"""config/: what its files and their table say, against what the files are. (The paper's rows: tests/test_rows.py.)"""
+"""config/: what its files and their table say, against what the files are. (The paper's rows:
+tests/test_rows.py.)
+"""
 
 import json
 import re
@@ -101,7 +103,7 @@ def test_the_sizes_of_gpt2_differ_from_124m_in_size_batch_and_rate_alone():
         assert tokens_per_step(config) == 491_520
 
 
-HEADS_AT_124M = {  # script and config file of the seed's commands -> the rows that the file is made of
+HEADS_AT_124M = {  # script and config file -> the rows that the file is made of
     "train.py config/train_gpt2_wikitext_100m.py": [],
     "train_smooth.py config/train_smooth_gpt2_wikitext_100m.py": ["smooth"],
     "train_bayes.py config/train_bayes_gpt2_wikitext_100m.py": ["bayes"],

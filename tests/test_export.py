@@ -456,7 +456,9 @@ def test_a_nanogpt_checkpoint_and_a_single_file_go_out_too(tmp_path):
 
 
 def test_the_card_says_what_a_reader_of_it_needs(tmp_path, data):
-    """The sign of the difference, what begins elsewhere, what a smooth head and padded ids leave out."""
+    """The sign of the difference, what begins elsewhere, what a smooth head and padded ids leave
+    out.
+    """
     run(data, tmp_path / "first", max_iters=3, vocab_size=320)
     options = {"likelihood": "sigmoid", "init_from": tmp_path / "first", "max_iters": 3}
     run(data, tmp_path / "second", **options)

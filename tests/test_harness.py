@@ -1,4 +1,6 @@
-"""hellaswag.py --style=harness and lm-evaluation-harness' own HellaSwag: the same numbers, ending by ending."""
+"""hellaswag.py --style=harness and lm-evaluation-harness' own HellaSwag: the same numbers, ending
+by ending.
+"""
 
 import importlib.util
 import json
@@ -16,13 +18,15 @@ from tests.conftest import shared_data
 from tests.helpers import tiny_gpt
 from tests.test_export import exported, save
 
-WHY = "lm_eval is not installed (its 160 MB are in no requirements file): pip install 'lm_eval[hf]==0.4.13'"
+WHY = "lm_eval is not installed (160 MB, optional): pip install 'lm_eval[hf]==0.4.13'"
 harness = pytest.importorskip("lm_eval.models.huggingface", reason=WHY)
 
 
 @pytest.fixture
 def gpt2_folder(tmp_path):
-    """A transformers GPT-2 with sharp random weights and its tokenizer, too short for some items."""
+    """A transformers GPT-2 with sharp random weights and its tokenizer, too short for some
+    items.
+    """
     config = GPT2Config(n_positions=96, n_layer=2, n_head=2, n_embd=16, initializer_range=0.3)
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
@@ -33,7 +37,9 @@ def gpt2_folder(tmp_path):
 
 
 def some_items() -> list[dict]:
-    """From all over the validation items, as the hub has them; and of those whose characters are not all bytes."""
+    """From all over the validation items, as the hub has them; and of those whose characters are
+    not all bytes.
+    """
     lines = shared_data("hellaswag/hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     beyond_ascii = [r for r in records if not all(ending.isascii() for ending in r["endings"])]

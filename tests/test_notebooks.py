@@ -1,4 +1,6 @@
-"""The notebooks run, on other runs than those they are kept with, and what is kept is whole and light."""
+"""The notebooks run, on other runs than those they are kept with, and what is kept is whole and
+light.
+"""
 
 import json
 import re

@@ -11,7 +11,8 @@ from engine.base.errors import UserError
 from engine.data.tokenizer import GPT2Tokenizer
 from tests.helpers import ROOT, TINY, flags, records, write_words
 
-# an audit hook sees every way to the network that Python has, whoever imported what before; unix sockets are local
+# an audit hook sees every way to the network that Python has, whoever imported what before; unix
+# sockets are local
 CLOSED = """
 import json, runpy, sys
 

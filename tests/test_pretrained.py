@@ -1,4 +1,6 @@
-"""Weights of others: transformers' folders, nanoGPT's checkpoints, the Hub; other heads on them; the optimiser."""
+"""Weights of others: transformers' folders, nanoGPT's checkpoints, the Hub; other heads on them;
+the optimiser.
+"""
 
 import contextlib
 import json
@@ -35,7 +37,9 @@ def refusal(source) -> str:
 
 
 def write_nanogpt(path, model: GPT, bias: bool, prefix: str = "_orig_mod."):
-    """The file that nanoGPT's train.py leaves: compiled names, tied weights twice, an optimiser, plain options."""
+    """The file that nanoGPT's train.py leaves: compiled names, tied weights twice, an optimiser,
+    plain options.
+    """
     state = {
         name.replace("lm_head.weights.", "lm_head."): value
         for name, value in model.state_dict().items()

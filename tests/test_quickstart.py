@@ -10,7 +10,10 @@ import pytest
 from tests.helpers import ROOT
 
 HEADS = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid")
-TINY = "--n_layer=1 --n_head=1 --n_embd=32 --block_size=64 --max_iters={} --eval_interval=4 --eval_iters=1"
+TINY = (
+    "--n_layer=1 --n_head=1 --n_embd=32 --block_size=64 --max_iters={} --eval_interval=4 "
+    "--eval_iters=1"
+)
 
 
 def output_of(*command: str) -> str:
