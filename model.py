@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.base.errors import UserError, check_memory
 from engine.base.options import check_options
-from heads import Head, HeadConfig
+from heads import Head, HeadConfig, TokenScores
 from heads.weights import BayesLayer, BayesLinear
 
 
@@ -236,8 +236,8 @@ class GPT(nn.Module):
         hidden_layers = [layer for layer in self.bayes_layers() if isinstance(layer, BayesLayer)]
         return loss + self.lm_head.kl_loss(sum((layer.kl() for layer in hidden_layers), 0.0))
 
-    def scores(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """idx, targets (B, T) -> the loss, a scalar, and (3, B * T): see Head.scores."""
+    def scores(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, TokenScores]:
+        """idx, targets (B, T) -> the loss, a scalar, and the scores of the tokens (B * T,)."""
         hidden = self.hidden(idx)
         loss = self.lm_head.data_loss(hidden, targets) + self.kl_loss()
         return loss, self.lm_head.scores(hidden, targets)

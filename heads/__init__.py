@@ -1,5 +1,16 @@
 """Output heads: what the output weights are, and what a logit means."""
 
-from heads.head import LIKELIHOODS, WEIGHTS, Head, HeadConfig, Prediction
+from heads.config import HeadConfig
+from heads.head import Head, Prediction, TokenScores, token_scores
+from heads.likelihoods import LIKELIHOODS
+from heads.weights import WEIGHTS
 
-__all__ = ["LIKELIHOODS", "WEIGHTS", "Head", "HeadConfig", "Prediction"]
+__all__ = [
+    "LIKELIHOODS",
+    "WEIGHTS",
+    "Head",
+    "HeadConfig",
+    "Prediction",
+    "TokenScores",
+    "token_scores",
+]

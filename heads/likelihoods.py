@@ -1,195 +1,232 @@
-"""What a logit means: likelihoods over logits (..., V), each with its loss, its prediction and what they depend on.
+"""What a logit means: likelihoods over logits (..., V), without parameters of their own.
 
-A likelihood has no parameters; its options are those of heads.HeadConfig. Its loss, in nats per token, has two parts:
+    loss, nats per token = normaliser(all logits) + of_labels(the labels' logits)
 
-    loss = normaliser(all logits) + of_labels(the labels' logits)         labels: 1 for each id, or their label_weights
-
-heads/linear_loss.py differentiates them and never builds all logits. The loss must be linear in the logits wherever a
-Bayesian head's bound wants their mean: it takes off
-`label_coefficient` times each label's logit, `mean_coefficient` times the mean one.
+The labels are the true token, or several ids with label_weights. heads/linear_loss.py
+differentiates both functions. A new likelihood is a subclass of Likelihood with its three methods,
+an entry in LIKELIHOODS at the end of this file, and its name and options in heads/config.py.
 """
 
 import math
 from functools import reduce
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.base.errors import UserError
+from heads.config import HeadConfig
 from heads.linear_loss import to_float32
 
-if TYPE_CHECKING:
-    from heads import HeadConfig
-
-KEPT_OF_FLOOR = 0.01  # see SmoothCategorical.desmoothed
+# p that a label at the floor of a smoothed prediction keeps, as a fraction of that floor
+FLOOR_KEPT_FRACTION = 0.01
 
 
-class Categorical:
-    """Softmax: loss = logsumexp(z) - z_y, in nats per token."""
+class Likelihood:
+    """A subclass writes normaliser, of_labels and log_probs.
 
-    default_bias = "none"
+    That is enough for every mode: what else a head needs it then gets from draws of the logits, or
+    it refuses the mode. All attributes and the methods below the three are shortcuts for one
+    formula. So a class with another formula derives from Likelihood itself.
+    """
+
+    default_bias = "none"  # the logit_bias that "auto" stands for
+    # whether estimator = "bound" may be used: the normaliser of logits raised by half their
+    # variance bounds its expectation, and of_labels = -label_coefficient * label logits, plus
+    # terms that the raised logits bound; the normaliser has a term -mean_coefficient * mean logit
+    linear_in_logits = False
     label_coefficient, mean_coefficient = 1.0, 0.0
-    # by how much a logit stands above log p: any amount, if it is the same for all logits of a
-    # position
-    logit_offset = None
+    is_softmax = False  # log_probs is a log_softmax of the logits
+    # else: logit - log p where p is small, if that is one number: then other heads can take over
+    # the weights
+    logit_offset: float | None = None
 
-    def __init__(self, config: "HeadConfig", vocab_size: int):
+    def __init_subclass__(cls):
+        parent = cls.__bases__[0]
+        same = cls.log_probs is parent.log_probs and cls.normaliser is parent.normaliser
+        if parent is not Likelihood and not same:
+            raise TypeError(
+                f"{cls.__name__} must derive from Likelihood: "
+                f"the shortcuts of {parent.__name__} are wrong for another formula"
+            )
+
+    def __init__(self, config: HeadConfig, vocab_size: int):
         pass
 
     def normaliser(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> (...)."""
-        normaliser = logits.logsumexp(-1)
-        return (
-            normaliser - self.mean_coefficient * logits.mean(-1)
-            if self.mean_coefficient
-            else normaliser
-        )
+        raise NotImplementedError
 
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
-        """logits (..., K) of the labels, label_weights (..., K) of sum 1 -> (...)."""
-        return -self.label_coefficient * weighted_sum(logits, label_weights)
+        """logits (..., K) of the labels, label_weights (..., K), None for all 1 -> (...)."""
+        raise NotImplementedError
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log p (..., V), normalised, fp32."""
+        raise NotImplementedError
+
+    def average(self, logits: Tensor, variance: Tensor) -> Tensor | None:
+        """log E[p] (..., V), fp32, for Gaussian logits of this mean and variance (..., V)."""
+        return None
+
+    def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor | None:
+        """E_y[(d log p_y / d z_v)^2], (..., V): how much the prediction depends on each logit."""
+        return None
+
+    def centred(self, logits: Tensor) -> Tensor | None:
+        """Logits (..., V) with the same prediction for `unnormalised`, fp32."""
+        return None
+
+    def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """centred logits (..., V) -> p and log p up to their normaliser, (..., V)."""
+        raise NotImplementedError
+
+    def base_rate_logits(self, frequencies: Tensor) -> Tensor | None:
+        """The logits that predict these frequencies (V,)."""
+        return None
+
+
+class Categorical(Likelihood):
+    """Softmax: loss = logsumexp(z) - z_y."""
+
+    linear_in_logits = True
+    is_softmax = True
+
+    def normaliser(self, logits: Tensor) -> Tensor:
+        normaliser = logits.logsumexp(-1)
+        if self.mean_coefficient:
+            normaliser = normaliser - self.mean_coefficient * logits.mean(-1)
+        return normaliser
+
+    def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
+        return -self.label_coefficient * weighted_sum(logits, label_weights)
+
+    def log_probs(self, logits: Tensor) -> Tensor:
         return F.log_softmax(to_float32(logits), dim=-1)
 
+    def average(self, logits: Tensor, variance: Tensor) -> Tensor:
+        """p_v = sigmoid(z_v - ln R_v), where R_v is the sum of exp(z) over the other tokens.
+
+        R_v has so many terms that it hardly varies: its expectation takes its place, which leaves
+        an integral over one logit. Good while the standard deviations stay below 1. Far above, few
+        terms dominate R_v, and only draws are right.
+        """
+        raised = logits.float() + variance / 2  # ln E[exp(z_v)]
+        log_all = raised.logsumexp(-1, keepdim=True)
+        share = torch.exp((raised - log_all).clamp(max=-1e-6))
+        log_others = log_all + torch.log1p(-share)
+        log_p = expected_log_sigmoid(logits.float() - log_others, variance.sqrt())
+        return F.log_softmax(log_p, dim=-1)
+
+    def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
+        return torch.addcmul(probs, probs, probs, value=-1)  # p - p^2
+
     def centred(self, logits: Tensor) -> Tensor:
-        """logits (..., V) -> those that predict the same and that `unnormalised` takes, fp32."""
         return self.log_probs(logits)
 
     def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """centred logits (..., V) -> p and log p but for their normaliser, (..., V)."""
         return centred.exp(), centred
 
-    def average(self, logits: Tensor, variance: Tensor) -> Tensor:
-        """Gaussian logits, mean and variance (..., V) -> log E[p] (..., V), fp32, without sampling.
-
-        p_v = sigmoid(z_v - ln R_v), R_v the sum of the other tokens' exp(z): so many terms that it hardly varies, and
-        its expectation takes its place. What is left is an integral over one logit. Good while the standard deviations
-        stay below 1; far above, single terms rule R_v, and only draws tell.
-        """
-        own = logits.float() + variance / 2  # ln E[exp(z_v)]
-        log_all = own.logsumexp(-1, keepdim=True)
-        log_others = log_all + torch.log1p(-torch.exp((own - log_all).clamp(max=-1e-6)))
-        return F.log_softmax(
-            expected_log_sigmoid(logits.float() - log_others, variance.sqrt()), dim=-1
-        )
-
     def base_rate_logits(self, frequencies: Tensor) -> Tensor:
-        """The logits that predict these frequencies (V,)."""
         return frequencies.log()
-
-    def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
-        """E_y[(d log p_y / d z_v)^2], (..., V): how much the prediction depends on each logit."""
-        return torch.addcmul(probs, probs, probs, value=-1)  # p - p^2
 
 
 class SmoothCategorical(Categorical):
-    """Softmax trained on 1 - label_smoothing for the true token and label_smoothing / (V - 1) for each other one.
+    """Softmax on smoothed targets: label_smoothing / (V - 1) for each token but the true one.
 
-    PyTorch spreads its label_smoothing over all V tokens, the true one too, hence the factor V / (V - 1).
+    PyTorch spreads its label_smoothing over all V tokens, hence the factor V / (V - 1).
     """
 
-    def __init__(self, config: "HeadConfig", vocab_size: int):
+    def __init__(self, config: HeadConfig, vocab_size: int):
         self.mean_coefficient = config.label_smoothing * vocab_size / (vocab_size - 1)
         self.label_coefficient = 1 - self.mean_coefficient
         if self.label_coefficient < 0:
             raise UserError(
-                f"label_smoothing = {config.label_smoothing} leaves the true token less than a random one"
+                f"label_smoothing = {config.label_smoothing} leaves the true token "
+                "less than a random one"
             )
         self.floor = config.label_smoothing / (vocab_size - 1)
 
     def desmoothed(self, log_probs: Tensor) -> Tensor:
-        """log q (..., V) -> log p of the p that is smoothed to q = (1 - eps) p + eps (1 - p) / (V - 1).
+        """log q (..., V) -> log p of the p with q = (1 - eps) p + eps (1 - p) / (V - 1).
 
-        Where q falls to the floor eps / (V - 1) that smoothing gives to all, p keeps a hundredth of that: 0 would make
-        the perplexity infinite. The kept mass is below eps / 100.
+        A q at or below the floor eps / (V - 1) would have p = 0 and an infinite perplexity; p then
+        keeps a hundredth of the floor. The mass that is kept so is below eps / 100.
         """
-        if not self.floor:  # nothing to undo, and a p that exp() takes for 0 has a logarithm
+        if not self.floor:  # nothing to undo, and log q is more exact than the log of exp(log q)
             return log_probs
         above = log_probs.exp() - self.floor
-        return F.normalize(above.clamp(min=KEPT_OF_FLOOR * self.floor), p=1, dim=-1).log()
+        kept = above.clamp(min=FLOOR_KEPT_FRACTION * self.floor)
+        return F.normalize(kept, p=1, dim=-1).log()
 
 
-class Sigmoid:
-    """A Bernoulli per token: loss = sum_v softplus(z_v) - z_y, summed over the vocabulary (a mean would starve Adam).
+class Sigmoid(Likelihood):
+    """A Bernoulli per token: loss = sum_v softplus(z_v) - z_y.
 
-    The loss is a proper score: at the optimum sigmoid(z_v) = p(v | x), and the V of them sum to 1 by themselves.
+    A sum over the vocabulary: a mean would make gradients so small that Adam's eps dominates them.
+    The loss is a proper score: at the optimum sigmoid(z_v) = p(v | x), and these sum to 1.
     """
 
-    default_bias = "unigram"  # without it, training first spends its steps on pushing V logits down
-    mean_coefficient = 0.0
+    # without a unigram start, the first steps are spent on pushing V logits down
+    default_bias = "unigram"
+    linear_in_logits = True
 
-    def __init__(self, config: "HeadConfig", vocab_size: int):
+    def __init__(self, config: HeadConfig, vocab_size: int):
         self.pos_weight = self.label_coefficient = config.pos_weight
         self.sum_penalty = config.sum_penalty
-        self.logit_offset = math.log(config.pos_weight)  # as in Categorical, where p is small
+        self.logit_offset = math.log(config.pos_weight)
 
     def normaliser(self, logits: Tensor) -> Tensor:
-        """logits (..., V) -> (...). Under a Bayesian head's bound, logits raised by half their variance, the sum that
-        the penalty wants to be 1 is about E_q[sum_v sigmoid(z_v)], as that of exp(z) is."""
+        """Under a Bayesian head's bound the penalised sum, that of the raised logits, is about
+        E_q[sum_v sigmoid(z_v)], as that of exp(z) is."""
         normaliser = sum_softplus(logits)
         if not self.sum_penalty:
             return normaliser
-        excess = torch.sigmoid(self._unweighted(logits)).sum(-1) - 1
+        excess = torch.sigmoid(self.centred(logits)).sum(-1) - 1
         return normaliser + self.sum_penalty * excess.square()
 
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
-        """logits (..., K) of the labels, label_weights (..., K) in [0, 1]: of sum 1, or 1 for each member of a set ->
-        (...). pos_weight w multiplies a label's softplus(-z), and so the odds at the optimum by w."""
+        """label_weights: of sum 1, or 1 for each member of a set. A pos_weight w multiplies a
+        label's softplus(-z), and so the odds at the optimum by w."""
         of_labels = -self.label_coefficient * logits
         if self.pos_weight != 1:
             of_labels = of_labels + (self.pos_weight - 1) * F.softplus(logits)
         return weighted_sum(of_labels, label_weights)
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """As Categorical.log_probs: p is the sigmoids, normalised (a softmax would normalise their odds)."""
-        return F.log_softmax(F.logsigmoid(self._unweighted(logits)), dim=-1)
-
-    def centred(self, logits: Tensor) -> Tensor:
-        """As Categorical.centred: without pos_weight."""
-        return self._unweighted(logits)
-
-    def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """As Categorical.unnormalised. A log costs a sixth of logsigmoid's time."""
-        p = torch.sigmoid(centred)
-        return p, p.log()
+        """p is the sigmoids, normalised; a softmax would normalise their odds."""
+        return F.log_softmax(F.logsigmoid(self.centred(logits)), dim=-1)
 
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
-        """As Categorical.average: each sigmoid's expectation, normalised."""
-        return F.log_softmax(
-            expected_log_sigmoid(self._unweighted(logits), variance.sqrt()), dim=-1
-        )
+        """The expectation of each sigmoid, normalised."""
+        log_p = expected_log_sigmoid(self.centred(logits), variance.sqrt())
+        return F.log_softmax(log_p, dim=-1)
+
+    def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
+        of_softmax = torch.addcmul(probs, probs, probs, value=-1)
+        return of_softmax * torch.sigmoid(-self.centred(logits)).square()
+
+    def centred(self, logits: Tensor) -> Tensor:
+        """Without pos_weight."""
+        return to_float32(logits) - math.log(self.pos_weight)
+
+    def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        p = torch.sigmoid(centred)
+        return p, p.log()  # a sixth of logsigmoid's time
 
     def base_rate_logits(self, frequencies: Tensor) -> Tensor:
         return torch.logit(frequencies) + math.log(self.pos_weight)
 
-    def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
-        return (
-            torch.addcmul(probs, probs, probs, value=-1)
-            * torch.sigmoid(-self._unweighted(logits)).square()
-        )
-
     def log_sum_sigma(self, logits: Tensor) -> Tensor:
-        """ln sum_v sigmoid(z_v), (...), of the logits without pos_weight: 0 where the model is normalised by itself."""
-        return F.logsigmoid(self._unweighted(logits)).logsumexp(-1)
-
-    def _unweighted(self, logits: Tensor) -> Tensor:
-        return to_float32(logits) - math.log(self.pos_weight)
+        """ln sum_v sigmoid(z_v), (...), without pos_weight: 0 if the model is normalised."""
+        return F.logsigmoid(self.centred(logits)).logsumexp(-1)
 
 
-def token_scores(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """log p (n, V), targets (n,) -> (3, n): nats of the true token; probability of the likeliest one, and whether that
-    is the true one."""
-    of_target = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    top, likeliest = log_probs.max(-1)
-    return torch.stack([-of_target, top.exp(), likeliest == targets])
+LIKELIHOODS = {"categorical": Categorical, "smooth": SmoothCategorical, "sigmoid": Sigmoid}
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
-    """values (..., K), weights (..., K) or all 1 -> (...)."""
+    """values (..., K), weights (..., K) or None for all 1 -> (...)."""
     return (values if weights is None else weights * values).sum(-1)
 
 
@@ -201,9 +238,10 @@ def sum_softplus(logits: Tensor) -> Tensor:
 
 
 class _SumSoftplus(torch.autograd.Function):
-    """For torch.compile: sum and derivative from one pass with one exp, and no log, which takes as long as all else.
+    """For torch.compile: sum and derivative in one pass with one exp and no log.
 
     ln(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3, by its series, here to float32's precision.
+    The log would take as long as everything else.
     """
 
     @staticmethod
@@ -211,9 +249,8 @@ class _SumSoftplus(torch.autograd.Function):
         e = torch.exp(-logits.abs())
         s = e / (2 + e)
         series = reduce(lambda rest, k: 1 / k + s * s * rest, range(11, 0, -2), 1 / 13)
-        return (logits.clamp(min=0) + 2 * s * series).sum(-1), torch.where(logits > 0, 1.0, e) / (
-            1 + e
-        )
+        total = (logits.clamp(min=0) + 2 * s * series).sum(-1)
+        return total, torch.where(logits > 0, 1.0, e) / (1 + e)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -228,17 +265,15 @@ class _SumSoftplus(torch.autograd.Function):
 def expected_log_sigmoid(mean: Tensor, std: Tensor) -> Tensor:
     """ln E[sigmoid(z)] for z ~ N(mean, std^2), by Gauss-Hermite quadrature with three nodes."""
     nodes = ((0.0, 2 / 3), (math.sqrt(3), 1 / 6), (-math.sqrt(3), 1 / 6))
-    return reduce(
-        torch.logaddexp,
-        (F.logsigmoid(mean + node * std) + math.log(share) for node, share in nodes),
-    )
+    terms = (F.logsigmoid(mean + node * std) + math.log(share) for node, share in nodes)
+    return reduce(torch.logaddexp, terms)
 
 
-def linear_fit(
-    x: torch.Tensor, y: torch.Tensor, ridge: float = 0.1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (n, C), y (n,) -> slope (C,) and constant: least squares, with a penalty of `ridge` on the slope of x at unit
-    variance, so that a few positions are enough."""
+def linear_fit(x: Tensor, y: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
+    """x (n, C), y (n,) -> slope (C,) and constant of the least squares.
+
+    `ridge` is a penalty on the slope for x of unit variance, so that a few positions are enough.
+    """
     x, y = x.double(), y.double()
     centred = x - x.mean(0)
     squares = centred.T @ centred

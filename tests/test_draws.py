@@ -27,7 +27,7 @@ def slow(head: Head, x: torch.Tensor, n: int) -> torch.Tensor:
     weight, x, noise = parameters["weights.weight"], x.double(), torch.zeros(n, V)
     mean, std = x @ weight.T + parameters.get("bias", 0.0), torch.zeros(V).double()
     if head.config.weights == "bayes":
-        noise = torch.cat([torch.randn(len(part), V) for part in noise.split(draws.N_AT_ONCE)])
+        noise = torch.cat([torch.randn(len(part), V) for part in noise.split(draws.DRAWS_AT_ONCE)])
         std = (x.square() @ (2 * parameters["weights.log_std"]).exp().expand_as(weight).T).sqrt()
     each_draw = (n, *[1] * (x.dim() - 1), V)
     return slow_log_probs(head, mean + std * noise.view(each_draw))
@@ -52,12 +52,12 @@ def check(head: Head, x: torch.Tensor, n: int, tolerance: float = 2e-5) -> torch
 
 
 @every_case
-@pytest.mark.parametrize("n_samples", [1, 2, draws.N_AT_ONCE + 4])
+@pytest.mark.parametrize("n_samples", [1, 2, draws.DRAWS_AT_ONCE + 4])
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)], ids=str)
 def test_draws_are_averaged_as_the_slow_formula_does_with_the_same_noise(
     weights, likelihood, options, n_samples, shape, monkeypatch
 ):
-    monkeypatch.setitem(draws.BLOCK, "cpu", 2 * V)  # two positions at a time
+    monkeypatch.setitem(draws.LOGITS_AT_ONCE, "cpu", 2 * V)  # two positions at a time
     head = tiny_head(weights, likelihood, **options).requires_grad_(False)
     check(head, batch(*shape)[0], n_samples)
 
@@ -89,8 +89,8 @@ def test_both_ways_to_average_are_taken_and_agree(likelihood, monkeypatch):
     monkeypatch.setattr(
         draws, "_average_of_numbers", lambda *given: taken.append(1) or of_numbers(*given)
     )
-    for lowest in (draws.LOWEST, math.inf):
-        monkeypatch.setattr(draws, "LOWEST", lowest)
+    for lowest in (draws.LOWEST_LOG_P, math.inf):
+        monkeypatch.setattr(draws, "LOWEST_LOG_P", lowest)
         torch.manual_seed(0)
         found.append(tuple(head.predict(x, 5)))
     assert taken == [1]
@@ -98,7 +98,7 @@ def test_both_ways_to_average_are_taken_and_agree(likelihood, monkeypatch):
 
 
 @every_case
-@pytest.mark.parametrize("n_samples", [1, 5, draws.N_AT_ONCE + 1])
+@pytest.mark.parametrize("n_samples", [1, 5, draws.DRAWS_AT_ONCE + 1])
 def test_what_a_position_is_told_depends_on_the_generator_not_on_the_number_of_positions(
     weights, likelihood, options, n_samples
 ):
@@ -155,7 +155,7 @@ def test_uncertainties_lie_between_nothing_and_the_total(weights, likelihood, op
 
 
 @every_likelihood
-@pytest.mark.parametrize("n_samples", [1, 3, draws.N_AT_ONCE + 1])
+@pytest.mark.parametrize("n_samples", [1, 3, draws.DRAWS_AT_ONCE + 1])
 def test_log_probs_of_draws_have_the_gradients_of_the_slow_formula(likelihood, n_samples):
     head, x = tiny_head("bayes", likelihood), batch(2, 3)[0].requires_grad_()
     inputs, found = [x, *head.parameters()], []

@@ -2,7 +2,6 @@
 
 import math
 import os
-import textwrap
 
 import pytest
 import scipy.optimize
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from engine.base.errors import UserError
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
 from heads.linear_loss import plain_loss
-from tests.helpers import HEADS, ROOT, compiling, records, run, tiny_head, write_words
+from tests.helpers import HEADS, compiling, tiny_head
 
 V, C = 67, 16  # of tiny_head; at C = 8 torch.compile 2.13 happens to avoid its trap (see below)
 BAYES = [weights for weights in WEIGHTS if weights != "point"]
@@ -409,20 +408,3 @@ def test_an_impossible_option_is_refused_in_one_line_that_names_it(options):
     with pytest.raises(UserError) as refusal:
         Head(HeadConfig(**options), V, C)
     assert "\n" not in str(refusal.value) and list(options)[-1] in str(refusal.value)
-
-
-def test_a_head_of_ones_own_is_a_class_and_an_entry(tmp_path, monkeypatch):
-    """The example of docs/heads.md, word for word."""
-    readme = (ROOT / "docs" / "heads.md").read_text()
-    example = textwrap.dedent(
-        readme[readme.index("    class ZLoss") : readme.index("    LIKELIHOODS = {...")]
-    )
-    names = {"Categorical": LIKELIHOODS["categorical"]}
-    exec(example, names)
-    monkeypatch.setitem(LIKELIHOODS, "zloss", names["ZLoss"])
-    (x, targets), plain, own = batch(2, 3), tiny_head(), tiny_head("point", "zloss")
-    penalty = 1e-4 * plain.logits(x).logsumexp(-1).square().mean()
-    torch.testing.assert_close(own.loss(x, targets), plain.loss(x, targets) + penalty)
-    run(write_words(tmp_path / "words"), tmp_path / "run", weights="bayes", likelihood="zloss")
-    first, last = records(tmp_path / "run", "val_nll")
-    assert last["val_nll"] < 0.75 * first["val_nll"]

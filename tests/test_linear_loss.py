@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heads import Head, linear_loss
+from heads import Head, HeadConfig, linear_loss
 from heads.linear_loss import plain_loss
 from tests.helpers import HEADS, compiling, tiny_head
 from tests.test_heads import C, V, batch
@@ -33,13 +33,13 @@ def whole_loss(
     head: Head, x: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor | None = None
 ) -> torch.Tensor:
     """data_loss from all logits at once, left to autograd."""
-    weight, added, shift = head.weights.loss_terms(x)
+    x, weight, shift = head.weights.loss_terms(x)
     logits = x @ weight.T + (0.0 if head.bias is None else head.bias)
-    logits = logits + (0.0 if added is None else added.x @ added.weight.T)
+    logits = logits + (0.0 if shift is None else shift.x @ shift.weight.T)
     targets = targets if labels is not None else targets.unsqueeze(-1)
     loss = plain_loss(head.likelihood, logits, targets, labels)
     if shift is not None:
-        raised = shift.of(targets) * (1.0 if labels is None else labels)
+        raised = shift.at(targets) * (1.0 if labels is None else labels)
         loss = (
             loss
             + head.likelihood.label_coefficient * raised.sum(-1)
@@ -227,3 +227,23 @@ def test_in_float16_slopes_that_add_up_over_many_positions_stay_finite():
     with torch.autocast("cpu", torch.float16):
         head.loss(x, targets).backward()
     assert torch.isfinite(head.weights.weight.grad).all()
+
+
+@pytest.mark.parametrize(("posterior", "tolerance"), [("row", 5e-3), ("full", 0.04)])
+@pytest.mark.parametrize("likelihood", ["categorical", "sigmoid"])
+def test_in_bf16_the_gradient_of_log_std_keeps_the_probabilities_of_frequent_labels(
+    likelihood, posterior, tolerance
+):
+    """Label by label p - 1 rounds p away: the bound's gradient must not take p from there."""
+    torch.manual_seed(0)
+    n_tokens = 8192
+    head = Head(HeadConfig("bayes", likelihood, posterior=posterior, n_data=10**8), n_tokens, 32)
+    frequencies = 1 / torch.arange(1, n_tokens + 1.0)
+    targets = torch.multinomial(frequencies, 1024, replacement=True).view(2, -1)
+    x, gradients = torch.randn(2, 512, 32), []
+    for is_low in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_low):
+            loss = head.data_loss(x, targets)
+        gradients.append(torch.autograd.grad(loss, head.weights.log_std)[0])
+    low, full = gradients
+    assert (low - full).norm() < tolerance * full.norm()

@@ -16,7 +16,8 @@ from engine.data.tokens import TokenFile
 from engine.data.windows import windows
 from engine.eval.evaluator import scale_posterior, widest_posterior
 from engine.runs.checkpoint import load_model
-from heads import LIKELIHOODS, Head, HeadConfig, entropy
+from heads import LIKELIHOODS, Head, HeadConfig
+from heads.draws import entropy
 from heads.likelihoods import expected_log_sigmoid
 from tests.helpers import (
     HEADS,

@@ -13,7 +13,7 @@ from engine.data.windows import eval_batches
 from engine.eval.generation import generate
 from engine.eval.validation import mean_loss
 from heads import head as heads
-from heads.likelihoods import token_scores
+from heads import token_scores
 from tests.helpers import HEADS, tiny_gpt, write_nanogpt
 
 CPU = Processes(torch.device("cpu"))
@@ -82,7 +82,7 @@ def test_scores_do_not_depend_on_how_many_positions_are_worked_on_at_a_time(monk
         lambda z, whole=head.likelihood.log_probs: rows.append(len(z)) or whole(z),
     )
     monkeypatch.setattr(heads, "LOGITS_BYTES_PRODUCT", {"cpu": 8 * 67 * 4})
-    monkeypatch.setattr(heads, "CACHED", {"cpu": 2 * 67 * 4})
+    monkeypatch.setattr(heads, "LOG_PROBS_BYTES", {"cpu": 2 * 67 * 4})
     torch.testing.assert_close(head.scores(x, targets), found)
     assert rows == [2] * 10 + [1]
 
@@ -90,5 +90,5 @@ def test_scores_do_not_depend_on_how_many_positions_are_worked_on_at_a_time(monk
 def test_equal_predictions_count_as_the_first_of_them():
     found = token_scores(torch.full((3, 4), 0.25).log(), torch.tensor([0, 1, 3]))
     torch.testing.assert_close(
-        found, torch.tensor([[math.log(4)] * 3, [0.25] * 3, [1.0, 0.0, 0.0]])
+        torch.stack(found), torch.tensor([[math.log(4)] * 3, [0.25] * 3, [1.0, 0.0, 0.0]])
     )

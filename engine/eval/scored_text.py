@@ -13,8 +13,7 @@ from engine.base.distributed import seed_micro_batch
 from engine.data.tokenizer import Tokenizer, incremental_decoder, token_bytes_of
 from engine.data.windows import window_starts
 from engine.eval.evaluation import row_chunks
-from heads import Prediction
-from heads.likelihoods import token_scores
+from heads import Prediction, token_scores
 
 N_TOP = 5  # likeliest next tokens that are kept
 AVERAGED = ("nll", "total", "epistemic")  # over a text
@@ -134,7 +133,7 @@ def prediction_scores(
 ) -> list[tuple]:
     """Predictions (n, ...) of the ids (n,) -> for each id its Token's fields from nll on."""
     names, log_probs = names_of(tokenizer), prediction.log_probs
-    nll = token_scores(log_probs, ids)[0]
+    nll = token_scores(log_probs, ids).nll
     top_log_probs, top_ids = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
     tops = []
     for of_token in zip(top_ids.tolist(), top_log_probs.exp().tolist(), strict=True):

@@ -28,8 +28,8 @@ def mean_loss(
         x, y = gather(file, batches[i % n], model.config.block_size)
         seed_micro_batch(0, i)  # estimators that sample see the same noise in every evaluation
         with cast:
-            loss, token_scores = model.scores(x.to(processes.device), y.to(processes.device))
-        nll, confidence, correct = token_scores.cpu().double()
+            loss, scores = model.scores(x.to(processes.device), y.to(processes.device))
+        nll, confidence, correct = (column.cpu().double() for column in scores)
         gaps = torch.bincount(bins_of(confidence), confidence - correct, N_BINS)
         sums = nll.new_tensor([nll.sum().item(), loss.item() * len(nll), len(nll)])
         values = torch.cat([sums, gaps]) * (i < n)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from engine.base.errors import UserError
 from engine.base.files import write_json
 from engine.data.gpt2_bpe import STAND_INS
 from engine.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, byte_level
@@ -32,9 +33,13 @@ def unsupported_features(model: GPT) -> list[str]:
     if layers:
         only = "the output weights" if layers == [model.lm_head.weights] else "weights"
         features.append(f"the posterior of {only} (their means stay)")
-    if model.lm_head.likelihood.logit_offset is not None:
-        likelihood = model.config.head.likelihood
-        features.append(f"the {likelihood} likelihood (a softmax of its logits stays)")
+    name, likelihood = model.config.head.likelihood, model.lm_head.likelihood
+    if not likelihood.is_softmax and likelihood.logit_offset is None:
+        raise UserError(
+            f"a softmax of the logits of a {name} head predicts something else; no GPT-2"
+        )
+    if not likelihood.is_softmax:
+        features.append(f"the {name} likelihood (a softmax of its logits stays)")
     return features
 
 
