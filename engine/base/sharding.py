@@ -38,8 +38,10 @@ def full_copy(state: dict, keep: bool = True) -> dict:
         if not isinstance(value, torch.Tensor):
             return value
         if id(value) not in copies:
-            full = value.full_tensor() if hasattr(value, "full_tensor") else value
-            copies[id(value)] = full.detach().to("cpu", copy=True) if keep else None
+            full = value.detach()
+            if hasattr(full, "full_tensor"):
+                full = full.full_tensor()
+            copies[id(value)] = full.to("cpu", copy=True) if keep else None
         return copies[id(value)]
 
     return copy(state)
@@ -55,12 +57,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
             from torch.distributed.tensor import distribute_tensor
 
             for name in ("exp_avg", "exp_avg_sq"):
-                full, mesh = moments[name].to(p.device), p.device_mesh
-                moments[name] = distribute_tensor(full, mesh, p.placements, src_data_rank=None)
+                full = moments[name].to(p.device)
+                moments[name] = distribute_tensor(
+                    full, p.device_mesh, p.placements, src_data_rank=None
+                )
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
     """Clip the gradients to max_norm over all processes (0: do not); returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    return norm.item()
