@@ -224,7 +224,7 @@ def peak_flops(device: torch.device) -> float:
 
 
 def keep_memory() -> None:
-    """Have malloc keep large freed blocks; by default each step page-faults its tensors in again."""
+    """Have malloc keep large freed blocks: by default each step page-faults its tensors again."""
     if platform.libc_ver()[0] == "glibc":
         libc, m_mmap_max, m_trim_threshold = ctypes.CDLL(None), -4, -1
         libc.mallopt(m_mmap_max, 0)
