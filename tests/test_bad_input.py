@@ -332,7 +332,7 @@ CASES = [
     (
         "sample.py",
         [*SAMPLE, "--start="],
-        "no end-of-text token to start from; give some text to start with",
+        "no end-of-text token.*give some text",
     ),
 ]
 
