@@ -120,8 +120,9 @@ class Teacher:
             first, end = self.positions(window)
             random = np.random.default_rng((self.options.seed, window))
             uniforms = random.random((self.block_size, 1 + self.options.k), np.float32)
-            at = slice(first - window * self.stride, end - window * self.stride)
-            hidden, uniforms = hidden[at], uniforms[at]
+            in_window = slice(first - window * self.stride, end - window * self.stride)
+            hidden = hidden[in_window]
+            uniforms = uniforms[in_window]
             chosen = np.flatnonzero(uniforms[:, 0] < self.options.share)
             with self.cast:
                 ids, weights, mass = self.pick(hidden[chosen], self.to_device(uniforms[chosen, 1:]))

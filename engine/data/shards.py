@@ -41,14 +41,15 @@ class Shard:
     def __len__(self) -> int:
         return (self.size - self.header) // self.dtype.itemsize
 
-    def map(self) -> np.memmap:
+    def map(self) -> np.ndarray:
         """Its ids (n,), read-only. The pages that are read count as memory until the map is
         dropped."""
         if self.path.stat().st_size != self.size:
             raise UserError(
                 f"{self.path} changed while it was used; when it is complete, start again or resume"
             )
-        return np.memmap(self.path, self.dtype, "r", self.header, (len(self),))
+        mapped = np.memmap(self.path, self.dtype, "r", self.header, (len(self),))
+        return mapped.view(np.ndarray)  # whose slices are faster
 
     def fingerprint(self) -> str:
         """A hash of its name, size, stated sha256, first and last page."""
