@@ -27,7 +27,7 @@ from engine.base.options import load_config
 from engine.eval import table
 from engine.eval.ensemble import members_of
 from engine.eval.evaluator import EvaluationConfig, Evaluator
-from engine.eval.report import Document, write_report
+from engine.eval.report import write_report
 from engine.gpt2.loading import HUB
 from engine.runs.checkpoint import folder_of
 from engine.runs.logger import read_records
@@ -158,8 +158,7 @@ def report(config: EvaluateConfig, runs: dict, rows: dict, scores: dict, texts: 
         rows, curves = {}, {}
     blocks = dict.fromkeys(f"{run.block_size} tokens, {run.stride} apart" for run in runs.values())
     settings = f"n_samples = {config.evaluation.n_samples}, windows of {' or '.join(blocks)}"
-    documents = [Document(title, tokens) for title, tokens in texts.items()]
-    write_report(folder, title, settings, tables, rows, curves, documents)
+    write_report(folder, title, settings, tables, rows, curves, texts)
     print(f"report: {os.path.relpath(folder / 'report.html')}")
 
 

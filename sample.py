@@ -21,9 +21,10 @@ from typing import Annotated
 from engine.base.errors import UserError, run_main
 from engine.base.files import check_writable, parse_json
 from engine.base.options import check_options, load_config
-from engine.eval.report import Document, write_page
+from engine.data.tokenizer import incremental_decoder
+from engine.eval.report import write_page
 from engine.eval.run import Continuation, Run, Sampling
-from engine.eval.scored_text import AVERAGED, ScoredText, token_decoder
+from engine.eval.scored_text import AVERAGED, ScoredText, Token
 from engine.eval.terminal import Screen
 
 # fields of the JSON output, which a prompt's record must not have
@@ -78,25 +79,26 @@ def main() -> None:
     prompts = ask_prompts(run, last) if config.interactive else read_prompts(run, config)
     out = open(os.devnull, "w") if config.jsonl else sys.stdout  # noqa: SIM115
     screen = Screen(out, config.sampling, config.show_uncertainty)
-    documents = []
+    scored = {}
     try:
         for i, (record, ids) in enumerate(prompts):
             sampling = replace(config.sampling, seed=config.sampling.seed + i)
-            prompt = ScoredText(token_decoder(run.tokenizer)(ids))
+            decode = incremental_decoder(run.tokenizer)
+            prompt = ScoredText(Token(decode(i), i) for i in ids)
             texts = generate(run, prompt, sampling, config, screen)
             last[:] = ids + [token.id for token in texts[0].tokens]
             for number, text in enumerate(texts):
                 if config.jsonl:
                     numbers = as_record(text, config.show_uncertainty)
                     append_line(config.jsonl, record | {"sample": number} | numbers)
-                title = f"{record['prompt'][:40]!r}, sample {number + 1}"
-                documents.append(Document(title, {source: ScoredText(prompt + text.tokens)}))
+                title = f"{i + 1}. {record['prompt'][:40]!r}, sample {number + 1}"
+                scored[title] = {source: ScoredText(prompt + text.tokens)}
     finally:  # what there is, also after an interrupt
-        if config.html and documents:
+        if config.html and scored:
             options = ", ".join(
                 f"{name} = {value!r}" for name, value in vars(config.sampling).items()
             )
-            write_page(Path(config.html), f"Texts of {source}", options, "", documents)
+            write_page(Path(config.html), f"Texts of {source}", options, "", scored)
         for path in filter(None, (config.html, config.jsonl)):
             print(f"texts: {path}", file=sys.stderr)
 
@@ -126,7 +128,7 @@ def generate(
 
 
 def read_prompts(run: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]:
-    """The prompts of the options: their records and ids. All are checked before the first is used."""
+    """The records and ids of the prompts, all checked before the first is used."""
     if not config.prompts:
         text = config.start
         if text.startswith("FILE:"):
@@ -188,7 +190,8 @@ def append_line(path: str, record: dict) -> None:
 
 def as_record(text: Continuation, with_tokens: bool) -> dict:
     """A text's fields in the .jsonl file."""
-    tokens, sampling = text.tokens, text.sampling
+    tokens = text.tokens
+    sampling = text.sampling
     record = {
         "text": text.text,
         "ended": text.ended,

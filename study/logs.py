@@ -1,21 +1,23 @@
-"""What lies in a study's folder: the numbers and curves of each row, by seed.
+"""Read a study's folder: the numbers and curves of each variant, by seed.
 
-A run is training_logs/<study>/<row>-seed<k>/ with eval_test.json, and of what it has more: metrics.jsonl, config.json,
-and eval_test<kind>.json for each of KINDS.
+A run is training_logs/<study>/<variant>-seed<k>/ with eval_test.json, and if it has them
+metrics.jsonl, config.json, and eval_test<kind>.json for each of KINDS.
 """
 
 import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
 
 from engine.base.errors import UserError
 from engine.base.files import read_json, read_json_lines
+from engine.eval.plots import validation_curve
 from engine.eval.table import flat
 from engine.runs.logger import read_records
 
-LABELS = {  # of rows, in their order
+DISTILLED = "_taught"  # ends the names of variants that learn from a teacher's labels
+LABELS = {  # of variants, in their order
     "softmax": "softmax",
     "softmax_again": "softmax, trained again",
     "softmax_two_epochs": "softmax, twice the tokens",
@@ -33,9 +35,9 @@ LABELS = {  # of rows, in their order
     "bayes_sigmoid_weighted": "Bayes + sigmoid weighted",
     "dropout": "softmax, dropout",
 }
-# options that a label tells: the value that goes without saying, and the weights or likelihood that
-# have it
-TOLD = {
+# options that a label names: the value that is not worth it, and the weights or likelihood that
+# have the option
+NAMED = {
     "kl_weight": (1, "bayes"),
     "pos_weight": (1, "sigmoid"),
     "sum_penalty": (0, "sigmoid"),
@@ -48,111 +50,94 @@ KINDS = {  # of evaluations of a run
 }
 
 
-class Row(NamedTuple):
-    """A row of a study by seed: its numbers (flat names); a run's validation nll by tokens read, but for averages."""
+@dataclass
+class Variant:
+    """A variant of a study: its numbers (flat names) and its validation curves, by seed."""
 
     label: str
-    seeds: dict[int, dict]
-    curves: dict[int, dict[int, float]]
-    of_all: bool = False  # a prediction that all seeds share
+    seeds: dict[int, dict[str, float]] = field(default_factory=dict)
+    curves: dict[int, dict[int, float]] = field(default_factory=dict)  # tokens -> validation nll
 
     def values(self, name: str) -> list[float]:
         return [numbers[name] for numbers in self.seeds.values() if name in numbers]
 
-    def ratios(self, base: "Row") -> list[float]:
-        """Perplexities over those of the same seed of the base; of what all seeds share over their mean."""
-        others = {seed: [one["nll"]] for seed, one in base.seeds.items()}
-        if self.of_all and others:
-            others = dict.fromkeys(self.seeds, base.values("nll"))
-        return [
-            math.exp(one["nll"] - mean(others[seed]))
-            for seed, one in self.seeds.items()
-            if seed in others
-        ]
 
+def read(study: Path) -> dict[str, Variant]:
+    """All variants of a study's folder in order; the kind of evaluation ends the name.
 
-NONE = Row("", {}, {})
-
-
-def read(study: Path) -> dict[str, Row]:
-    """All rows of a study's folder by name (a row's, with the kind of evaluation behind it), in order. UserError names
-    what is damaged."""
-    found: dict[str, Row] = {}
-    for row, seed, folder in runs_of(study):
-        label = label_of(row, read_json(path) if (path := folder / "config.json").is_file() else {})
-        for kind, path in evaluations(folder).items():
-            entry = found.setdefault(
-                row + kind, Row(label + KINDS[kind], {}, {}, "ensemble" in kind)
-            )
-            entry.seeds[seed] = numbers_of(path)
-            if not kind:
-                entry.curves[seed] = curve_of(folder)
+    Their `ratio` is the perplexity relative to softmax's of the same seed; an ensemble's, which
+    has no seed of its own, relative to the mean of softmax's.
+    """
+    found: dict[str, Variant] = {}
+    for name, seed, folder in runs_of(study):
+        config = read_json(path) if (path := folder / "config.json").is_file() else {}
+        for kind, ending in KINDS.items():
+            path = folder / f"eval_test{kind}.json"
+            if path.is_file():
+                variant = found.setdefault(name + kind, Variant(label_of(name, config) + ending))
+                variant.seeds[seed] = read_numbers(path)
+        curve = validation_curve(read_records(folder / "metrics.jsonl"))
+        if curve and name in found:
+            found[name].curves[seed] = curve
+    softmax = found.get("softmax", Variant("")).seeds
+    nlls = {seed: numbers["nll"] for seed, numbers in softmax.items()}
+    for name, variant in found.items():
+        for seed, numbers in variant.seeds.items():
+            if seed in nlls:
+                base = mean(nlls.values()) if "ensemble" in name else nlls[seed]
+                numbers["ratio"] = math.exp(numbers["nll"] - base)
     return found
 
 
 def runs_of(study: Path) -> list[tuple[str, int, Path]]:
-    """The evaluated runs in order: row, seed, folder."""
+    """The runs in order: variant, seed, folder."""
     runs = []
     for folder in filter(Path.is_dir, study.glob("*-seed*")):
         if not (match := re.fullmatch(r"(.+)-seed(\d+)", folder.name)):
-            raise UserError(
-                f"{folder} is not named <row>-seed<number>; rename it, or move it elsewhere"
-            )
-        if evaluations(folder):
-            runs.append((match[1], int(match[2]), folder))
+            raise UserError(f"{folder} is not named <variant>-seed<number>; rename it or move it")
+        runs.append((match[1], int(match[2]), folder))
     return sorted(runs, key=lambda run: (place(run[0]), run[1]))
 
 
-def evaluations(folder: Path) -> dict[str, Path]:
-    """Those on the test split that a run has, by kind."""
-    return {kind: path for kind in KINDS if (path := folder / f"eval_test{kind}.json").is_file()}
+def place(name: str) -> tuple:
+    """Sorts variants as in LABELS, a distilled one after its own, unknown ones last."""
+    known = list(LABELS)
+    plain = name.removesuffix(DISTILLED)
+    return known.index(plain) if plain in known else len(known), plain, name != plain
 
 
-def place(row: str) -> tuple:
-    """Rows in their order, a taught one behind its own; unknown ones last."""
-    known, plain = list(LABELS), row.removesuffix("_taught")
-    return known.index(plain) if plain in known else len(known), plain, row != plain
-
-
-def label_of(row: str, config: dict) -> str:
-    """A row's label, with what its config.json tells of its options."""
-    plain = row.removesuffix("_taught")
+def label_of(name: str, config: dict) -> str:
+    """A variant's label, with options of its config.json."""
+    plain = name.removesuffix(DISTILLED)
     label = LABELS.get(plain, plain)
-    head, numbers = f"{config.get('weights')} {config.get('likelihood')}", flat(config)
-    for name, (usual, of) in TOLD.items():
-        if of in head and numbers.get(name, usual) != usual:
-            label = f"{label.removesuffix(f', {name}')}, {name} {numbers[name]:g}"
-    return label + (", taught" if row != plain else "")
+    head = f"{config.get('weights')} {config.get('likelihood')}"
+    numbers = flat(config)
+    for option, (usual, part_of_head) in NAMED.items():
+        value = numbers.get(option, usual)
+        if part_of_head in head and value != usual:
+            label = f"{label.removesuffix(f', {option}')}, {option} {value:g}"
+    return label if name == plain else f"{label}, taught"
 
 
 def plain_label(name: str) -> str:
-    """Of a row of read, without options: those differ between studies."""
+    """The label of a variant of read() without options, which differ between studies."""
     kind = next(kind for kind in reversed(KINDS) if name.endswith(kind))
     return label_of(name.removesuffix(kind), {}) + KINDS[kind]
 
 
-def numbers_of(path: Path) -> dict:
+def read_numbers(path: Path) -> dict[str, float]:
     numbers = flat(read_json(path))
-    if not isinstance(nll := numbers.get("nll"), float) or not 0 < nll < 100:
+    if not 0 < numbers.get("nll", 0) < 100:
         raise UserError(f"{path} has no nll between 0 and 100; copy it from its run again")
     return numbers
 
 
-def curve_of(folder: Path) -> dict[int, float]:
-    """Tokens read -> validation nll, of a run's evaluations but for the one before the first step."""
-    trained = [record for record in read_records(folder / "metrics.jsonl") if record["step"]]
-    points = ((record.get("tokens"), record.get("val_nll")) for record in trained)
-    return {
-        tokens: nll
-        for tokens, nll in points
-        if isinstance(tokens, int) and isinstance(nll, int | float)
-    }
-
-
 def read_trials(path: Path) -> list[dict]:
-    """Of a study's tuning.jsonl: each trial's row, its flags, the val_nll that it ended with, its options."""
-    trials, kinds = read_json_lines(path), {"row": str, "flags": list, "val_nll": float}
+    """The trials of a tuning.jsonl: row (the variant), flags, final val_nll, options. Of several
+    with the same flags, which had other options, the latest."""
+    trials = read_json_lines(path)
     for i, trial in enumerate(trials, 1):
-        if not all(isinstance(trial.get(name), kind) for name, kind in kinds.items()):
+        if not (trial.get("row") and "flags" in trial and isinstance(trial.get("val_nll"), float)):
             raise UserError(f"{path}: trial {i} lacks its row, flags or val_nll; delete its line")
-    return trials
+    latest = {(trial["row"], *trial["flags"]): trial for trial in trials}
+    return list(latest.values())

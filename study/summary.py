@@ -1,211 +1,194 @@
-"""A study's tables and pictures from its logs alone: means over seeds, and how far seeds differ.
+"""A study's tables and plots from its logs alone: means over seeds, and how far seeds differ.
 
-    # the tables of all pages that ask for one, the pictures in training_logs/<study>/
+    # the tables of all pages that ask for one, the plots in training_logs/<study>/
     python -m study.summary
 
-A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is summary, prediction, doubt or tuning, or
-for several studies with + between them beside.
-A run that somebody adds, training_logs/<study>/<row>-seed<k>/ with metrics.jsonl and eval_test.json, is in them too.
+A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is summary, prediction,
+uncertainty or tuning, or for several studies with + between them beside. A run that somebody adds,
+training_logs/<study>/<variant>-seed<k>/ with metrics.jsonl and eval_test.json, is in them too.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
 
 from engine.base.errors import UserError, run_main
 from engine.base.files import atomic_write, read_json, read_json_lines
-from study.logs import LABELS, NONE, Row, place, plain_label, read, read_trials
+from engine.eval.plots import save
+from engine.eval.table import as_markdown, without_empty_columns
+from study.logs import LABELS, Variant, place, plain_label, read, read_trials
 from study.plots import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS, BENCH = ROOT / "training_logs", ROOT / "bench/results.jsonl"
-PAGES = [
-    ROOT / "README.md",
-    LOGS / "README.md",
-    *sorted(LOGS.glob("*/README.md")),
-    *sorted(ROOT.glob("docs/*.md")),
-]
+PAGES = [ROOT / "README.md", *sorted(LOGS.rglob("README.md")), *sorted(ROOT.glob("docs/*.md"))]
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->).*?(<!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
+# variants whose step costs the same as that of another, which bench/step.py measures
 MEASURED_AS = {
     "smooth_05": "smooth",
     "sigmoid_weighted": "sigmoid",
     "bayes_sigmoid_weighted": "bayes_sigmoid",
 }
-RATIOS = {
-    "time_ratio": "time of a step",
-    "memory_ratio": "memory",
-}  # a training step's, relative to softmax's
-
-
-class Column(NamedTuple):
-    head: str
-    values: Callable[[Row, Row], list[float]]  # of a row and of the study's softmax
-    form: str
-    spread: bool = False  # whether the standard deviation over seeds is shown
-
-
-def of(head: str, name: str, form: str, spread: bool = False) -> Column:
-    return Column(head, lambda row, base: row.values(name), form, spread)
-
-
-SEEDS = Column("seeds", lambda row, base: [] if row.of_all else [len(row.seeds)], "{:.0f}")
-NLL = of("nll", "nll", "{:.3f}", True)
-PERPLEXITY = of("perplexity", "perplexity", "{:.2f}")
-RATIO = Column(
-    "vs softmax", lambda row, base: [1.0] if row is base else row.ratios(base), "{:.3f}", True
-)
-SCORES = (
-    of("ECE", "ece", "{:.4f}", True),
-    of("Brier", "brier", "{:.4f}"),
-    of("AURC", "aurc_confidence", "{:.4f}"),
-)
-BY_TOTAL = of("by total", "ood_auroc_entropy_block", "{:.3f}", True)
-COLUMNS = {
-    "summary": (
-        SEEDS,
-        NLL,
-        PERPLEXITY,
-        RATIO,
-        *SCORES,
-        BY_TOTAL._replace(head="foreign text"),
-        of("Self-BLEU", "continuations_self_bleu", "{:.2f}"),
-        of("Distinct-4", "continuations_distinct_4", "{:.3f}"),
-    ),
-    "prediction": (
-        SEEDS,
-        NLL,
-        of("± documents", "nll_se", "{:.3f}"),
-        PERPLEXITY,
-        RATIO,
-        of("de-smoothed", "perplexity_desmoothed", "{:.2f}"),
-        of("bits per byte", "bits_per_byte", "{:.4f}"),
-        of("accuracy", "accuracy", "{:.4f}"),
-        *SCORES,
-    ),
-    "doubt": (
-        of("foreign text by nll", "ood_auroc_nll_block", "{:.3f}"),
-        BY_TOTAL,
-        of("by epistemic", "ood_auroc_mutual_information_block", "{:.3f}", True),
-        of("token by total", "ood_auroc_entropy_token", "{:.3f}"),
-        of("token by epistemic", "ood_auroc_mutual_information_token", "{:.3f}"),
-        of("total", "entropy", "{:.3f}"),
-        of("epistemic", "mutual_information", "{:.4f}"),
-        of("AURC by epistemic", "aurc_mutual_information", "{:.4f}"),
-        of("ln Σσ", "log_sum_sigma", "{:+.4f}"),
-    ),
+COLUMNS = {  # kind of table -> number -> head of its column: format, ± for the deviation over seeds
+    "summary": {
+        "n_seeds": "seeds: .0f",
+        "nll": "nll: .3f ±",
+        "perplexity": "perplexity: .2f",
+        "ratio": "vs softmax: .3f ±",
+        "ece": "ECE: .4f ±",
+        "brier": "Brier: .4f",
+        "aurc_confidence": "AURC: .4f",
+        "ood_auroc_entropy_block": "foreign text: .3f ±",
+        "continuations_self_bleu": "Self-BLEU: .2f",
+        "continuations_distinct_4": "Distinct-4: .3f",
+        "time_ratio": "time of a step: .2f",
+        "memory_ratio": "memory: .2f",
+    },
+    "prediction": {
+        "n_seeds": "seeds: .0f",
+        "nll": "nll: .3f ±",
+        "nll_se": "± documents: .3f",
+        "perplexity": "perplexity: .2f",
+        "ratio": "vs softmax: .3f ±",
+        "perplexity_desmoothed": "de-smoothed: .2f",
+        "bits_per_byte": "bits per byte: .4f",
+        "accuracy": "accuracy: .4f",
+        "ece": "ECE: .4f ±",
+        "brier": "Brier: .4f",
+        "aurc_confidence": "AURC: .4f",
+    },
+    "uncertainty": {
+        "ood_auroc_nll_block": "foreign text by nll: .3f",
+        "ood_auroc_entropy_block": "by total: .3f ±",
+        "ood_auroc_mutual_information_block": "by epistemic: .3f ±",
+        "ood_auroc_entropy_token": "token by total: .3f",
+        "ood_auroc_mutual_information_token": "token by epistemic: .3f",
+        "entropy": "total: .3f",
+        "mutual_information": "epistemic: .4f",
+        "aurc_mutual_information": "AURC by epistemic: .4f",
+        "log_sum_sigma": "ln Σσ: +.4f",
+    },
 }
-
-
-def cell(values: list[float], form: str, spread: bool) -> str:
-    if not values:
-        return ""
-    return form.format(mean(values)) + (
-        f" ± {form.format(stdev(values))}" if spread and len(values) > 1 else ""
-    )
-
-
-def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """Columns without a number are left out; no table without lines."""
-    rows = [list(header), *map(list, lines)]
-    kept = [i for i in range(len(rows[0])) if i == 0 or any(row[i] for row in rows[1:])]
-    rows = [[row[i] for i in kept] for row in rows]
-    return "\n".join(
-        f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(kept), *rows[1:]] if rows[1:]
-    )
+BESIDE = {"ratio": "vs softmax: .3f ±", "ece": "ECE: .4f ±"}
 
 
 def table(study: Path, kind: str) -> str:
-    """A table of a study in Markdown; ± is the standard deviation over seeds, ratios are of the same seed."""
-    if other := {"tuning": tuning, "beside": beside}.get(kind):
-        return other(study)
+    """A table of a study in Markdown; ± is the standard deviation over seeds."""
+    if kind in ("tuning", "beside"):
+        return tuning(study) if kind == "tuning" else beside(study)
     if kind not in COLUMNS:
-        raise UserError(
-            f"a table of kind {kind!r} is none of: {', '.join([*COLUMNS, 'tuning', 'beside'])}"
-        )
-    rows, columns = read(study), COLUMNS[kind]
-    base = rows.get("softmax", NONE)
-    costs = cost(study, rows) if kind == "summary" else {}
-    if kind in ("summary", "prediction"):
-        rows = unigram(rows.values()) | rows
-    cells = (
-        [
-            row.label,
-            *(cell(c.values(row, base), c.form, c.spread) for c in columns),
-            *costs.get(name, ["", ""]),
-        ]
-        for name, row in rows.items()
-    )
-    header = ["head", *(column.head for column in columns), *RATIOS.values()]
-    return markdown(header, (line for line in cells if any(line[1:])))
+        kinds = ", ".join([*COLUMNS, "tuning", "beside"])
+        raise UserError(f"a table of kind {kind!r} is none of: {kinds}")
+    variants = read(study)
+    for name, cost in costs(study, variants).items():
+        for numbers in variants[name].seeds.values():
+            numbers |= cost
+    for name, variant in variants.items():
+        if "ensemble" not in name:
+            for numbers in variant.seeds.values():
+                numbers["n_seeds"] = len(variant.seeds)
+    lines = [
+        [variant.label, *cells(variant, COLUMNS[kind])]
+        for variant in (unigram(variants), *variants.values())
+    ]
+    header = ["head", *(column.split(": ")[0] for column in COLUMNS[kind].values())]
+    return markdown(header, lines)
 
 
-def unigram(rows: Iterable[Row]) -> dict[str, Row]:
-    """What the training text's token frequencies alone reach, where an evaluation tells."""
-    nll = next((nll for row in rows for nll in row.values("unigram_nll")), None)
-    numbers = {0: {"nll": nll, "perplexity": math.exp(nll)}} if nll else {}
-    return {"unigram": Row("unigram frequencies", numbers, {}, True)}
+def cells(variant: Variant, columns: dict[str, str]) -> list[str]:
+    """The mean over seeds of each number, for some with its standard deviation."""
+    found = []
+    for name, column in columns.items():
+        form, _, spread = column.split(": ")[1].partition(" ")
+        values = variant.values(name)
+        cell = format(mean(values), form) if values else ""
+        if spread and len(values) > 1 and stdev(values) > 0:
+            cell += f" ± {stdev(values):{form}}"
+        found.append(cell)
+    return found
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """Without empty lines and columns; "" if nothing is left."""
+    lines = [line for line in lines if any(line[1:])]
+    if not lines:
+        return ""
+    header, *lines = without_empty_columns([header, *lines])
+    return as_markdown(header, lines).replace("---:", "---")
+
+
+def unigram(variants: dict[str, Variant]) -> Variant:
+    """What the training text's token frequencies alone reach."""
+    label = "unigram frequencies"
+    nlls = [nll for variant in variants.values() for nll in variant.values("unigram_nll")]
+    if not nlls:
+        return Variant(label)
+    numbers = {"nll": nlls[0], "perplexity": math.exp(nlls[0])}
+    if "softmax" in variants:
+        numbers["ratio"] = math.exp(nlls[0] - mean(variants["softmax"].values("nll")))
+    return Variant(label, {0: numbers})
 
 
 def beside(studies: Path) -> str:
-    """Perplexity relative to softmax's, and ECE, in several studies (their names with + between them), of the rows that
-    two of them have."""
+    """Perplexity relative to softmax's, and ECE, of the variants that at least two studies have
+    (the names of the studies with + between them)."""
     names = studies.name.split("+")
-    found, columns = [read(studies.with_name(name)) for name in names], (RATIO, SCORES[0])
-    counts = Counter(row for rows in found for row in rows)
+    found = [read(studies.with_name(name)) for name in names]
+    counts = Counter(variant for variants in found for variant in variants)
     lines = []
-    for name in (name for name in counts if counts[name] > 1):
-        cells = [
-            cell(column.values(rows[name], rows.get("softmax", NONE)), column.form, column.spread)
-            if name in rows
-            else ""
-            for rows in found
-            for column in columns
-        ]
-        lines.append([plain_label(name), *cells])
-    return markdown(
-        ["head", *(f"{name}: {column.head}" for name in names for column in columns)], lines
-    )
+    for variant in counts:
+        if counts[variant] > 1:
+            line = [plain_label(variant)]
+            for variants in found:
+                line += cells(variants.get(variant, Variant("")), BESIDE)
+            lines.append(line)
+    heads = [column.split(": ")[0] for column in BESIDE.values()]
+    return markdown(["head", *(f"{name}: {head}" for name in names for head in heads)], lines)
 
 
 def tuning(study: Path) -> str:
-    """All trials of a study: what each changed, and the validation nll that it ended with; the lowest is taken."""
+    """All trials of a study: what each changed, and its validation nll; the lowest is bold."""
     trials: dict[str, list[dict]] = {}
     for trial in read_trials(study / "tuning.jsonl"):
         trials.setdefault(trial["row"], []).append(trial)
-    lines, n_most = [], max(map(len, trials.values()), default=0)
-    for row in sorted(trials, key=place):
-        best = min(trials[row], key=lambda trial: trial["val_nll"])
-        cells = []
-        for trial in trials[row]:
+    n_most = max(map(len, trials.values()), default=0)
+    lines = []
+    for name in sorted(trials, key=place):
+        best = min(trials[name], key=lambda trial: trial["val_nll"])
+        line = [LABELS.get(name, name)]
+        for trial in trials[name]:
             flags = ", ".join(flag.removeprefix("--").replace("=", " ") for flag in trial["flags"])
             text = f"{flags}: {trial['val_nll']:.3f}"
-            cells.append(f"**{text}**" if trial is best else text)
-        lines.append([LABELS.get(row, row), *cells, *[""] * (n_most - len(cells))])
+            line.append(f"**{text}**" if trial is best else text)
+        lines.append(line + [""] * (n_most + 1 - len(line)))
     return markdown(["head", *(f"trial {i}" for i in range(1, n_most + 1))], lines)
 
 
-def cost(study: Path, rows: dict[str, Row]) -> dict[str, list[str]]:
-    """By row, what its step takes relative to softmax's: bench/step.py's latest record of each head for the study's
-    size, all of the machine that the latest is of; none of what was not measured."""
-    path = study / f"softmax-seed{min(rows.get('softmax', NONE).seeds, default=0)}" / "config.json"
-    size = size_of(read_json(path)) if path.is_file() else None
-    steps = [
-        r
-        for r in read_json_lines(BENCH)
-        if (r.get("bench"), r.get("baseline")) == ("step", "softmax")
+def costs(study: Path, variants: dict[str, Variant]) -> dict[str, dict[str, float]]:
+    """time_ratio and memory_ratio of a training step, relative to softmax's, by variant.
+
+    From the latest records of bench/step.py for the study's size, all of one machine.
+    """
+    configs = sorted(study.glob("softmax-seed*/config.json"))
+    size = size_of(read_json(configs[0])) if configs else None
+    records = [
+        record
+        for record in read_json_lines(BENCH)
+        if record.get("bench") == "step"
+        and record.get("baseline") == "softmax"
+        and size_of(record["shapes"]) == size
     ]
-    steps = [record for record in steps if size_of(record["shapes"]) == size]
-    latest = {
-        record["case"]: record for record in steps if record["machine"] == steps[-1]["machine"]
-    }
-    if latest:
-        latest["softmax"] = dict.fromkeys(RATIOS, 1.0)
-    measured = {row: latest[case] for row in rows if (case := MEASURED_AS.get(row, row)) in latest}
-    return {row: [f"{record[ratio]:.2f}" for ratio in RATIOS] for row, record in measured.items()}
+    if not records:
+        return {}
+    names = ("time_ratio", "memory_ratio")
+    measured = {"softmax": dict.fromkeys(names, 1.0)}
+    for record in records:
+        if record["machine"] == records[-1]["machine"]:
+            measured[record["case"]] = {name: record[name] for name in names}
+    cases = {name: MEASURED_AS.get(name, name) for name in variants}
+    return {name: measured[case] for name, case in cases.items() if case in measured}
 
 
 def size_of(options: dict) -> tuple:
@@ -215,46 +198,33 @@ def size_of(options: dict) -> tuple:
 
 
 def fill(page: str) -> str:
-    """The text of a page with its tables made anew."""
+    """The text of a page with new tables."""
+    return MARKED.sub(fill_marker, page)
 
-    def made(match: re.Match) -> str:
-        marker, (study, _, kind), end = match[1], match[2].rpartition(" "), match[3]
-        for name in study.split("+"):
-            if not (LOGS / name).is_dir() or not name:
-                raise UserError(f"{marker}: there is no study {name!r} in {LOGS}")
-        if not end:
-            raise UserError(f"{marker} has no <!-- end --> behind it")
-        try:
-            lines = table(LOGS / study, kind)
-        except UserError as error:
-            raise UserError(f"{marker}: {error}") from None
-        if not lines:
-            raise UserError(f"{marker}: the logs have nothing for this table")
-        return f"{marker}\n{lines}\n{end}"
 
-    return MARKED.sub(made, page)
+def fill_marker(match: re.Match) -> str:
+    marker, asked, end = match.groups()
+    study, _, kind = asked.rpartition(" ")
+    for name in study.split("+"):
+        if not name or not (LOGS / name).is_dir():
+            raise UserError(f"{marker}: there is no study {name!r} in {LOGS}")
+    if not end:
+        raise UserError(f"{marker} has no <!-- end --> after it")
+    if not (lines := table(LOGS / study, kind)):
+        raise UserError(f"{marker}: the logs have nothing for this table")
+    return f"{marker}\n{lines}\n{end}"
 
 
 def main() -> None:
-    wanted = set()
     pages = {page: fill(page.read_text(encoding="utf-8")) for page in PAGES}
-    for text in pages.values():
-        wanted |= set(re.findall(r"([^/\s(]+)/(\w+)\.png", text))
-    for study in sorted({study for study, _ in wanted if (LOGS / study).is_dir()}):
-        for name, figure in figures(LOGS / study).items():
-            if (study, name) in wanted:
-                path = LOGS / study / f"{name}.png"
-                atomic_write(
-                    path,
-                    lambda temporary, figure=figure: figure.savefig(
-                        temporary, format="png", dpi=200
-                    ),
-                )
-        print(f"{study}: tables and pictures")
+    shown = set(re.findall(r"([^/\s(]+/\w+\.png)", "".join(pages.values())))
+    for study in sorted(filter(Path.is_dir, LOGS.iterdir())):
+        for name, figure in figures(study).items():
+            if f"{study.name}/{name}.png" in shown:
+                save(figure, study / f"{name}.png")
+        print(f"{study.name}: tables and plots")
     for page, text in pages.items():
-        atomic_write(
-            page, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8")
-        )
+        atomic_write(page, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
 
 
 if __name__ == "__main__":

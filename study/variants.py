@@ -1,14 +1,16 @@
-"""What the study trains: rows (config/rows/) on scales (config/), with which seeds, and how they are tuned."""
+"""What the study trains: variants (config/rows/) at scales (config/), their seeds and tuning."""
 
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SEEDS = (1337, 1338, 1339, 1340)  # those of softmax make an ensemble, too
-MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # have several of them
+from study.logs import DISTILLED
+
+SEEDS = (1337, 1338, 1339, 1340)  # softmax's runs make an ensemble, too
+MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # have several seeds
 SIGMOIDS = ("sigmoid", "sigmoid_regularised", "sigmoid_weighted", "bayes_sigmoid_weighted")
 PAPER = ("softmax", "smooth_05", "smooth", "bayes", *SIGMOIDS)  # in the order of its table
-KNOBS = {  # what the last trial changes; of all other rows weight_decay
+KNOBS = {  # what the last trial changes; of all other variants weight_decay
     "bayes": "kl_weight",
     "bayes_sigmoid_weighted": "kl_weight",
     "sigmoid_regularised": "sum_penalty",
@@ -22,12 +24,7 @@ OTHER_VALUES = {
     "dropout": 0.05,
     "weight_decay": 0.3,
 }
-NEEDS = {  # data set -> the one whose tokenizer it has
-    "wikitext2_8k_tenth": "wikitext2_8k",
-    "sotu_by_wikitext2_8k": "wikitext2_8k",
-    "wikitext2_by_sotu_8k": "sotu_8k",
-}
-# rows whose predictions are also averaged over more than the mean of their weights, and how
+# flags of a second evaluation, averaged over more than the mean of the weights
 AVERAGED = {
     "bayes": ["--n_samples=-1"],
     "bayes_sigmoid_weighted": ["--n_samples=-1"],
@@ -37,47 +34,45 @@ AVERAGED = {
 
 @dataclass(frozen=True)
 class Study:
-    """A scale, its rows, and how they are tuned."""
+    """A scale, its variants, and how they are tuned."""
 
     scale: str  # config/<scale>.py
-    foreign: str  # data set of the other kind in the scale's tokens
-    rows: tuple[str, ...] = PAPER
+    foreign: str  # data set of the other kind, in the scale's tokens
+    variants: tuple[str, ...] = PAPER
     rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
     knobs: dict[str, float] = field(default_factory=dict)  # the last trial's value, by knob
-    # the study whose choice is taken; empty with no rates: what the config files say
-    tuned_as: str = ""
-    taught: tuple[
-        str, ...
-    ] = ()  # rows trained on a teacher's labels too; the teacher is the softmax of this study
-    n_seeds: int = 1  # of the main rows; several for all else would double the hours
+    tuned_as: str = ""  # the study whose choice is taken; "" without rates: the config files'
+    # variants also trained on the labels of a teacher, which is this study's softmax
+    distilled: tuple[str, ...] = ()
+    n_seeds: int = 1  # of the main variants; several for all others would double the hours
     ensemble: bool = False  # of softmax's runs
 
     def dataset(self, root: Path) -> str:
-        """What the scale's file names."""
+        """The data set that the scale's file names."""
         return runpy.run_path(str(root / "config" / f"{self.scale}.py"))["dataset"]
 
-    def all_rows(self) -> list[str]:
-        return [*self.rows, *(f"{row}_taught" for row in self.taught)]
+    def all_variants(self) -> list[str]:
+        return [*self.variants, *(variant + DISTILLED for variant in self.distilled)]
 
-    def seeds(self, row: str) -> tuple[int, ...]:
-        return SEEDS[: self.n_seeds if row in MAIN else 1]
+    def seeds(self, variant: str) -> tuple[int, ...]:
+        return SEEDS[: self.n_seeds if variant in MAIN else 1]
 
 
 STUDIES = {
     "wikitext2_8k": Study(
         "train_wikitext2_8k",
         "sotu_by_wikitext2_8k",
-        rows=(*PAPER, "dropout"),
+        variants=(*PAPER, "dropout"),
         rates=(4e-3, 2e-3, 1e-3),
         knobs=OTHER_VALUES,
-        taught=("softmax", *SIGMOIDS),
+        distilled=("softmax", *SIGMOIDS),
         n_seeds=4,
         ensemble=True,
     ),
     "wikitext2_8k_tenth": Study(
         "train_wikitext2_8k_tenth",
         "sotu_by_wikitext2_8k",
-        rows=(*PAPER, "dropout"),
+        variants=(*PAPER, "dropout"),
         rates=(2e-3, 1e-3, 5e-4),
         knobs=OTHER_VALUES | {"dropout": 0.2},  # kl_weight 0.3 was tried first, and stays listed
         n_seeds=4,
@@ -89,21 +84,30 @@ STUDIES = {
     "wikitext2": Study("train_gpt2_wikitext2_cpu", "sotu"),
     "wikitext_100m": Study("train_gpt2_wikitext_100m", "sotu"),  # for a GPU
 }
-
-
-def preparation(name: str, source: str, addresses: str) -> list[str]:
-    """The command that makes a data set; source: a folder with WikiText-2, empty for the hub's; addresses: a file."""
-    wikitext = ["data/wikitext/prepare.py", "--version=2", f"--folder=data/{name}"]
-    wikitext += [f"--source={source}"] if source else []
-    sotu = ["data/text/prepare.py", f"--source={addresses}", r"--separator=\n\n", f"--name={name}"]
-    learnt = ["--tokenizer=bpe", "--vocab_size=8192"]
-    return {
-        "wikitext": ["data/wikitext/prepare.py"],  # WikiText-103, of the hub
-        "wikitext2": wikitext,
-        "wikitext2_8k": wikitext + learnt,
-        "wikitext2_8k_tenth": [*wikitext, "--tokenizer=data/wikitext2_8k", "--train_articles=60"],
-        "wikitext2_by_sotu_8k": [*wikitext, "--tokenizer=data/sotu_8k"],
-        "sotu": [*sotu, "--tokenizer=gpt2"],
-        "sotu_8k": sotu + learnt,
-        "sotu_by_wikitext2_8k": [*sotu, "--tokenizer=data/wikitext2_8k"],
-    }[name]
+WIKITEXT2 = ["data/wikitext/prepare.py", "--version=2", "--source={wikitext}"]
+SOTU = ["data/text/prepare.py", "--source={sotu}", r"--separator=\n\n"]
+LEARNT = ["--tokenizer=bpe", "--vocab_size=8192"]
+# data set -> the command that prepares it; one with another's tokenizer comes after that
+PREPARE = {
+    "wikitext": ["data/wikitext/prepare.py"],  # WikiText-103, of the hub
+    "wikitext2": [*WIKITEXT2, "--folder=data/wikitext2"],
+    "wikitext2_8k": [*WIKITEXT2, "--folder=data/wikitext2_8k", *LEARNT],
+    "wikitext2_8k_tenth": [
+        *WIKITEXT2,
+        "--folder=data/wikitext2_8k_tenth",
+        "--tokenizer=data/wikitext2_8k",
+        "--train_articles=60",
+    ],
+    "sotu": [*SOTU, "--name=sotu", "--tokenizer=gpt2"],
+    "sotu_8k": [*SOTU, "--name=sotu_8k", *LEARNT],
+    "sotu_by_wikitext2_8k": [
+        *SOTU,
+        "--name=sotu_by_wikitext2_8k",
+        "--tokenizer=data/wikitext2_8k",
+    ],
+    "wikitext2_by_sotu_8k": [
+        *WIKITEXT2,
+        "--folder=data/wikitext2_by_sotu_8k",
+        "--tokenizer=data/sotu_8k",
+    ],
+}

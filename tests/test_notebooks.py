@@ -1,6 +1,4 @@
-"""The notebooks run, on other runs than those they are kept with, and what is kept is whole and
-light.
-"""
+"""The notebooks run on other runs than the kept ones, and what is kept is whole and light."""
 
 import json
 import re
@@ -169,6 +167,6 @@ def test_all_notebooks_are_tested_and_begin_alike():
 
 def test_play_is_kept_with_the_banner_that_runs_begin_with_today():
     assert re.search(
-        r"  parameters   \d.*  a step       .*  memory       about",
+        r"  parameters   \d.*  a step       .*  the run ",
         shown(nbformat.read(NOTEBOOKS[1], 4)),
     )

@@ -1,4 +1,4 @@
-"""engine/eval/plots.py: the figures hold the numbers that they were given, and say what they show."""
+"""engine/eval/plots.py: the figures hold the numbers that they were given."""
 
 import itertools
 import math
@@ -17,6 +17,7 @@ from engine.eval.plots import (
     reliability_figure,
     risk_coverage_figure,
     uncertainty_figure,
+    validation_curve,
     wilson,
     wrap,
 )
@@ -89,35 +90,38 @@ def texts(figure) -> str:
     )
 
 
-def test_the_curves_are_the_evaluations_without_step_0(rows):
-    curves = {"softmax": make_curve(), "bayes": make_curve(0.5)}
-    by_tokens, by_time = curves_figure(curves, rows).axes
-    for i, curve in enumerate(curves.values()):
-        kept = [record for record in curve if "val_nll" in record and record["step"] > 0]
-        nll = [record["val_nll"] for record in kept]
-        for panel, key, unit in ((by_tokens, "tokens", 1e6), (by_time, "seconds", 60)):
-            x = [record[key] / unit for record in kept]
-            assert panel.lines[i].get_xdata() == pytest.approx(x)
-            assert panel.lines[i].get_ydata() == pytest.approx(nll)
-    assert by_tokens.lines[1].get_label() == "bayes: 4.550"
+def test_curves_are_means_over_seeds_and_differences_with_the_same_seed():
+    softmax = {1: {100: 5.0, 200: 4.0}, 2: {100: 6.0, 200: 5.0}}
+    bayes = {1: {100: 5.5, 200: 4.25, 300: 4.0}, 3: {200: 7.0}}
+    left, right = curves_figure({"softmax": softmax, "bayes": bayes}).axes
+    assert [line.get_label() for line in left.lines] == ["softmax", "bayes"]
+    assert list(left.lines[0].get_xdata() * 1e6) == [100, 200]
+    assert list(left.lines[0].get_ydata()) == [5.5, 4.5]
+    assert list(left.lines[1].get_ydata()) == [(4.25 + 7) / 2]  # where both seeds have a point
+    assert list(right.lines[0].get_ydata()) == [0, 0]
+    assert list(right.lines[1].get_ydata()) == [0.5, 0.25]
+    band = left.collections[0].get_paths()[0].vertices[:, 1]
+    assert (min(band), max(band)) == (4, 6)
+    assert "difference to softmax" in right.get_ylabel()
 
 
-def test_a_run_without_evaluations_keeps_the_looks_of_the_others(rows):
-    assert curves_figure({"a": make_curve()[:2]}, {}) is None  # step 0 alone
-    (gpt2, bayes), _ = (panel.lines for panel in curves_figure({"bayes": make_curve()}, rows).axes)
-    assert len(gpt2.get_xdata()) == 0 and len(bayes.get_xdata()) == 20
-    assert (
-        bayes.get_color()
-        == curves_figure(dict.fromkeys(rows, make_curve()), rows).axes[0].lines[1].get_color()
-    )
+def test_a_run_without_curve_keeps_the_looks_of_the_others():
+    curve = {0: validation_curve(make_curve())}
+    assert curves_figure({"a": {}}) is None and len(curves_figure({"a": curve}).axes) == 1
+    alone, both = (curves_figure({"a": of_a, "b": curve}).axes[0] for of_a in ({}, curve))
+    assert [line.get_label() for line in alone.lines if len(line.get_xdata())] == ["b"]
+    assert alone.lines[1].get_color() == both.lines[1].get_color()
 
 
-def test_a_run_that_diverged_is_drawn_as_far_as_it_has_numbers(tmp_path):
-    broken = make_curve()
-    for record in broken[10:]:
-        record["val_nll"] = math.nan
-    figure = curves_figure({"broken": broken, "good": make_curve()}, {})
-    low, high = figure.axes[0].get_ylim()
+def test_a_curve_has_the_evaluations_without_step_0():
+    curve = validation_curve(make_curve())
+    assert list(curve) == [2048 * step for step in range(1, 21)] and max(curve.values()) == 5.0
+
+
+def test_a_run_that_diverged_is_drawn_as_far_as_it_has_numbers():
+    broken = validation_curve(make_curve()) | {2048 * step: math.nan for step in range(10, 21)}
+    curves = {"broken": {0: broken}, "good": {0: validation_curve(make_curve())}}
+    low, high = curves_figure(curves).axes[0].get_ylim()
     assert 3 < low < high < 6
 
 

@@ -15,7 +15,7 @@ import torch
 
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.eval.evaluation import CHUNK_ROWS
-from engine.eval.report import Document, write_report
+from engine.eval.report import write_report
 from engine.eval.scored_text import COLOURINGS, ScoredText, Token, score_text
 from engine.eval.table import Table
 from tests.helpers import HEADS, tiny_gpt
@@ -107,11 +107,11 @@ def write(
     words = [f"word{i} " for i in range(30)]
     of_words = {"softmax": make_tokens(words, False), name: make_tokens(words, True, 2.0)}
     of_hostile = {"softmax": make_tokens(HOSTILE, False), name: make_tokens(HOSTILE, True)}
-    documents = [Document("words", of_words), Document(title, of_hostile)]
+    texts = {"words": of_words, title: of_hostile}
     lines = [["unigram", "6.1", ""], ["softmax", "4.2", "0.3"], [name, "4.1", name]]
     tables = [Table(title, ["run", "nll", title], lines)]
     curves = {"softmax": make_curve()} if pictures else {}
-    write_report(folder, title, title, tables, rows, curves, documents)
+    write_report(folder, title, title, tables, rows, curves, texts)
     return folder / "report.html"
 
 
@@ -181,9 +181,7 @@ def test_the_same_report_has_the_same_bytes(tmp_path):
 def test_numbers_that_are_none_leave_the_page_whole(tmp_path):
     tokens = make_tokens(["a", "b", "c"], False)
     text = ScoredText([tokens[0], *(token._replace(nll=math.nan) for token in tokens[1:])])
-    write_report(
-        tmp_path, "t", "", [Table("", ["run"], [["x"]])], {}, {}, [Document("d", {"x": text})]
-    )
+    write_report(tmp_path, "t", "", [Table("", ["run"], [["x"]])], {}, {}, {"d": {"x": text}})
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert shares(tmp_path / "report.html", "nll") == [0, 0, 0]
 
@@ -272,8 +270,8 @@ def test_a_script_that_gets_into_the_page_all_the_same_is_not_run(browser, tmp_p
 def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
     header = ["run", *(f"column {i}" for i in range(15))]
     lines = [["a_run_with_a_rather_long_name_" * 3, *["0.123456"] * 15]]
-    documents = [Document("words" * 30, {"x": make_tokens(["word" * 9] * 30, True)})]
+    texts = {"words" * 30: {"x": make_tokens(["word" * 9] * 30, True)}}
     rows = {"x": make_row()}
-    write_report(tmp_path, "t" * 90, "", [Table("wide", header, lines)], rows, {}, documents)
+    write_report(tmp_path, "t" * 90, "", [Table("wide", header, lines)], rows, {}, texts)
     open_page(browser, tmp_path / "report.html", width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width

@@ -58,7 +58,7 @@ def test_main_rows_have_several_seeds_where_they_are_tuned():
     for name, study in STUDIES.items():
         several = {"wikitext2_8k": 4, "wikitext2_8k_tenth": 4, "sotu_8k": 3}.get(name, 1)
         assert (bool(study.rates), bool(study.tuned_as)) == (several == 4, several == 3)
-        for row in study.all_rows():
+        for row in study.all_variants():
             assert len(study.seeds(row)) == (several if row in MAIN else 1), (name, row)
 
 

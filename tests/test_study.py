@@ -1,4 +1,4 @@
-"""python -m study on a tiny study: killed, gone on with, complete. (Its rows: tests/test_rows.py.)"""
+"""python -m study on a tiny study: killed, resumed, complete. (Variants: tests/test_rows.py.)"""
 
 import dataclasses
 import json
@@ -16,30 +16,31 @@ import study.__main__ as study
 from engine.base.errors import UserError
 from engine.base.files import read_json_lines
 from engine.data.tokenizer import CharTokenizer
-from study import variants as studies
+from study import variants
+from study.logs import read_trials
 from study.summary import tuning
 from tests.helpers import ROOT, TINY, contents, records, words, write_dataset, write_words
 
 BOTH = "bayes_sigmoid_weighted"
-ROWS, SEEDS = ("softmax", BOTH), (7, 8)
+VARIANTS, SEEDS = ("softmax", BOTH), (7, 8)
 KEPT = {"softmax-seed7", "softmax-seed8", f"{BOTH}-seed7", f"{BOTH}_taught-seed7"}
 KNOBS = {"softmax": "--weight_decay=0.0", BOTH: "--kl_weight=0.5"}
 
 
 def main(home: Path, argv: list[str], put=setattr) -> None:
-    """The study in the folder of the fixture below, with one small study; put: how study's own values are replaced."""
+    """One small study in the folder of the fixture; put: how to replace the module's values."""
     knobs = {"weight_decay": 0.0, "kl_weight": 0.5}
-    small = studies.Study(
-        "small", f"{home}/foreign", ROWS, (1e-2, 1e-3), knobs, "", ROWS[1:], 2, True
+    small = variants.Study(
+        "small", f"{home}/foreign", VARIANTS, (1e-2, 1e-3), knobs, "", VARIANTS[1:], 2, True
     )
-    values = {"ROOT": home, "SEEDS": SEEDS, "MAIN": ROWS[:1], "STUDIES": {"small": small}}
+    values = {"ROOT": home, "SEEDS": SEEDS, "MAIN": VARIANTS[:1], "STUDIES": {"small": small}}
     for name, value in values.items():
-        for module in (study, studies):
+        for module in (study, variants):
             if hasattr(module, name):
                 put(module, name, value)
     put(study, "ENSEMBLE", "eval_test_ensemble_of_2.json")
     put(sys, "argv", ["study.py", "--studies=small", *argv])
-    study.run(study.main)
+    study.run_main(study.main)
 
 
 def start(home: Path, *argv: str) -> subprocess.Popen:
@@ -97,8 +98,8 @@ def test_ended_by_a_signal_it_ends_what_it_has_started(home):
 
 @pytest.fixture(scope="module")
 def calls(home):
-    """Killed once a run has its records, then run to the end, then called again: the records and trials at the kill,
-    and the commands of the two calls behind it."""
+    """Killed once a run has its records, then run to the end, then called again: the records and
+    trials at the kill, and the commands of the two later calls."""
     process = start(home, *FLAGS)
     while not (done := list(home.glob("logs/small/*/eval_test.json"))):
         assert process.poll() is None, process.communicate()
@@ -116,7 +117,7 @@ def trials(home: Path) -> list[dict]:
 
 
 def test_every_row_has_three_trials_of_full_length_all_listed(home, calls):
-    for row in ROWS:
+    for row in VARIANTS:
         first, second, third = [trial for trial in trials(home) if trial["row"] == row]
         assert [first["flags"], second["flags"]] == [
             ["--learning_rate=0.01"],
@@ -176,12 +177,12 @@ def test_killed_the_same_command_goes_on_and_once_complete_it_runs_nothing(home,
 def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(
     home, calls, monkeypatch
 ):
-    monkeypatch.setattr(study, "run", lambda main: None)
+    monkeypatch.setattr(study, "run_main", lambda main: None)
     main(home, [], monkeypatch.setattr)
     runner = study.Runner(
         study.StudyConfig(logs="logs", train_flags=FLAGS[-1].removeprefix("--train_flags="))
     )
-    assert runner.done("small", "softmax", 8)
+    assert runner.has_records("small", "softmax", 8)
     path = home / "logs/small/softmax-seed8/config.json"
     kept = path.read_text()
     try:
@@ -197,7 +198,7 @@ def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(
                 {k: v for k, v in json.loads(kept).items() if k != name},
             ):
                 path.write_text(json.dumps(options))
-                assert not runner.done("small", "softmax", 8), name
+                assert not runner.has_records("small", "softmax", 8), name
     finally:
         path.write_text(kept)
 
@@ -230,14 +231,15 @@ def test_a_damaged_list_of_trials_is_named(tmp_path, line):
 
 
 def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(home, monkeypatch):
-    monkeypatch.setattr(study, "run", lambda main: None)
+    monkeypatch.setattr(study, "run_main", lambda main: None)
     main(home, [], monkeypatch.setattr)
-    flags = "--max_iters=8 --weight_decay=1000"  # at a rate of 1000 weights grow a million times in a step
+    # at a rate of 1000 weights grow a million times in a step
+    flags = "--max_iters=8 --weight_decay=1000"
     runner = study.Runner(study.StudyConfig(logs="diverging", train_flags=flags))
     runner.home = Path("out/diverging")
     best = {}
-    small = dataclasses.replace(studies.STUDIES["small"], rates=(1000, 1e-3))
-    monkeypatch.setitem(studies.STUDIES, "small", small)
+    small = dataclasses.replace(variants.STUDIES["small"], rates=(1000, 1e-3))
+    monkeypatch.setitem(variants.STUDIES, "small", small)
     runner.together([lambda: best.update(softmax=runner.tune("small", "softmax"))])
     logs = home / "diverging/small"
     listed = {
@@ -251,33 +253,26 @@ def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(hom
     )
 
 
-def test_a_trial_of_other_options_is_made_anew_and_listed_instead_of_the_old_one(
-    tmp_path, monkeypatch
-):
+def test_a_trial_of_other_options_is_repeated_and_the_latest_counts(tmp_path, monkeypatch):
     runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
     path, flags = tmp_path / "wikitext2_8k/tuning.jsonl", ["--learning_rate=0.5"]
     monkeypatch.setattr(runner, "train", lambda *about: Path())
     for nll in (5.0, 4.0):
         monkeypatch.setattr(runner, "evaluate", lambda *about, nll=nll: {"nll": nll})
-        for row in ("softmax", "bayes"):
-            assert runner.trial("wikitext2_8k", row, flags)["val_nll"] == 5.0
-    assert (
-        read_json_lines(path)[1]["options"].items()
-        >= {"learning_rate": 0.5, "n_layer": 3, "kl_weight": 0.1}.items()
-    )
+        for name in ("softmax", "bayes"):
+            assert runner.trial("wikitext2_8k", name, flags)["val_nll"] == 5.0
+    options = read_json_lines(path)[1]["options"].items()
+    assert options >= {"learning_rate": 0.5, "n_layer": 3, "kl_weight": 0.1}.items()
     path.write_text(path.read_text().replace('"n_layer": 3', '"n_layer": 4', 1))  # of softmax's
-    assert [
-        runner.trial("wikitext2_8k", row, flags)["val_nll"] for row in ("softmax", "bayes")
-    ] == [4.0, 5.0]
-    assert [(trial["row"], trial["val_nll"]) for trial in read_json_lines(path)] == [
-        ("bayes", 5.0),
-        ("softmax", 4.0),
-    ]
+    names = ("softmax", "bayes")
+    nlls = [runner.trial("wikitext2_8k", name, flags)["val_nll"] for name in names]
+    assert nlls == [4.0, 5.0]
+    assert [trial["val_nll"] for trial in read_trials(path)] == [4.0, 5.0]
 
 
 def test_the_kept_trials_are_of_todays_scales_so_that_none_is_made_again():
     runner = study.Runner(study.StudyConfig())
-    for name in studies.STUDIES:
+    for name in variants.STUDIES:
         for trial in read_json_lines(ROOT / f"training_logs/{name}/tuning.jsonl"):
             assert trial["options"] == runner.options(name, trial["row"], trial["flags"]), (
                 name,
@@ -287,28 +282,25 @@ def test_the_kept_trials_are_of_todays_scales_so_that_none_is_made_again():
 
 @pytest.mark.parametrize("name", ["wikitext2_8k", "wikitext2_8k_tenth", "sotu_8k"])
 def test_the_kept_runs_of_the_tuned_studies_are_complete_and_what_the_code_chooses_today(name):
-    runner, about = study.Runner(study.StudyConfig()), studies.STUDIES[name]
-    assert all(
-        runner.done(name, row, seed) for row in about.all_rows() for seed in about.seeds(row)
-    )
+    runner, about = study.Runner(study.StudyConfig()), variants.STUDIES[name]
+    assert all(runner.is_done(name, variant) for variant in about.all_variants())
     assert runner.ensemble_of(name).is_file() == about.ensemble
 
 
-def test_an_ensemble_goes_when_one_of_its_members_is_trained_anew(tmp_path, monkeypatch):
+def test_an_ensemble_goes_when_one_of_its_members_is_trained_again(tmp_path, monkeypatch):
     runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
     (kept := runner.ensemble_of("wikitext2_8k")).parent.mkdir(parents=True)
     kept.touch()
-    for missing, stays in ((None, True), (studies.SEEDS[-1], False)):
-        monkeypatch.setattr(
-            runner, "done", lambda _study, _row, seed, missing=missing: seed != missing
-        )
-        monkeypatch.setattr(runner, "run", lambda *about: None)
-        there = []  # when the run's records come: a kill behind that must leave no old ensemble
-        monkeypatch.setattr(
-            runner, "finish", lambda *about, there=there: there.append(kept.is_file())
-        )
-        runner.row("wikitext2_8k", "softmax")
-        assert kept.is_file() == stays and there == ([] if stays else [False])
+    there = []  # when the run's records come: a kill after that must leave no old ensemble
+    for method in ("train", "evaluate"):
+        monkeypatch.setattr(runner, method, lambda *about: None)
+    monkeypatch.setattr(runner, "keep", lambda *about: there.append(kept.is_file()))
+    monkeypatch.setattr(runner, "has_records", lambda *about: True)
+    runner.finish("wikitext2_8k", "softmax")
+    assert kept.is_file() and there == []
+    monkeypatch.setattr(runner, "has_records", lambda *about: about[-1] != variants.SEEDS[-1])
+    runner.finish("wikitext2_8k", "softmax")
+    assert not kept.is_file() and there == [False]
 
 
 def test_a_runs_records_bring_no_ensemble_of_other_runs_with_them(tmp_path):
@@ -321,27 +313,15 @@ def test_a_runs_records_bring_no_ensemble_of_other_runs_with_them(tmp_path):
     assert kept == {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
 
 
-def test_every_data_set_is_prepared_behind_the_one_whose_tokenizer_it_has(tmp_path, monkeypatch):
-    (tmp_path / "sotu.txt").touch()
-    (tmp_path / "config").symlink_to(ROOT / "config")
-    monkeypatch.setattr(study, "ROOT", tmp_path)
-    prepared = []
-    monkeypatch.setattr(study.Runner, "prepare", lambda runner, names: prepared.extend(names))
-    monkeypatch.setattr(study.Runner, "row", lambda *about: None)
-    for method in ("tune", "done", "ensemble", "label"):
-        monkeypatch.setattr(study.Runner, method, lambda *about: True)
-    for name in studies.STUDIES:
-        monkeypatch.setattr(sys, "argv", ["study.py", f"--studies={name}", "--sotu=sotu.txt"])
-        prepared.clear()
-        study.main()
-        for i, data in enumerate(prepared):
-            asked = studies.preparation(data, "", "sotu.txt")
-            tokenizers = [
-                word.partition("=data/")[2]
-                for word in asked
-                if word.startswith("--tokenizer=data/")
-            ]
-            assert set(tokenizers) <= set(prepared[:i])
+def test_every_data_set_is_prepared_after_the_one_whose_tokenizer_it_has():
+    for name, about in variants.STUDIES.items():
+        names = study.data_sets([name])
+        assert {about.dataset(ROOT), about.foreign} <= set(names) <= set(variants.PREPARE)
+        for i, data in enumerate(names):
+            for flag in variants.PREPARE[data]:
+                if flag.startswith("--tokenizer=data/"):
+                    assert flag.removeprefix("--tokenizer=data/") in names[:i]
+    assert study.data_sets(["sotu_8k"])[:2] == ["sotu_8k", "wikitext2_by_sotu_8k"]
 
 
 @pytest.mark.parametrize(
@@ -373,7 +353,7 @@ def test_a_missing_file_of_addresses_is_said_before_anything_is_prepared(
     (tmp_path / "config").symlink_to(ROOT / "config")
     monkeypatch.setattr(sys, "argv", ["study.py", "--studies=wikitext2", f"--sotu={given}"])
     with pytest.raises(SystemExit) as exit_:
-        study.run(study.main)
+        study.run_main(study.main)
     errors = capsys.readouterr().err
     assert (
         exit_.value.code == 2 and errors.count("\n") == 1 and f"--sotu={given or 'FILE'}" in errors

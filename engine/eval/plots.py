@@ -43,10 +43,17 @@ SCORES = {  # key in eval_<split>.json -> its name in tables
 }
 
 
-def draw(folder: Path, rows: dict[str, dict], curves: dict[str, list[dict]]) -> dict[str, Path]:
-    """Write each plot that has data: name -> its PNG. The same data give the same bytes."""
+def draw(folder: Path, rows: dict[str, dict], records: dict[str, list[dict]]) -> dict[str, Path]:
+    """Write each plot that has data: name -> its PNG. The same data give the same bytes.
+
+    records: the metrics.jsonl of each run that has one.
+    """
+    curves = dict.fromkeys(rows, {})  # a run looks the same in all plots
+    for name in records:
+        if curve := validation_curve(records[name]):
+            curves[name] = {0: curve}
     figures = {
-        "val_nll": curves_figure(curves, rows),
+        "val_nll": curves_figure(curves),
         "reliability": reliability_figure(rows),
         "risk_coverage": risk_coverage_figure(rows),
         "uncertainty": uncertainty_figure(rows),
@@ -61,28 +68,58 @@ def save(figure: Figure, path: Path) -> None:
     atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=200))
 
 
+def validation_curve(records: list[dict]) -> dict[int, float]:
+    """The records of metrics.jsonl -> {tokens: validation nll}, without step 0."""
+    found = [record for record in records if "val_nll" in record and record["step"] > 0]
+    return {record["tokens"]: record["val_nll"] for record in found}
+
+
 @styled
-def curves_figure(curves: dict[str, list[dict]], rows: dict[str, dict]) -> Figure | None:
-    """Validation nll against tokens and against time, a line for each run's metrics.jsonl."""
-    curves = {name: evaluations(records) for name, records in curves.items()}
-    if not any(curves.values()):
+def curves_figure(curves: dict[str, dict[int, dict[int, float]]]) -> Figure | None:
+    """Validation nll against tokens, and its difference to the first run's with the same seed.
+
+    curves: name -> seed -> validation_curve(). A name without any keeps its look for later plots.
+    """
+    base_name = next(filter(curves.get, curves), None)
+    if base_name is None:
         return None
-    figure, ((by_tokens, by_time),) = panels(1, 2, 3.4, sharey=True)
-    for name in dict.fromkeys([*rows, *curves]):  # a run looks the same in all plots
-        tokens, seconds, nll = np.array(curves.get(name, []), float).reshape(-1, 3).T
-        label = f"{name}: {nll[-1]:.3f}" if len(nll) else ""
-        by_tokens.plot(tokens / 1e6, nll, label=label, markevery=0.1)
-        by_time.plot(seconds / 60, nll, markevery=0.1)
-    by_tokens.set(xlabel="training tokens (millions)", ylabel="validation nll (nats per token)")
-    by_time.set(xlabel="time (minutes)")
-    show_legend(figure, by_tokens)
+    base = curves[base_name]
+    figure, (axes,) = panels(1, min(2, len(curves)), 3.2)
+    for name, seeds in curves.items():
+        differences = []
+        for seed in seeds.keys() & base:
+            curve = seeds[seed]
+            other = base[seed]
+            differences.append({at: curve[at] - other[at] for at in curve.keys() & other})
+        for panel, found in zip(axes, (list(seeds.values()), differences), strict=False):
+            plot_band(panel, found, name)
+    labels = "validation nll (nats per token)", f"difference to {base_name}, same seed"
+    for panel, label in zip(axes, labels, strict=False):
+        panel.set(xlabel="training tokens (millions)", ylabel=label)
+    show_legend(figure, axes[0])
     return figure
 
 
-def evaluations(records: list[dict]) -> list[tuple]:
-    """Tokens, seconds and validation nll, without step 0, which would flatten all others."""
-    found = [record for record in records if "val_nll" in record and record["step"] > 0]
-    return [(record["tokens"], record["seconds"], record["val_nll"]) for record in found]
+def plot_band(
+    panel,
+    curves: list[dict[int, float]],
+    label: str,
+) -> None:
+    """The mean of curves where all have a point, in a band from the least to the greatest."""
+    tokens = sorted(set.intersection(*map(set, curves))) if curves else []
+    if not tokens:
+        panel.plot([], [])
+        return
+    values = np.array([[*map(curve.get, tokens)] for curve in curves])
+    millions = np.array(tokens) / 1e6
+    (line,) = panel.plot(
+        millions,
+        values.mean(0),
+        label=label,
+        markevery=max(1, len(tokens) // 10),
+    )
+    style = {"alpha": 0.15, "color": line.get_color()}
+    panel.fill_between(millions, values.min(0), values.max(0), **style)
 
 
 @styled
@@ -99,14 +136,37 @@ def reliability_figure(rows: dict[str, dict]) -> Figure | None:
         bins = {key: np.array(row["calibration"][key], float) for key in row["calibration"]}
         n = bins["n"]
         edges = np.linspace(0, 1, len(n) + 1)
-        panel.stairs(n / n.sum(), edges, fill=True, color=IN_DOMAIN, alpha=0.5)
-        panel.plot([0, 1], [0, 1], color="0.5", linewidth=1, marker="")
+        panel.stairs(
+            n / n.sum(),
+            edges,
+            fill=True,
+            color=IN_DOMAIN,
+            alpha=0.5,
+        )
+        panel.plot(
+            [0, 1],
+            [0, 1],
+            color="0.5",
+            linewidth=1,
+            marker="",
+        )
         confidence, accuracy, n = (bins[key][n > 0] for key in ("confidence", "accuracy", "n"))
         low, high = wilson(accuracy, n)
         error = [abs(accuracy - low), abs(high - accuracy)]
-        panel.errorbar(confidence, accuracy, error, fmt="ko-", markersize=4, mfc="k")
+        panel.errorbar(
+            confidence,
+            accuracy,
+            error,
+            fmt="ko-",
+            markersize=4,
+            mfc="k",
+        )
         panel.text(0.05, 0.92, f"ECE {row['ece']:.4f}", transform=panel.transAxes)
-        panel.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=(0, 0.5, 1))
+        panel.set(
+            xlim=(0, 1.02),
+            ylim=(0, 1.02),
+            xticks=(0, 0.5, 1),
+        )
         panel.set_title(wrap(name, 26))
         panel.tick_params(labelbottom=True)  # also if there is no panel below
     figure.supxlabel("confidence: probability of the likeliest token")
@@ -135,9 +195,13 @@ def risk_coverage_figure(rows: dict[str, dict]) -> Figure | None:
             risk = row["risk_coverage"]["risk"].get(score, [])
             coverage = row["risk_coverage"]["coverage"]
             # a line without points keeps the run's look and its label
-            panel.plot(coverage[: len(risk)], risk, label=name, markevery=0.1)
+            panel.plot(coverage[: len(risk)], risk, label=name, markevery=10)
         panel.set_title("by " + SCORES[score].removesuffix(" (nats)"))
-        panel.set(xlabel="share of tokens answered", xlim=(0, 1), xticks=(0, 0.5, 1))
+        panel.set(
+            xlabel="share of tokens answered",
+            xlim=(0, 1),
+            xticks=(0, 0.5, 1),
+        )
     axes[0, 0].set(ylabel="error rate of the answers", ylim=(0, None))
     show_legend(figure, axes[0, 0])
     return figure
@@ -183,7 +247,8 @@ def plot_histogram(panel, row: dict, score: str, **style) -> None:
     """The bins of a score from the first to the last that is not in a thin tail."""
     share = np.array(row["histograms"][score]["share"])
     bins = np.flatnonzero(share >= share.max() / 200)
-    first, end = bins[0], bins[-1] + 1
+    first = bins[0]
+    end = bins[-1] + 1
     edges = row["histograms"][score]["edges"][first : end + 1]
     panel.stairs(share[first:end], edges, **style)
 
@@ -203,9 +268,12 @@ def panels(n_rows: int, n_columns: int, height: float, **options):
 def wrap(label: str, width: int) -> str:
     """A label in lines of about the width, with what is in brackets on lines of its own."""
     lines = label.replace(" (", "\n(").splitlines()
-    # a name may be cut after an underscore
-    wrapped = [textwrap.fill(line.replace("_", "_ "), width) for line in lines]
-    return "\n".join(wrapped).replace("_ ", "_")
+    wrapped = []
+    for line in lines:
+        if max(map(len, line.split())) > width:  # a long name may be cut after an underscore
+            line = line.replace("_", "_ ")
+        wrapped.append(textwrap.fill(line, width).replace("_ ", "_"))
+    return "\n".join(wrapped)
 
 
 def show_legend(figure: Figure, *panels) -> None:

@@ -7,7 +7,6 @@ policy allows no script, so texts and names may hold anything.
 import base64
 import html
 import string
-from dataclasses import dataclass
 from pathlib import Path
 
 from engine.base.files import atomic_write
@@ -15,8 +14,8 @@ from engine.eval.scored_text import COLOURINGS, ScoredText, colour_scales, colou
 from engine.eval.table import Table
 
 CAPTIONS = {  # how to read a plot
-    "val_nll": "Validation nll while training: lower is better, left for the same tokens, "
-    "right for the same time.",
+    "val_nll": "Validation nll while training: lower is better; right: its difference to the "
+    "first run's.",
     "reliability": "Calibration: on the diagonal a prediction is right as often as its confidence "
     "says, above it more often; with 95 % intervals. Bars: share of tokens.",
     "risk_coverage": "Answering only the most certain tokens: the deeper a line falls to the left, "
@@ -27,12 +26,7 @@ CAPTIONS = {  # how to read a plot
 }
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text as each run scores it."""
-
-    title: str
-    tokens: dict[str, ScoredText]  # by run
+Texts = dict[str, dict[str, ScoredText]]  # title -> run -> the text as this run scores it
 
 
 def write_report(
@@ -41,31 +35,31 @@ def write_report(
     note: str,
     tables: list[Table],
     rows: dict[str, dict],
-    curves: dict[str, list[dict]],
-    documents: list[Document],
+    records: dict[str, list[dict]],
+    texts: Texts,
 ) -> None:
     """Write the plots and report.html. rows: what evaluate.py writes of each run, or nothing if
-    the runs cannot be compared; curves: its metrics.jsonl."""
+    the runs cannot be compared; records: its metrics.jsonl."""
     from engine.eval.plots import draw  # takes half a second: matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
     parts = [table_html(table) for table in tables]
-    for name, plot in draw(folder, rows, curves).items():
+    for name, plot in draw(folder, rows, records).items():
         source = f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"
         caption = CAPTIONS[name]
         image = f'<img src="{source}" alt="{caption}">'
         parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    write_page(folder / "report.html", title, note, "\n".join(parts), documents)
+    write_page(folder / "report.html", title, note, "\n".join(parts), texts)
 
 
-def write_page(path: Path, title: str, note: str, body: str, documents: list[Document]) -> None:
+def write_page(path: Path, title: str, note: str, body: str, texts: Texts) -> None:
     """Fill in report.html with this body (HTML) and these texts."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     page = string.Template(template).substitute(
         title=html.escape(title),
         note=html.escape(note),
         body=body,
-        documents=documents_html(documents) if documents else "",
+        texts=texts_html(texts) if texts else "",
     )
     atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
@@ -79,19 +73,18 @@ def table_html(table: Table) -> str:
     return f'<h3>{html.escape(table.title)}</h3>\n<div class="wide"><table>\n{body}\n</table></div>'
 
 
-def documents_html(documents: list[Document]) -> str:
+def texts_html(texts: Texts) -> str:
     """The texts, with a choice of what to colour them by."""
-    texts = [text for document in documents for text in document.tokens.values()]
-    scales = colour_scales(texts)
+    scales = colour_scales(text for runs in texts.values() for text in runs.values())
     default = "epistemic" if scales["epistemic"] else "nll"
     parts = []
     for name in COLOURINGS:
         checked = " checked" if name == default else ""
         button = f'<input type="radio" name="colouring" id="{name}"{checked}>'
         parts.append(f"<label>{button} {name}: orange from {scales[name]:.3g} nats</label>")
-    for document in documents:
-        parts.append(f"<h3>{html.escape(document.title)}</h3>")
-        for run, text in document.tokens.items():
+    for title, runs in texts.items():
+        parts.append(f"<h3>{html.escape(title)}</h3>")
+        for run, text in runs.items():
             none = "" if text.has_epistemic else " (no epistemic uncertainty)"
             summary = f"<summary>{html.escape(run)}{none}</summary>"
             spans = coloured_html(text, scales, default)

@@ -1,7 +1,7 @@
 """A trained model from Python: in a notebook, or in another program.
 
 from engine.eval.run import Run
-run = Run("out/quickstart/bayes")                 # a run, a checkpoint file, a transformers folder, or "gpt2"
+run = Run("out/quickstart/bayes")  # a run, a checkpoint file, a transformers folder, or "gpt2"
 run.generate_text("The old prince", max_new_tokens=50)
 run.uncertainty("The old prince looked at Napoleon.")
 run.predict("The old prince", n_samples=16).epistemic
@@ -18,14 +18,9 @@ import torch
 from engine.base.distributed import autocast, pick_device, seed_micro_batch
 from engine.base.errors import UserError
 from engine.base.options import NonNegativeFloat, NonNegativeInt, Seed, check_options
+from engine.data.tokenizer import incremental_decoder
 from engine.eval.generation import stream
-from engine.eval.scored_text import (
-    ScoredText,
-    Token,
-    prediction_scores,
-    score_text,
-    token_decoder,
-)
+from engine.eval.scored_text import ScoredText, Token, prediction_scores, score_text
 from engine.runs.checkpoint import read_checkpoint
 from heads import Prediction
 
@@ -44,7 +39,7 @@ class Sampling:
     n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
     # end before this string, or before one of several with | between; \n: a line's end
     stop: str = ""
-    # at tokens whose epistemic uncertainty is above the next option: mark them, or stop before
+    # no | mark | stop: mark tokens whose epistemic uncertainty is above the next, or stop before
     abstain: Literal["no", "mark", "stop"] = "no"
     # nats; --show_uncertainty and uncertainty() show what is usual for a run
     max_epistemic: NonNegativeFloat = 0.0
@@ -97,7 +92,8 @@ class Continuation:
         if len(self.tokens) + len(self.held) == self.sampling.max_new_tokens:
             self.ended = "length"
         if found := [text.find(stop) for stop in stops if stop in text]:
-            self.ended, n_chars = "stop", min(found)
+            self.ended = "stop"
+            n_chars = min(found)
         elif not self.ended:
             n_chars -= max(map(len, stops), default=1) - 1
         self._release(n_chars)
@@ -119,7 +115,8 @@ class Run:
     """
 
     def __init__(self, source: str | Path, device: str = "auto", dtype: str = "auto"):
-        self.source, self.device = str(source), pick_device(device)
+        self.source = str(source)
+        self.device = pick_device(device)
         self.cast, _ = autocast(self.device, dtype)
         checkpoint = read_checkpoint(source)
         self.model = checkpoint.model(self.device)
@@ -162,12 +159,11 @@ class Run:
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids or num_samples < 1:
             raise UserError("stream needs at least one prompt token and one sample")
-        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
-            raise UserError(f"the prompt has ids outside 0 .. {self.model.config.vocab_size - 1}")
         texts = [Continuation(sampling) for _ in range(num_samples)]
-        decoders = [token_decoder(self.tokenizer) for _ in texts]
+        decoders = [incremental_decoder(self.tokenizer) for _ in texts]
         for decode in decoders:
-            decode(ids)  # a character may be split over the prompt's end
+            for i in ids:
+                decode(i)  # a character may be split over the prompt's end
         names = ("temperature", "top_k", "top_p", "n_samples")
         options = {name: getattr(sampling, name) for name in names}
         options |= {"n_ids": self.tokenizer.vocab_size, "uncertain": uncertain}
@@ -181,10 +177,9 @@ class Run:
                 if uncertain:
                     last = Prediction(*(part.squeeze(1) for part in prediction))
                     scores = prediction_scores(last, new.squeeze(1), self.tokenizer)
-                for text, decode, ids, score in zip(
-                    texts, decoders, new.tolist(), scores, strict=True
-                ):
-                    text.add(*decode(ids, [score]))
+                tokens = new.squeeze(1).tolist()
+                for text, decode, i, score in zip(texts, decoders, tokens, scores, strict=True):
+                    text.add(Token(decode(i), i, *score))
                 with not_cast:
                     yield texts
                 if all(text.ended for text in texts):

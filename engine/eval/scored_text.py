@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -82,16 +82,17 @@ def coloured_html(text: ScoredText, scales: dict[str, float], colouring: str) ->
         shares = {name: _share(getattr(token, name), scales[name]) for name in COLOURINGS}
         style = "".join(f"--{name}:{share:.2f};" for name, share in shares.items())
         style += f"background:rgb(254 153 41/var(--share,{shares[colouring]:.2f}))"
-        about, shown = html.escape(describe(token)), html.escape(token.text)
+        about = html.escape(describe(token))
+        shown = html.escape(token.text)
         spans.append(f'<span tabindex="0" title="{about}" style="{style}">{shown}</span>')
     return "".join(spans)
 
 
 def _share(value: float | None, scale: float) -> float:
     """The share of the scale's full colour, 0 .. 1."""
-    if not value or not scale or math.isnan(value):
+    if not value or not scale:
         return 0.0
-    return min(1.0, max(0.0, value / scale))
+    return min(1.0, max(0.0, value / scale))  # nan: 0
 
 
 def describe(token: Token) -> str:
@@ -113,26 +114,12 @@ def names_of(tokenizer: Tokenizer) -> list[str]:
     return names
 
 
-def token_decoder(tokenizer: Tokenizer) -> Callable[..., list[Token]]:
-    """A function (ids, scores=()) -> Tokens, to be called with the parts of a text in order.
-
-    scores: what prediction_scores() returns for these ids, or nothing.
-    """
-    decode = incremental_decoder(tokenizer)
-
-    def tokens(ids: Iterable[int], scores: Iterable[tuple] = ()) -> list[Token]:
-        ids = [int(i) for i in ids]
-        scores = scores or [()] * len(ids)
-        return [Token(decode(i), i, *score) for i, score in zip(ids, scores, strict=True)]
-
-    return tokens
-
-
 def prediction_scores(
     prediction: Prediction, ids: torch.Tensor, tokenizer: Tokenizer
 ) -> list[tuple]:
     """Predictions (n, ...) of the ids (n,) -> for each id its Token's fields from nll on."""
-    names, log_probs = names_of(tokenizer), prediction.log_probs
+    names = names_of(tokenizer)
+    log_probs = prediction.log_probs
     nll = token_scores(log_probs, ids).nll
     top_log_probs, top_ids = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
     tops = []
@@ -152,8 +139,9 @@ def score_text(
     """
     model.eval()
     seed_micro_batch(0, 0)
-    decode, block_size = token_decoder(tokenizer), model.config.block_size
-    text = ScoredText(decode(ids[:1]))
+    block_size = model.config.block_size
+    decode = incremental_decoder(tokenizer)
+    text = ScoredText(Token(decode(i), i) for i in map(int, ids[:1]))
     idx = torch.from_numpy(np.asarray(ids).astype(np.int64)).to(next(model.parameters()).device)
     stride = -(-block_size // 2)
     for (start,), length in window_starts(len(ids) - 1, block_size, 1, 0, stride):
@@ -163,5 +151,7 @@ def score_text(
         targets = idx[start + first + 1 : end + 1]
         for rows in row_chunks(len(targets), targets.device):
             prediction = model.lm_head.predict([hidden[rows] for hidden in hiddens], n_samples)
-            text += decode(targets[rows], prediction_scores(prediction, targets[rows], tokenizer))
+            scores = prediction_scores(prediction, targets[rows], tokenizer)
+            for i, score in zip(targets[rows].tolist(), scores, strict=True):
+                text.append(Token(decode(i), i, *score))
     return text

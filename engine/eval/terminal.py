@@ -20,7 +20,9 @@ class Screen:
     uncertainty, if the output is a terminal that has colours."""
 
     def __init__(self, out: TextIO, sampling: Sampling, coloured: bool):
-        self.out, self.sampling, self.coloured = out, sampling, coloured
+        self.out = out
+        self.sampling = sampling
+        self.coloured = coloured
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
         self.has_colours = (out.isatty() and not plain) or "FORCE_COLOR" in os.environ
         if coloured and self.has_colours:
@@ -29,7 +31,8 @@ class Screen:
             self._print("underlined: high epistemic uncertainty]\n")
 
     def begin(self, prompt: str) -> None:
-        self.n_shown, self.epistemic = 0, []
+        self.n_shown = 0
+        self.epistemic = []
         self._print(self._styled(prompt))
 
     def show(self, text: Continuation) -> None:
