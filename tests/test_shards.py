@@ -332,7 +332,7 @@ def test_a_split_whose_shards_are_all_shorter_than_a_block_is_refused(tmp_path):
     file.check(257, 19)
     with pytest.raises(
         UserError,
-        match=r"train\.bin has 20 tokens in its longest file., too few for one block of 20",
+        match=r"train\.bin has 20 tokens .*too few for one block of 20",
     ):
         file.check(257, 20)
 
