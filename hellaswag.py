@@ -47,9 +47,7 @@ class HellaSwagConfig:
     style: Literal["completion", "harness"] = "completion"
     # so many items, the first ones (3,243 of ActivityNet, then 6,799 of WikiHow)
     limit: PositiveInt | Literal["all"] = "all"
-    batch_size: PositiveInt = (
-        16  # items at a time: speed and memory (and which noise n_samples draws)
-    )
+    batch_size: PositiveInt = 16  # items at a time: speed and memory
     # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
     n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto

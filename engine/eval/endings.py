@@ -32,7 +32,6 @@ def score_endings(
 
     A text that does not fit into block_size is cut from the left, as in lm-evaluation-harness."""
     model.eval()
-    seed_micro_batch(0, 0)  # the same draws each time
     head, bayes = model.lm_head, bool(model.bayes_layers())
     device = next(model.parameters()).device
     texts = [
@@ -52,12 +51,14 @@ def score_endings(
             row[max(0, end - n_tokens) : end] = True
         owners = numbers[:, None].expand_as(is_ending)[is_ending]
         targets = idx[:, 1:][is_ending].to(device)
+        seed_micro_batch(0, 0)  # all endings are judged under the same draws of the weights
         with cast or nullcontext():
             hiddens = model.hiddens(idx[:, :-1].to(device), n_samples)
             hiddens = [hidden[is_ending.to(device)] for hidden in hiddens]
             for rows in row_chunks(len(targets), device, size=0 if bayes else CHUNK_ROWS):
                 states = [hidden[rows] for hidden in hiddens]
                 if bayes:
+                    seed_micro_batch(1, 0)
                     prediction = head.predict(states, n_samples)
                     log_probs = prediction.log_probs
                     values = prediction.epistemic.cpu().double()
