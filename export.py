@@ -135,10 +135,10 @@ def measure(model: GPT, exported: GPT, file: TokenFile | None) -> Measured:
     if is_bayesian and not model.config.bayes_mlp:  # hidden layers need draws
         nlls.append(("the original, averaged over its posterior", nll(model, n_samples=-1)))
     nlls.append(("this model", nll(exported)))
-    blocks = f"{limit} blocks of {block_size} tokens, evenly spread"
-    return Measured(
-        nlls, difference, f"{blocks} over the validation split of {file.path.parent.name}"
-    )
+    n_tokens = sum(batch.y.numel() for batch in windows(file, block_size, 8, limit))
+    blocks = f"{n_tokens:,} tokens in blocks of {block_size}, evenly spread"
+    text = f"{blocks} over the validation split of {file.path.parent.name}"
+    return Measured(nlls, difference, text)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ A GPT-2 of {millions:.1f} M parameters, exported for transformers: {shape.n_laye
 
 ## What is missing
 
-The state of the optimizer: training restarts from the weights alone.
+- The state of the optimizer: training restarts from the weights alone.
 {missing}
 """
 USE = """\
