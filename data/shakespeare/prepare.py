@@ -1,4 +1,4 @@
-"""Tiny Shakespeare with GPT-2's BPE, nanoGPT's split: 301,966 / 36,059 tokens, a second or two; for fine-tuning GPT-2.
+"""Tiny Shakespeare with GPT-2's BPE and nanoGPT's split: 301,966 / 36,059 tokens.
 
 python data/shakespeare/prepare.py                         # fetches input.txt, 1.1 MB
 python data/shakespeare/prepare.py --source=input.txt      # or takes yours
@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.base.errors import run_main
-from engine.base.options import load_config
+from engine.base.options import Fraction, load_config
 from engine.data import corpus
 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    val_fraction: float = 0.1  # how much of the text, from its end, is val
+    val_fraction: Fraction = 0.1  # how much of the text, from its end, is val
 
 
 def main() -> None:

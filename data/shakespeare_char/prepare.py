@@ -1,4 +1,4 @@
-"""Tiny Shakespeare by characters, nanoGPT's split and ids: 65 characters, 1,003,854 / 111,540 tokens, a second or two.
+"""Tiny Shakespeare by characters, nanoGPT's split and ids: 1,003,854 / 111,540 of 65 kinds.
 
 python data/shakespeare_char/prepare.py                         # fetches input.txt, 1.1 MB
 python data/shakespeare_char/prepare.py --source=input.txt      # or takes yours
@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.base.errors import run_main
-from engine.base.options import load_config
+from engine.base.options import Fraction, load_config
 from engine.data import corpus
 
 
@@ -18,7 +18,7 @@ from engine.data import corpus
 class Options(corpus.Options):
     # char, gpt2, bpe (learnt from the train split), byte, or the folder of a run or data set
     tokenizer: str = "char"
-    val_fraction: float = 0.1  # how much of the text, from its end, is val
+    val_fraction: Fraction = 0.1  # how much of the text, from its end, is val
 
 
 def main() -> None:

@@ -1,42 +1,39 @@
-"""WikiText-103 (or -2) raw with GPT-2's BPE: the official splits, an article is a document, its text unchanged.
+"""WikiText-103 (or -2) raw with GPT-2's BPE and its official splits; an article is a document.
 
 # WikiText-103: data/wikitext, ~118 M tokens, 540 MB of text, minutes
 python data/wikitext/prepare.py
 # WikiText-2: data/wikitext2, 2.4 M / 250 K / 286 K tokens, seconds
 python data/wikitext/prepare.py --version=2
-# from wiki.{train,valid,test}.{raw,tokens}, no hub
+# from wiki.{train,valid,test}.{raw,tokens}, without the Hub
 python data/wikitext/prepare.py --version=2 --source=FOLDER
 """
 
+import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import MANY, UserError, check_ranges, run_main
-from engine.base.options import load_config
+from engine.base.errors import UserError, run_main
+from engine.base.options import NonNegativeInt, load_config
 from engine.data import corpus
-from engine.data.sources import Part, find, hub_texts
+from engine.data.sources import find, hub_texts, source_of
 from engine.data.splits import Corpus, with_val
 
-SPLITS = {
-    "train": ("train", "train"),
-    "val": ("valid", "validation"),
-    "test": ("test", "test"),
-}  # ours: file, hub
+FILES = {"train": "train", "val": "valid", "test": "test"}
+HUB = {"train": "train", "val": "validation", "test": "test"}
 TITLE = re.compile(r" = [^=].* = \n")
 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    version: int = 103  # 103, or 2: the same val and test articles, a train split 50 times smaller
-    # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw (or .tokens); empty: the hub
+    # 103, or 2: the same val and test articles, a train split 50 times smaller
+    version: int = 103
+    # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw (or .tokens); empty: the Hub
     source: str = ""
-    train_articles: int = 0  # only so many of the train split, the first ones; 0: all
+    train_articles: NonNegativeInt = 0  # the first so many of the train split; 0: all
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
@@ -50,65 +47,59 @@ def lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """Cut lines (each with its newline) before the titles; joined again, the articles are the lines, nothing lost.
+    """Cut lines (each with its newline) before the titles; joined, the articles are the lines.
 
-    A title stands between two blank lines: that tells it from table debris (" = Goals ; A = ") that looks like one, and
-    leaves WikiText-2 its published 600 / 60 / 60 articles.
+    A title is between two blank lines, unlike table debris (" = Goals ; A = ") that looks like one.
+    So WikiText-2 has its published 600 / 60 / 60 articles.
     """
     article = []
     for line in lines:
         article.append(line)
-        is_title = not line.strip() and len(article) > 1 and TITLE.fullmatch(article[-2])
-        if (
-            is_title
-            and (len(article) == 2 or not article[-3].strip())
-            and "".join(article[:-2]).strip()
-        ):
-            yield "".join(article[:-2])
+        if line.strip() or len(article) < 2 or not TITLE.fullmatch(article[-2]):
+            continue
+        before = article[:-2]
+        follows_blank = not before or not before[-1].strip()
+        if follows_blank and "".join(before).strip():
+            yield "".join(before)
             article = article[-2:]
     yield "".join(article)
 
 
-def local(source: Path, name: str, errors: str, n: int | None) -> Part:
-    paths = [source / f"wiki.{name}.{suffix}" for suffix in ("raw", "tokens")]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise UserError(f"{source} has neither {paths[0].name} nor {paths[1].name}")
-    (part,) = find(str(path), errors=errors)
-    return corpus.part_of(
-        part.name,
-        lambda: islice(articles(lines(piece.text for piece in part.pieces())), n),
-        part.size,
-    )
+def local_lines(options: Options, split: str) -> Iterator[str]:
+    """The lines of one of the three files."""
+    folder = Path(options.source)
+    paths = [folder / f"wiki.{FILES[split]}.{ending}" for ending in ("raw", "tokens")]
+    found = [path for path in paths if path.is_file()]
+    if not found:
+        raise UserError(f"{folder} has neither {paths[0].name} nor {paths[1].name}")
+    (source,) = find(str(found[0]), errors=options.errors)
+    return lines(text for text, _ in source.pieces())
 
 
-def from_hub(version: int, split: str, n: int | None) -> Part:
-    rows = partial(hub_texts, "Salesforce/wikitext", f"wikitext-{version}-raw-v1", split)
-    return corpus.part_of(
-        f"wikitext {split}", lambda: islice(articles(line or " \n" for line in rows()), n)
-    )  # "" there, " \n" here
+def hub_lines(options: Options, split: str) -> Iterator[str]:
+    """The rows of the Hub's copy, which has "" for a blank line that is " \\n" in the files."""
+    name = f"wikitext-{options.version}-raw-v1"
+    for texts in hub_texts("Salesforce/wikitext", name, HUB[split]).values():
+        yield from (line or " \n" for line in texts())
 
 
 def wikitext(options: Options) -> Corpus:
-    def part(file_name: str, split: str) -> Part:
-        n = (options.train_articles if split == "train" else 0) or None
-        if options.source:
-            return local(Path(options.source), file_name, options.errors, n)
-        return from_hub(options.version, split, n)
+    read_lines = local_lines if options.source else hub_lines
 
-    return with_val(
-        {split: [part(*names)] for split, names in SPLITS.items()}, options.val_fraction
-    )
+    def documents(split: str) -> Callable[[], Iterable[str]]:
+        n = options.train_articles if split == "train" else 0
+        return lambda: itertools.islice(articles(read_lines(options, split)), n or None)
+
+    splits = {split: [source_of(split, documents(split))] for split in FILES}
+    return with_val(splits, options.val_fraction)
 
 
 def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
     if options.version not in (2, 103):
         raise UserError(f"--version={options.version}: there are WikiText 2 and 103")
-    check_ranges(options, {"train_articles": (0, MANY)})
-    corpus.prepare(
-        options, "wikitext" if options.version == 103 else "wikitext2", partial(wikitext, options)
-    )
+    name = "wikitext" if options.version == 103 else "wikitext2"
+    corpus.prepare(options, name, lambda: wikitext(options))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""What the prepare scripts share: their options, the tokenizer, and a preparation that can be killed and goes on."""
+"""What the prepare scripts share: options, tokenizers, and prepare(), which can be killed."""
 
-import glob
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from engine.base.errors import UserError, check_ranges
+from engine.base.errors import UserError
 from engine.base.files import DATA_ROOT, atomic_write, exclusive_lock
-from engine.data.encoding import available_processors
-from engine.data.formats import endings, identity_of
-from engine.data.sources import Part, Piece, files_below, find, hub, in_pieces
+from engine.base.options import PositiveInt, check_options
+from engine.data.sources import Source, find, hub, list_files, source_of
 from engine.data.splits import Corpus, Position, walk
 from engine.data.tokenizer import (
     KINDS,
@@ -24,12 +24,21 @@ from engine.data.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    has_tokenizer,
     load_tokenizer,
     read_meta,
 )
-from engine.data.writer import OURS, files_of, install, is_whole, keep_tokenizer, tokenise
+from engine.data.writer import (
+    OURS,
+    files_of,
+    install,
+    is_whole,
+    keep_tokenizer,
+    read_journal,
+    tokenise,
+)
 
-FORMAT = 1  # of what is written here; with another one all is prepared anew
+FORMAT = 1  # of what is written here; a new number prepares every data set again
 LEARN_FROM = 1 << 30  # characters of the train split that a BPE learns from, at most
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -39,213 +48,177 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass(frozen=True)
 class Options:
-    """What every prepare script can be told; those that differ override a default."""
+    """The options of every prepare script, which may override a default."""
 
     source: str = ""  # local files or folders with the text, commas between; empty: fetch it
     # gpt2, bpe (learnt from the train split), char, byte, or the folder of a run or data set
     tokenizer: str = "gpt2"
-    vocab_size: int = 4096  # of a bpe, with its 256 bytes and end-of-text
+    # of a bpe, with its 256 bytes and end-of-text
+    vocab_size: Annotated[int, ">= 257", "<= 1e6"] = 4096
     # share of the train split's documents to draw for val; 0: the official val split
-    val_fraction: float = 0.0
+    val_fraction: Annotated[float, ">= 0", "< 1"] = 0.0
     # ids in a file; a split with more has several, train_000000.bin ...
-    shard_tokens: int = 100_000_000
-    num_proc: int = 0  # processes that tokenise; 0: as many as there are processors
-    errors: str = "strict"  # text that is not UTF-8: strict refuses it, replace reads U+FFFD there
+    shard_tokens: PositiveInt = 100_000_000
+    num_proc: Annotated[int, ">= 0", "<= 1024"] = 0  # threads that tokenise; 0: one per processor
+    # text that is not UTF-8: strict refuses it, replace reads U+FFFD there
+    errors: Literal["strict", "replace"] = "strict"
     folder: str = ""  # where the token files go; empty: data/<name>
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
-    """Write the data set of that name from a corpus, which is not asked for where all is there already.
+    """Write a data set, unless it is there, made with the same options from the same local files.
 
-    What has been killed goes on, and what is there is ready, for as long as the options and local files are the same.
-    """
-    check_ranges(
-        options, {"val_fraction": (0, 0.999), "shard_tokens": (1, 1 << 40), "num_proc": (0, 1024)}
-    )
-    if options.errors not in ("strict", "replace"):
-        raise UserError(f"errors = {options.errors!r} must be strict or replace")
+    corpus: called if there is work to do. A preparation that was killed is continued."""
     folder = Path(options.folder or DATA_ROOT / name)
-    asked = {
-        key: value for key, value in asdict(options).items() if key not in ("num_proc", "folder")
-    }
-    asked |= {"format": FORMAT, "name": name, "source": _stamps(options.source) or options.source}
-    if options.tokenizer not in KINDS:
-        asked["tokenizer"] = tokenizer_in(options.tokenizer).describe()
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    work, lock = folder / f".preparing-{key}", folder / ".preparing.lock"
-    if not work.exists() and is_ready(folder, key):
+    key = _key(options, name)
+    work = folder / f".preparing-{key}"
+    meta = _read_ours(folder)
+    if not work.exists() and meta.get("made_from") == key and is_whole(folder, meta):
         print(f"{folder} is ready; delete its meta.json to prepare it again")
         return
-    _refuse_others_files(folder)
-    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(
-        lock, f"another process prepares {folder}; wait for it, or give another --folder"
-    ):
+    lock = folder / ".preparing.lock"
+    busy = f"another process prepares {folder}; wait for it, or give another --folder"
+    with exclusive_lock(lock, busy):
         try:
-            work.mkdir(exist_ok=True)
-            if not (work / "meta.json").is_file():
-                _make(options, corpus(), work, {"source": options.source or name, "made_from": key})
+            if "meta" not in read_journal(work):
+                about = {"source": options.source or name, "made_from": key}
+                _write(options, corpus(), work, about)
             install(work, folder)
-            _say(folder)
-        except BaseException as error:
-            kept = any((work / file).is_file() for file in ("journal.json", "meta.json"))
-            if not kept:
-                shutil.rmtree(work, ignore_errors=True)
-            if kept and isinstance(error, UserError | OSError):
-                raise UserError(
-                    f"{error}; with the same text the same command goes on behind whole files"
-                ) from error
-            raise
+            _describe(folder)
+        except (UserError, OSError) as error:
+            if not read_journal(work):
+                raise
+            raise UserError(f"{error}; run the same command again to continue") from error
         finally:
-            lock.unlink(missing_ok=True)
-            if new and not any(folder.iterdir()):
-                folder.rmdir()
+            if not read_journal(work):
+                shutil.rmtree(work, ignore_errors=True)
+            lock.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing is in it
 
 
-def _refuse_others_files(folder: Path) -> None:
-    """Token files that no meta.json of ours describes are somebody's work."""
-    found = sorted(path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name))
-    if found and not (folder / "meta.json").is_file():
-        raise UserError(
-            f"{folder} holds {found[0]} of another program; move it away, or give another --folder"
-        )
+def _key(options: Options, name: str) -> str:
+    """A hash of all that decides what is written."""
+    source = options.source.removeprefix("hub:")
+    is_local = os.path.exists(source) or (source and source == options.source)
+    files = [os.path.abspath(path) for path in list_files(source)] if is_local else []
+    stamps = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in files]
+    asked = asdict(options)
+    del asked["num_proc"], asked["folder"]
+    asked |= {"format": FORMAT, "name": name, "source": sorted(stamps) or options.source}
+    if options.tokenizer not in KINDS:
+        asked["tokenizer"] = tokenizer_in(options.tokenizer).describe()
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _make(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]) -> None:
-    """All that is to be installed, in the folder of work."""
-    if not (work / "tokenizer").is_dir():
-        keep_tokenizer(make_tokenizer(options, corpus), work)
-    tokenizer = load_tokenizer(work / "tokenizer")
-    tokenise(
-        corpus,
-        tokenizer,
-        work,
-        options.shard_tokens,
-        options.num_proc or available_processors(),
-        about,
-    )
-
-
-def _say(folder: Path) -> None:
-    for split, about in read_meta(folder)["splits"].items():
-        files = files_of(split, about)
-        where = files[0] if len(files) == 1 else f"{split}_*.bin, {len(files):,} files"
-        counts = f"{about['documents']:,} documents, {about['bytes']:,} bytes, {about['tokens']:,} tokens"
-        print(f"{folder / where}: {counts}")
-    for left in sorted(folder.glob(".preparing-*")):
-        print(
-            f"{left} is unfinished work of other options or another text; delete it if nobody goes on with it"
-        )
-
-
-def is_ready(folder: Path, key: str) -> bool:
-    """Whether the folder holds a whole data set that was prepared under this key."""
+def _read_ours(folder: Path) -> dict:
+    """A data set's meta.json, or {} if that is damaged; refuse another program's files."""
+    if not (folder / "meta.json").is_file():
+        others = [path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
+        if others:
+            advice = "move it away, or give another --folder"
+            raise UserError(f"{folder} holds {min(others)} of another program; {advice}")
     try:
-        meta = read_meta(folder) or {}
-    except UserError:  # a damaged meta.json is what to prepare anew
-        return False
-    return meta.get("made_from") == key and is_whole(folder, meta)
+        return read_meta(folder) or {}
+    except UserError:
+        return {}
 
 
-def _stamps(source: str) -> list[str]:
-    """The local files that --source names, with size and time, by which a change of them is seen."""
-    source = source.removeprefix("hub:")
-    items = [source] if os.path.exists(source) else source.split(",")
-    paths = [
-        path
-        for item in items
-        for path in ([item] if os.path.exists(item) else glob.glob(item, recursive=True))
-    ]
-    files = [
-        [path] if os.path.isfile(path) else [p for p in files_below(path) if endings(p)[0]]
-        for path in paths
-    ]
-    return sorted({identity_of(file) for some in files for file in some})
+def _write(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]) -> None:
+    """Everything that is to be installed, into the work folder."""
+    if not (work / "meta.json").is_file():
+        tokenizer = make_tokenizer(options, corpus)
+        keep_tokenizer(tokenizer, work)
+    n_threads = options.num_proc or available_processors()
+    tokenise(corpus, load_tokenizer(work), work, options.shard_tokens, n_threads, about)
 
 
-def part_of(name: str, documents: Callable[[], Iterable[str]], size: int = 0) -> Part:
-    """A part whose documents a script makes itself; size: their bytes, if known."""
-
-    def pieces() -> Iterator[Piece]:
-        read = 0
-        for text, first in in_pieces(documents()):
-            read += len(text.encode())
-            yield Piece(text, first, min(read, size))
-
-    return Part(name, size, name, pieces)
+def _describe(folder: Path) -> None:
+    for split, about in read_meta(folder)["splits"].items():
+        n_files = len(files_of(split, about))
+        where = f"{split}.bin" if n_files == 1 else f"{split}_*.bin, {n_files:,} files"
+        counts = [f"{about[what]:,} {what}" for what in ("documents", "bytes", "tokens")]
+        print(f"{folder / where}: {', '.join(counts)}")
+    for left in folder.glob(".preparing-*"):
+        print(f"{left} is unfinished work with other options; delete it if nobody continues it")
 
 
 def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that the options name. A BPE learns from train alone; characters must cover every split."""
+    """The tokenizer that the options name. A BPE learns from train, characters cover all splits."""
     kind = options.tokenizer
     if kind == "gpt2":
         return GPT2Tokenizer()
     if kind == "byte":
         return ByteTokenizer()
+    if kind == "bpe":
+        return BPETokenizer.train(_start_of_train(corpus), options.vocab_size)
     if kind == "char":
         characters, documents = set(), Counter()
-        for split, text, first, _ in walk(corpus, Position()):
+        for split, text, is_start, _ in walk(corpus, Position()):
             characters.update(text)
-            documents[split] += first
+            documents[split] += is_start
         return CharTokenizer(sorted(characters), eot=max(documents.values(), default=0) > 1)
-    if kind == "bpe":
-        if not 257 <= options.vocab_size <= 1 << 20:
-            raise UserError(
-                f"--vocab_size={options.vocab_size}: a BPE needs 257 (bytes, end-of-text) to {1 << 20}"
-            )
-        return BPETokenizer.train(_beginning_of_train(corpus, LEARN_FROM), options.vocab_size)
     return tokenizer_in(kind)
 
 
-def tokenizer_in(folder: str) -> Tokenizer:
-    """That of a run or a data set."""
-    if Path(folder).is_dir() and (
-        read_meta(folder) is not None or (Path(folder) / GPT2Tokenizer.file).is_file()
-    ):
-        return load_tokenizer(folder)
-    raise UserError(
-        f"unknown tokenizer {folder!r}; known: {', '.join(KINDS)}, and the folder of a run or a data set"
-    )
-
-
-def _beginning_of_train(corpus: Corpus, n: int) -> Iterator[str]:
+def _start_of_train(corpus: Corpus) -> Iterator[str]:
+    n = 0
     for split, text, *_ in walk(corpus, Position()):
-        if split == "train" and n > 0:
-            yield text
-            n -= len(text)
-        elif n <= 0:
+        if n >= LEARN_FROM:
             return
+        if split == "train":
+            yield text
+            n += len(text)
 
 
-def texts(options: Options, hub_name: str, subset: str = "") -> list[Part]:
-    """The local files that the options name, else a hub's data set."""
-    return find(options.source, errors=options.errors) if options.source else hub(hub_name, subset)
+def tokenizer_in(folder: str) -> Tokenizer:
+    """The tokenizer of a run or a data set."""
+    if not has_tokenizer(Path(folder)):
+        known = f"known: {', '.join(KINDS)}, and the folder of a run or a data set"
+        raise UserError(f"unknown tokenizer {folder!r}; {known}")
+    return load_tokenizer(folder)
+
+
+def available_processors() -> int:
+    """The processors that this process may use, on a cluster fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def texts(options: Options, hub_name: str, subset: str = "") -> list[Source]:
+    """The local files that --source names, or else a data set of the Hub."""
+    if options.source:
+        return find(options.source, errors=options.errors)
+    return hub(hub_name, subset)
 
 
 def check_sha256(data: bytes, expected: str, what: str) -> bytes:
-    """The data, if its hash is the expected one."""
-    if (found := hashlib.sha256(data).hexdigest()) != expected:
-        raise UserError(
-            f"{what} has sha256 {found[:12]}..., not {expected[:12]}...: another file, or a damaged one"
-        )
+    """The data, if it has this hash."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        hashes = f"sha256 {found[:12]}..., not {expected[:12]}..."
+        raise UserError(f"{what} has {hashes}: another file, or a damaged one")
     return data
 
 
 def tiny_shakespeare(options: Options, name: str) -> Corpus:
-    """It from a local copy or fetched once into the data set's folder; its end, val_fraction of it, is val."""
+    """Tiny Shakespeare from a local copy, or fetched once; the end of the text is val."""
     path = Path(options.source or Path(options.folder or DATA_ROOT / name) / "input.txt")
     if not options.source and not path.is_file():
         try:
             with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
                 data = check_sha256(response.read(), SHAKESPEARE_SHA256, SHAKESPEARE)
         except OSError as error:
-            raise UserError(
-                f"cannot fetch {SHAKESPEARE} ({error}); give a local copy with --source=PATH"
-            ) from None
+            advice = "give a local copy with --source=PATH"
+            raise UserError(f"cannot fetch {SHAKESPEARE} ({error}); {advice}") from None
         atomic_write(path, lambda temporary: temporary.write_bytes(data))
-    own_text = f"{path} (for a text of your own use data/text/prepare.py)"
-    text = check_sha256(path.read_bytes(), SHAKESPEARE_SHA256, own_text).decode()
+    what = f"{path} (for a text of your own use data/text/prepare.py)"
+    text = check_sha256(path.read_bytes(), SHAKESPEARE_SHA256, what).decode()
     cut = int((1 - options.val_fraction) * len(text))
-    splits = {"train": text[:cut]} | ({"val": text[cut:]} if options.val_fraction else {})
-    return Corpus({split: [part_of(split, lambda t=t: [t], len(t))] for split, t in splits.items()})
+    splits = {"train": [source_of("train", lambda: [text[:cut]])]}
+    if options.val_fraction:
+        splits["val"] = [source_of("val", lambda: [text[cut:]])]
+    return Corpus(splits)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from engine.base.errors import UserError, run_main
 from engine.base.files import sha256_of
-from engine.data.formats import printable
 from engine.data.shards import splits_in
+from engine.data.sources import printable
 from engine.data.tokenizer import load_tokenizer, read_meta
 from engine.data.tokens import CHUNK, TokenFile, dataset_folder
 

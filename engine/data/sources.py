@@ -1,233 +1,278 @@
-"""Where text comes from: files of any size, or a data set of the hub, as parts that give their documents in pieces.
+"""Where text comes from: local files, or a data set of the Hugging Face Hub.
 
-A piece is about 1 MB of text, so memory is bounded whatever the size. A part gives the same pieces each time and is
-read from its begin: who goes on behind some of its pieces passes over these.
+A Source is one file or one part of a data set. It is read in chunks of about 1 MB, so memory is
+bounded for any size. The datasets package reads tables and the Hub. Plain text and .jsonl have
+readers of their own here: datasets reads a .txt whole or line by line, and it infers a type for
+every field of a .jsonl, so that a field nobody asked for can stop it after a gigabyte.
 """
 
+import bz2
 import contextlib
 import functools
 import glob
+import gzip
+import io
+import json
 import logging
+import lzma
 import os
 import re
-import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from engine.base.errors import UserError
-from engine.data.formats import (
-    CHUNK,
-    FORMATS,
-    KNOWN,
-    ROWS,
-    TEXT,
-    How,
-    endings,
-    identity_of,
-    listed,
-    opened,
-    printable,
-    reason,
-)
 
-PIECE, LONGEST_PIECE = (
-    1 << 20,
-    1 << 24,
-)  # characters: cut at the first place after so many; after so many anywhere
-# Where GPT-2's pattern cuts whatever stands around it. Python's \s is all that Rust's and Oniguruma's is, and a little
-# more (\x1c to \x1f): its \S is a space to none of them.
-PLACE = re.compile(r"\S(?=[ \n])")
+TEXT = (".txt", ".md", ".text", ".raw", ".tokens")
+JSON_LINES = (".jsonl", ".ndjson")
+KNOWN = (*TEXT, *JSON_LINES, ".parquet", ".csv", ".tsv")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+PIECE = 1 << 20  # characters: cut a document at the first good place after so many
+LONGEST_PIECE = 1 << 24  # characters: cut it anywhere after so many
+CHUNK = 1 << 20  # characters of a text that are read at a time
+LONGEST_LINE = 1 << 28  # characters of a line of JSON, which is read whole
+ROWS = 256  # rows of a table that are read at a time
+# A cut here changes no token: GPT-2's pattern always ends a token between a character and a space.
+# Python's \s is the \s of Rust and Oniguruma and a little more (\x1c to \x1f), never less.
+GOOD_CUT = re.compile(r"\S(?=[ \n])")
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+Chunks = Iterator[tuple[str, bool]]  # text, and whether a document ends after it
+Pieces = Iterator[tuple[str, bool]]  # text, and whether a document starts with it
 
 
-class Piece(NamedTuple):
-    text: str  # never empty
-    first: bool  # whether a document begins with it
-    # bytes of its part that had been read by then (on the disk; of a hub's data set: of text)
-    read: int
+class Source(NamedTuple):
+    """Documents that can be read again and again, always in the same pieces."""
+
+    name: str
+    pieces: Callable[[], Pieces]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A file, or one file of a hub's data set: what can be read from its begin alone."""
-
-    name: str  # for messages
-    size: int  # bytes on the disk; 0: unknown
-    identity: (
-        str  # by which a change of it is seen: path, size and mtime_ns, or the hub's name for it
-    )
-    pieces: Callable[[], Iterator[Piece]]  # the same ones each time
+def source_of(name: str, documents: Callable[[], Iterable[str]]) -> Source:
+    """A source from a function that returns documents."""
+    return Source(name, lambda: split_documents((text, True) for text in documents()))
 
 
-def in_pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Pieces (text, whether a document begins) that joined are the documents, but for those of whitespace alone."""
-    return _cut((document, True) for document in documents)
-
-
-def _cut(texts: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    """The same of texts that come with whether their document ends there."""
-    held, first = "", True
-    for text, ends in texts:
-        begin, search = 0, max(PIECE, len(held) - 1)  # what was held has been searched
+def split_documents(chunks: Chunks) -> Pieces:
+    """Cut documents where that changes no token, and leave out documents of whitespace."""
+    held, is_start = "", True
+    for text, ends in chunks:
+        begin = 0
+        search_from = max(PIECE, len(held) - 1)  # what was held has been searched
         held += text
         while len(held) - begin > PIECE:
-            if place := PLACE.search(held, search, begin + LONGEST_PIECE):
-                cut = place.end()
-            elif len(held) - begin >= LONGEST_PIECE:
-                # may cost a token or two more than the text in one piece; and so much whitespace is a document
-                cut = begin + LONGEST_PIECE
-            else:
+            found = GOOD_CUT.search(held, search_from, begin + LONGEST_PIECE)
+            if found is None and len(held) - begin < LONGEST_PIECE:
                 break
-            yield held[begin:cut], first
-            begin, search, first = cut, cut + PIECE, False
+            cut = found.end() if found else begin + LONGEST_PIECE
+            yield held[begin:cut], is_start
+            begin, search_from, is_start = cut, cut + PIECE, False
         held = held[begin:]
         if ends:
-            if held and not (first and held.isspace()):
-                yield held, first
-            held, first = "", True
+            if held and not (is_start and held.isspace()):
+                yield held, is_start
+            held, is_start = "", True
 
 
 def find(
     source: str, field: str = "text", separator: str = "", errors: str = "strict"
-) -> list[Part]:
-    """The files that the source names (files, folders, globs, with commas between), each once, in order."""
-    if errors not in ("strict", "replace"):
-        raise UserError(f"--errors={errors}: strict or replace")
-    paths = {}
-    for item in [source] if os.path.exists(source) else filter(None, source.split(",")):
-        for path in _paths(item):
+) -> list[Source]:
+    """The files that --source names, in order."""
+
+    def pieces(path: str) -> Pieces:
+        ending = endings(path)[0]
+        if ending in TEXT:
+            return split_documents(_read_text(path, separator, errors))
+        if ending in JSON_LINES:
+            texts = _read_json_lines(path, field, errors)
+        else:
+            texts = _column(_table(path, field), field, path)
+        return split_documents((text, True) for text in texts)
+
+    sources = []
+    for path in list_files(source):
+        if endings(path)[0] not in KNOWN:
+            raise UserError(f"{printable(path)} has no known ending; {HELP}")
+        sources.append(Source(path, functools.partial(pieces, os.path.abspath(path))))
+    return sources
+
+
+HELP = f"known are {' '.join(KNOWN)}, and those with {' '.join(COMPRESSED)} after them"
+
+
+def list_files(source: str) -> list[str]:
+    """The files that a list of files, folders and globs names, each once."""
+    paths: dict[str, str] = {}
+    for item in [source] if os.path.exists(source) else source.split(","):
+        if os.path.isdir(item):
+            below = glob.glob(os.path.join(glob.escape(item), "**", "*"), recursive=True)
+            found = [path for path in below if endings(path)[0] in KNOWN]
+        else:
+            found = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
+        found = sorted(filter(os.path.isfile, found))
+        if not found:
+            raise UserError(f"{printable(item)} does not exist, or holds no file to read; {HELP}")
+        for path in found:
             paths.setdefault(os.path.realpath(path), path)
-    if not paths:
-        raise UserError("which text? give files, folders or globs, with commas between")
-    hows = [
-        How(printable(path), *endings(path), field, separator, errors) for path in paths.values()
-    ]
-    if separator and not any(how.ending in TEXT for how in hows):
-        raise UserError(
-            "a separator is for plain text; these files say themselves where their documents end"
-        )
-    return [_part(path, how) for path, how in zip(paths.values(), hows, strict=True)]
+    return list(paths.values())
 
 
-def _paths(item: str) -> list[str]:
-    """A folder's files of known formats, hidden ones passed over; or the files that the path or glob names."""
-    if os.path.isdir(item):
-        if found := [path for path in files_below(item) if endings(path)[0]]:
-            return sorted(found)
-        raise UserError(f"{printable(item)} holds no file of a known format; known: {KNOWN}")
-    found = (
-        [item]
-        if os.path.exists(item)
-        else sorted(p for p in glob.glob(item, recursive=True) if os.path.isfile(p))
-    )
-    if not found:
-        raise UserError(f"{printable(item)} does not exist, and no file matches it")
-    for path in found:
-        if not endings(path)[0]:
-            raise UserError(f"{printable(path)} has no known ending; known: {KNOWN}")
-    return found
+def endings(path: str) -> tuple[str, str]:
+    """The ending that names the format, and that of the compression if there is one."""
+    stem, ending = os.path.splitext(path.lower())
+    if ending in COMPRESSED:
+        return os.path.splitext(stem)[1], ending
+    return ending, ""
 
 
-def files_below(folder: str) -> Iterator[str]:
-    """The files in a folder and those below, through links too, but into each folder once: links may form a circle."""
-    seen = set()
-    for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        seen_before = (real := os.path.realpath(root)) in seen
-        seen.add(real)
-        folders[:] = (
-            [] if seen_before else sorted(name for name in folders if not name.startswith("."))
-        )
-        if not seen_before:
-            yield from (os.path.join(root, name) for name in names if not name.startswith("."))
+def _read_text(path: str, separator: str, errors: str) -> Chunks:
+    rest = ""
+    with _open_text(path, errors) as file:
+        while chunk := file.read(CHUNK):
+            rest += chunk
+            if separator:
+                *documents, rest = rest.split(separator)
+                yield from ((document, True) for document in documents)
+            # the last characters may be the start of a separator
+            safe = max(0, len(rest) - max(0, len(separator) - 1))
+            yield rest[:safe], False
+            rest = rest[safe:]
+    yield rest, True
 
 
-def _refuse(error: OSError) -> None:
-    raise UserError(f"cannot read {printable(error.filename)}: {error.strerror}")
+def _read_json_lines(path: str, field: str, errors: str) -> Iterator[str]:
+    with _open_text(path, errors) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
+            if line.isspace():
+                continue
+            where = f"{path}, line {number:,}"
+            try:
+                text = _text_in(json.loads(line), field, where)
+                text.encode()
+            except UnicodeEncodeError:
+                if errors == "strict":
+                    raise _not_utf8(where, " (half a surrogate pair)") from None
+                text = LONE_SURROGATE.sub("\ufffd", text)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{printable(where)} is no JSON ({reason(error)})") from None
+            yield text
 
 
-def _part(path: str, how: How) -> Part:
-    try:
-        identity, about = identity_of(path), os.stat(path)
-    except OSError as error:
-        raise UserError(f"cannot read {how.name}: {error.strerror}") from None
-    if not stat.S_ISREG(about.st_mode) or not os.access(path, os.R_OK):
-        raise UserError(f"cannot read {how.name}: it is no regular file, or not yours to read")
-    return Part(
-        how.name,
-        about.st_size,
-        identity,
-        functools.partial(_pieces, os.path.abspath(path), identity, how),
-    )
+@contextlib.contextmanager
+def _open_text(path: str, errors: str) -> Iterator[TextIO]:
+    """A file's text with its line ends unchanged. What is wrong with its bytes becomes one line."""
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+    raw = openers.get(endings(path)[1], open)(path, "rb")
+    with io.TextIOWrapper(raw, "utf-8-sig", errors, newline="\n") as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            place = ""
+            if raw.seekable():  # the decoder was given the last bytes that were read
+                place = f" at byte {raw.tell() - len(error.object) + error.start:,}"
+            raise _not_utf8(path, place) from None
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # of the system; the decompressors' own have no number
+            raise UserError(f"{printable(path)} is cut short or damaged: {reason(error)}") from None
 
 
-def _pieces(path: str, identity: str, how: How) -> Iterator[Piece]:
-    with opened(path, identity, how) as (stream, raw):
-        read = since = 0
-        for text, first in _cut(FORMATS[how.ending](stream, how)):
-            since += len(text)
-            if since > CHUNK:  # to ask costs as much as to read a short document
-                read, since = raw.tell(), 0
-            yield Piece(text, first, read)
+def _open_zst(path: str, _: str) -> io.BufferedReader:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
 
 
-def hub(name: str, subset: str = "", split: str = "train", field: str = "text") -> list[Part]:
-    """The files of one split of a data set on the Hugging Face hub, streamed: nothing of it stays on the disk. The name
-    may say a revision: NAME@refs/convert/parquet.
+def _not_utf8(where: str, place: str) -> UserError:
+    advice = "convert it, or give --errors=replace"
+    return UserError(f"{printable(where)} is not UTF-8{place}; {advice}")
 
-    In memory is what datasets holds at a time: of .parquet a row group, mostly some MB, and up to three times over."""
-    rows, files = _streamed(name, subset, split, field)
-    n_bytes, parts = getattr((rows.info.splits or {}).get(split), "num_bytes", 0) or 0, []
-    for i, file in enumerate(files):
-        title = " ".join([*filter(None, (name, subset, split)), f"{i + 1}/{len(files)}"])
-        file = identity_of(file) if os.path.exists(file) else file
-        pieces = functools.partial(_hub_pieces, rows, len(files), i, field, printable(title))
-        parts.append(Part(printable(title), n_bytes // len(files), f"{title} {file}", pieces))
-    return parts
+
+def _table(path: str, field: str):
+    """The rows of a local .parquet, .csv or .tsv, streamed."""
+    datasets = _import_datasets()
+    if endings(path)[0] == ".parquet":
+        options = {"path": "parquet", "batch_size": ROWS}
+    else:
+        features = datasets.Features({field: datasets.Value("string")})
+        options = {"path": "csv", "features": features, "chunksize": ROWS}
+        options["sep"] = "," if endings(path)[0] == ".csv" else "\t"
+        options["keep_default_na"] = False  # "NA" is a text
+    with _one_line_errors(path):
+        files = glob.escape(path)
+        return datasets.load_dataset(**options, data_files=files, split="train", streaming=True)
+
+
+def hub(name: str, subset: str = "", split: str = "train", field: str = "text") -> list[Source]:
+    """The files of one split of a data set on the Hugging Face Hub, streamed: none stays on disk.
+
+    name: NAME or NAME@REVISION. In memory is a row group of a .parquet, mostly some MB."""
+    texts = hub_texts(name, subset, split, field)
+    return [source_of(file, texts_of_file) for file, texts_of_file in texts.items()]
 
 
 def hub_texts(
     name: str, subset: str = "", split: str = "train", field: str = "text"
-) -> Iterator[str]:
-    """All texts of one split, the empty ones too: for a data set whose rows are lines."""
-    rows, files = _streamed(name, subset, split, field)
-    for i in range(len(files)):
-        yield from _hub_texts(rows, len(files), i, field, printable(f"{name} {subset} {split}"))
-
-
-def _streamed(name: str, subset: str, split: str, field: str) -> tuple:
-    """The rows of a split, and the addresses of its files, which hold the revision."""
-    with _asking(name):
-        builder = _datasets().load_dataset_builder(**_named(name, subset))
+) -> dict[str, Callable[[], Iterator[str]]]:
+    """For each file of the split a function that returns all its texts, the empty ones too."""
+    with _one_line_errors(name):
+        builder = _import_datasets().load_dataset_builder(**_arguments(name, subset))
         rows = builder.as_streaming_dataset(split=split)
-        columns, n = rows.column_names, rows.num_shards
-    if columns is not None and field not in columns:
-        raise UserError(
-            f"{printable(name)} has no column {field!r} but {listed(columns)}; give --field=..."
-        )
-    files = list((builder.config.data_files or {}).get(split, []))
-    return rows, files if len(files) == n else [""] * n
+        n = rows.num_shards
+        texts = {}
+        for i in range(n):
+            about = (name, subset, split, f"{i + 1}/{n}", builder.hash)  # the hash of its revision
+            title = " ".join(filter(None, about))
+            file = rows.shard(num_shards=n, index=i)
+            texts[title] = functools.partial(_column, file, field, title)
+    return texts
 
 
 def hub_splits(name: str, subset: str = "") -> list[str]:
-    """The names of the splits that a data set on the hub has."""
-    with _asking(name):
-        return list(_datasets().get_dataset_split_names(**_named(name, subset)))
+    """The names of the splits that a data set on the Hub has."""
+    with _one_line_errors(name):
+        return list(_import_datasets().get_dataset_split_names(**_arguments(name, subset)))
 
 
-def _named(name: str, subset: str) -> dict:
-    """What datasets' functions want to know of NAME or NAME@REVISION, or a local folder."""
-    if not name:
-        raise UserError("which data set of the hub? hub:NAME")
+def _arguments(name: str, subset: str) -> dict[str, str]:
+    """Arguments of datasets' functions for NAME, NAME@REVISION or a local folder."""
     path, revision = (name, "") if os.path.exists(name) else name.partition("@")[::2]
-    key = {"name": subset} if subset else {}
-    return {"path": path} | key | ({"revision": revision} if revision else {})
+    arguments = {"path": path, "name": subset, "revision": revision}
+    return {key: value for key, value in arguments.items() if value}
 
 
-def _datasets():
-    """The package, silent: what it says of an attempt the last error says too."""
+def _column(rows, field: str, name: str) -> Iterator[str]:
+    """One column of a data set of the datasets package."""
+    with _one_line_errors(name):
+        if field in (rows.column_names or ()):
+            rows = rows.select_columns([field])
+        for batch in rows.iter(batch_size=ROWS):
+            for values in zip(*batch.values(), strict=True):
+                yield _text_in(dict(zip(batch, values, strict=True)), field, name)
+
+
+def _text_in(record: object, field: str, where: str) -> str:
+    """The text in the field of a record; null is no text."""
+    if not isinstance(record, dict):
+        raise UserError(f"{printable(where)} is no JSON object but {type(record).__name__}")
+    if field not in record:
+        names = ", ".join(printable(name)[:50] for name in list(record)[:20])
+        raise UserError(
+            f"{printable(where)} has no field {field!r} but {names or 'none'}; give --field=..."
+        )
+    text = record[field]
+    if not isinstance(text, str | None):
+        kind = type(text).__name__
+        raise UserError(f"{printable(where)}: field {field!r} is no string but {kind}")
+    return text or ""
+
+
+def _import_datasets():
+    """The package, silent: the last error says all that its warnings say."""
     import datasets
     import huggingface_hub
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network for local files
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)
@@ -235,44 +280,23 @@ def _datasets():
 
 
 @contextlib.contextmanager
-def _asking(what: str) -> Iterator[None]:
-    """Whatever the hub's libraries raise, after the attempts that they make themselves, in one line."""
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Turn what the libraries raise, after their own retries, into a UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of datasets, huggingface_hub, httpx, aiohttp, fsspec and pyarrow: no base in common
-        way_out = "; if it was the network, the same command goes on where this one stopped"
-        if isinstance(error, ValueError | _datasets().exceptions.DatasetsError):
-            way_out = ""
-        elif "scripts are no longer" in str(error):
-            way_out = (
-                f"; the hub may have it as parquet too: {printable(what)}@refs/convert/parquet"
-            )
-        raise UserError(
-            f"{printable(what)}: {type(error).__name__}: {reason(error)}{way_out}"
-        ) from None
+    except Exception as error:  # of six libraries, which have no base class in common
+        is_wrong = isinstance(error, ValueError | _import_datasets().exceptions.DatasetsError)
+        advice = "" if is_wrong else "; if it was the network, the same command continues"
+        kind = type(error).__name__
+        raise UserError(f"{printable(name)}: {kind}: {reason(error)}{advice}") from None
 
 
-def _hub_pieces(rows, n: int, i: int, field: str, name: str) -> Iterator[Piece]:
-    read = 0
-    for text, first in in_pieces(_hub_texts(rows, n, i, field, name)):
-        read += len(text.encode())
-        yield Piece(text, first, read)
+def printable(text: object) -> str:
+    """On one line of any terminal, whatever a file is called."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def _hub_texts(rows, n: int, i: int, field: str, name: str) -> Iterator[str]:
-    with _asking(name):
-        shard = rows.shard(num_shards=n, index=i)
-        shard = shard.select_columns([field]) if rows.column_names is not None else shard
-        for batch in shard.iter(batch_size=ROWS):
-            if field not in batch:
-                raise UserError(
-                    f"{name} has no column {field!r} but {listed(batch)}; give --field=..."
-                )
-            for text in batch[field]:
-                if not isinstance(text, str | None):
-                    raise UserError(
-                        f"{name}: its column {field!r} is no string but {type(text).__name__}"
-                    )
-                yield text or ""
+def reason(error: BaseException) -> str:
+    return printable(" ".join(str(error).split()))[:300] or type(error).__name__
