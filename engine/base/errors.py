@@ -2,9 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-MANY = 10**12  # steps, blocks, tokens ...: more must be a mistake
 # what CUDA and a CPU's allocator say; torch has an exception of its own for CUDA alone
 NO_MEMORY = ("out of memory", "can't allocate memory")
 # what gloo, NCCL and the store say when the process at the other end is gone
@@ -70,16 +69,6 @@ def run_main(main: Callable[[], object]) -> None:
             _print_error(f"error: lost another process ({reason}); its own message says why")
             sys.exit(1)
         raise
-
-
-def check_ranges(options: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse options below the least or above the most of their range, and nan."""
-    for name, (least, most) in ranges.items():
-        value = getattr(options, name)
-        if not value >= least:
-            raise UserError(f"{name} = {value} must be at least {least}")
-        if value > most:
-            raise UserError(f"{name} = {value} must be at most {most:,}")
 
 
 def check_memory(n_bytes: int, what: str, advice: str) -> None:
