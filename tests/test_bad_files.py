@@ -1,4 +1,6 @@
-"""A damaged file in a data set, a run or a transformers folder ends in one line that names it, and nothing written."""
+"""A damaged file in a data set, a run or a transformers folder ends in one line that names it, and
+nothing written.
+"""
 
 import json
 import re
@@ -25,7 +27,9 @@ LABELS = {"k": 8, "vocab_size": 27, "windows": 1, "done": 1}
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    """Data by characters and by a BPE, a run on each, and a folder with GPT-2's config and too few weights."""
+    """Data by characters and by a BPE, a run on each, and a folder with GPT-2's config and too few
+    weights.
+    """
     root = tmp_path_factory.mktemp("good")
     write_words(root / "words")
     write_words(root / "bpe", BPETokenizer.train([" ".join(WORDS)], 300))
@@ -61,7 +65,8 @@ OTHER_BPE = {"model": {"type": "BPE", "vocab": {"\u65e5": 0}, "merges": []}}
 NESTED = b"[" * 100_000
 NO_META, NO_LABELS = "does not describe a data set", "does not describe labels"
 
-# file, its new contents (fields of a JSON object, or bytes; None: a folder in its place), who reads it, the message
+# file, its new contents (fields of a JSON object, or bytes; None: a folder in its place), who reads
+# it, the message
 CASES = [
     (META, {"vocab_size": "65"}, "data", NO_META),
     (META, {"splits": [1]}, "data", NO_META),

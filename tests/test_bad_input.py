@@ -1,4 +1,6 @@
-"""What a user gets wrong ends in one line that says what to do, exit code 2, and nothing written."""
+"""What a user gets wrong ends in one line that says what to do, exit code 2, and nothing
+written.
+"""
 
 import os
 import re
@@ -87,7 +89,7 @@ NUMBERS = [
     (
         "n_embd",
         "1000000",
-        "a model of .* billion parameters takes .* GB, this machine has .*; lower --n_layer, --n_embd",
+        "a model of .* billion parameters takes .* GB, this machine has .*; lower --n_layer",
     ),
     ("n_layer", "-" * 3000 + "1", "--n_layer wants int"),
     ("n_layer", "(" * 3000, "--n_layer wants int"),

@@ -1,4 +1,6 @@
-"""engine/eval/diversity.py: what is judged is the continuation alone, and its numbers are those of slow loops."""
+"""engine/eval/diversity.py: what is judged is the continuation alone, and its numbers are those of
+slow loops.
+"""
 
 import json
 import math
@@ -119,7 +121,9 @@ def test_of_little_text_every_number_is_a_number_or_none(texts):
 
 
 class Scripted(torch.nn.Module):
-    """Writes, behind each prompt, its first id + 100, + 101 ..., and end-of-text after as many tokens as that id."""
+    """Writes, behind each prompt, its first id + 100, + 101 ..., and end-of-text after as many
+    tokens as that id.
+    """
 
     def __init__(self):
         super().__init__()

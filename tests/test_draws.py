@@ -1,4 +1,6 @@
-"""Predictions from draws against the slow float64 formula with the same noise, and the noise that positions share."""
+"""Predictions from draws against the slow float64 formula with the same noise, and the noise that
+positions share.
+"""
 
 import math
 
@@ -22,7 +24,9 @@ every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 
 
 def slow(head: Head, x: torch.Tensor, n: int) -> torch.Tensor:
-    """log p (n, ..., V) under each of n draws, float64, with the noise of the next prediction; x (..., C)."""
+    """log p (n, ..., V) under each of n draws, float64, with the noise of the next prediction; x
+    (..., C).
+    """
     parameters = {name: p.double() for name, p in head.named_parameters()}
     weight, x, noise = parameters["weights.weight"], x.double(), torch.zeros(n, V)
     mean, std = x @ weight.T + parameters.get("bias", 0.0), torch.zeros(V).double()
@@ -34,7 +38,9 @@ def slow(head: Head, x: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def check(head: Head, x: torch.Tensor, n: int, tolerance: float = 2e-5) -> torch.Tensor:
-    """Compare predict and log_probs with slow(); returns its log of the mean probability (..., V)."""
+    """Compare predict and log_probs with slow(); returns its log of the mean probability (...,
+    V).
+    """
     torch.manual_seed(1)
     each = slow(head, x, n).detach()
     expected = each.logsumexp(0) - math.log(n)

@@ -1,4 +1,6 @@
-"""Ensembles of runs, and dropout that stays on: predictions averaged over more than the head's weights."""
+"""Ensembles of runs, and dropout that stays on: predictions averaged over more than the head's
+weights.
+"""
 
 import itertools
 import json

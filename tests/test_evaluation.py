@@ -47,7 +47,9 @@ def tiny_gpt(weights: str = "point", likelihood: str = "categorical", seed: int 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> TokenFile:
-    """16 blocks and 5 tokens of what a tiny_gpt itself would say: its accuracy is then neither 0 nor 1."""
+    """16 blocks and 5 tokens of what a tiny_gpt itself would say: its accuracy is then neither 0
+    nor 1.
+    """
     torch.manual_seed(0)
     text = generate(tiny_gpt(), torch.tensor([[5]]), 16 * T + 5)[0].numpy()
     assert len(text) == 16 * T + 6
@@ -218,7 +220,9 @@ def test_evaluation_batches_are_distinct_blocks_spread_over_the_split(tmp_path):
 
 
 class Oracle(torch.nn.Module):
-    """A model that is told the distribution of each token: hidden states are the log-probabilities themselves."""
+    """A model that is told the distribution of each token: hidden states are the log-probabilities
+    themselves.
+    """
 
     def __init__(self, log_probs: torch.Tensor):
         super().__init__()
@@ -235,7 +239,9 @@ class Oracle(torch.nn.Module):
 
 
 def oracle_scores(sharpness: float) -> dict[str, float]:
-    """The scores of 60,000 tokens drawn from known distributions, as predicted with logits times `sharpness`."""
+    """The scores of 60,000 tokens drawn from known distributions, as predicted with logits times
+    `sharpness`.
+    """
     torch.manual_seed(0)
     logits = 2 * torch.randn(500, 10)
     x = torch.randint(500, (60, 1000))

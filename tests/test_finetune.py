@@ -1,4 +1,6 @@
-"""Fine-tuning: any head on the weights of any other, what step 0 then predicts; early stop, and the best kept."""
+"""Fine-tuning: any head on the weights of any other, what step 0 then predicts; early stop, and the
+best kept.
+"""
 
 import contextlib
 import json
@@ -83,7 +85,7 @@ def test_step_0_has_the_nll_of_the_original(data, runs, old, weights, likelihood
     new, loss = scores(model, data)
     if ("sigmoid" in old) == (likelihood == "sigmoid"):
         assert new == pytest.approx(nll, abs=1e-5)  # the same logits mean the same
-    else:  # 27 tokens, of which one often has nearly all the probability: then a sigmoid and an exp differ most
+    else:  # one of the 27 tokens often has nearly all probability: sigmoid and exp differ most there
         assert new == pytest.approx(nll, abs=0.15)
     if (
         likelihood == "sigmoid"
@@ -254,7 +256,8 @@ def test_a_run_ends_after_so_many_evaluations_without_a_better_one(
     last = capsys.readouterr().out.splitlines()[-1]
     path = tmp_path / "ckpt_00000006.pt" if always else tmp_path
     assert last == (
-        f"no lower val nll in 3 evaluations: stopped; best val nll 1.0000 at step 6: python sample.py --out_dir={path}"
+        "no lower val nll in 3 evaluations: stopped; best val nll 1.0000 at step 6: "
+        f"python sample.py --out_dir={path}"
     )
 
 

@@ -109,7 +109,9 @@ def test_tokens_that_were_yielded_stay_as_they_are():
 def slow_probs(
     p: torch.Tensor, temperature: float, top_k: int, top_p: float
 ) -> list[tuple[int, float]]:
-    """The kept tokens of p (V,) with their probabilities, float64, in the order in which draw sums them up."""
+    """The kept tokens of p (V,) with their probabilities, float64, in the order in which draw sums
+    them up.
+    """
     tempered = {
         token: math.log(value) / temperature
         for token, value in enumerate(p.double().tolist())
@@ -167,7 +169,9 @@ def test_draw_is_the_inverse_of_the_kept_tokens_summed_up_in_float64(monkeypatch
 
 
 def test_draw_gives_all_tokens_of_a_large_vocabulary_their_share():
-    """Chi-square over bins of tokens, rare ones at the end of the sums, where float32 sums would lose them."""
+    """Chi-square over bins of tokens, rare ones at the end of the sums, where float32 sums would
+    lose them.
+    """
     size, n = 50_304, 200
     p = torch.cat([torch.full((size // 2,), 1.0), torch.full((size // 2,), 1e-3)])
     p = (p / p.sum()).log().expand(n, -1)

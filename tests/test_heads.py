@@ -1,4 +1,6 @@
-"""heads.py against the slow way of writing each formula, torch.distributions, torchbnn and scipy."""
+"""heads.py against the slow way of writing each formula, torch.distributions, torchbnn and
+scipy.
+"""
 
 import math
 import os
@@ -190,7 +192,9 @@ def test_sigmoid_normalises_its_probabilities_and_not_their_odds():
 
 
 def test_given_exactly_one_acceptable_token_the_sigmoid_head_is_softmax():
-    """V independent coins of which exactly one shows heads: which one is distributed as the softmax of the logits."""
+    """V independent coins of which exactly one shows heads: which one is distributed as the softmax
+    of the logits.
+    """
     logits = 3 * torch.randn(V, generator=torch.Generator().manual_seed(0))
     sigmoid = LIKELIHOODS["sigmoid"](HeadConfig(likelihood="sigmoid"), V)
     alone = plain_loss(sigmoid, logits.expand(V, V), torch.arange(V).unsqueeze(-1))
@@ -211,7 +215,8 @@ def test_sigmoid_and_softmax_predict_the_same_where_every_probability_is_small()
 def test_a_uniform_sigmoid_head_starts_at_ln_V_plus_1(vocab_size):
     head = Head(HeadConfig(likelihood="sigmoid", logit_bias="uniform"), vocab_size, 1)
     loss = head.loss(torch.zeros(1, 3, 1), torch.tensor([[0, 1, vocab_size - 1]])).item()
-    # sum softplus(-ln(V - 1)) = V ln(V / (V - 1)) = 1 + 1 / (2 V) + ..., less the logit, + ln(V - 1)
+    # sum softplus(-ln(V - 1)) = V ln(V / (V - 1)) = 1 + 1 / (2 V) + ..., less the logit, + ln(V -
+    # 1)
     assert loss == pytest.approx(math.log(vocab_size) + 1, abs=1 / vocab_size)
     if vocab_size == 50257:
         assert round(loss, 3) == 11.825
@@ -361,7 +366,9 @@ def test_point_weights_know_no_epistemic_uncertainty_and_need_no_samples(likelih
 @every_head
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_compiled_loss_has_the_gradients_of_the_eager_one(weights, likelihood, dtype):
-    """torch.compile 2.13 loses the true token's part where it is gathered from other than the normaliser's logits."""
+    """torch.compile 2.13 loses the true token's part where it is gathered from other than the
+    normaliser's logits.
+    """
     if dtype == "bfloat16" and os.environ.get("SLOW_TESTS") != "1":
         pytest.skip("each compilation takes seconds; SLOW_TESTS=1 runs this one too")
     head, (x, targets) = tiny_head(weights, likelihood, prior_std=0.5), batch(2, 5)

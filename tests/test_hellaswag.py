@@ -1,4 +1,6 @@
-"""hellaswag.py: items prepared as both conventions say, scored as transformers scores each ending alone."""
+"""hellaswag.py: items prepared as both conventions say, scored as transformers scores each ending
+alone.
+"""
 
 import hashlib
 import json

@@ -84,7 +84,9 @@ def top(label):
 
 
 def slow_log_probs(teacher, file: TokenFile, position: int) -> torch.Tensor:
-    """(V,) of the tokenizer: what the teacher says behind a position, in the window that this position belongs to."""
+    """(V,) of the tokenizer: what the teacher says behind a position, in the window that this
+    position belongs to.
+    """
     window = max(0, -(-(position - T + 1) // (T // 2)))
     context = torch.from_numpy(file.ids[window * T // 2 : position + 1].astype(np.int64))
     with torch.no_grad():
@@ -180,7 +182,7 @@ def test_soft_labels_are_one_hot_and_teacher_mixed_where_the_teacher_speaks(
 
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
-def test_a_label_is_in_expectation_the_truth_where_the_teacher_knows_which_of_its_ids_and_not_how_often(
+def test_a_label_is_in_expectation_the_truth_if_the_teacher_knows_the_ids_but_not_how_often(
     top, weight
 ):
     top.mode, top.weight, n = "soft", weight, 30
@@ -251,7 +253,9 @@ def slow_perplexity(model, ids: list[int]) -> float:
 
 
 def slow_sentence(ids: list[int], ends: set[int], target: int) -> tuple[int, int]:
-    """Token by token to the left and to the right, T tokens at most (the block is shorter than 64)."""
+    """Token by token to the left and to the right, T tokens at most (the block is shorter than
+    64).
+    """
     begin = target
     while begin > 0 and begin > target - T // 2 and ids[begin - 1] not in ends:
         begin -= 1
@@ -336,7 +340,8 @@ def test_labels_of_the_val_split_judge_how_a_model_ranks_sets_and_a_teacher_rank
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(**argv)])
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     found = json.loads((teacher / "eval_val.json").read_text())
-    # the K likeliest are a set's members and lie before all others; only a true token beyond them can lie further down
+    # the K likeliest are a set's members and lie before all others; only a true token beyond them
+    # can lie further down
     assert (
         found["k"] == K + 1 and K / (K + 1) < found["recall_at_k"] <= 1 and 0.9 < found["lrap"] <= 1
     )

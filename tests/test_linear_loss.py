@@ -1,4 +1,6 @@
-"""heads/linear_loss.py: a piece at a time, against all logits at once, gradcheck and torch's own chunked loss."""
+"""heads/linear_loss.py: a piece at a time, against all logits at once, gradcheck and torch's own
+chunked loss.
+"""
 
 import pytest
 import torch
@@ -165,7 +167,9 @@ def test_under_autocast_gradients_are_fp32s_to_the_dtypes_precision(
 def test_in_float16_no_gradient_vanishes_however_many_positions_share_the_loss(
     weights, likelihood, options
 ):
-    """Gradients of a mean over 2^16 positions are below float16's least number; a scaler cannot reach the logits'."""
+    """Gradients of a mean over 2^16 positions are below float16's least number; a scaler cannot
+    reach the logits'.
+    """
     head, (x, targets) = tiny_head(weights, likelihood, **options), batch(1 << 16)
     full = loss_and_gradients(head.data_loss, head, x.requires_grad_(), targets)
     with torch.autocast("cpu", torch.float16):

@@ -81,7 +81,9 @@ def test_the_time_left_counts_evaluations_and_the_speed_does_not(tmp_path, monke
 
 
 def stored(path) -> list:
-    """The records in wandb's own file. wandb's service may still be writing it when finish() is back."""
+    """The records in wandb's own file. wandb's service may still be writing it when finish() is
+    back.
+    """
     end = time.monotonic() + 30
     while not (found := read(path.read_bytes())) or found[-1].WhichOneof("record_type") != "exit":
         assert time.monotonic() < end, f"{path} has no end"

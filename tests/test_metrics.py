@@ -1,4 +1,6 @@
-"""engine/eval/metrics.py against scikit-learn, torchmetrics and slow formulas; what a text says of itself."""
+"""engine/eval/metrics.py against scikit-learn, torchmetrics and slow formulas; what a text says of
+itself.
+"""
 
 import math
 
@@ -31,7 +33,9 @@ rng = np.random.default_rng(0)
 def tokens(
     n: int, seed: int = 0, units: int = 25
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """The scores of n tokens whose doubts have something to do with their errors; their units and bytes."""
+    """The scores of n tokens whose doubts have something to do with their errors; their units and
+    bytes.
+    """
     g = torch.Generator().manual_seed(seed)
     confidence = torch.rand(n, generator=g).clamp(min=0.01)
     values = {
@@ -71,7 +75,8 @@ def test_the_calibration_error_is_torchmetrics(few):
     values, *of_tokens = few
     found = tally_of(values, *of_tokens, size=7).result()["ece"]
     confidence, correct = values["confidence"], values["accuracy"].long()
-    # a two-class problem whose likeliest class has this confidence, at least 1/2: of n - 1 further classes as likely
+    # a two-class problem whose likeliest class has this confidence, at least 1/2: of n - 1 further
+    # classes as likely
     probs = torch.zeros(len(correct), 200).scatter_(
         1, torch.zeros(len(correct), 1).long(), confidence[:, None]
     )

@@ -1,4 +1,6 @@
-"""model.py: GPT-2 as transformers computes it, generation as nanoGPT's loop does it, and training that learns."""
+"""model.py: GPT-2 as transformers computes it, generation as nanoGPT's loop does it, and training
+that learns.
+"""
 
 import math
 
@@ -22,7 +24,9 @@ def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def tiny_gpt2(**options) -> transformers.GPT2LMHeadModel:
-    """transformers' GPT-2 in the shape of tiny_gpt, every parameter random, the norms' and biases' too."""
+    """transformers' GPT-2 in the shape of tiny_gpt, every parameter random, the norms' and biases'
+    too.
+    """
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 16, "vocab_size": V}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""weights.py against torch.distributions, scipy and torchbnn's own layer; bayes_mlp against whole sampled matrices."""
+"""weights.py against torch.distributions, scipy and torchbnn's own layer; bayes_mlp against whole
+sampled matrices.
+"""
 
 import math
 import os
@@ -171,7 +173,9 @@ def test_a_round_trip_by_torchbnn_is_exact(posterior):
 
 
 def foreign_state(kind: str) -> dict[str, torch.Tensor]:
-    """The state_dict of a layer that is not the one of a full posterior with V tokens and C channels."""
+    """The state_dict of a layer that is not the one of a full posterior with V tokens and C
+    channels.
+    """
     shape = {"taller": (C, V + 1), "wider": (C + 1, V)}.get(kind, (C, V))
     layer = torchbnn.BayesLinear(0.0, 0.1, *shape, bias=kind == "bias")
     if kind == "frozen":
@@ -424,7 +428,9 @@ class LogProbs(torch.nn.Module):
 
 @torch.no_grad()
 def draws_of_all_matrices(model: GPT, idx: torch.Tensor, n: int) -> torch.Tensor:
-    """The probabilities (n, B, T, V) under n draws of every Bayesian matrix of a model whose head is not tied."""
+    """The probabilities (n, B, T, V) under n draws of every Bayesian matrix of a model whose head
+    is not tied.
+    """
     parameters, draws = dict(model.named_parameters()), []
     names = [name.removesuffix("log_std") for name in parameters if name.endswith("log_std")]
     for _ in range(n):
@@ -468,7 +474,9 @@ def test_a_prediction_with_samples_averages_over_draws_of_all_weights(
 
 @every_estimator
 def test_all_positions_of_a_prediction_share_the_drawn_matrices(estimator):
-    """Noise that is drawn for each position is averaged away by attention; that of a matrix is not."""
+    """Noise that is drawn for each position is averaged away by attention; that of a matrix is
+    not.
+    """
     model, n = noisy_gpt("point", estimator=estimator), 600
     with torch.no_grad():
         model.transformer.wpe.weight.zero_()

@@ -1,4 +1,6 @@
-"""Predictions and their uncertainty against many draws, soft labels against dense float64 targets, and evaluate.py."""
+"""Predictions and their uncertainty against many draws, soft labels against dense float64 targets,
+and evaluate.py.
+"""
 
 import json
 import math
@@ -112,8 +114,9 @@ def test_draws_give_the_entropies_of_sampled_matrices(likelihood, options, poste
 def errors(
     head: Head, x: torch.Tensor, n: int = 20_000
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Of the sampling-free average (-1) and of the mean weights (0), against n draws of the logits: sum_v |p - p_v|
-    and max_v |p / p_v - 1|, of the worst position."""
+    """Of the sampling-free average (-1) and of the mean weights (0), against n draws of the logits:
+    sum_v |p - p_v| and max_v |p / p_v - 1|, of the worst position.
+    """
     torch.manual_seed(0)
     logits = Normal(head.logits(x), head.weights.variance(x).sqrt()).sample((n,))
     expected = slow_log_probs(head, logits).exp().mean(0)
@@ -138,7 +141,9 @@ def test_the_average_without_sampling_is_within_2_percent_of_20000_draws_for_nar
 def test_the_average_without_sampling_moves_under_4_percent_of_probability_for_wide_posteriors(
     likelihood, options, posterior
 ):
-    """Wide: logits with a std of 0.85 on average; a token may then be off by 20 %, of the mean weights by half."""
+    """Wide: logits with a std of 0.85 on average; a token may then be off by 20 %, of the mean
+    weights by half.
+    """
     head, x = bayesian_head(likelihood, options, posterior, -1.5), batch(4)[0]
     assert 0.6 < head.weights.variance(x).sqrt().mean() < 1.0
     absolute, relative = errors(head, x)
@@ -222,7 +227,9 @@ def test_each_draw_adds_its_own_noise_to_its_own_hidden_states(likelihood):
 
 @pytest.mark.parametrize(("std", "tolerance"), [(0.0, 1e-6), (0.3, 1e-4), (1.0, 0.03), (1.5, 0.12)])
 def test_expected_log_sigmoid_is_the_integral(std, tolerance):
-    """Three nodes: the relative error of E[sigmoid] grows with the std, most where the sigmoid is an exponential."""
+    """Three nodes: the relative error of E[sigmoid] grows with the std, most where the sigmoid is
+    an exponential.
+    """
     for mean in (-30.0, -8.0, -2.0, -0.5, 0.0, 1.0, 7.0):
         ours = expected_log_sigmoid(torch.tensor(mean), torch.tensor(std)).item()
         if std:
@@ -262,7 +269,9 @@ def test_entropies_are_fp32_under_autocast_as_log_probs_are(likelihood):
 
 
 def soft_batch(k: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (*shape, C), targets (*shape, K) with an id twice in each row where K > 2, weights of sum 1."""
+    """Hidden states (*shape, C), targets (*shape, K) with an id twice in each row where K > 2,
+    weights of sum 1.
+    """
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(V, (*shape, k), generator=generator)
     if k > 2:
@@ -285,8 +294,9 @@ def dense(targets: torch.Tensor, label_weights: torch.Tensor) -> torch.Tensor:
 
 
 def slow_soft_loss(head: Head, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The likelihood's part of the loss on a dense target (..., V), in float64; for a posterior Jensen's bound (and the
-    penalty on its logits)."""
+    """The likelihood's part of the loss on a dense target (..., V), in float64; for a posterior
+    Jensen's bound (and the penalty on its logits).
+    """
     config, parameters = head.config, {name: p.double() for name, p in head.named_parameters()}
     x, weight = x.double(), parameters["weights.weight"]
     mean, half = x @ weight.T + parameters.get("bias", 0.0), torch.zeros(())
@@ -453,7 +463,9 @@ def test_desmoothed_gives_the_perplexity_before_smoothing_at_gpt2s_vocabulary(sc
     "likelihood", ["smooth", "sigmoid"]
 )  # categorical is smooth with an epsilon of 0
 def test_compiled_gradients_of_soft_labels_are_those_of_the_eager_loss(likelihood):
-    """Bayesian weights under the bound: where torch.compile 2.13 has its trap (see test_heads.py)."""
+    """Bayesian weights under the bound: where torch.compile 2.13 has its trap (see
+    test_heads.py).
+    """
     options = {"pos_weight": 2.0} if likelihood == "sigmoid" else {}
     head, (x, *labels) = (
         tiny_head("bayes", likelihood, prior_std=0.5, **options),
@@ -700,7 +712,9 @@ def test_evaluate_py_gives_a_scaled_posterior_a_row_and_leaves_the_raw_figures(
 def test_evaluate_py_scales_no_width_that_its_predictions_do_not_have(
     runs, monkeypatch, capsys, n_samples
 ):
-    """The widths of hidden layers show in draws alone: without them it may refuse, or draw after all."""
+    """The widths of hidden layers show in draws alone: without them it may refuse, or draw after
+    all.
+    """
     try:
         evaluate_py(
             monkeypatch,

@@ -1,4 +1,6 @@
-"""engine/data/shards.py: splits in many files, llm.c's files, thousands of shards, and the order of their blocks."""
+"""engine/data/shards.py: splits in many files, llm.c's files, thousands of shards, and the order of
+their blocks.
+"""
 
 import hashlib
 import json
@@ -32,7 +34,9 @@ MAGIC = {"<u2": (20240520, 1), "<u4": (20240801, 7)}
 
 
 def headed(path: Path, ids, dtype: str = "<u2", **changes) -> Path:
-    """A file as llm.c's dev/data scripts write it; changes: magic, version or n other than they should be."""
+    """A file as llm.c's dev/data scripts write it; changes: magic, version or n other than they
+    should be.
+    """
     magic, version = MAGIC[dtype]
     header = np.zeros(256, "<i4")
     header[:3] = (
@@ -401,7 +405,8 @@ batches[0]
 seconds, before = time.perf_counter() - began, resident()
 for i in np.random.default_rng(0).integers(0, 3 * batches.n_blocks // 4, 100).tolist():
     batches[i]
-about = {"tokens": len(file), "growth": resident() - before, "start": before - imported, "seconds": seconds}
+about = {"tokens": len(file), "growth": resident() - before, "start": before - imported}
+about["seconds"] = seconds
 print(json.dumps(about | {"files": len(os.listdir("/proc/self/fd"))}))
 """
 

@@ -1,4 +1,6 @@
-"""The flag that a signal sets, and the hang timer. tests/test_faults.py sends signals to real runs."""
+"""The flag that a signal sets, and the hang timer. tests/test_faults.py sends signals to real
+runs.
+"""
 
 import faulthandler
 import os

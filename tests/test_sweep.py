@@ -1,4 +1,6 @@
-"""augmentation/sweep.py: the study goes on where it stopped, and its labels and checkpoints do not stay behind."""
+"""augmentation/sweep.py: the study goes on where it stopped, and its labels and checkpoints do not
+stay behind.
+"""
 
 import runpy
 import sys

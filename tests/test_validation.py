@@ -22,7 +22,9 @@ T = 16
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> TokenFile:
-    """What a tiny_gpt itself would say, half of it overwritten: its accuracy is then neither 0 nor 1."""
+    """What a tiny_gpt itself would say, half of it overwritten: its accuracy is then neither 0 nor
+    1.
+    """
     torch.manual_seed(0)
     text = generate(tiny_gpt(std=0.3), torch.tensor([[5]]), 40 * T)[0]
     text = torch.where(torch.rand(len(text)) < 0.5, text, torch.randint(67, text.shape)).numpy()
@@ -56,7 +58,7 @@ def test_an_evaluation_has_the_nll_and_calibration_error_of_all_predictions_at_o
     assert found["val_ece"] == pytest.approx(ece.item(), abs=1e-6) and ece > 1e-3
 
 
-def test_a_token_of_highest_confidence_falls_into_the_last_bin_and_one_that_is_no_number_stops_nothing(
+def test_a_token_of_highest_confidence_falls_into_the_last_bin_and_a_nan_stops_nothing(
     file,
 ):
     model = tiny_gpt()

@@ -48,7 +48,9 @@ def losses(out_dir: Path) -> list[float]:
 
 
 def heads(processes, data: str, folder: Path) -> None:
-    """Of every head: halves are the whole bit for bit, sharded or not, and both have the same losses."""
+    """Of every head: halves are the whole bit for bit, sharded or not, and both have the same
+    losses.
+    """
     for weights, likelihood in HEADS:
         name = folder / f"{weights}_{likelihood}"
         for sharding in ("none", "fsdp"):
@@ -74,7 +76,9 @@ def heads(processes, data: str, folder: Path) -> None:
 
 
 def nan(processes, data: str, folder: Path) -> None:
-    """A loss that is not a number on one process alone is left out by both, and a run of them ends."""
+    """A loss that is not a number on one process alone is left out by both, and a run of them
+    ends.
+    """
     forward, calls = GPT.forward, {"n": 0, "bad": {7, 9}}
 
     def sometimes(self, *args):
