@@ -1,4 +1,5 @@
-"""Faults on purpose: runs that are killed, told to end, or find their checkpoints damaged, and what becomes of them.
+"""Faults on purpose: runs that are killed, told to end, or find their checkpoints damaged, and what
+becomes of them.
 
     # make reliability, 20 minutes
     python -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50
@@ -164,7 +165,9 @@ class Run:
         raise AssertionError(f"{LAST_WORDS} s without {text!r}:\n{self.output[-2000:]}")
 
     def workers(self) -> list[int]:
-        """The processes that train, in the order of their ranks; itself where there is no torchrun."""
+        """The processes that train, in the order of their ranks; itself where there is no
+        torchrun.
+        """
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -204,7 +207,9 @@ def begins_at(started: Run) -> int:
 
 
 def finished(data: Path, out_dir: Path, reference, processes: int = 1) -> bool:
-    """Let a run go on to its end: whether it has the weights of the undisturbed one, and left no rubbish."""
+    """Let a run go on to its end: whether it has the weights of the undisturbed one, and left no
+    rubbish.
+    """
     code, _ = Run(data, out_dir, processes, save_interval=50).ended()
     return (
         code == 0
@@ -223,8 +228,9 @@ def undisturbed(data: Path, folder: Path, processes: int = 1, **options):
 
 
 def kills(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
-    """kill -9 at random instants of a run that saves at each step: how often the next start goes on from the newest
-    checkpoint that was whole, and whether the runs end as undisturbed ones."""
+    """kill -9 at random instants of a run that saves at each step: how often the next start goes on
+    from the newest checkpoint that was whole, and whether the runs end as undisturbed ones.
+    """
     reference, out_dir = undisturbed(data, folder / "reference"), folder / "killed_0"
     resumed, ended, same = 0, 0, 0
     started = Run(data, out_dir)
@@ -255,8 +261,10 @@ def kills(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
 
 
 def corruptions(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
-    """Cut the newest checkpoint short, or flip one bit of it: how often the one before is used, with a warning, and
-    the damaged one refused by name. A bit between the parts of the file may change nothing that is read."""
+    """Cut the newest checkpoint short, or flip one bit of it: how often the one before is used,
+    with a warning, and the damaged one refused by name. A bit between the parts of the file may
+    change nothing that is read.
+    """
     Run(data, folder / "run", max_iters=20, save_interval=10).ended()
     before, newest = (folder / "run" / checkpoint.name_of(step) for step in (10, 20))
     good, passed_over, refused, harmless = newest.read_bytes(), 0, 0, 0
@@ -290,8 +298,9 @@ def corruptions(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
 
 
 def signals(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
-    """SIGTERM or SIGINT at random instants, to one process, to torchrun, or to one of its two processes: how often the
-    checkpoint is of the last step, and how long the end takes."""
+    """SIGTERM or SIGINT at random instants, to one process, to torchrun, or to one of its two
+    processes: how often the checkpoint is of the last step, and how long the end takes.
+    """
     ok, times, same = 0, [], []
     references = {
         k: undisturbed(data, folder / f"reference_{k}", k) for k in {1, 2 if n > 1 else 1}
@@ -323,7 +332,8 @@ def signals(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
         times.append(seconds)
         if not good:
             print(
-                f"signal {i}: {processes=} {signum=} {to_worker=} {code=} {last=} {newest=}\n{started.output[-1500:]}"
+                f"signal {i}: {processes=} {signum=} {to_worker=} {code=} {last=} {newest=}\n"
+                f"{started.output[-1500:]}"
             )
     for processes, reference in references.items():
         out_dir = folder / f"signalled_{processes}"
@@ -373,8 +383,9 @@ def journals(folder: Path) -> list[str]:
 
 
 def preparations(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
-    """kill -9 at random instants of a preparation: how often what the journal names stays untouched by the next start,
-    and whether the token files are in the end those of an undisturbed one."""
+    """kill -9 at random instants of a preparation: how often what the journal names stays untouched
+    by the next start, and whether the token files are in the end those of an undisturbed one.
+    """
     source, out, pipe = folder / "tales.txt", folder / "killed", subprocess.PIPE
     source.write_text("\n\n".join([*documents() * 100, words(100_000)]))
     subprocess.run(
@@ -424,8 +435,9 @@ def preparations(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
 def stalls(
     n: int, data: Path, folder: Path, rng: random.Random, shape: GPTConfig | None = None
 ) -> dict:
-    """Seconds that saving a 124M model and its optimiser keeps the loop, seconds until it is on the disk, and how much
-    longer matrix products take meanwhile."""
+    """Seconds that saving a 124M model and its optimiser keeps the loop, seconds until it is on the
+    disk, and how much longer matrix products take meanwhile.
+    """
     model = GPT(shape or GPTConfig(vocab_size=50257))
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
     for parameter in model.parameters():
@@ -465,8 +477,9 @@ def stalls(
 
 
 def soak(seconds: int, data: Path, folder: Path, rng: random.Random, apart: int = 2000) -> dict:
-    """Two processes under torchrun for so long, with kills and signals to one or all; beside them two that nothing
-    happens to, whose weights are kept every `apart` steps to compare with."""
+    """Two processes under torchrun for so long, with kills and signals to one or all; beside them
+    two that nothing happens to, whose weights are kept every `apart` steps to compare with.
+    """
     events = {"kill one": 0, "kill all": 0, "SIGTERM": 0, "SIGINT": 0}
     end, out_dir, options = (
         time.monotonic() + seconds,

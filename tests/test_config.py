@@ -354,8 +354,8 @@ def test_nanogpts_config_files_load_with_their_meaning(tmp_path, name):
 def test_every_option_of_nanogpts_train_py_is_one_of_ours_with_the_same_type():
     nanogpt = {
         str: "out_dir init_from wandb_project wandb_run_name dataset device dtype",
-        int: "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size "
-        "n_layer n_head n_embd max_iters warmup_iters lr_decay_iters",
+        int: "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size "
+        "block_size n_layer n_head n_embd max_iters warmup_iters lr_decay_iters",
         float: "dropout learning_rate weight_decay beta1 beta2 grad_clip min_lr",
         bool: "eval_only always_save_checkpoint wandb_log bias decay_lr compile",
     }

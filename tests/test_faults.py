@@ -1,4 +1,6 @@
-"""Short forms of tests/faults.py (kills, damage, signals, a soak), and the faults that need two processes."""
+"""Short forms of tests/faults.py (kills, damage, signals, a soak), and the faults that need two
+processes.
+"""
 
 import json
 import os
@@ -178,7 +180,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(data, tmp_path
 
 
 def test_two_processes_keep_what_one_promises(data, tmp_path):
-    """Halves are the whole for every head, sharded or not; a bad gradient on one is left out by both."""
+    """Halves are the whole for every head, sharded or not; a bad gradient on one is left out by
+    both.
+    """
     (ended,) = torchrun(ROOT / "tests" / "workers.py", "heads,nan", data, tmp_path)
     assert ended.returncode == 0, ended.stdout[-5000:]
 
@@ -225,7 +229,8 @@ def test_two_torchruns_that_meet_train_as_one_process_does(data, tmp_path):
 
 SLURM = {  # stand-ins: two "machines" that are this one
     "srun": 'shift; for _ in 1 2; do "$@" & jobs="$jobs $!"; done; trap "kill -TERM $jobs" TERM\n'
-    "for job in $jobs; do while kill -0 $job 2>/dev/null; do wait $job; code=$?; done; done; exit $code",
+    "for job in $jobs; do while kill -0 $job 2>/dev/null; do wait $job; code=$?; done; done; "
+    "exit $code",
     "scontrol": '[ "$1" = requeue ] && echo "requeued $2" || echo 127.0.0.1',
 }
 

@@ -85,7 +85,7 @@ def test_step_0_has_the_nll_of_the_original(data, runs, old, weights, likelihood
     new, loss = scores(model, data)
     if ("sigmoid" in old) == (likelihood == "sigmoid"):
         assert new == pytest.approx(nll, abs=1e-5)  # the same logits mean the same
-    else:  # one of the 27 tokens often has nearly all probability: sigmoid and exp differ most there
+    else:  # one of the 27 tokens often has nearly all probability: sigmoid and exp differ there
         assert new == pytest.approx(nll, abs=0.15)
     if (
         likelihood == "sigmoid"

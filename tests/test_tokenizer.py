@@ -1,4 +1,6 @@
-"""Tokenizers: the same ids from a folder as before it was written, and a run folder that needs nothing else."""
+"""Tokenizers: the same ids from a folder as before it was written, and a run folder that needs
+nothing else.
+"""
 
 import importlib.util
 import json
@@ -28,7 +30,8 @@ from tests.test_offline import run_closed
 TEXT = words(300)
 STRANGE = [
     "I'll say it's 'tis DON'T we've  two   spaces\t\ttabs\n\n\nlines \r\n end ",
-    "naïve café Ångström Ελληνικά Русский язык 日本語の文章 中文字符 한국어 العربية עברית हिन्दी ไทย ಕನ್ನಡ",
+    "naïve café Ångström Ελληνικά Русский язык 日本語の文章 中文字符 한국어 "
+    "العربية עברית हिन्दी ไทย ಕನ್ನಡ",
     "👩‍👩‍👧‍👦🏳️‍🌈🤦🏽‍♂️ e\u0301 \u200b\u00a0\u3000\u2028 \x00\x01\x7f \ufeff \U0010ffff",
     "1234567890 ٣٤٥ ½ x² 3.14e-10 != <= >>= __init__ #!/bin/sh <|endoftext|> <|endoftext",
     " " * 300 + "a" * 300 + "\n" * 50,
@@ -131,7 +134,9 @@ def test_the_merges_of_gpt2s_tokens_are_openais_own(gpt2):
 
 
 def saved_by_transformers(tokenizer, folder: Path, old: bool) -> None:
-    """A tokenizer's files without any of ours; old: vocab.json and merges.txt, as transformers 4 has them beside."""
+    """A tokenizer's files without any of ours; old: vocab.json and merges.txt, as transformers 4
+    has them beside.
+    """
     import transformers
 
     pipeline = transformers_tokenizer(tokenizer)
@@ -219,7 +224,9 @@ def test_a_bpe_trained_twice_is_the_same_to_the_byte(tmp_path):
 
 
 def write_data(folder, kind: str) -> None:
-    """A data set by this tokenizer; with GPT-2's also as nanoGPT leaves it, and as we did before we kept the BPE."""
+    """A data set by this tokenizer; with GPT-2's also as nanoGPT leaves it, and as we did before we
+    kept the BPE.
+    """
     tokenizer = make("gpt2" if kind in ("nanogpt", "old") else kind)
     if kind == "nanogpt":
         ids = tokenizer.encode(TEXT)
