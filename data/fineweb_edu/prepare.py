@@ -24,9 +24,8 @@ from engine.data.splits import Corpus, with_val
 class Options(corpus.Options):
     # of the sample, in tokens; default: all 1.3 T
     size: Literal["10BT", "100BT", "350BT", "default"] = "10BT"
-    val_fraction: Fraction = (
-        0.001  # share of the documents to draw for val: 10 M tokens of the 10 B
-    )
+    # share of the documents to draw for val: 10 M tokens of the 10 B
+    val_fraction: Fraction = 0.001
 
 
 def fineweb(options: Options) -> Corpus:
