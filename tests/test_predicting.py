@@ -608,6 +608,19 @@ def test_evaluates_figures_are_fp32_under_autocast():
     )
 
 
+def test_briers_sum_of_squares_is_exact_over_a_vocabulary_of_a_real_size():
+    """An fp32 norm of 50,304 probabilities by Zipf's law has a square that is 3e-5 too small."""
+    model = tiny_gpt(vocab_size=50304, n_layer=1, n_embd=4, logit_bias="uniform")
+    with torch.no_grad():
+        model.lm_head.weights.weight.zero_()
+        model.lm_head.bias.copy_(-torch.arange(1, 50305.0).log())
+    probs = (1 / torch.arange(1, 50305.0).double()).numpy()
+    probs /= probs.sum()
+    x = torch.full((1, 16), 40000)
+    brier = (probs**2).sum() - 2 * probs[40000] + 1
+    assert scores(model, (x, x))["brier"] - 1 == pytest.approx(brier - 1, rel=1e-5)
+
+
 @pytest.mark.parametrize("n_full", [1, 10, 17])
 def test_a_limited_split_is_that_many_blocks_evenly_spaced(tmp_path, n_full):
     file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n_full * T + 5)}), "val")
