@@ -38,6 +38,7 @@ def good(tmp_path_factory) -> Path:
     (root / "openai").mkdir()
     (root / "openai" / "config.json").write_text(json.dumps(GPT2))
     save_file({"wte.weight": torch.zeros(27, 32)}, root / "openai" / "model.safetensors")
+    (root / "words" / "train.top.labels").touch()
     (root / "words" / "train.top.labels.json").write_text(json.dumps(LABELS))
     return root
 
@@ -63,7 +64,7 @@ CONFIG, WEIGHTS, ABOUT = (
 )
 OTHER_BPE = {"model": {"type": "BPE", "vocab": {"\u65e5": 0}, "merges": []}}
 NESTED = b"[" * 100_000
-NO_META, NO_LABELS = "does not describe a data set", "does not describe labels"
+NO_META = "does not describe a data set"
 
 # file, its new contents (fields of a JSON object, or bytes; None: a folder in its place), who reads
 # it, the message
@@ -82,9 +83,8 @@ CASES = [
     (TOKENIZER, b"\xff", "bpe", "is no byte-level BPE"),
     (TOKENIZER, OTHER_BPE, "evaluate", "is no byte-level BPE"),
     (TOKENIZER, None, "bpe", "tokenizer.json is missing; prepare the data set again"),
-    (ABOUT, {"k": 0}, "labels", NO_LABELS),
-    (ABOUT, {"windows": None}, "labels", NO_LABELS),
-    (ABOUT, b"\xff", "labels", NO_LABELS),
+    (ABOUT, {"tokens": 0}, "labels", "made for other data"),
+    (ABOUT, b"\xff", "labels", "labels.json is damaged"),
     (CONFIG, b"[]", "openai", CONFIG),
     (CONFIG, NESTED, "openai", CONFIG),
     (CONFIG, {"model_type": "llama"}, "openai", "has model_type = 'llama'"),

@@ -133,14 +133,13 @@ TEACHER_MISTAKES = [
     ("share=nan", "--share wants float"),
     ("k=0", "k = 0 must"),
     ("stride=1000", "stride = 1000 is above 16"),
-    ("max_perplexity=1e400", "max_perplexity = inf must"),
     ("name=a/b", "'a/b' cannot name labels"),
     ("teacher=words", "there is no checkpoint in words"),
 ]
 TEXT_MISTAKES = [
     ("val_fraction=nan", "--val_fraction"),
-    ("test_fraction=1e400", "--val_fraction and --test_fraction"),
-    ("val_fraction=-1", "--val_fraction and --test_fraction"),
+    ("test_fraction=1e400", "test_fraction = inf"),
+    ("val_fraction=-1", "val_fraction = -1"),
     ("source=latin.txt", "latin.txt is not UTF-8"),
     ("source=empty/none*", "does not exist"),
     ("tokenizer=word", "unknown tokenizer 'word'"),
@@ -213,7 +212,7 @@ CASES = [
     ("evaluate.py", [*EVALUATE, "--device=cuda:99"], "--device=auto"),
     # config files
     *(("train.py", [*TRAIN, name], message) for name, message in CONFIG_MISTAKES),
-    ("train_bayes.py", [*TRAIN, "array.py"], "array.py: weights wants str"),
+    ("train_bayes.py", [*TRAIN, "array.py"], "array.py: weights wants"),
     # other scripts
     *(
         ("augmentation/teacher_labels.py", [*TEACHER, f"--{flag}"], message)

@@ -16,8 +16,9 @@ import torch
 
 from augmentation.teacher_labels import Options, Teacher, main
 from engine.base.errors import UserError
+from engine.base.files import exclusive_lock
 from engine.data.batches import Batches
-from engine.data.labels import LabelFile, LabelWriter, unpack
+from engine.data.labels import LabelFile, unpack
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.data.tokens import TokenFile
 from engine.runs.checkpoint import load_model, read_newest
@@ -117,7 +118,7 @@ def test_sampled_labels_are_in_expectation_the_teachers_distribution(data, teach
     )
     hidden, n = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), 20_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random((3 * n, K), np.float32))
-    ids, weights, _ = labeller.pick(hidden.repeat_interleave(n, 0), uniforms)
+    ids, weights = labeller.pick(hidden.repeat_interleave(n, 0), uniforms)
     mean = dense(torch.from_numpy(ids), torch.from_numpy(weights), 64).view(3, n, 64).mean(1)
     with torch.no_grad():
         p = labeller.model.lm_head.log_probs(hidden)[:, : labeller.n_ids].softmax(-1).double()
@@ -203,8 +204,7 @@ def test_a_label_is_in_expectation_the_truth_if_the_teacher_knows_the_ids_but_no
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"max_perplexity": 1.5, "share": 0.5}])
-def test_labels_over_shards_are_those_over_one_file(data, label, tmp_path, options):
+def test_labels_over_shards_are_those_over_one_file(data, label, tmp_path):
     meta, ids = json.loads((data / "meta.json").read_text()), TokenFile(data, "train").ids
     folder = write_nanogpt(
         tmp_path / "d",
@@ -218,9 +218,8 @@ def test_labels_over_shards_are_those_over_one_file(data, label, tmp_path, optio
         contents = (folder / about["file"]).read_bytes()
         about["sha256"] = hashlib.sha256(contents).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta | {"splits": {"train": {"shards": files}}}))
-    name = f"one_{len(options)}"
-    one = label(name, max_tokens=2000, **options)
-    many = label(name, max_tokens=2000, dataset=folder, **options)
+    one = label("one", max_tokens=2000)
+    many = label("one", max_tokens=2000, dataset=folder)
     assert np.array_equal(one.rows, many.rows) and np.asarray(one.rows)[:2000].any()
 
 
@@ -242,56 +241,6 @@ def test_a_set_has_the_true_token_and_each_of_the_teachers_once(data, label, mod
         )
         repeated += len(members) < 1 + int((stored[i] > 0).sum())
     assert repeated > 50
-
-
-def slow_perplexity(model, ids: list[int]) -> float:
-    """Of all tokens but the first, one pass of its own."""
-    ids = torch.tensor(ids)
-    with torch.no_grad():
-        log_probs = model.log_probs(ids[None, :-1])[0]
-    return (-log_probs.gather(-1, ids[1:, None]).mean()).exp().item()
-
-
-def slow_sentence(ids: list[int], ends: set[int], target: int) -> tuple[int, int]:
-    """Token by token to the left and to the right, T tokens at most (the block is shorter than
-    64).
-    """
-    begin = target
-    while begin > 0 and begin > target - T // 2 and ids[begin - 1] not in ends:
-        begin -= 1
-    stop = target
-    while ids[stop] not in ends and stop + 1 < min(len(ids), max(begin - 1, 0) + T + 1):
-        stop += 1
-    return begin, stop + 1
-
-
-def test_the_filter_drops_what_a_slow_one_drops(data, teacher, label, top):
-    limit, file, model = 4.0, TokenFile(data, "train"), load_model(teacher)
-    filtered = label("filtered", max_perplexity=limit, max_tokens=250)
-    characters, ids = (
-        json.loads((data / "meta.json").read_text())["tokenizer"]["chars"],
-        file.ids.tolist(),
-    )
-    ends = {characters.index(c) for c in ".!\n"} | {len(characters)}
-    dropped = emptied = 0
-    for position in range(250):
-        candidates, weights = unpack(top.rows[position])
-        begin, stop = slow_sentence(ids, ends, position + 1)
-        kept = {}
-        for candidate, weight in zip(candidates.tolist(), weights.tolist(), strict=True):
-            sentence = [
-                *ids[max(begin - 1, 0) : position + 1],
-                candidate,
-                *ids[position + 2 : stop],
-            ]
-            if slow_perplexity(model, sentence) <= limit or candidate == ids[position + 1]:
-                kept[candidate] = weight
-        found = zip(*(values.tolist() for values in unpack(filtered.rows[position])), strict=True)
-        found = {candidate: weight for candidate, weight in found if weight}
-        total = sum(kept.values())
-        assert found == pytest.approx({c: w / total for c, w in kept.items()}, rel=2e-3, abs=1e-6)
-        dropped, emptied = dropped + K - len(kept), emptied + (not kept)
-    assert 100 < dropped < 250 * K - 100 and emptied > 0
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(data, teacher, label):
@@ -321,15 +270,14 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(data, teacher, label
     assert (
         10 <= done < whole.about["windows"] and parts.path.read_bytes() == whole.path.read_bytes()
     )
-    assert {**parts.about, "seconds": 0} == {**whole.about, "seconds": 0}
+    assert parts.about == whole.about
 
 
 def test_a_finished_set_stays_as_it_is(label, top, capsys):
-    before = top.path.stat().st_mtime_ns
-    label("top")
-    assert (
-        "is complete already" in capsys.readouterr().out and top.path.stat().st_mtime_ns == before
-    )
+    before = top.path.read_bytes(), top.about
+    again = label("top")
+    assert (again.path.read_bytes(), again.about) == before
+    assert "is complete" in capsys.readouterr().out
 
 
 def test_labels_of_the_val_split_judge_how_a_model_ranks_sets_and_a_teacher_ranks_its_own_first(
@@ -348,13 +296,11 @@ def test_labels_of_the_val_split_judge_how_a_model_ranks_sets_and_a_teacher_rank
     assert "lrap" in capsys.readouterr().out
 
 
-def test_of_two_processes_that_write_the_same_labels_the_second_is_refused(data):
-    about = {"k": 2, "vocab_size": 9, "windows": 1}
-    first = LabelWriter(TokenFile(data, "train"), "locked", about)
-    with pytest.raises(UserError, match="another process is writing"):
-        LabelWriter(TokenFile(data, "train"), "locked", about)
-    first.lock.close()
-    LabelWriter(TokenFile(data, "train"), "locked", about)
+def test_of_two_processes_that_write_the_same_labels_the_second_is_refused(data, label):
+    busy = pytest.raises(UserError, match="another process is writing")
+    with exclusive_lock(data / "train.locked.labels", "busy"), busy:
+        label("locked")
+    label("locked", max_tokens=50)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +313,6 @@ def test_of_two_processes_that_write_the_same_labels_the_second_is_refused(data)
         ({"k": 0}, "k = 0 must be"),
         ({"k": 40}, "k = 40 is above 2., the vocabulary"),
         ({"stride": T + 1}, f"stride = {T + 1} is above {T}"),
-        ({"max_perplexity": -1}, "max_perplexity = -1.0 must be"),
         ({"teacher": "nowhere"}, "nowhere does not exist"),
         ({"dataset": "nowhere"}, r"train\.bin is missing"),
         ({"dataset": "bytes"}, "was trained with another tokenizer"),
@@ -376,7 +321,7 @@ def test_of_two_processes_that_write_the_same_labels_the_second_is_refused(data)
         ({"seed": 1}, "its seed is 1337, here it is 1; give another --name"),
         ({"teacher": "student"}, "its teacher_sha256 is "),
         ({"name": "alien"}, r"has no \.json next to it"),
-        ({"name": "torn"}, "does not describe labels; delete it and"),
+        ({"name": "torn"}, "labels.json is damaged"),
     ],
 )
 def test_a_mistake_is_refused_and_nothing_changes(
@@ -403,11 +348,11 @@ def test_a_mistake_is_refused_and_nothing_changes(
     [
         (
             {"labels": "none"},
-            r"train\.none\.labels\.json is missing; run .*teacher_labels\.py",
+            r"train\.none\.labels or its \.json is missing; run .*teacher_labels\.py",
         ),
         ({"labels": "a.b"}, "'a.b' cannot name labels"),
         ({"labels": "top", "label_mode": "hard"}, "label_mode = 'hard' is not one of: soft, set"),
-        ({"labels": "top", "label_mode": "set"}, "'set' needs --likelihood=sigmoid"),
+        ({"labels": "top", "label_mode": "set"}, "needs .*--likelihood=sigmoid"),
         ({"labels": "top", "label_weight": 1.1}, "label_weight = 1.1 must be at most 1"),
         ({"labels": "large"}, "has ids up to 999, but vocab_size = 2"),
         (
@@ -416,7 +361,7 @@ def test_a_mistake_is_refused_and_nothing_changes(
         ),
         ({"labels": "tokenizer"}, "made for other data: its tokenizer_sha256 is "),
         ({"labels": "short"}, "does not have the size"),
-        ({"labels": "gone"}, "does not have the size"),
+        ({"labels": "gone"}, "is missing; run"),
     ],
 )
 def test_training_refuses_labels_that_do_not_fit(data, top, tmp_path, options, message):

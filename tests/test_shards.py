@@ -15,7 +15,7 @@ import torch
 
 from engine.base.errors import UserError
 from engine.data.batches import Batches, BlockOrder
-from engine.data.labels import LabelFile, LabelWriter, identity, pack
+from engine.data.labels import LabelFile, identity, pack, paths_of
 from engine.data.tokens import TokenFile
 from engine.data.windows import windows
 from tests.helpers import (
@@ -371,10 +371,10 @@ def test_training_on_shards_resumes_bit_for_bit_and_learns(tmp_path):
 def test_teacher_labels_speak_of_positions_over_all_shards(tmp_path):
     data = described(tmp_path / "d", train=SHARDS)
     file = TokenFile(data, "train")
-    about = {"k": 1, "vocab_size": 257, "windows": 1}
-    writer = LabelWriter(file, "next", about)
-    writer.write(0, pack((TEXT[:, None] + 1) % 257, np.ones((len(TEXT), 1))))
-    writer.save(done=1)
+    about = {"k": 1, "vocab_size": 257, "windows": 1, "done": 1}
+    rows, description = paths_of(file, "next")
+    rows.write_bytes(pack((TEXT[:, None] + 1) % 257, np.ones((len(TEXT), 1))).tobytes())
+    description.write_text(json.dumps(about | identity(file)))
     batches = Batches(file, 8, 16, 0, LabelFile(file, "next", weight=0.25))
     for i in range(20):
         x, targets, weights = batches[i]

@@ -8,10 +8,8 @@ weights sum to 1 and its ids differ; a row of zeros is a position without labels
 Positions that are not written yet are a hole in the file: they read as zeros and take no space.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 
 from engine.base.errors import UserError
-from engine.base.files import exclusive_lock, write_json
+from engine.base.files import read_json
 from engine.data.shards import Shard
 from engine.data.tokens import TokenFile
 
@@ -37,13 +35,22 @@ def paths_of(file: TokenFile, name: str) -> tuple[Path, Path]:
 
 def identity(file: TokenFile) -> dict:
     """What labels belong to: these tokens, made by this tokenizer."""
-    tokenizer = (file.meta or {"tokenizer": {"kind": "gpt2"}})["tokenizer"]
+    tokenizer = file.meta["tokenizer"] if file.meta else {"kind": "gpt2"}
     described = json.dumps(tokenizer, sort_keys=True).encode()
     return {
         "tokens": len(file),
         "tokens_sha256": file.sha256,
         "tokenizer_sha256": hashlib.sha256(described).hexdigest(),
     }
+
+
+def refuse_other(expected: dict, found: dict, what: str, advice: str) -> None:
+    """Compare descriptions, and name the first difference."""
+    for name, value in expected.items():
+        if found.get(name) != value:
+            there = str(found.get(name))[:16]
+            here = str(value)[:16]
+            raise UserError(f"{what}: its {name} is {there}, here it is {here}; {advice}")
 
 
 def row_bytes(k: int) -> int:
@@ -76,18 +83,19 @@ class LabelFile:
 
     def __init__(self, file: TokenFile, name: str, mode: str = "soft", weight: float = 0.5):
         self.path, description = paths_of(file, name)
-        self.mode, self.weight = mode, weight
+        self.mode = mode
+        self.weight = weight
         make = f"run augmentation/teacher_labels.py with --name={name} --split={file.path.stem}"
-        if not description.is_file():
-            raise UserError(f"{description} is missing; {make}")
-        self.about = read_about(description)
+        if not (description.is_file() and self.path.is_file()):
+            raise UserError(f"{self.path} or its .json is missing; {make}")
+        self.about = read_json(description)
         again = f"delete it and its .json, and {make}"
         refuse_other(identity(file), self.about, f"{self.path} was made for other data", again)
         done = self.about["done"] / self.about["windows"]
         if done < 1:
             raise UserError(f"{self.path} is {done:.0%} done; to finish it, {make}")
         size = len(file) * row_bytes(self.about["k"])
-        if not self.path.is_file() or self.path.stat().st_size != size:
+        if self.path.stat().st_size != size:
             raise UserError(f"{self.path} does not have the size that its .json says; {again}")
         self.shard = Shard(self.path, UINT16, 0, size)
 
@@ -110,7 +118,8 @@ class LabelFile:
         int64, the true one first, and label weights (B, T, K + 1) float32: soft ones sum to 1,
         those of a set are 1 once for each member."""
         rows = self.rows
-        ids, weights = unpack(np.stack([rows[start : start + y.size(1)] for start in starts]))
+        blocks = [rows[start : start + y.size(1)] for start in starts]
+        ids, weights = unpack(np.stack(blocks))
         if ids.max() >= self.about["vocab_size"] or not ((weights >= 0) & (weights <= 1)).all():
             raise UserError(f"{self.path} is damaged; delete it and its .json, and make it again")
         y = y.unsqueeze(-1)
@@ -129,63 +138,3 @@ class LabelFile:
             # float16 makes the total differ from 1 by some 1e-4
             of_others = weights * (share / total.clamp(min=1e-6))
         return torch.cat([y, ids], -1), torch.cat([of_true, of_others], -1)
-
-
-class LabelWriter:
-    """Writes a label set. Rows are on the disk before they count as done, so a killed run can be
-    continued.
-
-    about: what the set is made from; to continue, it must be the same. progress: what save() was
-    last given."""
-
-    def __init__(self, file: TokenFile, name: str, about: dict):
-        self.path, self.about_path = paths_of(file, name)
-        self.about = self.progress = about | identity(file)
-        busy = f"another process is writing {self.path}; wait for it, or give another --name"
-        self.lock = contextlib.ExitStack()
-        self.lock.enter_context(exclusive_lock(self.path, busy))
-        self.file = open(self.path, "r+b")  # noqa: SIM115 open as long as the writer exists
-        if self.about_path.is_file():
-            self.progress = read_about(self.about_path)
-            other = f"give another --name, or delete {self.path} and its .json"
-            refuse_other(self.about, self.progress, f"{self.path} was made otherwise", other)
-        elif self.path.stat().st_size:
-            raise UserError(f"{self.path} has no .json next to it; delete it")
-        else:
-            self.save(done=0)
-        size = len(file) * row_bytes(about["k"])
-        if self.path.stat().st_size != size:
-            self.file.truncate(size)
-
-    def write(self, first: int, rows: np.ndarray) -> None:
-        """rows (n, 2, K) of the positions from first on."""
-        self.file.seek(first * row_bytes(self.about["k"]))
-        self.file.write(rows.tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def save(self, **progress) -> None:
-        """Write down how many windows are done."""
-        self.progress = self.about | progress
-        write_json(self.about_path, self.progress)
-
-
-def read_about(path: Path) -> dict:
-    """A label set's description."""
-    least = {"k": 1, "vocab_size": 1, "windows": 1, "done": 0}
-    try:
-        about = json.loads(path.read_bytes())
-        is_good = all(about[name] >= value for name, value in least.items())
-    except (ValueError, KeyError, TypeError, RecursionError):
-        is_good = False
-    if not is_good:
-        raise UserError(f"{path} does not describe labels; delete it and {path.with_suffix('')}")
-    return about
-
-
-def refuse_other(expected: dict, found: dict, what: str, advice: str) -> None:
-    """Compare descriptions, and name the first difference."""
-    for name, value in expected.items():
-        if found.get(name) != value:
-            there, here = f"{found.get(name)}"[:16], f"{value}"[:16]
-            raise UserError(f"{what}: its {name} is {there}, here it is {here}; {advice}")
