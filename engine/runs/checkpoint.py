@@ -5,6 +5,7 @@ A checkpoint holds tensors and plain values, and is loaded without running any c
 
 import pickle
 import shutil
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,9 @@ def read(path: Path) -> dict:
     """The contents of a checkpoint file. A damaged file is refused, and one that would run code."""
     try:
         check_crc(path)  # torch.load ignores it
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and isinstance(state.get("model"), dict):
             return state
         reason = "it holds no model"
@@ -96,17 +99,17 @@ def check_crc(file) -> None:
 
 def read_newest(out_dir: Path) -> dict:
     """The newest checkpoint of a run. If it is damaged, warn and read the one before it."""
-    paths = list_checkpoints(out_dir)
-    if not paths:
+    oldest, *later = list_checkpoints(out_dir) or [None]
+    if oldest is None:
         raise UserError(
             f"there is no checkpoint in {out_dir}; train first, or give another --out_dir"
         )
-    for path in reversed(paths[1:]):
+    for path in reversed(later):
         try:
             return read(path)
         except UserError as error:
             warn(str(error))
-    return read(paths[0])
+    return read(oldest)
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:

@@ -34,7 +34,7 @@ class Saver:
         self.processes.check_same(self.progress.step, "the step to resume from")
         if state:
             load_optimizer(self.optimizer, state["optimizer"])
-        if state.get("scaler"):
+        if state.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
     def save(self) -> None:
@@ -101,10 +101,13 @@ class Saver:
             ) from None
 
     def _write_and_read_back(self, temporary: Path, state: dict) -> None:
+        beat = self.processes.watch.beat  # a large file on a slow disk is no hang
         torch.save(state, str(temporary))  # given a path, torch writes without the GIL
+        beat()
         flush(temporary)
-        self.processes.watch.beat()  # a large file on a slow disk is no hang
+        beat()
         with open(temporary, "rb") as file:
             if hasattr(os, "posix_fadvise"):  # read from the disk, not from the page cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             check_crc(file)
+        beat()

@@ -59,11 +59,10 @@ def prepare_run(config, given: Set[str], processes: Processes):
     else:
         torch.manual_seed(config.seed)
         n_data = config.model.head.n_data or len(data["train"])
-        config = build(type(config), flatten(config) | {"n_data": n_data})
+        head = replace(config.model.head, n_data=n_data)
+        config = replace(config, model=replace(config.model, head=head))
         if init_from == "scratch":
-            vocab_size = config.model.vocab_size or data["train"].vocab_size
-            model = GPT(replace(config.model, vocab_size=vocab_size))
-            model.lm_head.init_from_frequencies(data["train"].frequencies(vocab_size))
+            model = from_scratch(config, data["train"])
         else:
             model = from_weights(config, init_from, data["train"], given)
 
@@ -89,6 +88,14 @@ def launch_id() -> str:
     """Which torchrun started this process: the same text in all that it starts on this machine."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{platform.node()} {os.getppid()} {run_id}" if run_id else ""
+
+
+def from_scratch(config, file: TokenFile) -> GPT:
+    """A new model for this training split."""
+    vocab_size = config.model.vocab_size or file.vocab_size
+    model = GPT(replace(config.model, vocab_size=vocab_size))
+    model.lm_head.init_from_frequencies(file.frequencies(vocab_size))
+    return model
 
 
 def resumed_config(config, state: dict, given: Set[str]):
