@@ -7,9 +7,8 @@
 Every number comes from log_probs, the normalised distribution over the next token, over the whole
 split: consecutive blocks of block_size, each token predicted once. Each run gets
 eval_<split>.json, the comparison a folder with tables, plots and report.html. `unigram` is what the
-training text's token frequencies alone reach. With --std_tolerance=0.01 --n_samples=16 a Bayesian
-run has a second row: its posterior widened until that costs 0.01 nats on the validation split.
-torchrun shares the work between processes; the results are the same.
+training text's token frequencies alone reach. torchrun shares the work between processes; the
+results are the same.
 """
 
 import json
@@ -22,12 +21,12 @@ import torch
 
 from engine.base import distributed
 from engine.base.errors import UserError, run_main
-from engine.base.files import atomic_write, check_writable, write_json
+from engine.base.files import check_writable, write_json, write_text
 from engine.base.options import load_config
-from engine.eval import table
 from engine.eval.ensemble import members_of
 from engine.eval.evaluator import EvaluationConfig, Evaluator
 from engine.eval.report import write_report
+from engine.eval.table import Table, as_markdown, as_text, comparable, tables
 from engine.gpt2.loading import HUB
 from engine.runs.checkpoint import folder_of
 from engine.runs.logger import read_records
@@ -58,23 +57,13 @@ class EvaluateConfig:
 def main() -> None:
     config, _ = load_config(EvaluateConfig, sys.argv[1:])
     check_outputs(config)
-    names = short_names(config.sources)
     with distributed.init(config.device, "auto") as processes:
         torch.backends.cuda.matmul.allow_tf32 = False  # init() allows it for training
         # all are loaded, and refused if something is wrong, before hours go into the first
-        runs = {
-            name: Evaluator(source, config.evaluation, processes) for name, source in names.items()
-        }
-        refuse_useless(config.evaluation, list(runs.values()))
+        runs = {}
+        for name, source in short_names(config.sources).items():
+            runs[name] = Evaluator(source, config.evaluation, processes)
         compare(config, runs, processes)
-
-
-def refuse_useless(config: EvaluationConfig, runs: list[Evaluator]) -> None:
-    """Refuse options that would change nothing."""
-    if config.mc_dropout and not any(run.mc_dropout for run in runs):
-        raise UserError("no run was trained with dropout; leave --mc_dropout out")
-    if config.std_tolerance and not any(run.model.bayes_layers() for run in runs):
-        raise UserError("no run has a posterior to widen; leave --std_tolerance out")
 
 
 def check_outputs(config: EvaluateConfig) -> None:
@@ -104,61 +93,48 @@ def compare(
         run.model.to(processes.device)
         row, scores[name] = run.scores()
         rows[name] = row
-        path = result_file(run.source, config)
-        if processes.is_main and config.report != "none":
-            for title, reading in run.documents().items():
-                texts.setdefault(title, {})[name] = reading
-        if processes.is_main and config.evaluation.continuations:
-            row["continuations"], records = run.continuations()
-            write_lines(path.with_name(f"continuations_{path.name[5:]}l"), records)
-        written = dict(row)
-        if config.evaluation.std_tolerance and run.model.bayes_layers():
-            factor = run.widen()
-            wide = f"{name} (std x {factor:.2f})"
-            rows[wide], scores[wide] = run.scores()
-            rows[wide] |= {"std_factor": factor, "std_tolerance": config.evaluation.std_tolerance}
-            written["scaled"] = rows[wide]
-        run.model.to("cpu")
         if processes.is_main:
+            path = result_file(run.source, config)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, written)
+            if config.evaluation.continuations:
+                row["continuations"], records = run.continuations()
+                lines = [json.dumps(record) + "\n" for record in records]
+                write_text(path.with_name(f"continuations_{path.name[5:]}l"), "".join(lines))
+            write_json(path, row)
+            if config.report != "none":
+                for title, text in run.documents().items():
+                    texts.setdefault(title, {})[name] = text
+        run.model.to("cpu")
     if processes.is_main:
-        report(config, runs, rows, scores, texts)
+        report(config, runs, tables(rows, scores), rows, texts)
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    atomic_write(path, lambda temporary: temporary.write_text(lines))
-
-
-def report(config: EvaluateConfig, runs: dict, rows: dict, scores: dict, texts: dict) -> None:
-    """Print the comparison, and write it to a folder. rows, scores: by name of the run; texts: for
-    each document its tokens as each run reads them."""
-    tables = table.tables(rows, scores)
-    first = next(iter(rows.values()))
+def report(
+    config: EvaluateConfig, runs: dict[str, Evaluator], found: list[Table], rows: dict, texts: dict
+) -> None:
+    """Print the comparison, and write it to a folder. rows: by name of the run; texts: for each
+    document its tokens as each run reads them."""
+    first, *_ = rows.values()
     title = "{dataset}, {split} split, {n_tokens:,} tokens, {n_units:,} bootstrap units ({unit})"
     title = title.format(**first)
-    parts = [f"{t.title}\n{table.as_text(t.header, t.lines)}" for t in tables]
-    print("\n\n".join([title, *parts]))
+    print(title)
+    for table in found:
+        print(f"\n{table.title}\n{as_text(table)}")
     if config.report == "none":
         return
     folder = config.report_folder
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"{t.title}\n\n{table.as_markdown(t.header, t.lines)}" for t in tables]
-    markdown = "\n\n".join([title, *parts]) + "\n"
-    for name, text in (("tables.md", markdown), ("tables.csv", table.as_csv(rows, scores))):
-        (folder / name).write_text(text, encoding="utf-8")
-    curves = {
-        name: read_records(folder_of(run.source) / "metrics.jsonl")
-        for name, run in runs.items()
-        if len(run.members) == 1
-    }
-    if not table.comparable(rows):  # plots would compare what the tables do not
+    parts = [f"{table.title}\n\n{as_markdown(table.header, table.lines)}\n" for table in found]
+    markdown = "\n".join([title + "\n", *parts])
+    (folder / "tables.md").write_text(markdown, encoding="utf-8")
+    curves = {}
+    for name, run in runs.items():
+        if len(run.members) == 1:
+            curves[name] = read_records(folder_of(run.source) / "metrics.jsonl")
+    if not comparable(rows):  # plots would compare what the tables do not
         rows, curves = {}, {}
-    blocks = dict.fromkeys(f"{run.block_size} tokens, {run.stride} apart" for run in runs.values())
-    settings = f"n_samples = {config.evaluation.n_samples}, windows of {' or '.join(blocks)}"
-    write_report(folder, title, settings, tables, rows, curves, texts)
+    settings = f"n_samples = {config.evaluation.n_samples}"
+    write_report(folder, title, settings, found, rows, curves, texts)
     print(f"report: {os.path.relpath(folder / 'report.html')}")
 
 
@@ -176,12 +152,10 @@ def result_file(source: str, config: EvaluateConfig) -> Path:
 
 def short_names(sources: list[str]) -> dict[str, str]:
     """name -> source: the last part of each path, or all of it if two share that part."""
-    names = []
+    names = {}
     for source in sources:
-        names.append("+".join(Path(member).name or member for member in members_of(source)))
-    if len(set(names)) < len(names):
-        names = sources
-    return dict(zip(names, sources, strict=True))
+        names["+".join(Path(member).absolute().name for member in members_of(source))] = source
+    return names if len(names) == len(sources) else {source: source for source in sources}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 Two conventions, not to be compared with each other: completion is the raw ctx, then " " + ending;
 harness the text cleaned as in lm-evaluation-harness. acc takes the ending with the highest sum of
 log-probabilities; acc_norm divides it by the ending's tokens (completion) or characters (harness).
-Are uncertain answers, by any measure, wrong more often?
+aurc is the mean error rate by acc_norm over all shares of the answers, the most certain ones first.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ import json
 import re
 import sys
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -28,9 +27,8 @@ from engine.base.files import DATA_ROOT, atomic_write, check_writable, write_jso
 from engine.base.options import PositiveInt, check_options, load_config
 from engine.eval.endings import encode, score_endings
 from engine.eval.evaluation import check_n_samples
-from engine.eval.metrics import selective_accuracy
 from engine.gpt2.loading import HUB
-from engine.runs.checkpoint import read_checkpoint
+from engine.runs.checkpoint import Checkpoint, folder_of, read_checkpoint
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -41,10 +39,11 @@ ITEMS = DATA_ROOT / "hellaswag" / "hellaswag_val.jsonl"
 class HellaSwagConfig:
     # the folder of the run to score (or of transformers); results go there
     out_dir: str = ""
-    model: str = ""  # or gpt2 | gpt2-medium | gpt2-large | gpt2-xl; results go to out/<model>
+    # or gpt2 | gpt2-medium | gpt2-large | gpt2-xl; results go to out/<model>
+    model: Literal[("", *HUB)] = ""
     download: bool = False  # fetch the items into data/hellaswag first; alone: only that
     source: str = ""  # the items, a JSONL file; default: those in data/hellaswag
-    style: Literal["completion", "harness"] = "completion"
+    style: Literal["completion", "harness"] = "completion"  # of the text, see above
     # so many items, the first ones (3,243 of ActivityNet, then 6,799 of WikiHow)
     limit: PositiveInt | Literal["all"] = "all"
     batch_size: PositiveInt = 16  # items at a time: speed and memory
@@ -57,13 +56,6 @@ class HellaSwagConfig:
         check_options(self)
         if self.out_dir and self.model:
             raise UserError("which model? give --out_dir or --model, not both")
-        if self.model not in ("", *HUB):
-            names = ", ".join(HUB)
-            raise UserError(f"model = {self.model!r} is not one of {names}; a run: --out_dir=RUN")
-        if not (self.out_dir or self.model or self.download):
-            raise UserError("which model? give --out_dir=RUN or --model=gpt2")
-        if self.download and self.source:
-            raise UserError("which items? give --source=FILE or --download, not both")
 
 
 class Item(NamedTuple):
@@ -77,6 +69,8 @@ def main() -> None:
     config, _ = load_config(HellaSwagConfig, sys.argv[1:])
     if config.download:
         download()
+    elif not (config.out_dir or config.model):
+        raise UserError("which model? give --out_dir=RUN or --model=gpt2")
     if config.out_dir or config.model:
         evaluate(config)
 
@@ -100,32 +94,40 @@ def download() -> None:
 
 
 def evaluate(config: HellaSwagConfig) -> None:
-    """Score the endings, and write hellaswag.json and every answer."""
+    """Score the endings, and write hellaswag.json."""
     source = config.model or config.out_dir
-    folder = Path("out", config.model) if config.model else Path(config.out_dir)
-    if config.out_dir and not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; --out_dir is the folder of a run")
+    folder = Path("out", source) if config.model else folder_of(source)
     items = read_items(config)
-    checkpoint, device = read_checkpoint(source), pick_device(config.device)
-    model, tokenizer = checkpoint.model(device), checkpoint.tokenizer()
-    check_n_samples(model, config.n_samples, source)
-    texts = [encode(tokenizer, item.context, item.endings) for item in items]
+    checkpoint = read_checkpoint(source)
     check_writable(folder)
-    cast, _ = autocast(device, config.dtype)
-    scores = score_endings(model, texts, 4 * config.batch_size, cast, config.n_samples)
-    log_probs, epistemic = (values.view(-1, 4) for values in scores)
+    log_probs, lengths = score(config, checkpoint, items)
     if not log_probs.isfinite().all():
         raise UserError(f"{source} gives log-probabilities that are not finite; train it again")
-    n_tokens = torch.tensor([[len(ids) for ids in endings] for _, endings in texts])
-    result, answers = judge(items, config.style, n_tokens, log_probs, epistemic)
-    head = model.config.head
-    result |= asdict(config) | {"model": source, "head": f"{head.weights} x {head.likelihood}"}
+    result = judge(log_probs, lengths, torch.tensor([item.label for item in items]))
+    result |= asdict(config) | {"model": source}
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(answer) + "\n" for answer in answers)
-    answers_file = folder / f"hellaswag_{config.style}.jsonl"
-    atomic_write(answers_file, lambda temporary: temporary.write_text(lines))
     write_json(folder / "hellaswag.json", result)
-    print(summary(result))
+    text = "{model}, {style} style, {n:,} items: acc {acc:.4f} ± {acc_stderr:.4f}, "
+    text += "acc_norm {acc_norm:.4f} ± {acc_norm_stderr:.4f}, AURC {aurc:.4f}"
+    print(text.format(**result))
+
+
+def score(
+    config: HellaSwagConfig, checkpoint: Checkpoint, items: list[Item]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, 4) each: the sum of log p over each ending, and its length in the style's unit."""
+    device = pick_device(config.device)
+    model = checkpoint.model(device)
+    tokenizer = checkpoint.tokenizer()
+    check_n_samples(model, config.n_samples, config.model or config.out_dir)
+    texts = [encode(tokenizer, item.context, item.endings) for item in items]
+    cast, _ = autocast(device, config.dtype)
+    log_probs = score_endings(model, texts, 4 * config.batch_size, cast, config.n_samples)
+    if config.style == "completion":
+        lengths = [[len(ids) for ids in endings] for _, endings in texts]
+    else:
+        lengths = [item.n_chars for item in items]
+    return log_probs.view(-1, 4), torch.tensor(lengths)
 
 
 def read_items(config: HellaSwagConfig) -> list[Item]:
@@ -142,7 +144,7 @@ def read_items(config: HellaSwagConfig) -> list[Item]:
     for number, line in enumerate(lines[: None if config.limit == "all" else config.limit], 1):
         try:
             items.append(prepare(json.loads(line), config.style))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, item {number} is no HellaSwag item: {error!r}") from None
     return items
 
@@ -159,7 +161,6 @@ def prepare(record: dict, style: str) -> Item:
         endings = [clean(ending) for ending in endings]
         context = cleaned.rstrip()  # a space belongs to the ending, as it does to GPT-2's tokens
         space = cleaned[len(context) :] + " "
-    "".join([context, *endings]).encode()  # JSON can hold half a character
     n_chars = [len(ending) for ending in endings]
     return Item(context, [space + ending for ending in endings], n_chars, label)
 
@@ -169,52 +170,21 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def judge(
-    items: Sequence[Item],
-    style: str,
-    n_tokens: torch.Tensor,
-    log_probs: torch.Tensor,
-    epistemic: torch.Tensor,
-) -> tuple[dict, list[dict]]:
-    """The scores, and a record for each item. n_tokens (n, 4): of each ending; log_probs and
-    epistemic (n, 4): the sums over them, nats."""
-    n, labels = len(items), torch.tensor([item.label for item in items])
-    n_chars = torch.tensor([item.n_chars for item in items])
-    mean = log_probs / (n_tokens if style == "completion" else n_chars.clamp(min=1))
-    best, second = mean.topk(2).values.unbind(1)
-    columns = {
-        "item": torch.arange(n),
-        "label": labels,
-        "answer_acc": log_probs.argmax(1),
-        "answer_acc_norm": mean.argmax(1),
-        "margin": best - second,
-    }
-    uncertainties = {"margin": second - best}  # a small margin is uncertain, whatever the head
-    if epistemic.any():
-        of_answers = (epistemic / n_tokens).gather(1, columns["answer_acc_norm"][:, None])
-        columns["epistemic"] = uncertainties["epistemic"] = of_answers.squeeze(1)
+def judge(log_probs: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> dict:
+    """The scores. log_probs, lengths: see score(); labels: (n,)."""
+    n = len(labels)
+    means = log_probs / lengths.clamp(min=1)
     result = {"n": n}
-    for name in ("acc", "acc_norm"):
-        correct = columns[f"answer_{name}"] == labels
-        result[name] = share = correct.double().mean().item()
+    for name, values in (("acc", log_probs), ("acc_norm", means)):
+        correct = values.argmax(1) == labels
+        share = correct.double().mean().item()
+        result[name] = share
         result[f"{name}_stderr"] = (share * (1 - share) / max(1, n - 1)) ** 0.5
-    for name, uncertainty in uncertainties.items():
-        result[f"abstaining_by_{name}"] = selective_accuracy(correct, uncertainty)
-    columns |= {"log_probs": log_probs, "n_tokens": n_tokens, "n_chars": n_chars}
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return result, [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def summary(result: dict) -> str:
-    """The result in lines of text."""
-    text = "{model}, {style} style, {n:,} items: acc {acc:.4f} ± {acc_stderr:.4f}, "
-    text += "acc_norm {acc_norm:.4f} ± {acc_norm_stderr:.4f}"
-    lines = [text.format(**result)]
-    shown = "  {}: acc_norm of the more certain half {:.4f}, of the rest {:.4f}; AURC {:.4f}"
-    for name in ("margin", "epistemic"):
-        if values := result.get(f"abstaining_by_{name}"):
-            lines.append(shown.format(f"abstaining by {name}", *values.values()))
-    return "\n".join(lines)
+    best, second = means.topk(2).values.unbind(1)
+    most_certain_first = (best - second).argsort(descending=True, stable=True)
+    n_right = correct[most_certain_first].cumsum(0)
+    result["aurc"] = (1 - n_right / torch.arange(1, n + 1)).mean().item()
+    return result
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ CASES = [
         [*EVALUATE, "--n_samples=1000000000000"],
         "n_samples = 1000000000000 must",
     ),
-    ("evaluate.py", [*EVALUATE, "--std_tolerance=1e400"], "std_tolerance = inf must"),
+    ("evaluate.py", [*EVALUATE, "--temperature=1e400"], "temperature = inf must"),
     # devices
     (
         "train.py",

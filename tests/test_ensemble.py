@@ -150,7 +150,7 @@ def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypat
     assert rows[0]["mc_dropout"] and rows[0]["n_samples"] == 8 and rows[0]["mutual_information"] > 0
     evaluate_py(monkeypatch, out_dir=runs / "seed1", report="none")
     plain = result(runs / "seed1", "eval_test.json")
-    assert "mc_dropout" not in plain and not math.isclose(plain["nll"], rows[0]["nll"])
+    assert not plain["mc_dropout"] and not math.isclose(plain["nll"], rows[0]["nll"])
 
 
 @pytest.mark.parametrize(

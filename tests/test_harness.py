@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import hellaswag
 from engine.data.tokenizer import BPETokenizer
+from engine.runs.checkpoint import read_checkpoint
 from tests.conftest import shared_data
 from tests.helpers import tiny_gpt
 from tests.test_export import exported, save
@@ -69,17 +70,15 @@ def check_same(folder: Path, items: list[dict], theirs: dict, monkeypatch) -> No
     flags = [f"--out_dir={folder}", f"--source={source}", "--style=harness", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags])
     hellaswag.main()
-    answers = [
-        json.loads(line) for line in (folder / "hellaswag_harness.jsonl").read_text().splitlines()
-    ]
+    items = hellaswag.read_items(hellaswag.HellaSwagConfig(source=str(source), style="harness"))
+    config = hellaswag.HellaSwagConfig(out_dir=str(folder), style="harness", device="cpu")
+    found, lengths = hellaswag.score(config, read_checkpoint(folder), items)
     samples = sorted(theirs["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
-    assert len(answers) == len(samples) == len(items) > 40
-    for answer, sample in zip(answers, samples, strict=True):
-        log_probs = [float(response[0]) for response in sample["filtered_resps"]]
-        assert answer["log_probs"] == pytest.approx(log_probs, rel=1e-4)
-        for name in ("acc", "acc_norm"):
-            assert (answer[f"answer_{name}"] == answer["label"]) == bool(sample[name])
-        assert answer["n_chars"] == [len(choice) for choice in sample["doc"]["choices"]]
+    assert len(found) == len(samples) == len(items) > 40
+    for log_probs, n_chars, sample in zip(found, lengths, samples, strict=True):
+        expected = [float(response[0]) for response in sample["filtered_resps"]]
+        assert log_probs.tolist() == pytest.approx(expected, rel=1e-4)
+        assert n_chars.tolist() == [len(choice) for choice in sample["doc"]["choices"]]
     ours, found = (
         json.loads((folder / "hellaswag.json").read_text()),
         theirs["results"]["hellaswag"],

@@ -16,8 +16,7 @@ import hellaswag
 from engine.base.errors import UserError
 from engine.data.tokenizer import GPT2Tokenizer, load_tokenizer
 from engine.eval.endings import encode, score_endings
-from engine.eval.metrics import selective_accuracy
-from engine.runs.checkpoint import load_model
+from engine.runs.checkpoint import load_model, read_checkpoint
 from tests.conftest import shared_data
 from tests.helpers import ROOT, run, write_bytes, write_words
 
@@ -82,12 +81,11 @@ def test_a_transformers_folder_scores_as_transformers_does_in_both_styles(
             monkeypatch=monkeypatch,
         )
         result = json.loads((folder / "hellaswag.json").read_text())
-        answers = [
-            json.loads(line)
-            for line in (folder / f"hellaswag_{style}.jsonl").read_text().splitlines()
-        ]
+        config = hellaswag.HellaSwagConfig(out_dir=str(folder), style=style, device="cpu")
+        found = hellaswag.score(config, read_checkpoint(folder), items)
+        log_probs, lengths = (values.tolist() for values in found)
         correct = {"acc": 0, "acc_norm": 0}
-        for item, answer, label in zip(items, answers, (2, 1), strict=True):
+        for item, answer, n_units, label in zip(items, log_probs, lengths, (2, 1), strict=True):
             sums = []
             for ending in item.endings:
                 context, ids = (
@@ -99,9 +97,12 @@ def test_a_transformers_folder_scores_as_transformers_does_in_both_styles(
                         0, len(context) - 1 : -1
                     ]
                 sums.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
-            assert answer["log_probs"] == pytest.approx(sums, abs=1e-3)
-            lengths = answer["n_tokens"] if style == "completion" else answer["n_chars"]
-            normed = [total / length for total, length in zip(sums, lengths, strict=True)]
+            assert answer == pytest.approx(sums, abs=1e-3)
+            if style == "completion":
+                assert n_units == [len(tokenizer.encode(ending)) for ending in item.endings]
+            else:
+                assert n_units == item.n_chars
+            normed = [total / length for total, length in zip(sums, n_units, strict=True)]
             correct["acc"] += sums.index(max(sums)) == label
             correct["acc_norm"] += normed.index(max(normed)) == label
         assert (result["style"], result["n"]) == (style, 2)
@@ -130,35 +131,16 @@ def test_the_harness_style_cleans_as_the_harness_does():
     )
 
 
-def test_scores_errors_and_abstaining_by_hand():
-    items = [hellaswag.Item("", [""] * 4, [1, 2, 4, 8], label) for label in (0, 1, 3, 3)]
+def test_scores_errors_and_the_area_by_hand():
     log_probs = torch.tensor(
         [[-1.0, -2, -8, -8], [-1, -3, -3, -9], [-9, -9, -9, -8], [-3, -9, -9, -8]]
     ).double()
-    n_tokens = torch.tensor([[1, 4, 4, 4]] * 4)
-    epistemic = torch.arange(16.0).view(4, 4)
-    result, answers = hellaswag.judge(items, "completion", n_tokens, log_probs, epistemic)
-    assert [answer["answer_acc"] for answer in answers] == [0, 0, 3, 0] and result["acc"] == 0.5
-    assert [answer["answer_acc_norm"] for answer in answers] == [1, 1, 3, 3] and result[
-        "acc_norm"
-    ] == 0.75
+    lengths = torch.tensor([[1, 4, 4, 4]] * 4)
+    result = hellaswag.judge(log_probs, lengths, torch.tensor([0, 1, 3, 3]))
+    assert result["n"] == 4 and result["acc"] == 0.5 and result["acc_norm"] == 0.75
     assert result["acc_norm_stderr"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
-    assert [answer["margin"] for answer in answers] == [0.5, 0, 0.25, 0.25]
-    assert [answer["epistemic"] for answer in answers] == [0.25, 1.25, 11 / 4, 15 / 4]
-    assert result["abstaining_by_epistemic"] == selective_accuracy(
-        torch.tensor([False, True, True, True]), torch.arange(4)
-    )
-    result, answers = hellaswag.judge(items, "harness", n_tokens, log_probs, 0 * epistemic)
-    assert [answer["answer_acc_norm"] for answer in answers] == [0, 2, 3, 3]
-    assert "abstaining_by_epistemic" not in result and result["acc_norm"] == 0.75
-
-
-def test_abstaining_in_the_order_of_uncertainty():
-    found = selective_accuracy(
-        torch.tensor([True, False, True, False]), torch.tensor([0.1, 0.9, 0.2, 0.8])
-    )
-    assert found["accuracy_certain_half"] == 1 and found["accuracy_rest"] == 0
-    assert found["risk_coverage_area"] == pytest.approx((0 + 0 + 1 / 3 + 1 / 2) / 4)
+    # the margins of acc_norm are 0.5, 0, 0.25, 0.25; the answer to the first item is wrong
+    assert result["aurc"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
@@ -172,17 +154,14 @@ def test_a_run_of_any_tokenizer_is_scored_and_one_that_lacks_a_character_is_told
     call(f"--out_dir={out_dir}", "--limit=2", *arguments, monkeypatch=monkeypatch)
     result = json.loads((out_dir / "hellaswag.json").read_text())
     assert result["n"] == 2 and result["style"] == style and {"acc", "acc_norm"} <= result.keys()
-    assert result["abstaining_by_epistemic"].keys() == result["abstaining_by_margin"].keys()
-    model, items = (
-        load_model(out_dir),
-        [hellaswag.prepare(record, style) for record in (WIKIHOW, ACTIVITY)],
-    )
+    items = [hellaswag.prepare(record, style) for record in (WIKIHOW, ACTIVITY)]
     texts = [encode(load_tokenizer(out_dir), item.context, item.endings) for item in items]
-    answers = [
-        json.loads(line) for line in (out_dir / f"hellaswag_{style}.jsonl").read_text().splitlines()
-    ]
-    expected = score_endings(model, texts)[0].tolist()
-    assert [x for answer in answers for x in answer["log_probs"]] == pytest.approx(expected)
+    config = hellaswag.HellaSwagConfig(out_dir=str(out_dir), style=style, device="cpu")
+    found, lengths = hellaswag.score(config, read_checkpoint(out_dir), items)
+    expected = score_endings(load_model(out_dir), texts)
+    torch.testing.assert_close(found.flatten(), expected)
+    judged = hellaswag.judge(found, lengths, torch.tensor([item.label for item in items]))
+    assert judged.items() <= result.items()
     run(write_words(tmp_path / "chars"), tmp_path / "of_chars", max_iters=1, eval_iters=1)
     with pytest.raises(UserError, match="character"):
         call(f"--out_dir={tmp_path / 'of_chars'}", *arguments, monkeypatch=monkeypatch)
@@ -198,8 +177,6 @@ BROKEN = [
     json.dumps(ACTIVITY | {"label": ""}),
     json.dumps(ACTIVITY | {"label": 4}),
     json.dumps({name: value for name, value in ACTIVITY.items() if name != "label"}),
-    json.dumps(ACTIVITY | {"ctx": None}),
-    json.dumps(ACTIVITY | {"ctx": "\ud800"}),
 ]
 
 
@@ -221,8 +198,7 @@ def test_a_line_that_is_no_item_is_named(line, tmp_path, monkeypatch):
         (["--limit=some"], "limit"),
         (["--style=mine"], "style"),
         (["--model=gpt2"], "not both"),
-        (["--out_dir=none", "--source=empty.jsonl"], "not a folder"),
-        (["--source=empty.jsonl", "--download"], "not both"),
+        (["--model=mine"], "model"),
         (["--out_dir="], "which model"),
         ([], "--download"),
         (["--out_dir=", "--model=gpt2"], "--download"),

@@ -2,7 +2,6 @@
 and evaluate.py.
 """
 
-import json
 import math
 import runpy
 import sys
@@ -16,8 +15,6 @@ from torch.nn import functional as F
 
 from engine.data.tokens import TokenFile
 from engine.data.windows import windows
-from engine.eval.evaluator import scale_posterior, widest_posterior
-from engine.runs.checkpoint import load_model
 from heads import LIKELIHOODS, Head, HeadConfig
 from heads.draws import entropy
 from heads.likelihoods import expected_log_sigmoid
@@ -25,10 +22,8 @@ from tests.helpers import (
     HEADS,
     ROOT,
     compiling,
-    flags,
     run,
     scores,
-    scores_of,
     tiny_gpt,
     tiny_head,
     write_nanogpt,
@@ -494,46 +489,6 @@ def runs(tmp_path_factory):
     return root
 
 
-def stds(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [layer.log_std.detach().exp().clone() for layer in model.bayes_layers()]
-
-
-@pytest.mark.parametrize("tolerance", [0.003, 0.05])
-def test_the_widest_posterior_costs_no_more_than_the_tolerance_and_a_wider_one_does(
-    runs, tolerance
-):
-    model, file = load_model(runs / "bayes"), TokenFile(runs / "data", "val")
-    before = stds(model)
-
-    def nll() -> float:
-        return scores_of(model, file, limit=8, n_samples=-1)["nll"]
-
-    limit = nll() + tolerance
-    factor = widest_posterior(model, nll, tolerance)
-    assert factor > 1.06
-    for was, now in zip(before, stds(model), strict=True):
-        torch.testing.assert_close(now, factor * was, rtol=1e-5, atol=0)
-    assert nll() <= limit + 1e-6
-    scale_posterior(model, 1.06)
-    assert nll() > limit
-    for was, now in zip(before, stds(model), strict=True):
-        torch.testing.assert_close(now, 1.06 * factor * was, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("widest", [1.0, 1.02, 1.08, 1.3, 2.17, 9.5, 60.0])
-def test_the_factor_of_the_widest_posterior_is_right_to_5_percent(widest):
-    model = tiny_gpt("bayes")
-    start = model.lm_head.weights.log_std.detach().mean().item()
-
-    def nll() -> float:  # 0 up to a factor, 1 beyond
-        return float(
-            model.lm_head.weights.log_std.detach().mean().item() - start > math.log(widest) + 1e-5
-        )
-
-    factor = widest_posterior(model, nll, tolerance=0.5)
-    assert factor <= widest * (1 + 1e-4) and widest < 1.05 * factor
-
-
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(
     ("weights", "n_samples"), [("point", 0), ("bayes", 0), ("bayes", -1), ("bayes", 3)]
@@ -652,22 +607,8 @@ def test_a_limit_above_what_is_there_leaves_a_short_split_as_it_is(tmp_path, n_t
 # evaluate.py
 
 
-def evaluate_py(monkeypatch, **options) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(device="cpu", **options)])
-    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-
-
-def test_evaluate_py_refuses_to_scale_the_posterior_of_a_point_run_in_one_line(
-    runs, monkeypatch, capsys
-):
-    with pytest.raises(SystemExit) as exit_:
-        evaluate_py(monkeypatch, out_dir=runs / "point", std_tolerance=0.01)
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and "std_tolerance" in error and len(error.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
-    "option", ["--n_samples=-2", "--std_tolerance=-0.1", "--std_tolerance=nan", "--limit=-1"]
+    "option", ["--n_samples=-2", "--temperature=-0.1", "--temperature=nan", "--limit=-1"]
 )
 def test_evaluate_py_refuses_an_impossible_option_in_one_line_that_names_it(
     runs, monkeypatch, capsys, option
@@ -683,62 +624,3 @@ def test_evaluate_py_refuses_an_impossible_option_in_one_line_that_names_it(
         and option.split("=")[0].strip("-") in error
         and len(error.splitlines()) == 1
     )
-
-
-@pytest.mark.parametrize("n_samples", [-1, 2])
-def test_evaluate_py_gives_a_scaled_posterior_a_row_and_leaves_the_raw_figures(
-    runs, monkeypatch, capsys, n_samples
-):
-    found = []
-    for options in ({}, {"std_tolerance": 0.01}):
-        evaluate_py(
-            monkeypatch,
-            out_dir=runs / "bayes",
-            split="test",
-            n_samples=n_samples,
-            limit=5,
-            report="none",
-            **options,
-        )
-        found.append(json.loads((runs / "bayes" / "eval_test.json").read_text()))
-    plain, both = found
-    scaled = both.pop("scaled")
-    assert both == plain and plain["n_tokens"] == 5 * T
-    assert scaled["std_factor"] > 1 and scaled["std_tolerance"] == 0.01
-    assert scaled["n_samples"] == plain["n_samples"] == n_samples
-    assert (
-        scaled["n_tokens"] == 5 * T and scaled["mutual_information"] > plain["mutual_information"]
-    )
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.startswith("bayes")]
-    alone, *both = (
-        line for line in rows if f" {plain['nll']:.4f} " in line or f" {scaled['nll']:.4f} " in line
-    )
-    assert [line.split("  ")[0] for line in both] == [
-        "bayes",
-        f"bayes (std x {scaled['std_factor']:.2f})",
-    ]
-    assert f" {plain['nll']:.4f} " in alone and alone.startswith("bayes ")
-
-
-@pytest.mark.parametrize("n_samples", [0, -1, 2])
-def test_evaluate_py_scales_no_width_that_its_predictions_do_not_have(
-    runs, monkeypatch, capsys, n_samples
-):
-    """The widths of hidden layers show in draws alone: without them it may refuse, or draw after
-    all.
-    """
-    try:
-        evaluate_py(
-            monkeypatch,
-            out_dir=runs / "mlp",
-            split="test",
-            limit=5,
-            n_samples=n_samples,
-            std_tolerance=0.01,
-        )
-    except SystemExit as exit_:
-        assert n_samples <= 0 and exit_.code == 2
-    else:
-        scaled = json.loads((runs / "mlp" / "eval_test.json").read_text())["scaled"]
-        assert scaled["std_factor"] < 100, "nothing depends on the factor"

@@ -17,7 +17,7 @@ from engine.data.tokens import TokenFile
 from engine.eval.generation import generate
 from engine.eval.texts import SEARCHED, document_bounds
 
-LOOP_TOKENS, LOOP_REPEATS = 2, 3  # a loop is a phrase of at least so many tokens, repeated so often
+BATCH_SIZE = 32  # continuations at a time
 
 
 def prompts(file: TokenFile, eot: int | None, n: int, length: int) -> torch.Tensor:
@@ -44,42 +44,39 @@ def continuations(
     prompts: torch.Tensor,
     max_new_tokens: int,
     eot: int | None = None,
-    batch_size: int = 32,
-    seed: int = 1337,
     **options: float,
 ) -> list[list[int]]:
     """The ids that the model generates after each prompt (n, T), up to end-of-text (eot).
 
-    options: those of generation.stream. They, seed and batch size alone determine the text."""
+    options: those of generation.stream. The same call gives the same text."""
     model.eval()
-    device, found = next(model.parameters()).device, []
-    batches = prompts.split(batch_size)
+    device = next(model.parameters()).device
+    found = []
+    batches = prompts.split(BATCH_SIZE)
     for i, batch in enumerate(tqdm(batches, desc="continuations", leave=False, disable=None)):
-        seed_micro_batch(seed, i)
+        seed_micro_batch(1337, i)
         ids = generate(model, batch.to(device), max_new_tokens, **options)
         for row in ids[:, batch.size(1) :].tolist():
-            found.append(row[: row.index(eot)] if eot in row else row)
+            end = row.index(eot) if eot in row else len(row)
+            found.append(row[:end])
     return found
 
 
-def diversity(
-    texts: Sequence[str], token_ids: Sequence[Sequence[int]]
-) -> dict[str, float | str | None]:
-    """All numbers of this module for some continuations, given as texts and as ids.
+def diversity(texts: Sequence[str]) -> dict[str, float | None]:
+    """All numbers of this module for some continuations.
 
     None where a number is not defined, because there are too few words."""
     words = [text.split() for text in texts]
-    repetition = [1 - share for text in words if (share := distinct([text], 4)) is not None]
-    return {
+    result = {
         "n_texts": len(texts),
         "n_words": sum(map(len, words)),
-        "n_tokens": sum(map(len, token_ids)),
-        "empty": mean([not text for text in words]),
-        **self_bleu(texts),
-        **{f"distinct_{n}": distinct(words, n) for n in (1, 2, 3, 4)},
-        "repetition": mean(repetition),
-        "loops": mean([ends_in_a_loop(list(ids)) for ids in token_ids]),
+        "self_bleu": self_bleu(texts),
     }
+    for n in (1, 2, 3, 4):
+        result[f"distinct_{n}"] = distinct(words, n)
+    shares = [distinct([text], 4) for text in words]
+    result["repetition"] = mean([1 - share for share in shares if share is not None])
+    return result
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -92,28 +89,23 @@ def distinct(texts: Sequence[list[str]], n: int) -> float | None:
 
     For one text alone, 1 - distinct at n = 4 is seq-rep-4 (Welleck et al. 2020, Neural Text
     Generation with Unlikelihood Training); its mean over texts is `repetition`."""
-    ngrams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
+    ngrams = []
+    for text in texts:
+        ngrams += [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
-def ends_in_a_loop(ids: list[int]) -> bool:
-    """Whether it ends in a repeated phrase (Holtzman et al. 2020, The Curious Case of Neural Text
-    Degeneration). By tokens: the last word may be cut in the middle."""
-    for length in range(LOOP_TOKENS, len(ids) // LOOP_REPEATS + 1):
-        if ids[-LOOP_REPEATS * length :] == ids[-length:] * LOOP_REPEATS:
-            return True
-    return False
-
-
-def self_bleu(texts: Sequence[str]) -> dict[str, float | str | None]:
+def self_bleu(texts: Sequence[str]) -> float | None:
     """The mean BLEU-4 of each text against all the others (Zhu et al. 2018, Texygen), 0 to 100; low
     is varied. sacrebleu's sentence BLEU; its time grows with the square of the number of texts."""
     from sacrebleu.metrics import BLEU
 
     texts = [text for text in texts if text.strip()]
     if len(texts) < 2:
-        return {"self_bleu": None, "self_bleu_signature": None}
-    bleu, scores = BLEU(effective_order=True), []
+        return None
+    bleu = BLEU(effective_order=True)
+    scores = []
     for i, text in enumerate(texts):
-        scores.append(bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score)
-    return {"self_bleu": mean(scores), "self_bleu_signature": str(bleu.get_signature())}
+        others = texts[:i] + texts[i + 1 :]
+        scores.append(bleu.sentence_score(text, others).score)
+    return mean(scores)

@@ -26,7 +26,8 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: list[GPT]):
         super().__init__()
-        self.members, self.config = nn.ModuleList(members), members[0].config
+        self.members = nn.ModuleList(members)
+        self.config = members[0].config
         for name in ALIKE:
             values = {getattr(member.config, name) for member in members}
             if len(values) > 1:
@@ -41,17 +42,21 @@ class Ensemble(nn.Module):
 
     def hiddens(self, idx: torch.Tensor, n_samples: int = 0) -> list[torch.Tensor]:
         """idx (B, T) -> the hidden states of all members, one after the other: see GPT.hiddens."""
-        return [hidden for member in self.members for hidden in member.hiddens(idx, n_samples)]
+        found = []
+        for member in self.members:
+            found += member.hiddens(idx, n_samples)
+        return found
 
     def predict(self, hiddens: list[torch.Tensor], n_samples: int = 0) -> Prediction:
         """As Head.predict. epistemic: the mutual information of the next token and the member (with
         its weights)."""
-        n, per_member = len(self.members), len(hiddens) // len(self.members)
+        n_members = len(self.members)
+        per_member = len(hiddens) // n_members
         parts = []
         for i, member in enumerate(self.members):
             own = hiddens[i * per_member : (i + 1) * per_member]
             prediction = member.lm_head.predict(own, n_samples)
-            parts.append((prediction.log_probs, prediction.aleatoric, 1 / n))
+            parts.append((prediction.log_probs, prediction.aleatoric, 1 / n_members))
         log_probs, aleatoric = mixture(parts)
         total = entropy(log_probs)
         return Prediction(log_probs, total, total - aleatoric)
@@ -65,15 +70,12 @@ def members_of(source: str) -> list[str]:
     return [source] if Path(source).exists() else source.split("+")
 
 
-def load(source: str, device: torch.device | str = "cpu") -> tuple[GPT | Ensemble, str | None]:
+def load(source: str) -> tuple[GPT | Ensemble, str | None]:
     """The model of a source, ready to predict, and the data set of its first run, if known."""
     paths = members_of(source)
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise UserError(f"{source} names a run twice; an ensemble is one of different runs")
-    members, datasets = [], []
-    for path in paths:
-        checkpoint = read_checkpoint(path)
-        members.append(checkpoint.model(device))
-        datasets.append(checkpoint.dataset)
+    checkpoints = [read_checkpoint(path) for path in paths]
+    members = [checkpoint.model("cpu") for checkpoint in checkpoints]
     model = members[0] if len(members) == 1 else Ensemble(members).eval()
-    return model, datasets[0]
+    return model, checkpoints[0].dataset

@@ -1,16 +1,17 @@
 """Score a text with a model, token by token, in pieces that fit into memory."""
 
 import contextlib
+import itertools
 from collections.abc import Iterable
 
 import torch
-from torch.nn import functional as F
 
 from engine.base.distributed import Processes, seed_micro_batch
 from engine.base.errors import UserError
 from engine.data.windows import Windows
 from engine.eval.metrics import MetricAccumulator
 from engine.eval.texts import TextStats
+from heads.head import token_scores
 
 NOISE_GROUP = 64  # neighbouring tokens that share their draws of the output weights' noise
 # positions whose (n, V) log-probabilities exist at a time; a CPU's cache is small
@@ -28,8 +29,8 @@ def evaluate(
 ) -> MetricAccumulator:
     """The scores of all windows, which the processes share; the same on each.
 
-    With a text also unigram_nll and scores by byte, and its documents as units of the bootstrap;
-    otherwise the units are windows. See score_tokens for the names of the scores."""
+    With a text also unigram_nll, and its documents as units of the bootstrap; otherwise the units
+    are windows. See score_tokens for the names of the scores."""
     model.eval()
     scores = MetricAccumulator()
     for i, batch in enumerate(batches):
@@ -46,7 +47,7 @@ def evaluate(
                 "or use --dtype=float32"
             )
         if text:
-            values |= text.scores(targets.flatten())
+            values["unigram_nll"] = -text.log_frequencies[targets.flatten()]
         scores.add(values, units)
     scores.join(processes)
     return scores
@@ -60,43 +61,35 @@ def check_n_samples(model: torch.nn.Module, n_samples: int, source: str) -> None
 def score_windows(
     model: torch.nn.Module, batch: Windows, device: torch.device, n_samples: int
 ) -> dict[str, torch.Tensor]:
-    """name -> (n,), the scores of the tokens that count."""
+    """name -> (n,), the scores of the tokens that count.
+
+    Draws are seeded by a group's place in the split, so that they do not depend on the batch."""
     seed_micro_batch(0, 0)  # Bayesian hidden layers draw the same weights for all windows
     hiddens = model.hiddens(batch.x.to(device), n_samples)
-    hiddens = [hidden[:, batch.first :].flatten(0, 1) for hidden in hiddens]
-    targets, *labels = (
-        ids[:, batch.first :].flatten(0, 1).to(device) for ids in (batch.y, *batch.labels)
-    )
+    sizes = CHUNK_ROWS[device.type]
+    seeds = itertools.repeat(0)
+    if n_samples > 0:
+        groups = (batch.at // NOISE_GROUP).flatten()
+        groups, n_rows = groups.unique_consecutive(return_counts=True)
+        sizes = n_rows.tolist()
+        seeds = groups.tolist()
+    columns = []
+    for column in (batch.y, *batch.labels, *hiddens):
+        rows = column[:, batch.first :].flatten(0, 1)
+        columns.append(rows.to(device).split(sizes))
+    n_labels = len(batch.labels)
     found = []
-    for rows, seed in chunks_and_seeds(batch.at, device, n_samples):
+    for seed, targets, *others in zip(seeds, *columns, strict=False):
         if n_samples > 0:
             seed_micro_batch(1, seed)
-        of_labels = [ids[rows] for ids in labels]
-        of_hiddens = [hidden[rows] for hidden in hiddens]
-        found.append(score_tokens(model, of_hiddens, targets[rows], of_labels, n_samples))
+        labels, states = others[:n_labels], others[n_labels:]
+        found.append(score_tokens(model, states, targets, labels, n_samples))
     return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
 
 
-def chunks_and_seeds(
-    at: torch.Tensor, device: torch.device, n_samples: int
-) -> Iterable[tuple[slice, int]]:
-    """Rows to predict at a time, and the seed of their noise.
-
-    Draws are seeded by a group's place in the split, so that they do not depend on the batch."""
-    if n_samples < 1:
-        return [(rows, 0) for rows in row_chunks(at.numel(), device)]
-    window = torch.arange(len(at))[:, None].expand_as(at)
-    groups = torch.stack([window, at // NOISE_GROUP], -1).flatten(0, 1)
-    groups, sizes = groups.unique_consecutive(dim=0, return_counts=True)
-    ends = sizes.cumsum(0)
-    starts = ends - sizes
-    rows = map(slice, starts.tolist(), ends.tolist())
-    return zip(rows, groups[:, 1].tolist(), strict=True)
-
-
-def row_chunks(n: int, device: torch.device, size: int = 0) -> list[slice]:
-    """n rows in slices of this size, or the size that suits the device."""
-    size = size or CHUNK_ROWS[device.type]
+def row_chunks(n: int, device: torch.device) -> list[slice]:
+    """n rows in slices of a size that suits the device."""
+    size = CHUNK_ROWS[device.type]
     return [slice(i, i + size) for i in range(0, n, size)]
 
 
@@ -111,27 +104,25 @@ def score_tokens(
     head = model.lm_head
     prediction = head.predict(hiddens, n_samples)
     log_p = prediction.log_probs
-    nll = F.nll_loss(log_p, targets, reduction="none")
-    best = log_p.topk(min(5, log_p.size(-1)))
-    hits = best.indices == targets.unsqueeze(-1)
+    nll, confidence, correct = token_scores(log_p, targets)
     # a norm of 50,304 fp32 numbers is too small by 1e-5 on a CPU
     sum_of_squares = log_p.exp().square_().sum(-1)
     values = {
         "nll": nll,
-        "accuracy": hits[:, 0].float(),
-        "accuracy_top5": hits.any(-1).float(),
+        "accuracy": correct.float(),
         "brier": sum_of_squares - 2 * (-nll).exp() + 1,
         "entropy": prediction.total,
-        "confidence": best.values[:, 0].exp(),
+        "confidence": confidence,
     }
     if model.bayes_layers() or len(hiddens) > 1:
         values["aleatoric"] = prediction.aleatoric
         values["mutual_information"] = prediction.epistemic
     if hasattr(head.likelihood, "desmoothed"):
         plain = head.likelihood.desmoothed(log_p)
-        values["nll_desmoothed"] = F.nll_loss(plain, targets, reduction="none")
+        values["nll_desmoothed"] = token_scores(plain, targets).nll
     if hasattr(head.likelihood, "log_sum_sigma"):
-        values["log_sum_sigma"] = head.likelihood.log_sum_sigma(head.logits(hiddens[0]))
+        logits = head.logits(hiddens[0])
+        values["log_sum_sigma"] = head.likelihood.log_sum_sigma(logits)
     if labels:
         values |= set_scores(log_p, *labels)
     return values
@@ -144,11 +135,14 @@ def set_scores(
 
     recall_at_k: the share of the set among the K best. lrap: label-ranking average precision, the
     mean over members of the share of members among all that rank as high."""
-    of_ids, is_member = scores.gather(-1, ids), weights > 0
-    ranks = [(scores >= score.unsqueeze(-1)).sum(-1) for score in of_ids.unbind(-1)]
-    rank = torch.stack(ranks, -1)
-    as_high = of_ids.unsqueeze(-2) >= of_ids.unsqueeze(-1)
-    rank_among_members = (as_high & is_member.unsqueeze(-2)).sum(-1)
+    of_ids = scores.gather(-1, ids)
+    is_member = weights > 0
     size = is_member.sum(-1)
-    recall = (is_member & (rank <= ids.size(-1))).sum(-1) / size
-    return {"recall_at_k": recall, "lrap": (is_member * rank_among_members / rank).sum(-1) / size}
+    recall, precision = 0, 0
+    for score, counts in zip(of_ids.T, is_member.T, strict=True):
+        score = score.unsqueeze(-1)
+        rank = (scores >= score).sum(-1)
+        rank_among_members = (is_member & (of_ids >= score)).sum(-1)
+        recall += counts & (rank <= ids.size(-1))
+        precision += counts * rank_among_members / rank
+    return {"recall_at_k": recall / size, "lrap": precision / size}

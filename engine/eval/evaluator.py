@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from tqdm import tqdm
 
 from engine.base.distributed import Processes, autocast
@@ -19,13 +18,11 @@ from engine.eval.ensemble import load, members_of
 from engine.eval.evaluation import check_n_samples, evaluate
 from engine.eval.metrics import MetricAccumulator, out_of_domain
 from engine.eval.scored_text import ScoredText, score_text
-from engine.eval.texts import TextStats, document
+from engine.eval.texts import TextStats, first_document
 from engine.eval.validation import exp
 from engine.runs.checkpoint import check_tokenizer, folder_of
 
 SHOWN_TOKENS = 600  # of a document that the report colours
-WIDTH_WINDOWS = 64  # of the validation split, to find the widest posterior
-MAX_STD_FACTOR = 1000.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,6 @@ class EvaluationConfig:
     n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
     # average n_samples passes with dropout, for runs that were trained with it
     mc_dropout: bool = False
-    # Bayesian: also with the widest posterior within so many nats on val; 0: do not
-    std_tolerance: NonNegativeFloat = 0.0
     # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
     labels: str = ""
     # also generate so many texts from prompts of the split: Self-BLEU, distinct-n, repetition
@@ -54,8 +49,6 @@ class EvaluationConfig:
     temperature: NonNegativeFloat = 1.0  # of the continuations
     # of the continuations: draw from the k likeliest tokens; 0: from all
     top_k: NonNegativeInt = 0
-    # the report colours the beginning of this document of the split by uncertainty
-    document: NonNegativeInt = 0
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
@@ -67,11 +60,6 @@ class EvaluationConfig:
                 "continuations are generated without dropout; "
                 "leave --mc_dropout or --continuations out"
             )
-        if self.std_tolerance and self.n_samples == 0:
-            raise UserError(
-                "std_tolerance needs predictions that depend on the posterior's width: "
-                "give --n_samples=16, say, or -1"
-            )
 
 
 class Evaluator:
@@ -80,15 +68,16 @@ class Evaluator:
     What cannot work is refused here, before hours go into other runs."""
 
     def __init__(self, source: str, config: EvaluationConfig, processes: Processes):
-        self.source, self.config, self.processes = source, config, processes
+        self.source = source
+        self.config = config
+        self.processes = processes
         self.cast, _ = autocast(processes.device, config.dtype)
         self.members = members_of(source)
         self.model, dataset = load(source)
-        self.models = list(getattr(self.model, "members", [self.model]))
-        self.mc_dropout = config.mc_dropout and all(m.config.dropout for m in self.models)
-        for model in self.models:
-            model.mc_dropout = self.mc_dropout
-        draws = self.model.bayes_layers() or self.mc_dropout
+        self.models = getattr(self.model, "members", [self.model])
+        if config.mc_dropout:
+            self._drop_out()
+        draws = self.model.bayes_layers() or config.mc_dropout
         self.n_samples = config.n_samples if draws else 0
         check_n_samples(self.model, self.n_samples, source)
         self.block_size = self.model.config.block_size
@@ -102,55 +91,58 @@ class Evaluator:
             raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
         self._open_texts()
 
-    def _open_texts(self) -> None:
+    def _drop_out(self):
+        for model in self.models:
+            if not model.config.dropout:
+                raise UserError(
+                    f"{self.source} was not trained with dropout; leave --mc_dropout out"
+                )
+            model.mc_dropout = True
+
+    def _open_texts(self):
         config = self.config
-        self.file = self._split(self.dataset, config.split)
-        self.train = TokenFile(self.dataset, "train")
-        self.labels = LabelFile(self.file, config.labels, "set") if config.labels else None
-        if self.labels:
-            self.labels.check(self.model.config.vocab_size)
-        if config.std_tolerance and self.model.bayes_layers():
-            self.val = self._split(self.dataset, "val")
+        n_ids = self.model.config.vocab_size
+        self.file = self._split(self.dataset)
+        self.frequencies = TokenFile(self.dataset, "train").frequencies(n_ids)
+        self.labels = None
+        if config.labels:
+            self.labels = LabelFile(self.file, config.labels, "set")
+            self.labels.check(n_ids)
         folder = folder_of(self.members[0])
         if not has_tokenizer(folder):
             folder = dataset_folder(self.dataset)
         self.tokenizer = load_tokenizer(folder)
-        eot = self.tokenizer.eot
-        title = f"{self.dataset}, {config.split} split, document {config.document}"
-        self.shown = {title: document(self.file, eot, config.document, SHOWN_TOKENS)}
         self.ood = None
         if config.ood_dataset:
-            self.ood = self._split(config.ood_dataset, config.split)
-            if self.ood.sha256 == self.file.sha256:
-                raise UserError(
-                    f"ood_dataset = {config.ood_dataset!r} is the run's own text; "
-                    "name another data set"
-                )
-            title = f"out of domain: {config.ood_dataset}"
-            self.shown[title] = document(self.ood, eot, 0, SHOWN_TOKENS)
+            self.ood = self._split(config.ood_dataset)
         if config.continuations:
             if len(self.members) > 1:
                 raise UserError(
                     f"{self.source} is an ensemble, which does not generate; "
                     "leave --continuations out"
                 )
+            eot = self.tokenizer.eot
             self.prompts = prompts(self.file, eot, config.continuations, config.prompt_tokens)
 
-    def _split(self, dataset: str, split: str) -> TokenFile:
+    def _split(self, dataset):
         for member in self.members:
             check_tokenizer(member, dataset_folder(dataset))
-        file = TokenFile(dataset, split)
+        file = TokenFile(dataset, self.config.split)
         file.check(self.model.config.vocab_size)
         return file
 
     def scores(self) -> tuple[dict, MetricAccumulator]:
         """All numbers on the whole split, and what they were computed from."""
-        config, n_ids, eot = self.config, self.model.config.vocab_size, self.tokenizer.eot
-        n_documents = 0 if eot is None else self.file.counts(n_ids)[eot].item()
-        frequencies = self.train.frequencies(n_ids)
-        text = TextStats(self.tokenizer, frequencies, n_documents, part=bool(config.limit))
-        scores = self._evaluate(self.file, config.limit, text, self.labels)
-        row = {
+        config = self.config
+        eot = self.tokenizer.eot
+        n_documents = 0
+        if eot is not None:
+            n_documents = self.file.counts(self.model.config.vocab_size)[eot].item()
+        text = TextStats(self.tokenizer, self.frequencies, n_documents, part=bool(config.limit))
+        scores = self._evaluate(self.file, text, self.labels)
+        row = scores.result()
+        nats = row["nll"] * row["n_tokens"]
+        row |= {
             "head": self._describe_heads(),
             "dataset": str(self.dataset),
             "split": config.split,
@@ -160,24 +152,24 @@ class Evaluator:
             "block_size": self.block_size,
             "stride": self.stride,
             "n_samples": self.n_samples,
+            "mc_dropout": config.mc_dropout,
             "limit": config.limit,
             "n_words": text.n_words,
+            "n_bytes": text.n_bytes,
+            "word_perplexity": exp(nats / max(1, text.n_words)),
+            "bits_per_byte": nats / max(1, text.n_bytes) / math.log(2),
         }
-        if self.mc_dropout:
-            row["mc_dropout"] = True
         if self.labels:
             row |= {"labels": config.labels, "k": self.labels.about["k"] + 1}
-        row |= scores.result()
-        row["word_perplexity"] = exp(row["nll"] * row["n_tokens"] / max(1, text.n_words))
-        if len(self.members) == 1 and self.model.bayes_layers():
-            kl_weight = self.model.config.head.kl_weight
-            row |= {"kl": self.model.kl().item(), "kl_weight": kl_weight}
+        if self.model.bayes_layers() and len(self.members) == 1:
+            row["kl"] = self.model.kl().item()
+            row["kl_weight"] = self.model.config.head.kl_weight
         if self.ood:
-            found = out_of_domain(scores, self._evaluate(self.ood, config.limit))
-            row["ood"] = {"dataset": config.ood_dataset} | found
+            row["ood"] = {"dataset": config.ood_dataset}
+            row["ood"] |= out_of_domain(scores, self._evaluate(self.ood))
         return row, scores
 
-    def _describe_heads(self) -> str:
+    def _describe_heads(self):
         heads = [model.config.head for model in self.models]
         names = " + ".join(dict.fromkeys(f"{h.weights} x {h.likelihood}" for h in heads))
         return names if len(heads) == 1 else f"{names}, ensemble of {len(heads)}"
@@ -185,75 +177,39 @@ class Evaluator:
     def continuations(self) -> tuple[dict, list[dict]]:
         """How varied the generated text is, and with which settings; the prompts and texts."""
         config = self.config
-        settings = {
-            "max_new_tokens": config.max_new_tokens,
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "n_samples": config.n_samples,
-            "seed": 1337,
-            "batch_size": 32,
-        }
-        decode, n_ids = self.tokenizer.decode, self.tokenizer.vocab_size
+        names = ("max_new_tokens", "temperature", "top_k", "n_samples")
+        settings = {name: getattr(config, name) for name in names}
+        tokenizer = self.tokenizer
+        ids = {"eot": tokenizer.eot, "n_ids": tokenizer.vocab_size}
         with self.cast:
-            found = continuations(
-                self.model, self.prompts, eot=self.tokenizer.eot, n_ids=n_ids, **settings
-            )
-        texts = [decode(ids) for ids in found]
-        records = [
-            {"prompt": decode(prompt), "continuation": text}
-            for prompt, text in zip(self.prompts.tolist(), texts, strict=True)
-        ]
+            found = continuations(self.model, self.prompts, **ids, **settings)
+        texts = list(map(tokenizer.decode, found))
+        beginnings = map(tokenizer.decode, self.prompts.tolist())
+        records = []
+        for beginning, text in zip(beginnings, texts, strict=True):
+            records.append({"prompt": beginning, "continuation": text})
         settings |= {"prompt_tokens": config.prompt_tokens, "split": config.split}
-        return diversity(texts, found) | {"settings": settings}, records
+        return diversity(texts) | {"settings": settings}, records
 
     def documents(self) -> dict[str, ScoredText]:
-        """title -> the beginning of a document of the split and of the OOD text, token by token."""
-        return {
-            title: score_text(self.model, self.tokenizer, ids, self.n_samples)
-            for title, ids in self.shown.items()
-        }
+        """title -> the first document of the split and of the OOD text, token by token."""
+        found = {}
+        for title, file in (("In domain", self.file), ("Out of domain", self.ood)):
+            if file:
+                ids = first_document(file, self.tokenizer.eot, SHOWN_TOKENS)
+                scored = score_text(self.model, self.tokenizer, ids, self.n_samples)
+                found[f"{title}: {file.path}"] = scored
+        return found
 
-    def widen(self) -> float:
-        """Scale the posterior's standard deviations by the largest factor that costs at most
-        std_tolerance nats per token on the validation split; returns the factor, to 5 %."""
-
-        def nll() -> float:
-            return self._evaluate(self.val, WIDTH_WINDOWS).mean("nll")
-
-        return widest_posterior(self.model, nll, self.config.std_tolerance)
-
-    def _evaluate(
-        self, file: TokenFile, limit: int, text: TextStats | None = None, labels=None
-    ) -> MetricAccumulator:
-        batch_size = self.config.batch_size
-        batches = windows(file, self.block_size, batch_size, limit, self.stride, labels)
-        n_windows = (len(file) - 1) / self.stride
+    def _evaluate(self, file, text=None, labels=None):
+        config = self.config
+        n_windows = math.ceil((len(file) - 1) / self.stride)
+        n_windows = min(n_windows, config.limit or n_windows)
         bar = tqdm(
-            batches,
+            windows(file, self.block_size, config.batch_size, config.limit, self.stride, labels),
             desc=f"{self.source}, {file.path}",
-            total=math.ceil(min(limit or n_windows, n_windows) / batch_size),
+            total=math.ceil(n_windows / config.batch_size),
             leave=False,
             disable=None if self.processes.is_main else True,  # None: if it is no terminal
         )
         return evaluate(self.model, bar, self.processes, self.cast, self.n_samples, text)
-
-
-def widest_posterior(model: torch.nn.Module, nll, tolerance: float) -> float:
-    """Scale the posterior's standard deviations by the largest factor with which nll() stays within
-    the tolerance of what it is now; returns the factor, to 5 %."""
-    limit, factor, step = nll() + tolerance, 1.0, 2.0
-    while step > 1.04:
-        scale_posterior(model, step)
-        if nll() <= limit and factor * step < MAX_STD_FACTOR:
-            factor *= step
-        else:
-            scale_posterior(model, 1 / step)
-            step = math.sqrt(step)
-    return factor
-
-
-@torch.no_grad()
-def scale_posterior(model: torch.nn.Module, factor: float) -> None:
-    """Multiply all standard deviations, in place."""
-    for layer in model.bayes_layers():
-        layer.log_std += math.log(factor)

@@ -1,7 +1,5 @@
-"""Tables of results: aligned text for a terminal, Markdown, CSV."""
+"""Tables of results: aligned text for a terminal, Markdown."""
 
-import csv
-import io
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,7 +16,6 @@ GROUPS = {
         "bits_per_byte": "bits per byte: .4f",
         "word_perplexity": "word perplexity: .1f",
         "accuracy": "accuracy: .4f",
-        "accuracy_top5": "top 5: .4f",
         "recall_at_k": "recall at k: .4f",
         "lrap": "lrap: .4f",
         "vs_first": "vs first: .3f",
@@ -27,7 +24,6 @@ GROUPS = {
     "calibration and uncertainty (nats per token; AURC: area under error rate by coverage)": {
         "ece": "ECE: .4f",
         "ece_se": "±: .4f",
-        "adaptive_ece": "adaptive ECE: .4f",
         "brier": "Brier: .4f",
         "entropy": "total: .4f",
         "aleatoric": "aleatoric: .4f",
@@ -57,7 +53,6 @@ GROUPS = {
         "continuations_distinct_3": "Distinct-3: .3f",
         "continuations_distinct_4": "Distinct-4: .3f",
         "continuations_repetition": "repetition: .4f",
-        "continuations_loops": "loops: .3f",
         "continuations_n_words": "words: ,",
     },
 }
@@ -75,27 +70,21 @@ class Table(NamedTuple):
 
 def tables(rows: Mapping[str, dict], scores: Mapping[str, MetricAccumulator]) -> list[Table]:
     """The results by group, without columns that no run has. rows, scores: by name of the run."""
-    groups, values = GROUPS, compared_numbers(rows, scores)
-    if comparable(rows):
-        first = next(iter(values.values()))
-        nll = first["unigram_nll"]
-        unigram = {"nll": nll, "perplexity": exp(nll), "vs_first": exp(nll - first["nll"])}
-        values = {"unigram": unigram, **values}
-    else:
-        groups = {OTHER_TEXTS: {"bits_per_byte": "bits per byte: .4f"}}
-    found = []
-    for title, columns in groups.items():
-        specs = [(name, *column.split(": ")) for name, column in columns.items()]
-        header = ["run", *(head for _, head, _ in specs)]
-        lines = [
-            [run, *(cell(row, name, form) for name, _, form in specs)]
-            for run, row in values.items()
-        ]
-        header, *lines = without_empty_columns([header, *lines])
-        lines = [line for line in lines if any(line[1:])]
-        if lines:
-            found.append(Table(title, header, lines))
-    return found
+    if not comparable(rows):
+        return [table_of(OTHER_TEXTS, {"bits_per_byte": "bits per byte: .4f"}, rows)]
+    numbers = {name: flat(row) for name, row in rows.items()}
+    first, *others = rows
+    first_nll = rows[first]["nll"]
+    for name, row in rows.items():
+        numbers[name]["vs_first"] = exp(row["nll"] - first_nll)
+    for name in others:
+        if "nll_se" in rows[name] and rows[name]["n_units"] == rows[first]["n_units"]:
+            numbers[name]["vs_first_se"] = ratio_se(scores[name], scores[first])
+    nll = rows[first]["unigram_nll"]
+    unigram = {"nll": nll, "perplexity": exp(nll), "vs_first": exp(nll - first_nll)}
+    numbers = {"unigram": unigram} | numbers
+    found = [table_of(title, columns, numbers) for title, columns in GROUPS.items()]
+    return [table for table in found if table.lines]
 
 
 def comparable(rows: Mapping[str, dict]) -> bool:
@@ -104,22 +93,25 @@ def comparable(rows: Mapping[str, dict]) -> bool:
     return len(texts) == 1
 
 
-def compared_numbers(
-    rows: Mapping[str, dict], scores: Mapping[str, MetricAccumulator]
-) -> dict[str, dict[str, float]]:
-    """All numbers of each run, and the ratio of its perplexity to that of the first run; only bits
-    per byte if the runs cannot be compared."""
-    if not comparable(rows):
-        return {name: {"bits_per_byte": row.get("bits_per_byte")} for name, row in rows.items()}
-    first = next(iter(rows))
-    found = {}
-    for name, row in rows.items():
-        found[name] = flat(row) | {"vs_first": exp(row["nll"] - rows[first]["nll"])}
-        same_units = row["n_units"] == rows[first]["n_units"]
-        if name != first and "nll_se" in row and same_units:
-            nll, nll_of_first = (scores[run].replicates()["nll"] for run in (name, first))
-            found[name]["vs_first_se"] = spread((nll - nll_of_first).clamp(max=700).exp())
-    return found
+def ratio_se(scores: MetricAccumulator, first: MetricAccumulator) -> float:
+    """The standard error of the ratio of two perplexities, over the same resampled texts."""
+    differences = scores.replicates()["nll"] - first.replicates()["nll"]
+    return spread(differences.clamp(max=700).exp())
+
+
+def table_of(title: str, columns: dict[str, str], numbers: Mapping[str, dict]) -> Table:
+    """columns: as in GROUPS. numbers: by name of the run."""
+    header = ["run"] + [column.split(": ")[0] for column in columns.values()]
+    lines = []
+    for run, row in numbers.items():
+        cells = []
+        for name, column in columns.items():
+            form = column.split(": ")[1]
+            cells.append(format(row[name], form) if name in row else "")
+        if any(cells):
+            lines.append([run, *cells])
+    header, *lines = without_empty_columns([header, *lines])
+    return Table(title, header, lines)
 
 
 def flat(row: Mapping, prefix: str = "") -> dict[str, float]:
@@ -133,10 +125,6 @@ def flat(row: Mapping, prefix: str = "") -> dict[str, float]:
     return found
 
 
-def cell(row: Mapping[str, float], name: str, form: str) -> str:
-    return "" if row.get(name) is None else format(row[name], form)
-
-
 def without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
     """rows: a header and lines. Drops columns, after the first, with nothing or 0 in all lines."""
     first, *others = zip(*rows, strict=True)
@@ -144,29 +132,19 @@ def without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
     return [list(row) for row in zip(first, *kept, strict=True)]
 
 
-def as_text(header: list[str], lines: list[list[str]]) -> str:
+def as_text(table: Table) -> str:
     """Aligned columns; all but the first are numbers."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    rows = [
-        [name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]
-        for name, *cells in (header, *lines)
-    ]
-    return "\n".join("  ".join(row) for row in rows)
+    rows = [table.header, *table.lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        numbers = map(str.rjust, cells, widths[1:])
+        lines.append("  ".join([name.ljust(widths[0]), *numbers]))
+    return "\n".join(lines)
 
 
 def as_markdown(header: list[str], lines: list[list[str]]) -> str:
     """A Markdown table; all columns but the first are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+    rule = ["---"] + ["---:"] * (len(header) - 1)
     escaped = [[text.replace("|", r"\|") for text in row] for row in (header, rule, *lines)]
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
-
-
-def as_csv(rows: Mapping[str, dict], scores: Mapping[str, MetricAccumulator]) -> str:
-    """Every number of every run; only bits per byte of runs that cannot be compared."""
-    values = compared_numbers(rows, scores)
-    names = dict.fromkeys(name for row in values.values() for name in row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["run", *names], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"run": name} | row for name, row in values.items())
-    return text.getvalue()
