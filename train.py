@@ -170,22 +170,24 @@ def train(
 ) -> GPT:
     """Train until max_iters and return the model; given: names of the options that the user set."""
     config, data, raw_model, state = prepare_run(config, given, processes)
-    cast, dtype = distributed.autocast(processes.device, config.dtype)
-    model, how = processes.wrap(raw_model, config.compile, config.sharding)
+    n_micro, device = config.gradient_accumulation_steps, processes.device
+    distributed.check_accumulation(n_micro, processes.world_size)
+    cast, dtype = distributed.autocast(device, config.dtype)
+    model = processes.wrap(raw_model, config.compile, config.sharding)
     betas = (config.beta1, config.beta2)
     optimizer = adamw(raw_model, config.learning_rate, betas, config.weight_decay)
-    scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == "float16")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
 
     batches = training_batches(config, data["train"], state)
-    my_micro_batches = micro_batches_of(processes, config, progress.step)
-    prefetched = batches.prefetched(my_micro_batches, processes.device)
+    my_micro_batches = processes.share(progress.step * n_micro, config.max_iters * n_micro)
+    prefetched = batches.prefetched(my_micro_batches, device)
     block_size = config.model.block_size
     val_batches = eval_batches(data["val"], block_size, config.batch_size, config.eval_iters)
     run_info = describe_run(config, data, batches)
     saver = Saver(processes, progress, raw_model, optimizer, scaler, run_info)
     saver.restore(state)
-    run = open_run(config, data, processes, raw_model, (dtype, how), progress, state)
+    run = open_run(config, data, processes, raw_model, dtype, progress, state)
 
     with run as log, processes.watch.watching(), saver:
         for step in range(progress.step, config.max_iters + 1):
@@ -199,7 +201,7 @@ def train(
                 improved = progress.improves(scores)
                 log.evaluation(scores)
                 patience_steps = config.patience * config.eval_interval
-                is_last = is_last or 0 < patience_steps <= step - progress.best_step
+                is_last |= 0 < patience_steps <= step - progress.best_step
             is_save_step = is_last or step % (config.save_interval or config.eval_interval) == 0
             should_save = improved or (is_save_step and config.always_save_checkpoint)
             if should_save and not config.eval_only:
@@ -209,7 +211,16 @@ def train(
                 break
 
             lr = set_learning_rate(optimizer, step, config)
-            loss = accumulate_gradients(model, prefetched, step, config, processes, cast, scaler)
+            loss = torch.zeros(1, device=device)
+            for micro_batch in processes.micro_batches(model, step * n_micro, (step + 1) * n_micro):
+                distributed.seed_micro_batch(config.seed, micro_batch)
+                with cast:
+                    micro_loss = model(*next(prefetched))
+                # gradients are averaged over the processes, so each divides by its own share
+                scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
+                loss += micro_loss.detach() / n_micro
+            # after this, all processes finish the step or none: a signal interrupts here, if at all
+            (loss,) = processes.all_reduce(loss)
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(raw_model.parameters(), config.grad_clip)
             is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -225,33 +236,6 @@ def train(
             elif progress.step % config.log_interval == 0:
                 log.training(loss, lr, grad_norm)
     return raw_model
-
-
-def accumulate_gradients(model, batches, step, config, processes, cast, scaler) -> float:
-    """Do this process's micro-batches of a step; returns the mean loss over all processes."""
-    n_micro = config.gradient_accumulation_steps
-    loss = torch.zeros(1, device=processes.device)
-    for micro in processes.share(n_micro):
-        processes.heartbeat()
-        distributed.seed_micro_batch(config.seed, step * n_micro + micro)
-        is_last = micro + processes.world_size >= n_micro
-        with processes.accumulate(model, is_last):
-            with cast:
-                micro_loss = model(*next(batches))
-            # gradients are averaged over the processes, so each divides by its own share
-            scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
-        loss += micro_loss.detach() / n_micro
-    # after this, all processes finish the step or none: a signal interrupts here, if at all
-    (loss,) = processes.all_reduce(loss)
-    return loss
-
-
-def micro_batches_of(processes: distributed.Processes, config: TrainConfig, step: int) -> range:
-    """The numbers of the micro-batches that this process does from `step` to the end."""
-    n_micro = config.gradient_accumulation_steps
-    distributed.check_accumulation(n_micro, processes.world_size)
-    first, end = step * n_micro, config.max_iters * n_micro
-    return range(first + processes.rank, end, processes.world_size)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_flops_are_those_that_torch_counts(tie_head):
     assert counter.get_total_flops() == idx.numel() * per_token
 
 
-def test_the_banner_shows_size_step_run_code_and_memory_in_short_lines(data, tmp_path, capsys):
+def test_the_banner_shows_size_step_run_and_code_in_short_lines(data, tmp_path, capsys):
     model = run(data, tmp_path, weights="bayes", max_iters=4, gradient_accumulation_steps=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}: bayes x categorical head, float32, eager, on 1 x cpu"
@@ -55,17 +55,15 @@ def test_the_banner_shows_size_step_run_code_and_memory_in_short_lines(data, tmp
     assert f"{4 * 256 * model.flops_per_token():.1e} FLOPs" in lines[3]
     assert "4 steps, 1,024 tokens" in lines[3]
     assert f"torch {torch.__version__}" in lines[4] and max(map(len, lines[1:])) < 180
-    (memory,) = [line for line in lines if line.startswith("  memory")]
-    assert 0.05 < float(memory.split()[1]) < 50
 
 
 def test_eval_only_prints_nothing_of_training(data, tmp_path, capsys):
     run(data, tmp_path, eval_only=True)
     printed = capsys.readouterr().out
-    assert "parameters" in printed and "a step" not in printed and "memory" not in printed
+    assert "parameters" in printed and "a step" not in printed
 
 
-def test_config_json_lists_the_starts_of_a_run_with_their_code(data, tmp_path, monkeypatch, capsys):
+def test_config_json_lists_the_starts_of_a_run_with_their_code(data, tmp_path, monkeypatch):
     def written():
         return json.loads((tmp_path / "config.json").read_text())
 
@@ -75,21 +73,13 @@ def test_config_json_lists_the_starts_of_a_run_with_their_code(data, tmp_path, m
     assert written()["environment"].items() <= first.items()
     run(data, tmp_path, max_iters=4, lr_decay_iters=8, init_from="resume")
     assert [start["step"] for start in written()["starts"]] == [0, 2]
-    assert "code has changed" not in capsys.readouterr().out
     monkeypatch.setattr(banner, "_git", lambda *_: "other")
     run(data, tmp_path, max_iters=6, lr_decay_iters=8, init_from="resume")
-    assert "code has changed" in capsys.readouterr().out
     assert written()["starts"][-1]["diff"] == "other"
     # as older versions wrote it
     (tmp_path / "config.json").write_text(json.dumps({"environment": first}))
     run(data, tmp_path, max_iters=8, init_from="resume")
     assert [start["step"] for start in written()["starts"]] == [6]
-
-
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"starts": 3}', "{}", "[" * 100_000])
-def test_a_damaged_config_json_holds_no_starts(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    assert banner.earlier_starts(tmp_path) == []
 
 
 def test_the_diff_holds_uncommitted_changes_of_this_repository_alone(tmp_path):

@@ -352,8 +352,8 @@ def test_a_mistake_is_refused_and_nothing_changes(
         ),
         ({"labels": "a.b"}, "'a.b' cannot name labels"),
         ({"labels": "top", "label_mode": "hard"}, "label_mode = 'hard' is not one of: soft, set"),
-        ({"labels": "top", "label_mode": "set"}, "needs .*--likelihood=sigmoid"),
-        ({"labels": "top", "label_weight": 1.1}, "label_weight = 1.1 must be at most 1"),
+        ({"labels": "top", "label_mode": "set"}, "'set' needs .*--likelihood=sigmoid"),
+        ({"labels": "top", "label_weight": 1.1}, "label_weight = 1.1 must be <= 1"),
         ({"labels": "large"}, "has ids up to 999, but vocab_size = 2"),
         (
             {"labels": "tokens"},

@@ -1,10 +1,6 @@
 """How a run's records are shown: on screen, and by wandb."""
 
-import contextlib
-import os
-import re
 import struct
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,7 +10,7 @@ import torch
 
 from engine.base.distributed import Processes
 from engine.runs.logger import Logger, has_account
-from tests.helpers import ROOT, TINY, flags, records, run, write_words
+from tests.helpers import records, run, write_words
 from train import Progress
 
 
@@ -28,42 +24,6 @@ def test_the_screen_shows_an_evaluation_in_one_short_line(data, tmp_path, capsys
     line = [line for line in capsys.readouterr().out.splitlines() if "val nll" in line][0]
     names = [part.split()[:-1] for part in line.split(" | ")[1:]]
     assert names == [["val", "nll"], ["perplexity"], ["ece"], ["loss"]] and len(line) < 80
-
-
-def on_a_terminal(*options: str) -> list[str]:
-    """train.py's output on a terminal of 100 columns, line by line as it is drawn."""
-    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *options]
-    process, shown = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment), b""
-    os.close(theirs)
-    with contextlib.suppress(OSError):  # the terminal is closed at the other end
-        while part := os.read(ours, 4096):
-            shown += part
-    os.close(ours)
-    assert process.wait() == 0, shown.decode()
-    return shown.decode().replace("\r\n", "\n").replace("\r", "\n").splitlines()
-
-
-def test_on_a_terminal_a_bar_tells_the_time_left_and_tears_no_record(data, tmp_path):
-    options = TINY | {
-        "dataset": data,
-        "out_dir": tmp_path / "run",
-        "max_iters": 8,
-        "eval_interval": 4,
-    }
-    options |= {"lr_decay_iters": 16}
-    on_a_terminal(*flags(**options))
-    shown = on_a_terminal(*flags(**options | {"max_iters": 16, "init_from": "resume"}))
-    bars = [line for line in shown if "%|" in line]
-    assert "step 8/16 [" in bars[0] and "step 16/16 [" in bars[-1], bars
-    assert re.search(r"\[\d\d:\d\d, \d:\d\d:\d\d left\]", bars[-1]) and max(map(len, bars)) <= 100
-    found = [
-        int(line[4:].split("/")[0]) for line in shown if line.startswith("step ") and "loss" in line
-    ]
-    assert sorted(found) == sorted([8, 12, 16, *range(9, 17)])
 
 
 def test_the_time_left_counts_evaluations_and_the_speed_does_not(tmp_path, monkeypatch, capsys):
@@ -224,31 +184,6 @@ def test_wandb_groups_runs_by_text_and_head(data, tmp_path, offline, monkeypatch
     )
     first, again = sorted((tmp_path / "s" / "bayes").glob("wandb/offline-run-*"))
     assert first.name.split("-")[-1] == again.name.split("-")[-1], "a resumed run keeps its id"
-
-
-def test_without_an_account_charts_are_written_offline_and_nothing_is_deprecated(
-    data, tmp_path, offline
-):
-    (tmp_path / ".netrc").write_text("machine example.com login a password b\n")
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
-    }
-    options = TINY | {
-        "dataset": data,
-        "out_dir": tmp_path / "run",
-        "max_iters": 1,
-        "wandb_log": True,
-    }
-    command = [sys.executable, str(ROOT / "train.py"), *flags(**options)]
-    done = subprocess.run(
-        command,
-        env=environment | {"NETRC": str(tmp_path / ".netrc")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "deprecated" not in done.stdout + done.stderr and "wandb fails" not in done.stdout
-    assert [step for step, _ in charts(tmp_path / "run")["val/nll"]] == [0, 1]
 
 
 def test_an_account_is_a_key_in_the_environment_or_in_netrc(monkeypatch, tmp_path):

@@ -220,7 +220,7 @@ def test_a_text_goes_on_in_the_middle_of_its_prompts_last_character(folder, monk
     ("ask", "message"),
     [
         (lambda run: run.generate_text("the", stop=["a"]), "not a string"),
-        (lambda run: run.predict("the", n_samples=-5), "n_samples = -5 must be at least -1"),
+        (lambda run: run.predict("the", n_samples=-5), "n_samples = -5 must be >= -1"),
         (lambda run: list(run.stream("the", 0)), "at least one"),
         (lambda run: list(run.stream([], 1)), "at least one"),
     ],
@@ -483,7 +483,7 @@ def test_a_terminal_sees_tokens_one_by_one_and_no_character_that_steers_it(tmp_p
             {"abstain": "stop", "max_epistemic": 0.1, "out_dir": "softmax"},
             "softmax has point weights",
         ),
-        ({"max_epistemic": -1}, "max_epistemic = -1.0 must be at least 0"),
+        ({"max_epistemic": -1}, "max_epistemic = -1.0 must be >= 0"),
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_is_written(

@@ -332,8 +332,8 @@ def test_every_data_set_is_prepared_after_the_one_whose_tokenizer_it_has():
             ["--rows=softmax,none"],
             f"rows = 'none' is not one of: softmax, {BOTH}, {BOTH}_taught, bayes",
         ),
-        (["--jobs=0"], "jobs = 0 must be at least 1"),
-        (["--train_flags=--max_iter=8"], "unknown option '--max_iter'; did you mean 'max_iters'?"),
+        (["--jobs=0"], "jobs = 0 must be >= 1"),
+        (["--train_flags=--max_iter=8"], "--max_iter is not an option; did you mean 'max_iters'?"),
     ],
 )
 def test_a_mistake_ends_in_one_line(home, argv, message, monkeypatch, capsys):

@@ -4,12 +4,12 @@ import contextlib
 import ctypes
 import math
 import os
-import platform
 import shutil
 import signal
+import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -46,37 +46,41 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, n: int) -> range:
-        """Which of n pieces of work this process does."""
-        return range(self.rank, n, self.world_size)
+    def share(self, first: int, end: int) -> range:
+        """Which micro-batches from number first to end, exclusive, this process does."""
+        return range(first + self.rank, end, self.world_size)
 
-    def wrap(
-        self, model: torch.nn.Module, compile: bool, sharding: str = "none"
-    ) -> tuple[torch.nn.Module, str]:
-        """Return the model on this device, compiled if possible, with gradients averaged over all
-        processes in backward; and a description of how it runs. fsdp shards in place: parameters
-        become DTensors.
+    def wrap(self, model: torch.nn.Module, compile: bool, sharding: str) -> torch.nn.Module:
+        """Return the model on this device, with gradients averaged over all processes in backward.
+
+        fsdp shards in place: parameters become DTensors.
         """
-        if self.world_size > 1 and sharding == "fsdp":
-            how = _compile(model.transformer.h, self.device) if compile else "eager"
+        shards = self.world_size > 1 and sharding == "fsdp"
+        if compile:
+            check_compiler(self.device)
+            for module in model.transformer.h if shards else [model]:
+                module.compile()
+        if shards:
             shard(model, self.device.type, self.world_size)  # moves blocks to the device one by one
-            return model.to(self.device), f"{how}, parameters sharded"
         model = model.to(self.device)
-        how = _compile([model], self.device) if compile else "eager"
-        if self.world_size == 1:
-            return model, how
+        if self.world_size == 1 or shards:
+            return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         ddp_model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         ddp_model.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
-        return ddp_model, how
+        return ddp_model
 
-    def accumulate(self, model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Around a micro-batch: only the last one of a step averages gradients over processes."""
-        if isinstance(model, DistributedDataParallel):
-            return contextlib.nullcontext() if last else model.no_sync()
-        if self.world_size > 1:
-            model.set_requires_gradient_sync(last)
-        return contextlib.nullcontext()
+    def micro_batches(self, model: torch.nn.Module, first: int, end: int) -> Iterator[int]:
+        """This process's micro-batches of a step; backward averages gradients in the last alone."""
+        numbers = self.share(first, end)
+        for number in numbers:
+            self.heartbeat()
+            is_last = number == numbers[-1]
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = is_last  # no_sync() does the same
+            elif self.world_size > 1:
+                model.set_requires_gradient_sync(is_last)
+            yield number
 
     def heartbeat(self) -> None:
         """Restart the hang timer; a single process ends here if a signal asked for it."""
@@ -103,16 +107,6 @@ class Processes:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def check_same(self, value: int, what: str) -> None:
-        """Refuse values that differ between processes, as if machines see different folders."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        if len(set(values)) > 1:
-            raise UserError(
-                f"the processes disagree on {what}: {values}; do all machines see the same out_dir?"
-            )
-
     def wait_for_all(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -128,22 +122,15 @@ def init(device: str, backend: str, hang_timeout: float = 0.0):
     keep_memory()
     # for what autocast leaves in float32, as nanoGPT does
     torch.backends.cuda.matmul.allow_tf32 = True
-    rank, world_size = _rank_and_world_size()
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     watch = Watch(rank == 0, hang_timeout)
     picked = pick_device(device)
     if world_size == 1:
         yield Processes(picked, watch=watch)
         return
     if picked.type == "cuda":
-        picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-        if picked.index >= (n_gpus := torch.cuda.device_count()):
-            raise UserError(
-                f"process {picked.index} of this machine has no GPU: it has {n_gpus}; "
-                f"use torchrun --nproc_per_node={n_gpus}"
-            )
+        picked = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
         torch.cuda.set_device(picked)
-    if backend == "nccl" and picked.type != "cuda":
-        raise UserError(f"backend = 'nccl' needs CUDA, not {picked.type}; use --backend=gloo")
     if backend == "auto":
         backend = "nccl" if picked.type == "cuda" else "gloo"
     # the hang timer fires first and shows the stacks; this timeout is for the time before the loop
@@ -155,7 +142,8 @@ def init(device: str, backend: str, hang_timeout: float = 0.0):
         )
     except (RuntimeError, ValueError) as error:  # no such host, a port in use, no MASTER_ADDR
         raise UserError(
-            f"cannot join the other processes ({str(error)[:200]}); start with torchrun"
+            f"cannot join the other processes ({str(error)[:200]}); "
+            "start with torchrun, and without CUDA use --backend=gloo"
         ) from None
     yield Processes(picked, rank, world_size, watch)
     # not after an error: it would wait for peers that wait for this process
@@ -167,17 +155,15 @@ def pick_device(device: str) -> torch.device:
     n_gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if n_gpus else "mps" if has_mps else "cpu")
+    n_found = {"cpu": 1, "cuda": n_gpus, "mps": int(has_mps)}
     try:
         picked = torch.device(device)
     except RuntimeError:
-        raise UserError(
-            f"device = {device!r} is not a device; use auto, cpu, cuda, cuda:N or mps"
-        ) from None
-    n_found = {"cpu": 1, "cuda": n_gpus, "mps": int(has_mps)}.get(picked.type, 0)
-    if (picked.index or 0) >= n_found:
+        picked = None
+    if picked is None or (picked.index or 0) >= n_found.get(picked.type, 0):
         raise UserError(
             f"device = {device!r} is not there: this machine has {n_gpus} CUDA devices; "
-            "try --device=auto"
+            "use --device=auto, cpu, cuda, cuda:N or mps"
         )
     return picked
 
@@ -223,26 +209,19 @@ def peak_flops(device: torch.device) -> float:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.nan)
 
 
+def check_compiler(device: torch.device) -> None:
+    """Check that torch.compile finds a C++ compiler, which it needs on a CPU."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"compile = True needs {compiler}; install it, or use --compile=False")
+
+
 def keep_memory() -> None:
     """Have malloc keep large freed blocks: by default each step page-faults its tensors again."""
-    if platform.libc_ver()[0] == "glibc":
-        libc, m_mmap_max, m_trim_threshold = ctypes.CDLL(None), -4, -1
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    """Read what torchrun puts into the environment; without it there is one process."""
-    world_size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    if world_size == "1":
-        return 0, 1
-    is_valid = world_size.isdecimal() and rank.isdecimal() and int(rank) < int(world_size)
-    if not is_valid or "RANK" not in os.environ:
-        raise UserError(
-            f"WORLD_SIZE = {world_size!r} and RANK = {rank!r} in the environment do not fit; "
-            "start with torchrun, or unset both"
-        )
-    return int(rank), int(world_size)
+    if sys.platform == "linux":
+        mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
 
 
 def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -267,14 +246,3 @@ def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         time.sleep(0.05)
         if store.check([f"{name} {other}" for other in others]):
             return dist.PrefixStore(name, store)
-
-
-def _compile(modules: Iterable[torch.nn.Module], device: torch.device) -> str:
-    """Compile each in place if possible; describe how they run."""
-    default = "clang++" if platform.system() == "Darwin" else "g++"
-    compiler = os.environ.get("CXX") or default  # inductor's choice
-    if device.type == "cpu" and not shutil.which(compiler):
-        return f"eager (torch.compile needs the C++ compiler {compiler}, which is not here)"
-    for module in modules:
-        module.compile()
-    return "compiled"

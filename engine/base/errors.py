@@ -103,5 +103,5 @@ def _exit(code: int) -> None:
 
 
 def _print_error(message: str) -> None:
-    rank = f"[rank {os.environ.get('RANK')}] " if _has_peers() else ""
+    rank = f"[rank {os.environ.get('RANK', 0)}] " if _has_peers() else ""
     print(rank + " ".join(message.splitlines()), file=sys.stderr)

@@ -90,11 +90,8 @@ def check_writable(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The file's sha256."""
-    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -6,29 +6,31 @@ import torch
 
 
 def adamw(
-    model: torch.nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    model: torch.nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
 ) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and embeddings only: no bias, no norm, no log_std (decay
     pulls std to 1).
-
-    Fused where the device has it (CUDA, MPS and CPU all do in torch 2.11 and later).
     """
     decayed, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             is_decayed = p.dim() >= 2 and not name.endswith("log_std")
-            (decayed if is_decayed else others).append(p)
+            group = decayed if is_decayed else others
+            group.append(p)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def learning_rate_at(step: int, config) -> float:
     """nanoGPT's schedule: linear warm-up, cosine to min_lr at lr_decay_iters, then min_lr."""
-    peak, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_iters
+    peak, lowest = config.learning_rate, config.min_lr
+    warmup = config.warmup_iters
     end = config.lr_decay_iters or config.max_iters
     if not config.decay_lr:
         return peak
@@ -37,7 +39,8 @@ def learning_rate_at(step: int, config) -> float:
     if step > end:
         return lowest
     progress = (step - warmup) / max(1, end - warmup)
-    return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - lowest)
+    share = 0.5 * (1 + math.cos(math.pi * progress))
+    return lowest + share * (peak - lowest)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> float:

@@ -7,7 +7,6 @@ import faulthandler
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
@@ -36,8 +35,6 @@ class Watch:
 
     def catch_signals(self) -> None:
         """Let signals set signum, from the first step on: before it, there is nothing to save."""
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python allows handlers in the main thread only
         for signum in SIGNALS:
             is_ignored = signal.getsignal(signum) == signal.SIG_IGN
             # a script's background jobs start with SIGINT ignored; nohup is taken at its word

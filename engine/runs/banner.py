@@ -8,12 +8,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from engine.base.errors import UserError
 from engine.base.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,12 +28,13 @@ def count_parameters(model) -> dict[str, int]:
     return counts
 
 
-def banner(config, processes, model, how: tuple[str, str], n_data: int, step: int) -> list[str]:
+def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list[str]:
     """The lines that a run prints first: head, parameters, size of a step, length of the run.
 
-    how: the dtype, and compiled or eager; n_data: training tokens; step: the first one to do."""
+    n_data: training tokens; step: the first one to do."""
     head, counts = config.model.head, count_parameters(model)
-    title = f"{config.out_dir}: {head.weights} x {head.likelihood} head, {', '.join(how)}, "
+    how = "compiled" if config.compile else "eager"
+    title = f"{config.out_dir}: {head.weights} x {head.likelihood} head, {dtype}, {how}, "
     title += f"on {processes.world_size} x {processes.device.type}"
     if config.labels:
         title += f", teacher labels {config.labels} ({config.label_mode})"
@@ -67,15 +67,12 @@ def environment() -> dict[str, str]:
     versions, machine.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = {"torch": torch.__version__}
-    for name in ("numpy", "tokenizers", "tiktoken"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     return {
         "commit": _git("describe", "--always", "--dirty").strip() or "unknown",
-        **versions,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        **cuda,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": str(os.cpu_count()),
@@ -96,33 +93,25 @@ def this_start(processes, step: int) -> dict:
 
 
 def earlier_starts(out_dir: Path) -> list[dict]:
-    """What config.json records of the starts so far; [] if it is missing or damaged."""
-    try:
-        written = read_json(out_dir / "config.json")
-    except (OSError, UserError):
-        return []
-    starts = written.get("starts")
-    return starts if isinstance(starts, list) else []
+    """What config.json records of the starts so far; older versions recorded none."""
+    path = out_dir / "config.json"
+    return read_json(path).get("starts", []) if path.is_file() else []
 
 
-def code_line(start: dict, before: list[dict]) -> str:
-    """The line on commit and versions, and whether the code is another than at the last start."""
-    names = ("torch", "numpy", "tokenizers", "tiktoken", "cuda", "python")
-    versions = ", ".join(f"{name} {start[name]}" for name in names if name in start)
-    line = f"  code         {start['commit']}, {versions}"
-    code = ("commit", "diff")
-    if before and any(before[-1].get(name, "") != start[name] for name in code):
-        line += f"; the code has changed since the last start ({before[-1].get('commit')})"
-    return line
+def code_line(start: dict) -> str:
+    """The line on commit and versions."""
+    names = [name for name in ("torch", "numpy", "cuda", "python") if name in start]
+    versions = ", ".join(f"{name} {start[name]}" for name in names)
+    return f"  code         {start['commit']}, {versions}"
 
 
 def _git(*arguments: str) -> str:
     """The output of git in this repository; "" without git, or in an unpacked copy of the files."""
-    if not (ROOT / ".git").exists():
-        return ""
+    command = ["git", f"--git-dir={ROOT / '.git'}", *arguments]
     with contextlib.suppress(OSError):
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True)
-        return done.stdout.decode(errors="replace")
+        return subprocess.run(command, cwd=ROOT, capture_output=True).stdout.decode(
+            errors="replace"
+        )
     return ""
 
 

@@ -1,6 +1,4 @@
-"""What a run reports: one line on screen and the same record as JSON, on a terminal a progress bar,
-wandb if asked.
-"""
+"""What a run reports: one line on screen, the same record as JSON, and wandb if asked."""
 
 import contextlib
 import json
@@ -12,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from engine.base.distributed import Processes, peak_flops
 from engine.base.errors import UserError
@@ -30,8 +27,6 @@ CHARTS = {
     "val_loss": "objective/val_loss",
     "loss": "objective/train_loss",
 }
-# without tqdm's own time left, which jumps at each evaluation and checkpoint
-BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Logger:
@@ -54,15 +49,6 @@ class Logger:
         self.last_seconds = progress.seconds
         self.start_time = self.clock = time.perf_counter()
         self.path, self.wandb = out_dir / "metrics.jsonl", None
-        if self.is_main:
-            self.file = open(self.path, "a")  # noqa: SIM115  closed in close()
-            self.bar = tqdm(
-                total=max_iters,
-                initial=progress.step,
-                disable=not sys.stderr.isatty(),
-                dynamic_ncols=True,
-                bar_format=BAR,
-            )
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -82,8 +68,9 @@ class Logger:
         step, seconds = self.progress.step, self.progress.seconds
         n_tokens = (step - self.last_step) * self.tokens_per_step
         speed = n_tokens / (seconds - self.last_seconds)
-        if self.last_step == self.start_step:
-            self.say(f"  memory       {peak_memory(self.device):.2f} GB at the peak so far")
+        if self.last_step == self.start_step and self.device.type == "cuda":
+            n_gb = torch.cuda.max_memory_allocated(self.device) / 1e9
+            self.say(f"  memory       {n_gb:.2f} GB at the peak so far")
         self.last_step, self.last_seconds = step, seconds
         seconds_per_step = (self.clock - self.start_time) / (step - self.start_step)
         left = f"{clock_time((self.max_iters - step) * seconds_per_step)} left"
@@ -95,8 +82,6 @@ class Logger:
             line += f" | mfu {mfu:.1%}"
         if self.progress.skipped:
             record["skipped"] = self.progress.skipped
-        if self.is_main:
-            self.bar.set_postfix_str(left, refresh=False)
         self._write(record, f"{line} | {left}")
 
     def skipped(self, loss: float, grad_norm: float) -> None:
@@ -115,11 +100,10 @@ class Logger:
         self._write(scores, "val " + " | ".join(parts))
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
+        """Print a line on the main process."""
         if self.is_main:
             try:
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
+                print(text, flush=True)
             except BrokenPipeError:  # the reader of a pipe has ended; the records go on in the file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -144,13 +128,9 @@ class Logger:
         self.start_time = self.clock = time.perf_counter()
 
     def close(self) -> None:
-        if self.is_main:
-            self.bar.close()
-            with contextlib.suppress(OSError):  # _write has reported a full disk
-                self.file.close()
-            if self.wandb is not None:
-                with self._wandb_may_fail():
-                    self.wandb.finish()
+        if self.wandb is not None:
+            with self._wandb_may_fail():
+                self.wandb.finish()
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()
@@ -164,13 +144,12 @@ class Logger:
         record = {"step": progress.step, "tokens": progress.tokens, **values}
         record["seconds"] = progress.seconds
         try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path} ({error.strerror}); make room and resume the run"
             ) from None
-        self.bar.update(progress.step - self.bar.n)
         self.say(f"step {progress.step:>{len(str(self.max_iters))}}/{self.max_iters} | {line}")
         if self.wandb is not None:
             with self._wandb_may_fail():
@@ -198,18 +177,6 @@ def has_account() -> bool:
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     in_netrc = netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
     return in_netrc or "WANDB_API_KEY" in os.environ
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory in use so far, GB: of tensors on CUDA, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def clock_time(seconds: float) -> str:

@@ -31,7 +31,6 @@ class Saver:
 
     def restore(self, state: dict) -> None:
         """Load the optimizer and the loss scale of a checkpoint, {} for none."""
-        self.processes.check_same(self.progress.step, "the step to resume from")
         if state:
             load_optimizer(self.optimizer, state["optimizer"])
         if state.get("scaler") and self.scaler.is_enabled():

@@ -174,19 +174,25 @@ def describe_run(config, data: dict[str, TokenFile], batches: Batches) -> dict:
 
 @contextlib.contextmanager
 def open_run(
-    config, data: dict[str, TokenFile], processes: Processes, model: GPT, how, progress, state: dict
+    config,
+    data: dict[str, TokenFile],
+    processes: Processes,
+    model: GPT,
+    dtype: str,
+    progress,
+    state: dict,
 ) -> Iterator[Logger]:
     """Make the run's folder, write its options and code there, and print what the run is.
 
-    how: the dtype, and compiled or eager. Only one process at a time may train in a folder.
+    Only one process at a time may train in a folder.
     """
     out_dir, meta = Path(config.out_dir), data["train"].meta
     start = this_start(processes, progress.step)
     before = earlier_starts(out_dir) if progress.step else []
     n_blocks = config.gradient_accumulation_steps * config.batch_size
     tokens_per_step = n_blocks * config.model.block_size
-    lines = banner(config, processes, model, how, len(data["train"]), progress.step)
-    lines.append(code_line(start, before))
+    lines = banner(config, processes, model, dtype, len(data["train"]), progress.step)
+    lines.append(code_line(start))
     if state and (changed := changed_options(config, state)):
         lines.append(f"changed since the checkpoint: {changed}")
     if meta is None:
