@@ -32,11 +32,12 @@ from engine.base.options import (
     load_config,
 )
 from engine.base.sharding import clip_gradients
+from engine.data.batches import Batches
 from engine.data.labels import MODES
 from engine.data.windows import eval_batches
 from engine.eval.validation import mean_loss
 from engine.runs.saver import Saver
-from engine.runs.start import describe_run, open_run, prepare_run, training_batches
+from engine.runs.start import describe_run, open_run, prepare_run, training_labels
 from model import GPT, GPTConfig
 
 MAX_SKIPPED = 25  # steps in a row; float16's loss scale comes from 65536 to 1 in 16
@@ -109,6 +110,9 @@ class TrainConfig:
             raise UserError(
                 "dtype = 'float16' needs a loss scale, and shards have none; use --dtype=bfloat16"
             )
+        has_sets = self.labels and self.model.head.likelihood == "sigmoid"
+        if self.label_mode == "set" and not has_sets:
+            raise UserError("label_mode = 'set' needs --labels=NAME and --likelihood=sigmoid")
         if not self.out_dir:
             raise UserError("out_dir is empty; name a folder for the run")
 
@@ -179,15 +183,16 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
 
-    batches = training_batches(config, data["train"], state)
+    block_size = config.model.block_size
+    labels = training_labels(config, data["train"])
+    batches = Batches(data["train"], config.batch_size, block_size, config.seed, labels)
     my_micro_batches = processes.share(progress.step * n_micro, config.max_iters * n_micro)
     prefetched = batches.prefetched(my_micro_batches, device)
-    block_size = config.model.block_size
     val_batches = eval_batches(data["val"], block_size, config.batch_size, config.eval_iters)
-    run_info = describe_run(config, data, batches)
+    run_info = describe_run(config, data)
     saver = Saver(processes, progress, raw_model, optimizer, scaler, run_info)
     saver.restore(state)
-    run = open_run(config, data, processes, raw_model, dtype, progress, state)
+    run = open_run(config, data, processes, raw_model, dtype, progress)
 
     with run as log, processes.watch.watching(), saver:
         for step in range(progress.step, config.max_iters + 1):

@@ -62,7 +62,7 @@ OPTIONS |= {
 }
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SHARD = 20_000  # tokens of a file that preparations() writes
-LAST_WORDS = 100.0  # seconds until a run that does not end counts as hung
+LAST_WORDS = 600.0  # seconds until a run that does not end counts as hung
 
 
 @dataclass(frozen=True)
@@ -443,7 +443,7 @@ def stalls(
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    progress, about = train.Progress(), {"config": {"out_dir": str(folder), "sharding": "none"}}
+    progress, about = train.Progress(), {"config": {"out_dir": str(folder)}}
     scaler, one = torch.amp.GradScaler("cpu", enabled=False), Processes(torch.device("cpu"))
     a, held, written, slower = torch.randn(2000, 2000), [], [], []
 

@@ -19,7 +19,7 @@ import train
 from engine.runs import checkpoint
 from engine.runs.saver import Saver
 from tests import faults
-from tests.faults import OPTIONS, Run, begins_at, steps_saved, undisturbed
+from tests.faults import LAST_WORDS, OPTIONS, Run, begins_at, steps_saved, undisturbed
 from tests.helpers import ROOT, flags, records, run, same_weights, write_words
 
 
@@ -64,7 +64,7 @@ def torchrun(*argv, agents: int = 1) -> list[subprocess.CompletedProcess]:
     outputs = []
     try:
         for process in started:
-            outputs.append(process.communicate(timeout=300)[0])
+            outputs.append(process.communicate(timeout=LAST_WORDS)[0])
     finally:
         for process in started:
             process.kill()
@@ -108,7 +108,7 @@ def test_a_soak_of_kills_and_signals_ends_with_the_undisturbed_weights(data, tmp
 def test_torchrun_starts_anew_after_one_process_is_killed_and_ends_as_if_nothing_had_been(
     data, tmp_path, reference
 ):
-    started = Run(data, tmp_path / "run", 2, save_interval=20, init_from="scratch")
+    started = Run(data, tmp_path / "run", 2, save_interval=20)
     assert started.wait_for("step 1[0-9][0-9]/")
     os.kill(started.workers()[1], signal.SIGKILL)
     code, _ = started.ended()
@@ -263,7 +263,7 @@ def test_the_slurm_script_trains_on_two_machines_and_goes_back_into_the_queue(
             job = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
             )
-            end = time.monotonic() + 100
+            end = time.monotonic() + LAST_WORDS
             while (
                 not last
                 and "step 100/" not in output
@@ -274,7 +274,7 @@ def test_the_slurm_script_trains_on_two_machines_and_goes_back_into_the_queue(
                 output = (tmp_path / "log").read_text()
             if not last:
                 job.send_signal(signal.SIGUSR1)
-            code = job.wait(100)
+            code = job.wait(LAST_WORDS)
             output = (tmp_path / "log").read_text()
         assert code == 0, output[-3000:]
         assert ("requeued 7" in output, "resuming at step" in output) == (not last, last), output[
@@ -283,7 +283,7 @@ def test_the_slurm_script_trains_on_two_machines_and_goes_back_into_the_queue(
     assert same_weights(checkpoint.load_model(tmp_path / "run"), reference)
 
 
-def test_torchrun_never_starts_anew_on_a_run_that_it_did_not_begin(data, tmp_path):
+def test_torchrun_does_not_start_from_scratch_in_the_folder_of_a_run(data, tmp_path):
     undisturbed(data, tmp_path / "run", max_iters=5)
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
     started = Run(data, tmp_path / "run", 2, restarts=1, init_from="scratch", max_iters=9)

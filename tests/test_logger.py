@@ -143,7 +143,7 @@ def test_the_newest_offline_file_of_a_resumed_run_holds_all_of_it(data, tmp_path
     assert "less than the current step" not in capfd.readouterr().err
 
 
-def test_wandb_groups_runs_by_text_and_head(data, tmp_path, offline, monkeypatch):
+def test_wandb_gets_the_name_and_the_options_of_a_run(data, tmp_path, offline, monkeypatch):
     import wandb
 
     options, init = [], wandb.init
@@ -174,14 +174,7 @@ def test_wandb_groups_runs_by_text_and_head(data, tmp_path, offline, monkeypatch
         likelihood="sigmoid",
     )
     assert [given["name"] for given in options] == ["s/bayes", "s/bayes", "mine"]
-    assert {given["group"] for given in options} == {data.name}
-    assert [given["job_type"] for given in options] == ["bayes x categorical"] * 2 + [
-        "point x sigmoid"
-    ]
-    assert (
-        options[0]["tags"][:2] == ["bayes", "categorical"]
-        and options[0]["config"]["environment"]["torch"]
-    )
+    assert options[-1]["config"]["likelihood"] == "sigmoid"
     first, again = sorted((tmp_path / "s" / "bayes").glob("wandb/offline-run-*"))
     assert first.name.split("-")[-1] == again.name.split("-")[-1], "a resumed run keeps its id"
 

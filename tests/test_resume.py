@@ -128,7 +128,7 @@ def test_auto_starts_where_there_is_no_run_and_resumes_where_there_is(
     data, whole, tmp_path, capsys
 ):
     run(data, tmp_path, **LONG | {"max_iters": 30}, init_from="auto")
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     assert same_weights(run(data, tmp_path, **LONG, init_from="auto"), whole[0])
     assert "resuming at step 30" in capsys.readouterr().out
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 def test_resuming_another_model_is_refused(data, whole, change):
     ((name, value),) = change.items()
     before = (whole[1] / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"{name} = {value!r}, but the run to resume has"):
+    with pytest.raises(UserError, match=f"{name} = {value!r} .* cannot change"):
         run(data, whole[1], **LONG | change, init_from="resume")
     assert (whole[1] / "metrics.jsonl").read_bytes() == before
 
@@ -230,7 +230,7 @@ def two_processes(data, tmp_path_factory):
         started[script] = subprocess.Popen(command, cwd=root, env=environment, **pipes)
     try:
         for process in started.values():
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output
             assert output.count("step 10/10 | val nll") == 1  # the second process is silent
     finally:

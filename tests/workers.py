@@ -124,7 +124,8 @@ def hang(processes, data: str, folder: Path) -> None:
 def main() -> None:
     cases, data, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    with distributed.init("cpu", "auto", hang_timeout=3 if cases == "hang" else 100) as processes:
+    hang_timeout = 20 if cases == "hang" else 600
+    with distributed.init("cpu", "auto", hang_timeout) as processes:
         for case in cases.split(","):
             globals()[case](processes, data, Path(folder))
 

@@ -52,16 +52,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in state["state"].items():
-        p = parameters[i]
-        if hasattr(p, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            for name in ("exp_avg", "exp_avg_sq"):
-                full = moments[name].to(p.device)
-                moments[name] = distribute_tensor(
-                    full, p.device_mesh, p.placements, src_data_rank=None
-                )
+        if not hasattr(parameters[i], "full_tensor"):
+            continue
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = _shard_like(parameters[i], moments[name])
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def _shard_like(parameter: torch.nn.Parameter, full: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        full.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        src_data_rank=None,  # each process has the full tensor
+    )
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:

@@ -5,7 +5,6 @@ A checkpoint holds tensors and plain values, and is loaded without running any c
 
 import pickle
 import shutil
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import UserError, warn
+from engine.base.files import write_json
 from engine.base.options import build
 from engine.data.gpt2_bpe import GPT2Tokenizer, cached_tokens, write_tokens
 from engine.data.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer, read_meta
@@ -67,18 +67,15 @@ def name_of(step: int) -> str:
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; or else nanoGPT's ckpt.pt."""
-    out_dir = Path(out_dir)
-    ours = [path for path in out_dir.glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
-    return sorted(ours) or list(out_dir.glob("ckpt.pt"))
+    ours = Path(out_dir).glob("ckpt_" + 8 * "[0-9]" + ".pt")
+    return sorted(ours) or list(Path(out_dir).glob("ckpt.pt"))
 
 
 def read(path: Path) -> dict:
     """The contents of a checkpoint file. A damaged file is refused, and one that would run code."""
     try:
         check_crc(path)  # torch.load ignores it
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old formats
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and isinstance(state.get("model"), dict):
             return state
         reason = "it holds no model"
@@ -89,27 +86,27 @@ def read(path: Path) -> dict:
     raise UserError(f"{path} is not a good checkpoint: {reason}; use another one, or train again")
 
 
-def check_crc(file) -> None:
-    """Check a zip archive (path or open file) against the checksums that were taken in writing."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
+def check_crc(path: Path) -> None:
+    """Check a zip archive against the checksums that were taken in writing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def read_newest(out_dir: Path) -> dict:
     """The newest checkpoint of a run. If it is damaged, warn and read the one before it."""
-    oldest, *later = list_checkpoints(out_dir) or [None]
-    if oldest is None:
+    paths = list_checkpoints(out_dir)
+    if not paths:
         raise UserError(
             f"there is no checkpoint in {out_dir}; train first, or give another --out_dir"
         )
-    for path in reversed(later):
+    for path in reversed(paths[1:]):
         try:
             return read(path)
         except UserError as error:
             warn(str(error))
-    return read(oldest)
+    return read(paths[0])
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
@@ -164,12 +161,18 @@ def check_tokenizer(source: str | Path, dataset: Path) -> None:
         )
 
 
-def copy_tokenizer(dataset: Path, out_dir: Path) -> None:
-    """Copy a data set's tokenizer to a run, so that the run's folder is enough to sample from."""
-    for name in ("meta.json", "meta.pkl", BPETokenizer.file, GPT2Tokenizer.file):
+def copy_tokenizer(dataset: Path, meta: dict | None, out_dir: Path) -> None:
+    """Write a data set's tokenizer to a run, so that the run's folder is enough to sample from.
+
+    meta: what describes the data set; None for GPT-2's tokens.
+    """
+    if meta:
+        write_json(out_dir / "meta.json", meta)
+    for name in (BPETokenizer.file, GPT2Tokenizer.file):
         if (dataset / name).is_file():
             shutil.copyfile(dataset / name, out_dir / name)
-    is_gpt2s = (read_meta(dataset) or GPT2_META)["tokenizer"].get("kind") == GPT2Tokenizer.kind
+    kind = (meta or GPT2_META)["tokenizer"].get("kind")
     file = out_dir / GPT2Tokenizer.file
-    if is_gpt2s and not file.exists() and (tokens := cached_tokens()):  # nanoGPT's folders lack it
+    # nanoGPT's folders lack the file
+    if kind == GPT2Tokenizer.kind and not file.exists() and (tokens := cached_tokens()):
         write_tokens(file, tokens)

@@ -33,11 +33,6 @@ def from_weights(config, source: str, file: TokenFile, given: Set[str]) -> GPT:
     file.check(model.config.vocab_size)
 
     new = load_state(model, old.weights)  # the names of parameters that `source` does not have
-    if "lm_head.bias" in new and head.logit_bias == "unigram":
-        raise UserError(
-            "the weights to start from have no bias, and know token frequencies already: "
-            "leave logit_bias = 'unigram' out, or give --logit_bias=uniform"
-        )
     lost = old.weights.keys() - model.state_dict().keys()
     if any(name.endswith(".log_std") for name in lost):
         warn(
@@ -45,7 +40,7 @@ def from_weights(config, source: str, file: TokenFile, given: Set[str]) -> GPT:
             "--weights=bayes, --bayes_mlp keep its widths"
         )
     with torch.no_grad():
-        if "lm_head.bias" in new:
+        if "lm_head.bias" in new:  # trained weights know the frequencies of tokens already
             model.lm_head.bias.zero_()
         shift = model.lm_head.convert_likelihood(
             old.config.head, lambda: hidden_states(model, file)
@@ -72,14 +67,10 @@ def hidden_states(model: GPT, file: TokenFile) -> torch.Tensor:
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:
     """`wanted` (dropout, head ...) with the sizes of `shape`. Refuse given sizes that differ."""
     sizes = {name: getattr(shape, name) for name in BACKBONE}
+    sizes["block_size"] = min(wanted.block_size, shape.block_size)
     for name, size in sizes.items():
         if name in given and getattr(wanted, name) != size:
             raise UserError(
                 f"{name} = {getattr(wanted, name)}, but the weights to start from have {size}"
             )
-    longest = shape.block_size
-    if "block_size" in given and wanted.block_size > longest:
-        raise UserError(
-            f"block_size = {wanted.block_size}, but the weights to start from end at {longest}"
-        )
-    return replace(wanted, block_size=min(wanted.block_size, longest), **sizes)
+    return replace(wanted, **sizes)

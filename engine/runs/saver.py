@@ -1,6 +1,5 @@
 """Save a run's checkpoints in the background; load one into optimizer and loss scale."""
 
-import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import Interrupted, UserError
-from engine.base.files import atomic_write, flush
+from engine.base.files import atomic_write
 from engine.base.sharding import full_copy, load_optimizer
 from engine.runs.checkpoint import check_crc, list_checkpoints, name_of
 
@@ -33,7 +32,7 @@ class Saver:
         """Load the optimizer and the loss scale of a checkpoint, {} for none."""
         if state:
             load_optimizer(self.optimizer, state["optimizer"])
-        if state.get("scaler") and self.scaler.is_enabled():
+        if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
 
     def save(self) -> None:
@@ -42,16 +41,15 @@ class Saver:
         if step == previous:
             return
         self.pending.result()  # wait for the write before this one; raises its error
-        is_main = self.processes.is_main
-        if is_main or self.about["config"]["sharding"] == "fsdp":
-            state = {
-                # the parameters themselves, so that full_copy sees which are tied
-                "model": self.model.state_dict(keep_vars=True),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            }
-            state = full_copy(state, keep=is_main) | self.about | asdict(self.progress)
-        if is_main:
+        state = {
+            # the parameters themselves, so that full_copy sees which are tied
+            "model": self.model.state_dict(keep_vars=True),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        state = full_copy(state, keep=self.processes.is_main)
+        if self.processes.is_main:
+            state |= self.about | asdict(self.progress)
             kept = {name_of(n) for n in (step, previous, self.progress.best_step)}
             self.pending = self.thread.submit(self._write, state, kept)
         self.saved_step = step
@@ -74,10 +72,11 @@ class Saver:
                 self.pending.result()
                 self.processes.wait_for_all()  # torchrun kills the others as soon as one exits
             if interrupted and self.processes.is_main:
-                path = self.out_dir / name_of(self.saved_step)
-                saved = f"saved {path}" if self.saved_step else "nothing to save"
-                message = f"interrupted at step {self.saved_step}: {saved}"
-                print(f"{message}; resume with --init_from=auto", file=sys.stderr)
+                print(
+                    f"interrupted at step {self.saved_step}, which is saved; "
+                    "resume with --init_from=auto",
+                    file=sys.stderr,
+                )
         finally:
             self.thread.shutdown()
 
@@ -100,13 +99,6 @@ class Saver:
             ) from None
 
     def _write_and_read_back(self, temporary: Path, state: dict) -> None:
-        beat = self.processes.watch.beat  # a large file on a slow disk is no hang
         torch.save(state, str(temporary))  # given a path, torch writes without the GIL
-        beat()
-        flush(temporary)
-        beat()
-        with open(temporary, "rb") as file:
-            if hasattr(os, "posix_fadvise"):  # read from the disk, not from the page cache
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            check_crc(file)
-        beat()
+        self.processes.watch.beat()  # a large file on a slow disk is no hang
+        check_crc(temporary)

@@ -1,8 +1,6 @@
 """Start a run: from scratch, from pretrained weights, or from a checkpoint."""
 
 import contextlib
-import os
-import platform
 import shlex
 from collections.abc import Iterator, Set
 from dataclasses import replace
@@ -14,13 +12,11 @@ from engine.base.distributed import Processes
 from engine.base.errors import UserError
 from engine.base.files import check_writable, exclusive_lock, write_json
 from engine.base.options import build, flatten
-from engine.data.batches import Batches
 from engine.data.labels import LabelFile
-from engine.data.tokenizer import read_meta
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
-from engine.runs.banner import banner, code_line, earlier_starts, this_start
+from engine.runs.banner import banner, code_line, earlier_starts, environment, this_start
 from engine.runs.finetune import from_weights
 from engine.runs.logger import Logger, forget_after
 from model import GPT
@@ -31,7 +27,6 @@ PER_LAUNCH |= {"hang_timeout"}
 # options that make another model, which a checkpoint does not fit
 SHAPE = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "qkv_bias", "bayes_mlp"}
 SHAPE |= {"weights", "likelihood", "posterior", "tie_head", "logit_bias"}
-LAUNCH = ".launch"  # a file in out_dir: which torchrun trains there
 
 
 def prepare_run(config, given: Set[str], processes: Processes):
@@ -41,12 +36,16 @@ def prepare_run(config, given: Set[str], processes: Processes):
     given: the names of the options that the user set.
     """
     out_dir = Path(config.out_dir)
-    init_from = processes.broadcast(resolve_init_from(out_dir, config.init_from))
+    has_run, init_from = bool(checkpoint.list_checkpoints(out_dir)), config.init_from
+    if init_from == "auto":
+        init_from = processes.broadcast("resume" if has_run else "scratch")
     state = {}
     if init_from == "resume":
         state = checkpoint.read_newest(out_dir)
-        config = resumed_config(config, state, given)
-    elif checkpoint.list_checkpoints(out_dir):
+        config, changes = resumed_config(config, state, given)
+        if changes and processes.is_main:
+            print(f"changed since the checkpoint: {', '.join(changes)}")
+    elif has_run:
         raise UserError(
             f"{out_dir} already holds a run; add --init_from=resume, or give another --out_dir"
         )
@@ -59,10 +58,11 @@ def prepare_run(config, given: Set[str], processes: Processes):
     else:
         torch.manual_seed(config.seed)
         n_data = config.model.head.n_data or len(data["train"])
-        head = replace(config.model.head, n_data=n_data)
-        config = replace(config, model=replace(config.model, head=head))
+        config = build(type(config), flatten(config) | {"n_data": n_data})
         if init_from == "scratch":
-            model = from_scratch(config, data["train"])
+            vocab_size = config.model.vocab_size or data["train"].vocab_size
+            model = GPT(replace(config.model, vocab_size=vocab_size))
+            model.lm_head.init_from_frequencies(data["train"].frequencies(vocab_size))
         else:
             model = from_weights(config, init_from, data["train"], given)
 
@@ -72,65 +72,36 @@ def prepare_run(config, given: Set[str], processes: Processes):
     return config, data, model, state
 
 
-def resolve_init_from(out_dir: Path, init_from: str) -> str:
-    """auto means resume if there is a checkpoint, else scratch.
-
-    A run that torchrun restarts resumes its own checkpoints, whatever init_from says.
-    """
-    launch, file = launch_id(), out_dir / LAUNCH
-    restarted = launch and file.is_file() and file.read_text() == launch
-    if (init_from == "auto" or restarted) and checkpoint.list_checkpoints(out_dir):
-        return "resume"
-    return "scratch" if init_from == "auto" else init_from
-
-
-def launch_id() -> str:
-    """Which torchrun started this process: the same text in all that it starts on this machine."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{platform.node()} {os.getppid()} {run_id}" if run_id else ""
-
-
-def from_scratch(config, file: TokenFile) -> GPT:
-    """A new model for this training split."""
-    vocab_size = config.model.vocab_size or file.vocab_size
-    model = GPT(replace(config.model, vocab_size=vocab_size))
-    model.lm_head.init_from_frequencies(file.frequencies(vocab_size))
-    return model
-
-
 def resumed_config(config, state: dict, given: Set[str]):
-    """The run's own options, except those that are given now. Another model is refused."""
+    """Returns the run's own options, except those that are given now, and what these change.
+
+    Another model is refused.
+    """
     out_dir = config.out_dir
     if not {"model_config", "optimizer"} <= state.keys():
         raise UserError(
             f"{out_dir} holds weights without the state of their training; start from the weights: "
             f"--init_from={out_dir} --out_dir=ANOTHER"
         )
-    now, before = flatten(config), options_of(config, state)
-    for name in sorted(SHAPE & given):
-        if now[name] != before[name]:
-            raise UserError(
-                f"{name} = {now[name]!r}, but the run to resume has {before[name]!r}; "
-                f"leave {name} out, or give another --out_dir"
-            )
-    now |= {name: before[name] for name in now.keys() - PER_LAUNCH - given}
-    if state["step"] > now["max_iters"]:
+    options = flatten(config)
+    before = flatten(type(config)()) | state["config"]  # defaults for options newer than the run
+    changes = []
+    for name in sorted(options.keys() - PER_LAUNCH):
+        if name not in given:
+            options[name] = before[name]
+        elif options[name] != before[name]:
+            changes.append(f"{name} = {options[name]!r} (was {before[name]!r})")
+            if name in SHAPE:
+                raise UserError(
+                    f"{changes[-1]} cannot change on resuming; leave {name} out, "
+                    "or give another --out_dir"
+                )
+    if state["step"] > options["max_iters"]:
         raise UserError(
-            f"{out_dir} is at step {state['step']} already, beyond max_iters = {now['max_iters']}"
+            f"{out_dir} is at step {state['step']} already, beyond "
+            f"max_iters = {options['max_iters']}"
         )
-    return build(type(config), now)
-
-
-def options_of(config, state: dict) -> dict:
-    """The options of a checkpoint's run; the defaults of those that are newer than it."""
-    return flatten(type(config)()) | state["config"]
-
-
-def changed_options(config, state: dict) -> str:
-    """A line that names what is not as it was in the checkpoint."""
-    now, before = flatten(config), options_of(config, state)
-    names = [name for name in now if name not in PER_LAUNCH and now[name] != before[name]]
-    return ", ".join(f"{name} = {now[name]!r} (was {before[name]!r})" for name in names)
+    return build(type(config), options), changes
 
 
 def check_data(data: dict[str, TokenFile], state: dict, out_dir: Path) -> None:
@@ -143,44 +114,27 @@ def check_data(data: dict[str, TokenFile], state: dict, out_dir: Path) -> None:
             )
 
 
-def training_batches(config, file: TokenFile, state: dict) -> Batches:
-    """The micro-batches of the training split, with a teacher's labels if the options name some."""
-    labels = None
-    is_sigmoid = config.model.head.likelihood == "sigmoid"
-    if config.label_mode == "set" and not (config.labels and is_sigmoid):
-        raise UserError("label_mode = 'set' needs --labels=NAME and --likelihood=sigmoid")
-    if config.labels:
-        labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
-        labels.check(config.model.vocab_size)
-        if state.get("labels", labels.about) != labels.about:
-            raise UserError(
-                f"{labels.path} does not hold the labels that the run to resume was trained on; "
-                "bring those back, or give another --out_dir"
-            )
-    return Batches(file, config.batch_size, config.model.block_size, config.seed, labels)
+def training_labels(config, file: TokenFile) -> LabelFile | None:
+    """The teacher's labels that the options name for the training split."""
+    if not config.labels:
+        return None
+    labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
+    labels.check(config.model.vocab_size)
+    return labels
 
 
-def describe_run(config, data: dict[str, TokenFile], batches: Batches) -> dict:
+def describe_run(config, data: dict[str, TokenFile]) -> dict:
     """What a checkpoint says of its run: options, and which data it was trained on."""
-    about = {
+    return {
         "config": flatten(config),
         "model_config": flatten(config.model),
         "data": {split: file.fingerprint for split, file in data.items()},
     }
-    if batches.labels:
-        about["labels"] = batches.labels.about
-    return about
 
 
 @contextlib.contextmanager
 def open_run(
-    config,
-    data: dict[str, TokenFile],
-    processes: Processes,
-    model: GPT,
-    dtype: str,
-    progress,
-    state: dict,
+    config, data: dict[str, TokenFile], processes: Processes, model: GPT, dtype: str, progress
 ) -> Iterator[Logger]:
     """Make the run's folder, write its options and code there, and print what the run is.
 
@@ -191,26 +145,28 @@ def open_run(
     before = earlier_starts(out_dir) if progress.step else []
     n_blocks = config.gradient_accumulation_steps * config.batch_size
     tokens_per_step = n_blocks * config.model.block_size
-    lines = banner(config, processes, model, dtype, len(data["train"]), progress.step)
-    lines.append(code_line(start))
-    if state and (changed := changed_options(config, state)):
-        lines.append(f"changed since the checkpoint: {changed}")
-    if meta is None:
-        lines.append(f"{config.dataset} has no meta.json: its tokens are taken for GPT-2's")
     with contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(locked_folder(out_dir))
-            if not (state and config.eval_only):  # an evaluation only adds a record
-                write_config(config, meta, [*before, start])
+            if not (progress.step and config.eval_only):  # an evaluation only adds a record
+                checkpoint.copy_tokenizer(dataset_folder(config.dataset), meta, out_dir)
+                facts = {"environment": environment(), "starts": [*before, start]}
+                write_json(out_dir / "config.json", flatten(config) | facts)
+                forget_after(out_dir / "metrics.jsonl", progress.step)
         log = Logger(
             out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters
         )
         stack.callback(log.close)
-        for line in lines:
+        for line in banner(config, processes, model, dtype, len(data["train"]), progress.step):
             log.say(line)
+        log.say(code_line(start))
+        if meta is None:
+            log.say(f"{config.dataset} has no meta.json: its tokens are taken for GPT-2's")
         if config.wandb_log:
-            n_params = sum(p.numel() for p in model.parameters())
-            log.start_wandb(out_dir, **wandb_options(config, start, n_params))
+            name = config.wandb_run_name or "/".join(out_dir.parts[-2:])
+            log.start_wandb(
+                out_dir, project=config.wandb_project, name=name, config=flatten(config)
+            )
         yield log
         if not config.eval_only:
             log.say(ending(config, progress))
@@ -223,37 +179,9 @@ def locked_folder(out_dir: Path) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
     with exclusive_lock(out_dir / ".lock", busy):
-        (out_dir / LAUNCH).write_text(launch_id())
         for file in out_dir.glob("*.*.[0-9]*.tmp"):  # left by a run that was killed
             file.unlink()
         yield
-
-
-def write_config(config, meta: dict | None, starts: list[dict]) -> None:
-    """Write the tokenizer, and config.json with all starts of the run. Records that the run will
-    write again are dropped."""
-    out_dir, folder = Path(config.out_dir), dataset_folder(config.dataset)
-    checkpoint.copy_tokenizer(folder, out_dir)
-    if meta and read_meta(folder) is None:  # from the headers of the token files
-        write_json(out_dir / "meta.json", meta)
-    start = starts[-1]
-    environment = {name: start[name] for name in start if name not in ("step", "diff")}
-    contents = flatten(config) | {"environment": environment, "starts": starts}
-    write_json(out_dir / "config.json", contents)
-    forget_after(out_dir / "metrics.jsonl", start["step"])
-
-
-def wandb_options(config, start: dict, n_params: int) -> dict:
-    """How wandb files a run: grouped by its data, with its head as the job type."""
-    head, out_dir = config.model.head, Path(config.out_dir)
-    return {
-        "project": config.wandb_project,
-        "name": config.wandb_run_name or "/".join(out_dir.parts[-2:]).removeprefix("out/"),
-        "group": Path(config.dataset).name,
-        "job_type": f"{head.weights} x {head.likelihood}",
-        "tags": [head.weights, head.likelihood, f"{n_params / 1e6:.3g}M"],
-        "config": flatten(config) | {"environment": start},
-    }
 
 
 def ending(config, progress) -> str:
