@@ -6,8 +6,6 @@ printable stand-in for it.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from engine.base.files import atomic_write
 # how text is split before bytes are merged, as in tiktoken_ext/openai_public.py
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of the tokens' lines
-# what tiktoken fetches
-MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 
 
 class GPT2Tokenizer:
@@ -76,25 +72,9 @@ class GPT2Tokenizer:
 
     def save(self, folder: Path) -> None:
         tokens = ["".join(STAND_INS[byte] for byte in token) for token in self.token_bytes()[:-1]]
-        write_tokens(Path(folder) / self.file, tokens)
-
-
-def write_tokens(path: Path, tokens: Sequence[str]) -> None:
-    text = json.dumps(tokens, ensure_ascii=False)
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def cached_tokens() -> list[str]:
-    """The tokens if tiktoken has fetched them before, else []. Unlike tiktoken, never asks the
-    network."""
-    default = Path(tempfile.gettempdir()) / "data-gym-cache"
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    path = Path(folder) / hashlib.sha1(MERGES.encode()).hexdigest()
-    if not path.is_file():
-        return []
-    merges = path.read_text(encoding="utf-8", errors="replace").split("\n")[1:-1]
-    tokens = sorted(STAND_INS) + [merge.replace(" ", "") for merge in merges]
-    return tokens if are_gpt2s(tokens) else []
+        text = json.dumps(tokens, ensure_ascii=False)
+        path = Path(folder) / self.file
+        atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def are_gpt2s(tokens: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from engine.base.errors import UserError, warn
 from engine.base.files import write_json
 from engine.base.options import build
-from engine.data.gpt2_bpe import GPT2Tokenizer, cached_tokens, write_tokens
+from engine.data.gpt2_bpe import GPT2Tokenizer
 from engine.data.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer, read_meta
 from engine.data.tokens import dataset_folder
 from engine.gpt2.loading import HUB, from_nanogpt, from_transformers, is_transformers, load_state
@@ -171,8 +171,3 @@ def copy_tokenizer(dataset: Path, meta: dict | None, out_dir: Path) -> None:
     for name in (BPETokenizer.file, GPT2Tokenizer.file):
         if (dataset / name).is_file():
             shutil.copyfile(dataset / name, out_dir / name)
-    kind = (meta or GPT2_META)["tokenizer"].get("kind")
-    file = out_dir / GPT2Tokenizer.file
-    # nanoGPT's folders lack the file
-    if kind == GPT2Tokenizer.kind and not file.exists() and (tokens := cached_tokens()):
-        write_tokens(file, tokens)

@@ -36,16 +36,17 @@ def prepare_run(config, given: Set[str], processes: Processes):
     given: the names of the options that the user set.
     """
     out_dir = Path(config.out_dir)
-    has_run, init_from = bool(checkpoint.list_checkpoints(out_dir)), config.init_from
+    saved = checkpoint.list_checkpoints(out_dir)
+    init_from = config.init_from
     if init_from == "auto":
-        init_from = processes.broadcast("resume" if has_run else "scratch")
+        init_from = processes.broadcast("resume" if saved else "scratch")
     state = {}
     if init_from == "resume":
         state = checkpoint.read_newest(out_dir)
         config, changes = resumed_config(config, state, given)
         if changes and processes.is_main:
             print(f"changed since the checkpoint: {', '.join(changes)}")
-    elif has_run:
+    elif saved:
         raise UserError(
             f"{out_dir} already holds a run; add --init_from=resume, or give another --out_dir"
         )
