@@ -78,7 +78,7 @@ class FaultConfig:
 
 # children of a server that has imported torch once: they start at once
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.faults"])
+FORKS.set_forkserver_preload(["train", "tests.helpers"])
 
 
 class Forked:
@@ -359,7 +359,8 @@ def documents(n: int = 400) -> list[str]:
 
 def preparing(source: Path, folder: Path, **options) -> list[str]:
     """The command that prepares a text of documents() with two threads."""
-    options = {"source": source, "folder": folder, "num_proc": 2, "shard_tokens": SHARD} | options
+    options = {"source": source, "folder": folder, "shard_tokens": SHARD} | options
+    options |= {"num_proc": 2, "tokenizer": "byte"}
     return [
         sys.executable,
         str(ROOT / "data" / "text" / "prepare.py"),
@@ -387,10 +388,8 @@ def preparations(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
     by the next start, and whether the token files are in the end those of an undisturbed one.
     """
     source, out, pipe = folder / "tales.txt", folder / "killed", subprocess.PIPE
-    source.write_text("\n\n".join([*documents() * 100, words(100_000)]))
-    subprocess.run(
-        preparing(source, folder / "calm", shard_tokens=100_000), check=True, capture_output=True
-    )
+    source.write_text("\n\n".join([*documents() * 30, words(100_000)]))
+    subprocess.run(preparing(source, folder / "calm", shard_tokens=100_000), check=True)
     killed, behind_a_file, untouched, ended, same, whole = 0, 0, 0, 0, 0, {}
     while killed < n or not ended:
         process = subprocess.Popen(
