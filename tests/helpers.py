@@ -19,12 +19,11 @@ import torch._inductor.config
 import train
 from engine.base import distributed
 from engine.base.options import load_config
-from engine.data.sources import source_of
-from engine.data.splits import Corpus
+from engine.data.splits import Corpus, in_memory
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from engine.data.tokens import TokenFile
 from engine.data.windows import Windows, windows
-from engine.data.writer import install, keep_tokenizer, tokenise
+from engine.data.writer import install, tokenise
 from engine.eval.evaluation import evaluate
 from heads import LIKELIHOODS, WEIGHTS, Head, HeadConfig
 from model import GPT, GPTConfig
@@ -94,13 +93,8 @@ def write_dataset(
 ) -> dict:
     """A data set of these documents, as the prepare scripts write it; returns its meta.json."""
     work = Path(folder) / ".preparing-0"
-    work.parent.mkdir(parents=True, exist_ok=True)
-    keep_tokenizer(tokenizer, work)
-    sources = {
-        split: [source_of(split, lambda documents=documents: documents)]
-        for split, documents in splits.items()
-    }
-    tokenise(Corpus(sources), tokenizer, work, shard_tokens, n_threads=1, about={})
+    corpus = Corpus(in_memory({split: list(documents) for split, documents in splits.items()}))
+    tokenise(corpus, tokenizer, work, shard_tokens, n_threads=1, about={})
     install(work, Path(folder))
     return json.loads((Path(folder) / "meta.json").read_text())
 

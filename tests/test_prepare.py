@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import runpy
-import struct
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from engine.data.splits import Corpus, Position, draw, walk, with_val
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
 from engine.data.tokens import TokenFile
 from tests.conftest import shared_data
-from tests.faults import SHARD, documents, preparing, token_files
+from tests.faults import SHARD, documents, token_files
 from tests.helpers import ROOT, flags, words
 
 
@@ -191,7 +190,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_the_same_call_continues(
 
     monkeypatch.setattr(engine.data.writer, "BATCH", 3000)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises((UserError, OSError), match="No space left"):
+    with pytest.raises(OSError, match="No space left"):
         prepare(into(tmp_path / "out"), "test", lambda: whole(documents()))
     assert not token_files(tmp_path / "out")
     assert when < 7 or list(tmp_path.glob("out/.preparing-*/train_*.bin"))
@@ -200,7 +199,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_the_same_call_continues(
     assert token_files(tmp_path / "out") == token_files(tmp_path / "plain")
 
 
-def test_a_source_that_breaks_off_half_way_loses_nothing(tmp_path, monkeypatch):
+def test_a_source_that_breaks_off_half_way_loses_nothing(tmp_path, monkeypatch, capsys):
     texts, broken = documents(), [True]
 
     def until_it_breaks():
@@ -211,8 +210,9 @@ def test_a_source_that_breaks_off_half_way_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine.data.writer, "BATCH", 3000)
     corpus = Corpus({"train": [source_of("train", until_it_breaks)]})
-    with pytest.raises(UserError, match="the network is gone; .* the same command"):
+    with pytest.raises(UserError, match="the network is gone"):
         prepare(into(tmp_path / "out"), "test", lambda: corpus)
+    assert "the same command continues" in capsys.readouterr().out
     (work,) = (tmp_path / "out").glob(".preparing-*")
     assert len(list(work.glob("train_*.bin"))) > 2
     with pytest.raises(UserError, match="is missing"):  # nothing of it can be read
@@ -354,7 +354,7 @@ def test_a_disk_that_is_full_while_files_move_into_place_costs_nothing_either(
 
     monkeypatch.setattr(engine.data.writer, "write_json", full)
     options = into(out, shard_tokens=9)
-    with pytest.raises(UserError, match="No space left .* the same command"):
+    with pytest.raises(OSError, match="No space left"):
         prepare(options, "test", lambda: whole(["BBBB"]))
     with pytest.raises(UserError):
         TokenFile(out, "train")
@@ -385,16 +385,6 @@ def test_unfinished_work_on_another_text_starts_again_and_says_so(tmp_path, monk
     assert token_files(tmp_path / "out") == token_files(tmp_path / "plain")
 
 
-def test_unfinished_work_with_other_options_is_left_and_named(tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_after_journal(patch, KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(into(tmp_path), "test", lambda: whole(documents()))
-    (work,) = tmp_path.glob(".preparing-*")
-    prepare(into(tmp_path, tokenizer="char"), "test", lambda: whole(["abc"]))
-    assert (work / "journal.json").is_file() and f"{work} is" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("meta", ["[1, 2]", "{", '{"made_from": 3, "splits": {"train": {}}}'])
 def test_a_damaged_meta_json_is_prepared_again(meta, tmp_path):
     prepare(into(tmp_path), "test", lambda: whole(["x y z"]))
@@ -409,40 +399,6 @@ def test_the_tokenizer_of_a_run_on_data_without_meta_can_be_used_again(tmp_path)
     out = tmp_path / "out"
     prepare(into(out, tokenizer=str(tmp_path)), "test", lambda: whole(["the old sea"]))
     assert load_tokenizer(out).decode(TokenFile(out, "train").ids) == "the old sea"
-
-
-def test_files_that_are_gone_from_finished_work_are_named_and_made_again(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("engine.data.corpus.install", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(into(tmp_path / "out"), "test", lambda: whole(documents()))
-    next(tmp_path.glob("out/.preparing-*/train_000001.bin")).unlink()
-    with pytest.raises(UserError, match="are gone"):
-        prepare(into(tmp_path / "out"), "test", lambda: whole(documents()))
-    for folder in ("out", "plain"):
-        prepare(into(tmp_path / folder), "test", lambda: whole(documents()))
-    assert token_files(tmp_path / "out") == token_files(tmp_path / "plain")
-
-
-def test_on_a_terminal_a_bar_shows_how_far_it_is_and_how_fast(tmp_path):
-    pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
-    (tmp_path / "a.txt").write_text("\n\n".join([*documents() * 20, words(SHARD)]))
-    ours, its_end = pty.openpty()
-    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 25, 120, 0, 0))
-    command = preparing(tmp_path / "a.txt", tmp_path / "out")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=its_end)
-    os.close(its_end)
-    shown = b""
-    try:
-        while piece := os.read(ours, 4096):
-            shown += piece
-    except OSError:  # how a terminal says that nobody writes to it any more
-        pass
-    assert process.wait() == 0
-    assert b"tokens/s" in shown and b"1 of 1" in shown
 
 
 def test_all_scripts_take_the_common_options_and_do_what_they_say(tmp_path, monkeypatch):

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import run_main
-from engine.base.options import Fraction, load_config
+from engine.base.options import Fraction
 from engine.data import corpus
 from engine.data.splits import Corpus, with_val
 
@@ -27,6 +26,10 @@ class Options(corpus.Options):
     # share of the documents to draw for val: 10 M tokens of the 10 B
     val_fraction: Fraction = 0.001
 
+    @property
+    def name(self) -> str:
+        return "fineweb_edu" if self.size == "10BT" else f"fineweb_edu_{self.size}"
+
 
 def fineweb(options: Options) -> Corpus:
     subset = options.size if options.size == "default" else f"sample-{options.size}"
@@ -34,11 +37,5 @@ def fineweb(options: Options) -> Corpus:
     return with_val({"train": sources}, options.val_fraction)
 
 
-def main() -> None:
-    options, _ = load_config(Options, sys.argv[1:])
-    name = "fineweb_edu" if options.size == "10BT" else f"fineweb_edu_{options.size}"
-    corpus.prepare(options, name, lambda: fineweb(options))
-
-
 if __name__ == "__main__":
-    run_main(main)
+    corpus.main(Options, fineweb)

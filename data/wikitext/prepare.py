@@ -11,39 +11,35 @@ python data/wikitext/prepare.py --version=2 --source=FOLDER
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.base.errors import UserError, run_main
-from engine.base.options import NonNegativeInt, load_config
+from engine.base.errors import UserError
+from engine.base.options import NonNegativeInt
 from engine.data import corpus
-from engine.data.sources import find, hub_texts, source_of
+from engine.data.sources import hub_texts, one_line_errors, source_of
 from engine.data.splits import Corpus, with_val
 
-FILES = {"train": "train", "val": "valid", "test": "test"}
-HUB = {"train": "train", "val": "validation", "test": "test"}
+# our names of the splits, the files' and the Hub's
+SPLITS = {"train": ("train", "train"), "val": ("valid", "validation"), "test": ("test", "test")}
 TITLE = re.compile(r" = [^=].* = \n")
 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
     # 103, or 2: the same val and test articles, a train split 50 times smaller
-    version: int = 103
+    version: Literal["103", "2"] = "103"
     # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw (or .tokens); empty: the Hub
     source: str = ""
     train_articles: NonNegativeInt = 0  # the first so many of the train split; 0: all
 
-
-def lines(texts: Iterable[str]) -> Iterator[str]:
-    """The lines, each with its newline, of a text in pieces."""
-    rest = ""
-    for text in texts:
-        *whole, rest = (rest + text).split("\n")
-        yield from (line + "\n" for line in whole)
-    if rest:
-        yield rest
+    @property
+    def name(self) -> str:
+        return "wikitext" if self.version == "103" else "wikitext2"
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
@@ -65,42 +61,32 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(article)
 
 
-def local_lines(options: Options, split: str) -> Iterator[str]:
-    """The lines of one of the three files."""
-    folder = Path(options.source)
-    paths = [folder / f"wiki.{FILES[split]}.{ending}" for ending in ("raw", "tokens")]
-    found = [path for path in paths if path.is_file()]
+def read_lines(options: Options, split: str) -> Iterator[str]:
+    """The lines of a split, each with its newline, from a file or from the Hub."""
+    name, hub_name = SPLITS[split]
+    if not options.source:
+        splits = hub_texts("Salesforce/wikitext", f"wikitext-{options.version}-raw-v1")
+        for texts in splits[hub_name].values():
+            yield from (line or " \n" for line in texts())  # the Hub's blank lines are empty
+        return
+    found = sorted(Path(options.source).glob(f"wiki.{name}.*"))
     if not found:
-        raise UserError(f"{folder} has neither {paths[0].name} nor {paths[1].name}")
-    (source,) = find(str(found[0]), errors=options.errors)
-    return lines(text for text, _ in source.pieces())
-
-
-def hub_lines(options: Options, split: str) -> Iterator[str]:
-    """The rows of the Hub's copy, which has "" for a blank line that is " \\n" in the files."""
-    name = f"wikitext-{options.version}-raw-v1"
-    for texts in hub_texts("Salesforce/wikitext", name, HUB[split]).values():
-        yield from (line or " \n" for line in texts())
+        raise UserError(f"{options.source} has no wiki.{name}.raw")
+    with (
+        one_line_errors(str(found[0])),
+        open(found[0], encoding="utf-8", errors=options.errors, newline="\n") as file,
+    ):
+        yield from file
 
 
 def wikitext(options: Options) -> Corpus:
-    read_lines = local_lines if options.source else hub_lines
-
-    def documents(split: str) -> Callable[[], Iterable[str]]:
+    def documents(split: str) -> Iterator[str]:
         n = options.train_articles if split == "train" else 0
-        return lambda: itertools.islice(articles(read_lines(options, split)), n or None)
+        return itertools.islice(articles(read_lines(options, split)), n or None)
 
-    splits = {split: [source_of(split, documents(split))] for split in FILES}
+    splits = {split: [source_of(split, partial(documents, split))] for split in SPLITS}
     return with_val(splits, options.val_fraction)
 
 
-def main() -> None:
-    options, _ = load_config(Options, sys.argv[1:])
-    if options.version not in (2, 103):
-        raise UserError(f"--version={options.version}: there are WikiText 2 and 103")
-    name = "wikitext" if options.version == 103 else "wikitext2"
-    corpus.prepare(options, name, lambda: wikitext(options))
-
-
 if __name__ == "__main__":
-    run_main(main)
+    corpus.main(Options, wikitext)

@@ -2,21 +2,24 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import sys
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from engine.base.errors import UserError
-from engine.base.files import DATA_ROOT, atomic_write, exclusive_lock
-from engine.base.options import PositiveInt, check_options
-from engine.data.sources import Source, find, hub, list_files, source_of
-from engine.data.splits import Corpus, Position, walk
+from engine.base.errors import UserError, run_main
+from engine.base.files import DATA_ROOT, exclusive_lock
+from engine.base.options import PositiveInt, check_options, load_config
+from engine.data import shards
+from engine.data.sources import Source, find, hub, list_files
+from engine.data.splits import Corpus, Position, in_memory, walk
 from engine.data.tokenizer import (
     KINDS,
     BPETokenizer,
@@ -28,18 +31,10 @@ from engine.data.tokenizer import (
     load_tokenizer,
     read_meta,
 )
-from engine.data.writer import (
-    OURS,
-    files_of,
-    install,
-    is_whole,
-    keep_tokenizer,
-    read_journal,
-    tokenise,
-)
+from engine.data.writer import OURS, install, read_journal, tokenise
 
 FORMAT = 1  # of what is written here; a new number prepares every data set again
-LEARN_FROM = 1 << 30  # characters of the train split that a BPE learns from, at most
+LEARN_FROM = 1_000_000  # documents of the train split that a BPE learns from, at most
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -68,19 +63,28 @@ class Options:
         check_options(self)
 
 
+def main(options_class: type, corpus: Callable[[Any], Corpus]) -> None:
+    """Run a prepare script. options_class.name: the data set's folder in data/."""
+
+    def run() -> None:
+        options, _ = load_config(options_class, sys.argv[1:])
+        prepare(options, options.name, lambda: corpus(options))
+
+    run_main(run)
+
+
 def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
     """Write a data set, unless it is there, made with the same options from the same local files.
 
     corpus: called if there is work to do. A preparation that was killed is continued."""
     folder = Path(options.folder or DATA_ROOT / name)
     key = _key(options, name)
-    work = folder / f".preparing-{key}"
-    meta = _read_ours(folder)
-    if not work.exists() and meta.get("made_from") == key and is_whole(folder, meta):
+    work, lock = folder / f".preparing-{key}", folder / ".preparing.lock"
+    if _is_ready(folder, key):
+        shutil.rmtree(work, ignore_errors=True)
         print(f"{folder} is ready; delete its meta.json to prepare it again")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".preparing.lock"
     busy = f"another process prepares {folder}; wait for it, or give another --folder"
     with exclusive_lock(lock, busy):
         try:
@@ -88,24 +92,35 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
                 about = {"source": options.source or name, "made_from": key}
                 _write(options, corpus(), work, about)
             install(work, folder)
-            _describe(folder)
-        except (UserError, OSError) as error:
-            if not read_journal(work):
-                raise
-            raise UserError(f"{error}; run the same command again to continue") from error
         finally:
             if not read_journal(work):
                 shutil.rmtree(work, ignore_errors=True)
             lock.unlink()
             with contextlib.suppress(OSError):
                 folder.rmdir()  # if nothing is in it
+    for split, about in read_meta(folder)["splits"].items():
+        counts = [f"{about[what]:,} {what}" for what in ("documents", "bytes", "tokens")]
+        print(f"{folder}, {split}: {', '.join(counts)}")
+
+
+def _is_ready(folder: Path, key: str) -> bool:
+    """Whether a data set with this key is there with all its files."""
+    others = [path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
+    if others and not (folder / "meta.json").is_file():
+        advice = "move it away, or give another --folder"
+        raise UserError(f"{folder} holds {min(others)} of another program; {advice}")
+    try:
+        meta = read_meta(folder) or {}
+        is_ours = meta.get("made_from") == key
+        return is_ours and all(shards.find(folder, split, meta) for split in meta["splits"])
+    except UserError:
+        return False
 
 
 def _key(options: Options, name: str) -> str:
     """A hash of all that decides what is written."""
-    source = options.source.removeprefix("hub:")
-    is_local = os.path.exists(source) or (source and source == options.source)
-    files = [os.path.abspath(path) for path in list_files(source)] if is_local else []
+    is_local = options.source and not options.source.startswith("hub:")
+    files = [os.path.abspath(path) for path in list_files(options.source)] if is_local else []
     stamps = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in files]
     asked = asdict(options)
     del asked["num_proc"], asked["folder"]
@@ -115,36 +130,12 @@ def _key(options: Options, name: str) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_ours(folder: Path) -> dict:
-    """A data set's meta.json, or {} if that is damaged; refuse another program's files."""
-    if not (folder / "meta.json").is_file():
-        others = [path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
-        if others:
-            advice = "move it away, or give another --folder"
-            raise UserError(f"{folder} holds {min(others)} of another program; {advice}")
-    try:
-        return read_meta(folder) or {}
-    except UserError:
-        return {}
-
-
-def _write(options: Options, corpus: Corpus, work: Path, about: Mapping[str, str]) -> None:
+def _write(options: Options, corpus: Corpus, work: Path, about: dict[str, str]) -> None:
     """Everything that is to be installed, into the work folder."""
-    if not (work / "meta.json").is_file():
-        tokenizer = make_tokenizer(options, corpus)
-        keep_tokenizer(tokenizer, work)
+    is_resumed = (work / "meta.json").is_file()
+    tokenizer = load_tokenizer(work) if is_resumed else make_tokenizer(options, corpus)
     n_threads = options.num_proc or available_processors()
-    tokenise(corpus, load_tokenizer(work), work, options.shard_tokens, n_threads, about)
-
-
-def _describe(folder: Path) -> None:
-    for split, about in read_meta(folder)["splits"].items():
-        n_files = len(files_of(split, about))
-        where = f"{split}.bin" if n_files == 1 else f"{split}_*.bin, {n_files:,} files"
-        counts = [f"{about[what]:,} {what}" for what in ("documents", "bytes", "tokens")]
-        print(f"{folder / where}: {', '.join(counts)}")
-    for left in folder.glob(".preparing-*"):
-        print(f"{left} is unfinished work with other options; delete it if nobody continues it")
+    tokenise(corpus, tokenizer, work, options.shard_tokens, n_threads, about)
 
 
 def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
@@ -155,7 +146,8 @@ def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
     if kind == "byte":
         return ByteTokenizer()
     if kind == "bpe":
-        return BPETokenizer.train(_start_of_train(corpus), options.vocab_size)
+        train = (text for split, text, *_ in walk(corpus, Position()) if split == "train")
+        return BPETokenizer.train(itertools.islice(train, LEARN_FROM), options.vocab_size)
     if kind == "char":
         characters, documents = set(), Counter()
         for split, text, is_start, _ in walk(corpus, Position()):
@@ -163,16 +155,6 @@ def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
             documents[split] += is_start
         return CharTokenizer(sorted(characters), eot=max(documents.values(), default=0) > 1)
     return tokenizer_in(kind)
-
-
-def _start_of_train(corpus: Corpus) -> Iterator[str]:
-    n = 0
-    for split, text, *_ in walk(corpus, Position()):
-        if n >= LEARN_FROM:
-            return
-        if split == "train":
-            yield text
-            n += len(text)
 
 
 def tokenizer_in(folder: str) -> Tokenizer:
@@ -189,36 +171,32 @@ def available_processors() -> int:
 
 
 def texts(options: Options, hub_name: str, subset: str = "") -> list[Source]:
-    """The local files that --source names, or else a data set of the Hub."""
+    """The local files that --source names, or else the train split of a data set of the Hub."""
     if options.source:
         return find(options.source, errors=options.errors)
-    return hub(hub_name, subset)
+    return hub(hub_name, subset)["train"]
 
 
 def check_sha256(data: bytes, expected: str, what: str) -> bytes:
     """The data, if it has this hash."""
-    found = hashlib.sha256(data).hexdigest()
-    if found != expected:
-        hashes = f"sha256 {found[:12]}..., not {expected[:12]}..."
-        raise UserError(f"{what} has {hashes}: another file, or a damaged one")
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise UserError(f"{what} is another file or damaged: its sha256 is not {expected}")
     return data
 
 
-def tiny_shakespeare(options: Options, name: str) -> Corpus:
-    """Tiny Shakespeare from a local copy, or fetched once; the end of the text is val."""
-    path = Path(options.source or Path(options.folder or DATA_ROOT / name) / "input.txt")
-    if not options.source and not path.is_file():
-        try:
-            with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
-                data = check_sha256(response.read(), SHAKESPEARE_SHA256, SHAKESPEARE)
-        except OSError as error:
-            advice = "give a local copy with --source=PATH"
-            raise UserError(f"cannot fetch {SHAKESPEARE} ({error}); {advice}") from None
-        atomic_write(path, lambda temporary: temporary.write_bytes(data))
-    what = f"{path} (for a text of your own use data/text/prepare.py)"
-    text = check_sha256(path.read_bytes(), SHAKESPEARE_SHA256, what).decode()
+def tiny_shakespeare(options: Options) -> Corpus:
+    """Tiny Shakespeare from a local copy, or fetched; the end of the text is val."""
+    data = Path(options.source).read_bytes() if options.source else _fetch(SHAKESPEARE)
+    what = f"{options.source or SHAKESPEARE} (for your own text use data/text/prepare.py)"
+    text = check_sha256(data, SHAKESPEARE_SHA256, what).decode()
     cut = int((1 - options.val_fraction) * len(text))
-    splits = {"train": [source_of("train", lambda: [text[:cut]])]}
-    if options.val_fraction:
-        splits["val"] = [source_of("val", lambda: [text[cut:]])]
-    return Corpus(splits)
+    return Corpus(in_memory({"train": [text[:cut]], "val": [text[cut:]]}))
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return response.read()
+    except OSError as error:
+        advice = "give a local copy with --source=PATH"
+        raise UserError(f"cannot fetch {url} ({error}); {advice}") from None

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from engine.data.sources import Pieces, Source
+from engine.data.sources import Pieces, Source, source_of
 
 SPLITS = ("train", "val", "test")
+ENOUGH_DOCUMENTS = 20  # to draw some of them
 GOLDEN = 11400714819323198485  # 2^64 / golden ratio: its multiples mod 2^64 lie evenly
 
 
@@ -27,6 +28,15 @@ class Corpus:
     def names(self) -> list[str]:
         """The names of its splits."""
         return [name for name in SPLITS if name in {*self.splits, *self.fractions}]
+
+
+def in_memory(splits: Mapping[str, Sequence[str]]) -> dict[str, list[Source]]:
+    """A source for each split from its documents, unless they are empty."""
+    return {
+        split: [source_of(split, partial(iter, documents))]
+        for split, documents in splits.items()
+        if any(documents)
+    }
 
 
 def with_val(splits: Mapping[str, Sequence[Source]], fraction: float) -> Corpus:
@@ -70,45 +80,39 @@ def draw(document: int, fractions: Mapping[str, float]) -> str:
     return "train"
 
 
-def lengths_if_few(sources: Sequence[Source], enough: int) -> list[int] | None:
-    """The characters of each document; None if there are enough documents to draw from."""
+def draw_or_cut(sources: Sequence[Source], fractions: Mapping[str, float]) -> Corpus:
+    """Draw these fractions of the documents; of few documents cut off the end of each instead."""
     lengths = []
-    for source in sources:
-        for text, is_start in source.pieces():
-            if is_start:
-                lengths.append(0)
-            if len(lengths) == enough:
-                return None
-            lengths[-1] += len(text)
-    return lengths
-
-
-def cut_ends(
-    sources: Sequence[Source], lengths: Sequence[int], fractions: Mapping[str, float]
-) -> Corpus:
-    """The start of each document is train, its end the other splits; cut between paragraphs."""
-    bounds = [0.0, *itertools.accumulate([1 - sum(fractions.values()), *fractions.values()])]
-    bounds[-1] = 1.0  # a sum of fractions can be a little off
-    splits = {}
-    for split, low, high in zip(("train", *fractions), bounds[:-1], bounds[1:], strict=True):
-        pieces = partial(_stretch, sources, lengths, low, high)
-        splits[split] = [Source(split, pieces)]
+    for text, is_start in _pieces(sources):
+        if is_start:
+            lengths.append(0)
+        if len(lengths) == ENOUGH_DOCUMENTS:
+            return Corpus({"train": sources}, fractions)
+        lengths[-1] += len(text)
+    splits, low = {}, 0.0
+    for split, share in {"train": 1 - sum(fractions.values()), **fractions}.items():
+        high = low + share
+        splits[split] = [Source(split, partial(_stretch, sources, lengths, low, high))]
+        low = high
     return Corpus(splits)
 
 
+def _pieces(sources: Sequence[Source]) -> Pieces:
+    return itertools.chain.from_iterable(source.pieces() for source in sources)
+
+
 def _stretch(sources: Sequence[Source], lengths: Sequence[int], low: float, high: float) -> Pieces:
-    """What lies between these shares of each document's length."""
+    """What lies between these shares of each document's length, cut between paragraphs."""
     number = -1
-    for source in sources:
-        for text, is_start in source.pieces():
-            if is_start:
-                number, offset, starts = number + 1, 0, True
-            begin = cut_near(text, round(lengths[number] * low) - offset)
-            end = cut_near(text, round(lengths[number] * high) - offset)
-            if begin < end:
-                yield text[begin:end], starts
-                starts = False
-            offset += len(text)
+    for text, is_start in _pieces(sources):
+        if is_start:
+            number, offset, starts = number + 1, 0, True
+        begin = cut_near(text, round(lengths[number] * low) - offset)
+        end = cut_near(text, round(lengths[number] * high) - offset)
+        if begin < end:
+            yield text[begin:end], starts
+            starts = False
+        offset += len(text)
 
 
 def cut_near(text: str, position: int) -> int:

@@ -10,14 +10,12 @@ import re
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from engine.base.errors import UserError, warn
 from engine.base.files import flush, read_json, sha256_of, write_json
@@ -70,9 +68,19 @@ def encode_all(
     def encode_batch(batch: dict[str, list]) -> dict[str, Encoded]:
         return {split: encode(local.tokenizer, pieces) for split, pieces in batch.items()}
 
+    def batches() -> Iterator[tuple[Position, dict[str, list]]]:
+        batch, size, position = {}, 0, start
+        for split, text, is_start, position in walk(corpus, start):
+            batch.setdefault(split, []).append((text, is_start))
+            size += len(text)
+            if size >= BATCH:
+                yield position, batch
+                batch, size = {}, 0
+        yield position, batch
+
     with ThreadPoolExecutor(n_threads, initializer=load) as pool:
         waiting = deque()
-        for position, batch in _batches(corpus, start):
+        for position, batch in batches():
             waiting.append((position, pool.submit(encode_batch, batch)))
             if len(waiting) > 2 * n_threads:  # bounds the memory
                 done, future = waiting.popleft()
@@ -81,88 +89,65 @@ def encode_all(
             yield done, future.result()
 
 
-def _batches(corpus: Corpus, start: Position) -> Iterator[tuple[Position, dict[str, list]]]:
-    """The pieces of each split, in batches, and the position after each batch."""
-    batch, size, position = {}, 0, start
-    for split, text, is_start, position in walk(corpus, start):
-        batch.setdefault(split, []).append((text, is_start))
-        size += len(text)
-        if size >= BATCH:
-            yield position, batch
-            batch, size = {}, 0
-    if batch:
-        yield position, batch
-
-
-@dataclass
 class SplitWriter:
-    """Writes the files of one split, all but the last with shard_tokens ids."""
+    """Writes the files of one split, all but the last with shard_tokens ids.
 
-    folder: Path
-    split: str
-    tokenizer: Tokenizer
-    shard_tokens: int
-    documents: int = 0
-    n_bytes: int = 0  # of text
-    n_open: int = 0  # ids in the file that is not full yet
-    shards: list[dict] = field(default_factory=list)  # the full files
+    about: what has been written, as the journal has it; shards: the full files."""
 
-    def __post_init__(self):
-        self.file = None
-        if self.n_open:  # continue; ids after the journal's end are written again
-            self.file = open(self.path, "r+b")  # noqa: SIM115 open until it is full
-            self.file.seek(self.n_open * dtype_of(self.tokenizer).itemsize)
-            self.file.truncate()
+    def __init__(
+        self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, about: dict | None
+    ):
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.eot = tokenizer.eot
+        self.about = about or {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
+        self.shards = self.about["shards"]
+        if self.n_open:  # ids after the journal's end are written again
+            os.truncate(self.path, self.n_open * dtype_of(tokenizer).itemsize)
+
+    @property
+    def n_open(self) -> int:
+        """The ids in the file that is not full yet."""
+        return self.about["tokens"] - len(self.shards) * self.shard_tokens
 
     @property
     def path(self) -> Path:
         return self.folder / shard_name(self.split, len(self.shards))
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(shard["tokens"] for shard in self.shards) + self.n_open
-
-    def write(self, encoded: Encoded) -> None:
-        ids, eot = encoded.ids, self.tokenizer.eot
-        if eot is None and self.documents + encoded.documents > 1:
-            raise UserError("several documents need a tokenizer with an end-of-text token")
-        if eot is not None and encoded.documents and not self.documents:
+    def write(self, encoded: Encoded) -> int:
+        """Append what a batch adds; returns how many files became full."""
+        ids, n_full = encoded.ids, len(self.shards)
+        if self.eot is not None and not self.about["documents"]:
             ids = ids[1:]  # nothing comes before the first document
-        self.documents += encoded.documents
-        self.n_bytes += encoded.n_bytes
+        self.about["documents"] += encoded.documents
+        self.about["bytes"] += encoded.n_bytes
+        if self.eot is None and self.about["documents"] > 1:
+            raise UserError("several documents need a tokenizer with an end-of-text token")
         while len(ids):
-            if self.file is None:
-                self.file = open(self.path, "wb")  # noqa: SIM115 open until it is full
             part = ids[: self.shard_tokens - self.n_open]
-            self.file.write(part.data)
-            self.n_open += len(part)
+            with open(self.path, "ab" if self.n_open else "wb") as file:
+                file.write(part.data)
+            self.about["tokens"] += len(part)
             ids = ids[len(part) :]
             if self.n_open == self.shard_tokens:
                 self.close_file()
+        return len(self.shards) - n_full
 
     def close_file(self) -> None:
-        if self.file is None:
-            return
-        self.file.close()
         flush(self.path)
-        sha256 = sha256_of(self.path)
-        self.shards.append({"file": self.path.name, "tokens": self.n_open, "sha256": sha256})
-        self.file, self.n_open = None, 0
+        name, sha256 = self.path.name, sha256_of(self.path)
+        self.shards.append({"file": name, "tokens": self.n_open, "sha256": sha256})
 
-    def state(self) -> dict:
-        """What the journal keeps, with all ids on the disk."""
-        if self.file:
-            self.file.flush()
-            flush(self.path)
-        return {key: getattr(self, key) for key in ("documents", "n_bytes", "n_open", "shards")}
-
-    def described(self) -> dict:
-        """The finished split's entry in meta.json."""
-        about = {"documents": self.documents, "tokens": self.n_tokens, "bytes": self.n_bytes}
+    def finish(self) -> dict:
+        """Close the last file; returns the split's entry in meta.json."""
+        if self.n_open:
+            self.close_file()
+        if not self.shards:
+            advice = "give more text or another --val_fraction"
+            raise UserError(f"there is no text for the {self.split} split; {advice}")
         if len(self.shards) == 1:
-            return about | {"sha256": self.shards[0]["sha256"]}
-        sha256 = joined(shard["sha256"] for shard in self.shards)
-        return about | {"sha256": sha256, "shards": self.shards}
+            del self.about["shards"]
+            return self.about | {"sha256": self.shards[0]["sha256"]}
+        return self.about | {"sha256": joined(shard["sha256"] for shard in self.shards)}
 
 
 def shard_name(split: str, i: int) -> str:
@@ -180,63 +165,44 @@ def tokenise(
     """Write a corpus' files into the work folder; the journal's last entry is their meta.json.
 
     about: what else meta.json says, such as the source."""
+    meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
+    if not (work / "meta.json").is_file():  # it comes last: the tokenizer is complete
+        work.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(work)
+        write_json(work / "meta.json", meta)
     sources = [source.name for _, source in corpus.sources]
-    known = read_journal(work)
-    if known.get("sources", sources) != sources:
+    journal = read_journal(work)
+    if journal.get("sources", sources) != sources:
         warn(f"the text has changed since {work} was begun: starting from its first document")
-        known = {}
-    start = Position(*known.get("position", ()))
-    states = known.get("splits", {})
-    writers = {
-        split: SplitWriter(work, split, tokenizer, shard_tokens, **states.get(split, {}))
-        for split in corpus.names
-    }
-    n_before = sum(writer.n_tokens for writer in writers.values())
-    if n_before:
-        print(f"continuing after {n_before:,} tokens")
-    with tqdm(initial=n_before, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for position, encoded in encode_all(corpus, start, work, n_threads):
-            n_files = sum(len(writer.shards) for writer in writers.values())
-            for split, batch in encoded.items():
-                writers[split].write(batch)
-                bar.update(len(batch.ids))
-            bar.set_postfix_str(f"source {position.source + 1} of {len(sources)}")
-            if sum(len(writer.shards) for writer in writers.values()) > n_files:
-                states = {split: writer.state() for split, writer in writers.items()}
-                entry = {"position": position, "splits": states, "sources": sources}
-                write_json(work / "journal.json", entry)
-    for split, writer in writers.items():
-        writer.close_file()
-        if not writer.shards:
-            advice = "give more text or another --val_fraction"
-            raise UserError(f"there is no text for the {split} split; {advice}")
-    meta = {
-        "tokenizer": tokenizer.describe(),
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype_of(tokenizer).name,
-        "splits": {split: writer.described() for split, writer in writers.items()},
-    }
+        journal = {}
+    start = Position(*journal.get("position", ()))
+    writers = {}
+    for split in corpus.names:
+        about_split = journal.get("splits", {}).get(split)
+        writers[split] = SplitWriter(work, split, tokenizer, shard_tokens, about_split)
+    if journal:
+        print(f"continuing at source {start.source + 1} of {len(sources)}")
+    for position, encoded in encode_all(corpus, start, work, n_threads):
+        n_closed = sum(writers[split].write(batch) for split, batch in encoded.items())
+        if n_closed:
+            for writer in writers.values():
+                if writer.n_open:
+                    flush(writer.path)
+            splits = {split: writer.about for split, writer in writers.items()}
+            journal = {"position": position, "splits": splits, "sources": sources}
+            write_json(work / "journal.json", journal)
+            n_tokens = sum(about["tokens"] for about in splits.values())
+            where = f"source {position.source + 1} of {len(sources)}"
+            print(f"{n_tokens:,} tokens, {where}; the same command continues from here")
+    meta["dtype"] = dtype_of(tokenizer).name
+    meta["splits"] = {split: writer.finish() for split, writer in writers.items()}
     write_json(work / "journal.json", {"meta": meta | about})
-
-
-def keep_tokenizer(tokenizer: Tokenizer, work: Path) -> None:
-    """Save the tokenizer in the work folder; meta.json comes last and says that it is whole."""
-    work.mkdir(exist_ok=True)
-    tokenizer.save(work)
-    about = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
-    write_json(work / "meta.json", about)
 
 
 def read_journal(work: Path) -> dict:
     """What the last call left: how far it came, or once all is done the meta.json to install."""
     path = work / "journal.json"
     return read_json(path) if path.is_file() else {}
-
-
-def files_of(split: str, about: Mapping) -> dict[str, int]:
-    """The names of a split's files and their numbers of ids; about: its entry in meta.json."""
-    shards = about.get("shards", [{"file": f"{split}.bin", "tokens": about["tokens"]}])
-    return {shard["file"]: shard["tokens"] for shard in shards}
 
 
 def install(work: Path, folder: Path) -> None:
@@ -247,11 +213,12 @@ def install(work: Path, folder: Path) -> None:
     meta = read_journal(work)["meta"]
     moves = {}
     for split, about in meta["splits"].items():
-        for i, name in enumerate(files_of(split, about)):
-            moves[folder / name] = work / shard_name(split, i)
+        shards = about.get("shards", [{"file": f"{split}.bin"}])
+        for i, shard in enumerate(shards):
+            moves[folder / shard["file"]] = work / shard_name(split, i)
     for path in folder.iterdir():
-        is_new = path in moves and not moves[path].is_file()
-        if OURS.fullmatch(path.name) and not is_new:
+        is_old = path not in moves or moves[path].is_file()
+        if OURS.fullmatch(path.name) and is_old:
             path.unlink()
     write_json(folder / "meta.json", meta)
     load_tokenizer(work).save(folder)
@@ -260,16 +227,3 @@ def install(work: Path, folder: Path) -> None:
             os.replace(made, path)
     flush(folder)
     shutil.rmtree(work)
-    if not is_whole(folder, meta):
-        raise UserError(f"files of {work} are gone; run the same command to make them again")
-
-
-def is_whole(folder: Path, meta: Mapping) -> bool:
-    """Whether all files that meta.json names are in the folder, in their sizes."""
-    itemsize = np.dtype(meta["dtype"]).itemsize
-    for split, about in meta["splits"].items():
-        for name, tokens in files_of(split, about).items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != tokens * itemsize:
-                return False
-    return True
