@@ -67,7 +67,10 @@ def split_documents(chunks: Chunks) -> Pieces:
 
 
 def find(
-    source: str, field: str = "text", separator: str = "", errors: str = "strict"
+    source: str,
+    field: str = "text",
+    separator: str = "",
+    errors: str = "strict",
 ) -> list[Source]:
     """The files that --source names, in order."""
 
@@ -184,7 +187,9 @@ def hub(name: str, subset: str = "", field: str = "text") -> dict[str, list[Sour
 
 
 def hub_texts(
-    name: str, subset: str = "", field: str = "text"
+    name: str,
+    subset: str = "",
+    field: str = "text",
 ) -> dict[str, dict[str, Callable[[], Iterator[str]]]]:
     """For each file of each split a function that returns all its texts, the empty ones too."""
     path, revision = (name, "") if os.path.exists(name) else name.partition("@")[::2]

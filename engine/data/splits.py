@@ -80,7 +80,10 @@ def draw(document: int, fractions: Mapping[str, float]) -> str:
     return "train"
 
 
-def draw_or_cut(sources: Sequence[Source], fractions: Mapping[str, float]) -> Corpus:
+def draw_or_cut(
+    sources: Sequence[Source],
+    fractions: Mapping[str, float],
+) -> Corpus:
     """Draw these fractions of the documents; of few documents cut off the end of each instead."""
     lengths = []
     for text, is_start in _pieces(sources):
@@ -101,7 +104,12 @@ def _pieces(sources: Sequence[Source]) -> Pieces:
     return itertools.chain.from_iterable(source.pieces() for source in sources)
 
 
-def _stretch(sources: Sequence[Source], lengths: Sequence[int], low: float, high: float) -> Pieces:
+def _stretch(
+    sources: Sequence[Source],
+    lengths: Sequence[int],
+    low: float,
+    high: float,
+) -> Pieces:
     """What lies between these shares of each document's length, cut between paragraphs."""
     number = -1
     for text, is_start in _pieces(sources):

@@ -55,7 +55,10 @@ def encode(tokenizer: Tokenizer, pieces: list[tuple[str, bool]]) -> Encoded:
 
 
 def encode_all(
-    corpus: Corpus, start: Position, folder: Path, n_threads: int
+    corpus: Corpus,
+    start: Position,
+    folder: Path,
+    n_threads: int,
 ) -> Iterator[tuple[Position, dict[str, Encoded]]]:
     """Encode what lies after start, batch by batch, in order; yields the position after each.
 
@@ -95,11 +98,21 @@ class SplitWriter:
     about: what has been written, as the journal has it; shards: the full files."""
 
     def __init__(
-        self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, about: dict | None
+        self,
+        folder: Path,
+        split: str,
+        tokenizer: Tokenizer,
+        shard_tokens: int,
+        about: dict | None,
     ):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.eot = tokenizer.eot
-        self.about = about or {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
+        self.about = about or {
+            "documents": 0,
+            "tokens": 0,
+            "bytes": 0,
+            "shards": [],
+        }
         self.shards = self.about["shards"]
         if self.n_open:  # ids after the journal's end are written again
             os.truncate(self.path, self.n_open * dtype_of(tokenizer).itemsize)
