@@ -132,17 +132,11 @@ def test_the_merges_of_gpt2s_tokens_are_openais_own(gpt2):
     assert [" ".join(pair) for pair in merges_of(tokens)] == lines
 
 
-def saved_by_transformers(tokenizer, folder: Path, old: bool) -> None:
-    """A tokenizer's files without any of ours; old: vocab.json and merges.txt, as transformers 4
-    has them beside.
-    """
+def saved_by_transformers(tokenizer, folder: Path) -> None:
+    """A tokenizer's files without any of ours."""
     import transformers
 
     pipeline = transformers_tokenizer(tokenizer)
-    if old:
-        folder.mkdir()
-        pipeline.model.save(str(folder))
-        return
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=pipeline, eos_token="<|endoftext|>"
     )
@@ -150,12 +144,11 @@ def saved_by_transformers(tokenizer, folder: Path, old: bool) -> None:
     theirs.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("old", [False, True])
 def test_the_tokenizer_that_transformers_saved_is_the_one_that_is_read(
-    tmp_path, gpt2, old, without_tiktoken
+    tmp_path, gpt2, without_tiktoken
 ):
     for ours in (BPETokenizer.train([TEXT, *STRANGE[:3]], 400), gpt2[0]):
-        saved_by_transformers(ours, folder := tmp_path / ours.kind, old)
+        saved_by_transformers(ours, folder := tmp_path / ours.kind)
         assert not (folder / "meta.json").exists() and not (folder / "gpt2.json").exists()
         theirs = load_tokenizer(folder)
         assert (theirs.vocab_size, theirs.eot) == (ours.vocab_size, ours.eot)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.base.errors import UserError
+from engine.base.files import read_json
 from engine.data.gpt2_bpe import GPT2Tokenizer, to_bytes
 
 KINDS = ("gpt2", "bpe", "char", "byte")
@@ -28,7 +29,6 @@ class BPETokenizer:
     """A byte-level BPE, kept as <folder>/tokenizer.json (the format of the tokenizers library)."""
 
     kind, file = "bpe", "tokenizer.json"
-    parts = ("vocab.json", "merges.txt")  # what older versions of transformers save instead
 
     def __init__(self, bpe):
         self.bpe = bpe
@@ -56,14 +56,10 @@ class BPETokenizer:
         import tokenizers
 
         path = Path(folder) / cls.file
-        parts = [str(Path(folder) / name) for name in cls.parts]
-        if not path.is_file() and not all(Path(part).is_file() for part in parts):
+        if not path.is_file():
             raise UserError(f"{path} is missing; prepare the data set again")
         try:
-            if path.is_file():
-                bpe = tokenizers.Tokenizer.from_file(str(path))
-            else:
-                bpe = byte_level(tokenizers.models.BPE.from_file(*parts))
+            bpe = tokenizers.Tokenizer.from_file(str(path))
             if "ByteLevel" not in str(json.loads(bpe.to_str())["decoder"]):
                 raise ValueError("its tokens are not made of bytes")
             bpe.no_truncation()  # transformers saves these settings too
@@ -187,17 +183,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     saved there; if there is none of these, GPT-2's BPE."""
     folder = Path(folder)
     meta = read_meta(folder)
-    if meta is None:
-        if (folder / GPT2Tokenizer.file).exists() or not has_tokenizer(folder):
-            return GPT2Tokenizer.load(folder)
-        return BPETokenizer.load(folder)
-    kind = meta["tokenizer"].get("kind")
+    if meta:
+        about = meta["tokenizer"]
+    else:
+        files = (BPETokenizer.file, GPT2Tokenizer.file)
+        is_theirs = [(folder / name).exists() for name in files] == [True, False]
+        about = {"kind": "bpe" if is_theirs else "gpt2"}
+    kind = about.get("kind")
     if kind == "gpt2":
         return GPT2Tokenizer.load(folder)
     if kind == "bpe":
         return BPETokenizer.load(folder)
     if kind == "char":
-        return CharTokenizer(meta["tokenizer"]["chars"], meta["tokenizer"]["eot"])
+        return CharTokenizer(about["chars"], about["eot"])
     if kind == "byte":
         return ByteTokenizer()
     raise UserError(f"{folder} names an unknown tokenizer {kind!r}; known: {', '.join(KINDS)}")
@@ -205,8 +203,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder itself says what its tokens mean."""
-    files = (GPT2Tokenizer.file, BPETokenizer.file, BPETokenizer.parts[0])
-    return any((folder / name).exists() for name in files) or read_meta(folder) is not None
+    names = ("meta.json", "meta.pkl", GPT2Tokenizer.file, BPETokenizer.file)
+    return any((folder / name).exists() for name in names)
 
 
 def read_meta(folder: str | Path) -> dict | None:
@@ -215,21 +213,10 @@ def read_meta(folder: str | Path) -> dict | None:
     if not path.exists():
         path = path.with_name("meta.pkl")
         return _read_meta_pkl(path) if path.exists() else None
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        tokenizer = meta["tokenizer"]
-        if tokenizer.get("kind") == "char":
-            CharTokenizer(tokenizer["chars"], tokenizer["eot"]).token_bytes()
-        sizes = [about.get("tokens", 0) for about in meta.get("splits", {}).values()]
-        if not all(isinstance(size, int) for size in [meta["vocab_size"], *sizes]):
-            raise ValueError("a size is no integer")
-        if meta.get("dtype", "uint16") not in ("uint16", "uint32"):
-            raise ValueError("unknown dtype")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} does not describe a data set ({type(error).__name__}: {error}); prepare it "
-            "again"
-        ) from None
+    meta = read_json(path)
+    is_good = isinstance(meta.get("vocab_size"), int) and isinstance(meta.get("tokenizer"), dict)
+    if not is_good or meta.get("dtype", "uint16") not in ("uint16", "uint32"):
+        raise UserError(f"{path} does not describe a data set; prepare it again")
     return meta
 
 
