@@ -28,7 +28,7 @@ FLAGS  ?=
 RUNS   := $(OUT)/softmax,$(OUT)/smooth,$(OUT)/bayes,$(OUT)/sigmoid,$(OUT)/bayes_sigmoid
 TRAIN   = config/quickstart.py --init_from=auto $(FLAGS)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
-.PHONY: run study test format results notebooks bench reliability soak clean
+.PHONY: run study study-data test format results notebooks bench reliability soak clean
 
 # $(call stage,TITLE,COMMAND) prints the title, runs the command, and prints how long it took
 define stage
@@ -49,9 +49,35 @@ run: .venv/.installed
 		$(PY) sample.py --out_dir=$(OUT)/bayes --num_samples=1 --max_new_tokens=200 \
 		--start="The old prince looked at" --show_uncertainty)
 
-study: .venv/.installed
-	$(PY) -m study $(if $(WIKITEXT),--wikitext='$(WIKITEXT)') $(if $(SOTU),--sotu='$(SOTU)') \
-		$(if $(JOBS),--jobs=$(JOBS)) $(FLAGS)
+study: .venv/.installed study-data
+	$(PY) -m study $(if $(JOBS),--jobs=$(JOBS)) $(FLAGS)
+
+# the data sets of the study that are missing; one with another's tokenizer comes after that
+study-data: $(if $(findstring wikitext_100m,$(FLAGS)),data/wikitext/meta.json data/sotu/meta.json,\
+	data/wikitext2_8k_tenth/meta.json data/sotu_by_wikitext2_8k/meta.json \
+	data/wikitext2_by_sotu_8k/meta.json data/wikitext2/meta.json data/sotu/meta.json)
+
+WIKITEXT2 = $(PY) data/wikitext/prepare.py --version=2 --source='$(WIKITEXT)'
+ADDRESSES = $(PY) data/text/prepare.py --separator='\n\n' --source='$(or $(SOTU),$(error \
+	give SOTU=FILE with the State of the Union addresses: training_logs/README.md says where from))'
+LEARNT = --tokenizer=bpe --vocab_size=8192
+
+data/wikitext/meta.json: | .venv/.installed
+	$(PY) data/wikitext/prepare.py
+data/wikitext2/meta.json: | .venv/.installed
+	$(WIKITEXT2) --folder=data/wikitext2
+data/wikitext2_8k/meta.json: | .venv/.installed
+	$(WIKITEXT2) --folder=data/wikitext2_8k $(LEARNT)
+data/wikitext2_8k_tenth/meta.json: | data/wikitext2_8k/meta.json
+	$(WIKITEXT2) --folder=data/wikitext2_8k_tenth --tokenizer=data/wikitext2_8k --train_articles=60
+data/wikitext2_by_sotu_8k/meta.json: | data/sotu_8k/meta.json
+	$(WIKITEXT2) --folder=data/wikitext2_by_sotu_8k --tokenizer=data/sotu_8k
+data/sotu/meta.json: | .venv/.installed
+	$(ADDRESSES) --name=sotu --tokenizer=gpt2
+data/sotu_8k/meta.json: | .venv/.installed
+	$(ADDRESSES) --name=sotu_8k $(LEARNT)
+data/sotu_by_wikitext2_8k/meta.json: | data/wikitext2_8k/meta.json
+	$(ADDRESSES) --name=sotu_by_wikitext2_8k --tokenizer=data/wikitext2_8k
 
 test: .venv/.installed-dev
 	.venv/bin/ruff check .

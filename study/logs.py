@@ -5,13 +5,11 @@ metrics.jsonl, config.json, and eval_test<kind>.json for each of KINDS.
 """
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from engine.base.errors import UserError
-from engine.base.files import read_json, read_json_lines
+from engine.base.files import read_json
 from engine.eval.plots import validation_curve
 from engine.eval.table import flat
 from engine.runs.logger import read_records
@@ -70,12 +68,13 @@ def read(study: Path) -> dict[str, Variant]:
     """
     found: dict[str, Variant] = {}
     for name, seed, folder in runs_of(study):
-        config = read_json(path) if (path := folder / "config.json").is_file() else {}
-        for kind, ending in KINDS.items():
+        path = folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        for kind in KINDS:
             path = folder / f"eval_test{kind}.json"
             if path.is_file():
-                variant = found.setdefault(name + kind, Variant(label_of(name, config) + ending))
-                variant.seeds[seed] = read_numbers(path)
+                variant = found.setdefault(name + kind, Variant(label_of(name + kind, config)))
+                variant.seeds[seed] = flat(read_json(path))
         curve = validation_curve(read_records(folder / "metrics.jsonl"))
         if curve and name in found:
             found[name].curves[seed] = curve
@@ -83,6 +82,8 @@ def read(study: Path) -> dict[str, Variant]:
     nlls = {seed: numbers["nll"] for seed, numbers in softmax.items()}
     for name, variant in found.items():
         for seed, numbers in variant.seeds.items():
+            if "ensemble" not in name:
+                numbers["n_seeds"] = len(variant.seeds)
             if seed in nlls:
                 base = mean(nlls.values()) if "ensemble" in name else nlls[seed]
                 numbers["ratio"] = math.exp(numbers["nll"] - base)
@@ -92,10 +93,10 @@ def read(study: Path) -> dict[str, Variant]:
 def runs_of(study: Path) -> list[tuple[str, int, Path]]:
     """The runs in order: variant, seed, folder."""
     runs = []
-    for folder in filter(Path.is_dir, study.glob("*-seed*")):
-        if not (match := re.fullmatch(r"(.+)-seed(\d+)", folder.name)):
-            raise UserError(f"{folder} is not named <variant>-seed<number>; rename it or move it")
-        runs.append((match[1], int(match[2]), folder))
+    for folder in study.glob("*-seed*"):
+        name, _, seed = folder.name.rpartition("-seed")
+        if seed.isdigit():
+            runs.append((name, int(seed), folder))
     return sorted(runs, key=lambda run: (place(run[0]), run[1]))
 
 
@@ -107,8 +108,10 @@ def place(name: str) -> tuple:
 
 
 def label_of(name: str, config: dict) -> str:
-    """A variant's label, with options of its config.json."""
-    plain = name.removesuffix(DISTILLED)
+    """The label of a variant of read(), with options of its config.json."""
+    kind = next(kind for kind in reversed(KINDS) if name.endswith(kind))
+    variant = name.removesuffix(kind)
+    plain = variant.removesuffix(DISTILLED)
     label = LABELS.get(plain, plain)
     head = f"{config.get('weights')} {config.get('likelihood')}"
     numbers = flat(config)
@@ -116,28 +119,6 @@ def label_of(name: str, config: dict) -> str:
         value = numbers.get(option, usual)
         if part_of_head in head and value != usual:
             label = f"{label.removesuffix(f', {option}')}, {option} {value:g}"
-    return label if name == plain else f"{label}, taught"
-
-
-def plain_label(name: str) -> str:
-    """The label of a variant of read() without options, which differ between studies."""
-    kind = next(kind for kind in reversed(KINDS) if name.endswith(kind))
-    return label_of(name.removesuffix(kind), {}) + KINDS[kind]
-
-
-def read_numbers(path: Path) -> dict[str, float]:
-    numbers = flat(read_json(path))
-    if not 0 < numbers.get("nll", 0) < 100:
-        raise UserError(f"{path} has no nll between 0 and 100; copy it from its run again")
-    return numbers
-
-
-def read_trials(path: Path) -> list[dict]:
-    """The trials of a tuning.jsonl: row (the variant), flags, final val_nll, options. Of several
-    with the same flags, which had other options, the latest."""
-    trials = read_json_lines(path)
-    for i, trial in enumerate(trials, 1):
-        if not (trial.get("row") and "flags" in trial and isinstance(trial.get("val_nll"), float)):
-            raise UserError(f"{path}: trial {i} lacks its row, flags or val_nll; delete its line")
-    latest = {(trial["row"], *trial["flags"]): trial for trial in trials}
-    return list(latest.values())
+    if variant != plain:
+        label += ", taught"
+    return label + KINDS[kind]

@@ -1,5 +1,6 @@
 """The plots of a study: its variants beside each other, their curves, calibration, uncertainty."""
 
+import textwrap
 from pathlib import Path
 from statistics import mean
 
@@ -14,7 +15,6 @@ from engine.eval.plots import (
     reliability_figure,
     styled,
     uncertainty_figure,
-    wrap,
 )
 from study.logs import Variant, read
 
@@ -33,10 +33,11 @@ def figures(study: Path) -> dict[str, Figure]:
             row = read_json(study / f"{name}-seed{min(variant.seeds)}" / "eval_test.json")
             rows[variant.label] = row
     calibrated = {label: row for label, row in rows.items() if "calibration" in row}
-    foreign = {label: row for label, row in rows.items() if "ood" in row}
-    # of those with point weights one is enough
-    first = next(iter(foreign), "")
-    bayesian = {label: row for label, row in foreign.items() if "aleatoric" in row}
+    foreign = {}
+    for label, row in rows.items():
+        # of those with point weights one is enough
+        if "ood" in row and (not foreign or "aleatoric" in row):
+            foreign[label] = row
     curves = {}
     for name in DRAWN:  # a missing one keeps its look
         variant = variants.get(name, Variant(name))
@@ -45,7 +46,7 @@ def figures(study: Path) -> dict[str, Figure]:
         "summary": summary_figure(variants),
         "val_nll": curves_figure(curves),
         "reliability": reliability_figure(calibrated),
-        "uncertainty": uncertainty_figure({first: foreign[first]} | bayesian if foreign else {}),
+        "uncertainty": uncertainty_figure(foreign),
     }
     return {name: figure for name, figure in found.items() if figure}
 
@@ -53,26 +54,18 @@ def figures(study: Path) -> dict[str, Figure]:
 @styled
 def summary_figure(variants: dict[str, Variant]) -> Figure:
     """Perplexity relative to softmax, and ECE: a mark for each seed, a bar for their mean."""
-    figure, ((ratios, errors),) = panels(1, 2, 0.9 + 0.3 * len(variants), sharey=True)
-    ratios.axvline(
-        1.0,
-        color="black",
-        linewidth=0.8,
-        linestyle="--",
-    )
+    height = 0.9 + 0.3 * len(variants)
+    figure, ((ratios, errors),) = panels(1, 2, height, sharey=True)
+    ratios.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     for i, (name, variant) in enumerate(variants.items()):
-        look = COLOURS[family(name)], MARKERS[family(name) % len(MARKERS)]
-        for panel, values in ((ratios, variant.values("ratio")), (errors, variant.values("ece"))):
-            panel.plot(
-                values,
-                [i] * len(values),
-                color=look[0],
-                marker=look[1],
-                linestyle="",
-            )
+        color = COLOURS[family(name)]
+        marker = MARKERS[family(name) % len(MARKERS)]
+        for panel, score in ((ratios, "ratio"), (errors, "ece")):
+            values = variant.values(score)
+            panel.plot(values, [i] * len(values), color=color, marker=marker, linestyle="")
             if values:
                 panel.plot(mean(values), i, "k|", markersize=14)
-    labels = [wrap(variant.label, 46) for variant in variants.values()]
+    labels = [textwrap.fill(variant.label, 46) for variant in variants.values()]
     ratios.set_yticks(range(len(variants)), labels, fontsize=7)
     ratios.set_ylim(len(variants) - 0.5, -0.5)
     ratios.set_xlabel("test perplexity / softmax's")
@@ -83,4 +76,8 @@ def summary_figure(variants: dict[str, Variant]) -> Figure:
 
 def family(name: str) -> int:
     """The index of a variant's colour: the last one in DRAWN that its name begins with."""
-    return max((i for i, drawn in enumerate(DRAWN) if name.startswith(drawn)), default=len(DRAWN))
+    found = len(DRAWN)
+    for i, drawn in enumerate(DRAWN):
+        if name.startswith(drawn):
+            found = i
+    return found

@@ -18,7 +18,7 @@ from engine.base.errors import UserError, run_main
 from engine.base.files import atomic_write, read_json, read_json_lines
 from engine.eval.plots import save
 from engine.eval.table import as_markdown, without_empty_columns
-from study.logs import LABELS, Variant, place, plain_label, read, read_trials
+from study.logs import LABELS, Variant, label_of, place, read
 from study.plots import figures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,25 +76,23 @@ BESIDE = {"ratio": "vs softmax: .3f ±", "ece": "ECE: .4f ±"}
 
 def table(study: Path, kind: str) -> str:
     """A table of a study in Markdown; ± is the standard deviation over seeds."""
-    if kind in ("tuning", "beside"):
-        return tuning(study) if kind == "tuning" else beside(study)
+    if kind == "tuning":
+        return tuning(study)
+    if kind == "beside":
+        return beside(study)
     if kind not in COLUMNS:
         kinds = ", ".join([*COLUMNS, "tuning", "beside"])
         raise UserError(f"a table of kind {kind!r} is none of: {kinds}")
     variants = read(study)
-    for name, cost in costs(study, variants).items():
-        for numbers in variants[name].seeds.values():
-            numbers |= cost
+    measured = costs(study)
     for name, variant in variants.items():
-        if "ensemble" not in name:
-            for numbers in variant.seeds.values():
-                numbers["n_seeds"] = len(variant.seeds)
-    lines = [
-        [variant.label, *cells(variant, COLUMNS[kind])]
-        for variant in (unigram(variants), *variants.values())
-    ]
-    header = ["head", *(column.split(": ")[0] for column in COLUMNS[kind].values())]
-    return markdown(header, lines)
+        for numbers in variant.seeds.values():
+            numbers |= measured.get(MEASURED_AS.get(name, name), {})
+    lines = []
+    for variant in (unigram(variants), *variants.values()):
+        lines.append([variant.label, *cells(variant, COLUMNS[kind])])
+    heads = [column.split(": ")[0] for column in COLUMNS[kind].values()]
+    return markdown(["head", *heads], lines)
 
 
 def cells(variant: Variant, columns: dict[str, str]) -> list[str]:
@@ -127,7 +125,8 @@ def unigram(variants: dict[str, Variant]) -> Variant:
         return Variant(label)
     numbers = {"nll": nlls[0], "perplexity": math.exp(nlls[0])}
     if "softmax" in variants:
-        numbers["ratio"] = math.exp(nlls[0] - mean(variants["softmax"].values("nll")))
+        softmax = mean(variants["softmax"].values("nll"))
+        numbers["ratio"] = math.exp(nlls[0] - softmax)
     return Variant(label, {0: numbers})
 
 
@@ -140,7 +139,7 @@ def beside(studies: Path) -> str:
     lines = []
     for variant in counts:
         if counts[variant] > 1:
-            line = [plain_label(variant)]
+            line = [label_of(variant, {})]
             for variants in found:
                 line += cells(variants.get(variant, Variant("")), BESIDE)
             lines.append(line)
@@ -150,45 +149,43 @@ def beside(studies: Path) -> str:
 
 def tuning(study: Path) -> str:
     """All trials of a study: what each changed, and its validation nll; the lowest is bold."""
-    trials: dict[str, list[dict]] = {}
-    for trial in read_trials(study / "tuning.jsonl"):
-        trials.setdefault(trial["row"], []).append(trial)
-    n_most = max(map(len, trials.values()), default=0)
+    trials = read_json_lines(study / "tuning.jsonl")
     lines = []
-    for name in sorted(trials, key=place):
-        best = min(trials[name], key=lambda trial: trial["val_nll"])
-        line = [LABELS.get(name, name)]
-        for trial in trials[name]:
-            flags = ", ".join(flag.removeprefix("--").replace("=", " ") for flag in trial["flags"])
+    for name in sorted({trial["row"] for trial in trials}, key=place):
+        of_variant = [trial for trial in trials if trial["row"] == name]
+        best = min(of_variant, key=lambda trial: trial["val_nll"])
+        line = [LABELS[name]]
+        for trial in of_variant:
+            flags = ", ".join(trial["flags"]).replace("--", "").replace("=", " ")
             text = f"{flags}: {trial['val_nll']:.3f}"
             line.append(f"**{text}**" if trial is best else text)
-        lines.append(line + [""] * (n_most + 1 - len(line)))
-    return markdown(["head", *(f"trial {i}" for i in range(1, n_most + 1))], lines)
+        lines.append(line)
+    n_columns = max(map(len, lines), default=1)
+    lines = [line + [""] * (n_columns - len(line)) for line in lines]
+    numbers = [f"trial {i}" for i in range(1, n_columns)]
+    return markdown(["head", *numbers], lines)
 
 
-def costs(study: Path, variants: dict[str, Variant]) -> dict[str, dict[str, float]]:
-    """time_ratio and memory_ratio of a training step, relative to softmax's, by variant.
+def costs(study: Path) -> dict[str, dict[str, float]]:
+    """time_ratio and memory_ratio of a training step, relative to softmax's, by case.
 
     From the latest records of bench/step.py for the study's size, all of one machine.
     """
     configs = sorted(study.glob("softmax-seed*/config.json"))
-    size = size_of(read_json(configs[0])) if configs else None
-    records = [
-        record
-        for record in read_json_lines(BENCH)
-        if record.get("bench") == "step"
-        and record.get("baseline") == "softmax"
-        and size_of(record["shapes"]) == size
-    ]
-    if not records:
+    if not configs:
         return {}
-    names = ("time_ratio", "memory_ratio")
-    measured = {"softmax": dict.fromkeys(names, 1.0)}
+    size = size_of(read_json(configs[0]))
+    records = []
+    for record in read_json_lines(BENCH):
+        is_step = record["bench"] == "step" and record["baseline"] == "softmax"
+        if is_step and size_of(record["shapes"]) == size:
+            records.append(record)
+    found = {}
     for record in records:
         if record["machine"] == records[-1]["machine"]:
-            measured[record["case"]] = {name: record[name] for name in names}
-    cases = {name: MEASURED_AS.get(name, name) for name in variants}
-    return {name: measured[case] for name, case in cases.items() if case in measured}
+            found["softmax"] = {"time_ratio": 1.0, "memory_ratio": 1.0}
+            found[record["case"]] = {name: record[name] for name in found["softmax"]}
+    return found
 
 
 def size_of(options: dict) -> tuple:

@@ -1,8 +1,6 @@
 """What the study trains: variants (config/rows/) at scales (config/), their seeds and tuning."""
 
-import runpy
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from study.logs import DISTILLED
 
@@ -37,6 +35,7 @@ class Study:
     """A scale, its variants, and how they are tuned."""
 
     scale: str  # config/<scale>.py
+    dataset: str  # the scale's; the Makefile prepares it
     foreign: str  # data set of the other kind, in the scale's tokens
     variants: tuple[str, ...] = PAPER
     rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
@@ -46,10 +45,6 @@ class Study:
     distilled: tuple[str, ...] = ()
     n_seeds: int = 1  # of the main variants; several for all others would double the hours
     ensemble: bool = False  # of softmax's runs
-
-    def dataset(self, root: Path) -> str:
-        """The data set that the scale's file names."""
-        return runpy.run_path(str(root / "config" / f"{self.scale}.py"))["dataset"]
 
     def all_variants(self) -> list[str]:
         return [*self.variants, *(variant + DISTILLED for variant in self.distilled)]
@@ -61,6 +56,7 @@ class Study:
 STUDIES = {
     "wikitext2_8k": Study(
         "train_wikitext2_8k",
+        "wikitext2_8k",
         "sotu_by_wikitext2_8k",
         variants=(*PAPER, "dropout"),
         rates=(4e-3, 2e-3, 1e-3),
@@ -71,6 +67,7 @@ STUDIES = {
     ),
     "wikitext2_8k_tenth": Study(
         "train_wikitext2_8k_tenth",
+        "wikitext2_8k_tenth",
         "sotu_by_wikitext2_8k",
         variants=(*PAPER, "dropout"),
         rates=(2e-3, 1e-3, 5e-4),
@@ -79,35 +76,13 @@ STUDIES = {
         ensemble=True,
     ),
     "sotu_8k": Study(
-        "train_sotu_8k", "wikitext2_by_sotu_8k", MAIN, tuned_as="wikitext2_8k", n_seeds=3
+        "train_sotu_8k",
+        "sotu_8k",
+        "wikitext2_by_sotu_8k",
+        MAIN,
+        tuned_as="wikitext2_8k",
+        n_seeds=3,
     ),
-    "wikitext2": Study("train_gpt2_wikitext2_cpu", "sotu"),
-    "wikitext_100m": Study("train_gpt2_wikitext_100m", "sotu"),  # for a GPU
-}
-WIKITEXT2 = ["data/wikitext/prepare.py", "--version=2", "--source={wikitext}"]
-SOTU = ["data/text/prepare.py", "--source={sotu}", r"--separator=\n\n"]
-LEARNT = ["--tokenizer=bpe", "--vocab_size=8192"]
-# data set -> the command that prepares it; one with another's tokenizer comes after that
-PREPARE = {
-    "wikitext": ["data/wikitext/prepare.py"],  # WikiText-103, of the hub
-    "wikitext2": [*WIKITEXT2, "--folder=data/wikitext2"],
-    "wikitext2_8k": [*WIKITEXT2, "--folder=data/wikitext2_8k", *LEARNT],
-    "wikitext2_8k_tenth": [
-        *WIKITEXT2,
-        "--folder=data/wikitext2_8k_tenth",
-        "--tokenizer=data/wikitext2_8k",
-        "--train_articles=60",
-    ],
-    "sotu": [*SOTU, "--name=sotu", "--tokenizer=gpt2"],
-    "sotu_8k": [*SOTU, "--name=sotu_8k", *LEARNT],
-    "sotu_by_wikitext2_8k": [
-        *SOTU,
-        "--name=sotu_by_wikitext2_8k",
-        "--tokenizer=data/wikitext2_8k",
-    ],
-    "wikitext2_by_sotu_8k": [
-        *WIKITEXT2,
-        "--folder=data/wikitext2_by_sotu_8k",
-        "--tokenizer=data/sotu_8k",
-    ],
+    "wikitext2": Study("train_gpt2_wikitext2_cpu", "wikitext2", "sotu"),
+    "wikitext_100m": Study("train_gpt2_wikitext_100m", "wikitext", "sotu"),  # for a GPU
 }

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +17,14 @@ import pytest
 
 import study.__main__ as study
 from engine.base.errors import UserError
-from engine.base.files import read_json_lines
+from engine.base.files import read_json, read_json_lines
+from engine.base.options import flatten, load_config
 from engine.data.tokenizer import CharTokenizer
 from study import variants
-from study.logs import read_trials
+from study.logs import DISTILLED
 from study.summary import tuning
 from tests.helpers import ROOT, TINY, contents, records, words, write_dataset, write_words
+from train import TrainConfig
 
 BOTH = "bayes_sigmoid_weighted"
 VARIANTS, SEEDS = ("softmax", BOTH), (7, 8)
@@ -31,7 +36,15 @@ def main(home: Path, argv: list[str], put=setattr) -> None:
     """One small study in the folder of the fixture; put: how to replace the module's values."""
     knobs = {"weight_decay": 0.0, "kl_weight": 0.5}
     small = variants.Study(
-        "small", f"{home}/foreign", VARIANTS, (1e-2, 1e-3), knobs, "", VARIANTS[1:], 2, True
+        "small",
+        str(home / "words"),
+        str(home / "foreign"),
+        VARIANTS,
+        rates=(1e-2, 1e-3),
+        knobs=knobs,
+        distilled=VARIANTS[1:],
+        n_seeds=2,
+        ensemble=True,
     )
     values = {"ROOT": home, "SEEDS": SEEDS, "MAIN": VARIANTS[:1], "STUDIES": {"small": small}}
     for name, value in values.items():
@@ -83,7 +96,7 @@ def home(tmp_path_factory):
     return home
 
 
-FLAGS = ["--jobs=2", "--logs=logs", "--train_flags=--max_iters=8 --log_interval=2"]
+FLAGS = ["--jobs=2", "--train_flags=--max_iters=8 --log_interval=2"]
 
 
 def test_ended_by_a_signal_it_ends_what_it_has_started(home):
@@ -101,7 +114,7 @@ def calls(home):
     """Killed once a run has its records, then run to the end, then called again: the records and
     trials at the kill, and the commands of the two later calls."""
     process = start(home, *FLAGS)
-    while not (done := list(home.glob("logs/small/*/eval_test.json"))):
+    while not (done := list(home.glob("out/tried/logs/small/*/eval_test.json"))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -112,7 +125,8 @@ def calls(home):
 
 def trials(home: Path) -> list[dict]:
     return [
-        json.loads(line) for line in (home / "logs/small/tuning.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (home / "out/tried/logs/small/tuning.jsonl").read_text().splitlines()
     ]
 
 
@@ -132,9 +146,11 @@ def test_every_row_has_three_trials_of_full_length_all_listed(home, calls):
 
 
 def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(home, calls):
-    assert {path.name for path in (home / "logs/small").iterdir()} == KEPT | {"tuning.jsonl"}
+    assert {path.name for path in (home / "out/tried/logs/small").iterdir()} == KEPT | {
+        "tuning.jsonl"
+    }
     for name in KEPT:
-        kept = home / "logs/small" / name
+        kept = home / "out/tried/logs/small" / name
         names = {path.name for path in kept.iterdir()}
         assert names >= {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
         assert ("eval_test_averaged.json" in names) == name.startswith(BOTH)
@@ -174,188 +190,99 @@ def test_killed_the_same_command_goes_on_and_once_complete_it_runs_nothing(home,
     assert len(rest) > 3 and again == []
 
 
-def test_a_kept_run_counts_as_done_with_the_options_that_are_chosen_now_alone(
-    home, calls, monkeypatch
-):
-    monkeypatch.setattr(study, "run_main", lambda main: None)
-    main(home, [], monkeypatch.setattr)
-    runner = study.Runner(
-        study.StudyConfig(logs="logs", train_flags=FLAGS[-1].removeprefix("--train_flags="))
-    )
-    assert runner.has_records("small", "softmax", 8)
-    path = home / "logs/small/softmax-seed8/config.json"
-    kept = path.read_text()
-    try:
-        for name in (
-            "learning_rate",
-            "weight_decay",
-            "dropout",
-            "max_iters",
-            "n_embd",
-        ):  # trials, row, call, scale
-            for options in (
-                json.loads(kept) | {name: 0.123},
-                {k: v for k, v in json.loads(kept).items() if k != name},
-            ):
-                path.write_text(json.dumps(options))
-                assert not runner.has_records("small", "softmax", 8), name
-    finally:
-        path.write_text(kept)
-
-
-def test_a_run_whose_scale_has_changed_is_not_gone_on_with(home, calls):
-    scale = home / "config/small.py"
-    text = scale.read_text()
-    scale.write_text(text + "n_layer = 3\n")
-    try:
-        process = start(home, *FLAGS)
-        output, errors = process.communicate()
-    finally:
-        scale.write_text(text)
-    assert process.returncode == 2 and errors.count("\n") == 1 and "python " not in output
-    assert (
-        "small/softmax_learning_rate=0.01-seed7 was trained with another n_layer; delete it"
-        in errors
-    )
-
-
-@pytest.mark.parametrize(
-    "line", ['{"row": "softmax", "val_nll": 1.0}', '{"flags": [], "val_nll": 1.0}', "null", "{"]
-)
-def test_a_damaged_list_of_trials_is_named(tmp_path, line):
-    runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
-    (tmp_path / "wikitext2_8k").mkdir()
-    (tmp_path / "wikitext2_8k/tuning.jsonl").write_text(line)
-    with pytest.raises(UserError, match="wikitext2_8k/tuning.jsonl"):
-        runner.tune("wikitext2_8k", "softmax")
-
-
 def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(home, monkeypatch):
     monkeypatch.setattr(study, "run_main", lambda main: None)
     main(home, [], monkeypatch.setattr)
+    monkeypatch.chdir(home)
     # at a rate of 1000 weights grow a million times in a step
-    flags = "--max_iters=8 --weight_decay=1000"
-    runner = study.Runner(study.StudyConfig(logs="diverging", train_flags=flags))
-    runner.home = Path("out/diverging")
-    best = {}
     small = dataclasses.replace(variants.STUDIES["small"], rates=(1000, 1e-3))
     monkeypatch.setitem(variants.STUDIES, "small", small)
-    runner.together([lambda: best.update(softmax=runner.tune("small", "softmax"))])
-    logs = home / "diverging/small"
-    listed = {
-        trial["flags"][0]: trial["val_nll"] for trial in read_json_lines(logs / "tuning.jsonl")
-    }
-    assert listed["--learning_rate=1000"] == math.inf and math.isfinite(
-        listed["--learning_rate=0.001"]
-    )
-    assert best["softmax"][0] == "--learning_rate=0.001" and "learning_rate 1000: inf" in tuning(
-        logs
-    )
+    config = study.StudyConfig(train_flags="--max_iters=8 --weight_decay=1000")
+    runner = study.Runner("small", config, study.Scripts(1))
+    runner.out = home / "out/diverging"
+    runner.logs = home / "diverging"
+    best = runner.tune("softmax")
+    listed = read_json_lines(runner.logs / "tuning.jsonl")
+    nlls = {trial["flags"][0]: trial["val_nll"] for trial in listed}
+    assert nlls["--learning_rate=1000"] == math.inf
+    assert math.isfinite(nlls["--learning_rate=0.001"])
+    assert best[0] == "--learning_rate=0.001"
+    assert "learning_rate 1000: inf" in tuning(runner.logs)
 
 
-def test_a_trial_of_other_options_is_repeated_and_the_latest_counts(tmp_path, monkeypatch):
-    runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
-    path, flags = tmp_path / "wikitext2_8k/tuning.jsonl", ["--learning_rate=0.5"]
-    monkeypatch.setattr(runner, "train", lambda *about: Path())
-    for nll in (5.0, 4.0):
-        monkeypatch.setattr(runner, "evaluate", lambda *about, nll=nll: {"nll": nll})
-        for name in ("softmax", "bayes"):
-            assert runner.trial("wikitext2_8k", name, flags)["val_nll"] == 5.0
-    options = read_json_lines(path)[1]["options"].items()
-    assert options >= {"learning_rate": 0.5, "n_layer": 3, "kl_weight": 0.1}.items()
-    path.write_text(path.read_text().replace('"n_layer": 3', '"n_layer": 4', 1))  # of softmax's
-    names = ("softmax", "bayes")
-    nlls = [runner.trial("wikitext2_8k", name, flags)["val_nll"] for name in names]
-    assert nlls == [4.0, 5.0]
-    assert [trial["val_nll"] for trial in read_trials(path)] == [4.0, 5.0]
-
-
-def test_the_kept_trials_are_of_todays_scales_so_that_none_is_made_again():
-    runner = study.Runner(study.StudyConfig())
-    for name in variants.STUDIES:
-        for trial in read_json_lines(ROOT / f"training_logs/{name}/tuning.jsonl"):
-            assert trial["options"] == runner.options(name, trial["row"], trial["flags"]), (
-                name,
-                trial["row"],
-            )
+def options(about: variants.Study, variant: str, flags: list[str]) -> dict:
+    """The options that config files and flags give a run, and those that are tuned."""
+    files = [f"config/{about.scale}.py", f"config/rows/{variant}.py"]
+    config, given = load_config(TrainConfig, [*files, *flags])
+    without_effect = {"out_dir", "compile", "eval_interval", "eval_iters", "log_interval"}
+    names = {"learning_rate", *variants.OTHER_VALUES, *given} - without_effect
+    return {name: value for name, value in flatten(config).items() if name in names}
 
 
 @pytest.mark.parametrize("name", ["wikitext2_8k", "wikitext2_8k_tenth", "sotu_8k"])
-def test_the_kept_runs_of_the_tuned_studies_are_complete_and_what_the_code_chooses_today(name):
-    runner, about = study.Runner(study.StudyConfig()), variants.STUDIES[name]
-    assert all(runner.is_done(name, variant) for variant in about.all_variants())
-    assert runner.ensemble_of(name).is_file() == about.ensemble
+def test_the_kept_runs_are_complete_and_of_the_options_that_the_code_chooses(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    about = variants.STUDIES[name]
+    runner = study.Runner(name, study.StudyConfig(), study.Scripts(1))
+    monkeypatch.setattr(runner.scripts, "run", None)  # no trial is missing
+    for variant in about.all_variants():
+        assert runner.is_kept(variant)
+        plain = variant.removesuffix(DISTILLED)
+        expected = options(about, plain, runner.tune(plain)).items()
+        for seed in about.seeds(variant):
+            kept = read_json(runner.kept(variant, seed) / "config.json")
+            assert expected <= kept.items()
+    for trial in read_json_lines(runner.logs / "tuning.jsonl"):
+        assert trial["options"] == options(about, trial["row"], trial["flags"])
+    ensemble = runner.kept("softmax", variants.SEEDS[0]) / study.ENSEMBLE
+    assert ensemble.is_file() == about.ensemble
 
 
-def test_an_ensemble_goes_when_one_of_its_members_is_trained_again(tmp_path, monkeypatch):
-    runner = study.Runner(study.StudyConfig(logs=str(tmp_path)))
-    (kept := runner.ensemble_of("wikitext2_8k")).parent.mkdir(parents=True)
-    kept.touch()
-    there = []  # when the run's records come: a kill after that must leave no old ensemble
-    for method in ("train", "evaluate"):
-        monkeypatch.setattr(runner, method, lambda *about: None)
-    monkeypatch.setattr(runner, "keep", lambda *about: there.append(kept.is_file()))
-    monkeypatch.setattr(runner, "has_records", lambda *about: True)
-    runner.finish("wikitext2_8k", "softmax")
-    assert kept.is_file() and there == []
-    monkeypatch.setattr(runner, "has_records", lambda *about: about[-1] != variants.SEEDS[-1])
-    runner.finish("wikitext2_8k", "softmax")
-    assert not kept.is_file() and there == [False]
+def test_a_script_that_fails_is_reported_with_its_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scripts = study.Scripts(2)
+    with pytest.raises(UserError, match="did you mean 'max_iters'?"):
+        scripts.together([lambda: scripts.run(tmp_path / "log", "train.py", "--max_iter=8")])
+    with pytest.raises(UserError, match="another script failed"):
+        scripts.run(tmp_path / "log", "train.py")
 
 
-def test_a_runs_records_bring_no_ensemble_of_other_runs_with_them(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("metrics.jsonl", "config.json", "eval_val.json", "eval_test.json", study.ENSEMBLE):
-        (folder / name).touch()
-    study.Runner(study.StudyConfig(logs=str(tmp_path))).keep(folder, "study", "softmax-seed1337")
-    kept = {path.name for path in (tmp_path / "study/softmax-seed1337").iterdir()}
-    assert kept == {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
-
-
-def test_every_data_set_is_prepared_after_the_one_whose_tokenizer_it_has():
+def test_the_makefile_prepares_the_data_of_all_studies(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/.installed").touch()
+    command = ["make", "-n", "study-data", "WIKITEXT=folder", "SOTU=file"]
+    prepared = subprocess.check_output(command, cwd=tmp_path, text=True)
+    large = subprocess.check_output([*command, "FLAGS=wikitext_100m"], cwd=tmp_path, text=True)
     for name, about in variants.STUDIES.items():
-        names = study.data_sets([name])
-        assert {about.dataset(ROOT), about.foreign} <= set(names) <= set(variants.PREPARE)
-        for i, data in enumerate(names):
-            for flag in variants.PREPARE[data]:
-                if flag.startswith("--tokenizer=data/"):
-                    assert flag.removeprefix("--tokenizer=data/") in names[:i]
-    assert study.data_sets(["sotu_8k"])[:2] == ["sotu_8k", "wikitext2_by_sotu_8k"]
+        scale = runpy.run_path(str(ROOT / f"config/{about.scale}.py"))
+        assert about.dataset == scale["dataset"]
+        if name == "wikitext_100m":
+            assert "wikitext/prepare.py\n" in large and "--name=sotu " in large
+        else:
+            for data in (about.dataset, about.foreign):
+                assert re.search(rf"--(folder=data/|name=){data}\s", prepared)
+    for line in prepared.splitlines():  # a tokenizer comes before its use
+        if "--tokenizer=data/" in line:
+            source = re.search(r"--tokenizer=data/(\w+)", line)[1]
+            assert re.search(rf"--(folder=data/|name=){source}\s", prepared.partition(line)[0])
+    without = subprocess.run(command[:-1], cwd=tmp_path, capture_output=True, text=True)
+    assert without.returncode == 2 and "give SOTU=FILE" in without.stderr
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--studies=small,smal"], "studies = 'smal' is not one of: small"),
-        (
-            ["--rows=softmax,none"],
-            f"rows = 'none' is not one of: softmax, {BOTH}, {BOTH}_taught, bayes",
-        ),
+        (["--studies=small,smal"], "'smal' is not one of: small"),
+        (["--rows=softmax,none"], f"'none' is not one of: softmax, {BOTH}, {BOTH}_taught"),
         (["--jobs=0"], "jobs = 0 must be >= 1"),
-        (["--train_flags=--max_iter=8"], "--max_iter is not an option; did you mean 'max_iters'?"),
     ],
 )
 def test_a_mistake_ends_in_one_line(home, argv, message, monkeypatch, capsys):
+    monkeypatch.chdir(home)
     with pytest.raises(SystemExit) as exit_:
-        main(home, ["--logs=nothing", *argv], monkeypatch.setattr)
-    output, errors = capsys.readouterr()
-    assert exit_.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
-    assert message in errors and not (home / "nothing").exists()
-    assert "python " not in output
-
-
-@pytest.mark.parametrize("given", ["", "no.txt"])
-def test_a_missing_file_of_addresses_is_said_before_anything_is_prepared(
-    tmp_path, monkeypatch, capsys, given
-):
-    monkeypatch.setattr(study, "ROOT", tmp_path)
-    (tmp_path / "config").symlink_to(ROOT / "config")
-    monkeypatch.setattr(sys, "argv", ["study.py", "--studies=wikitext2", f"--sotu={given}"])
-    with pytest.raises(SystemExit) as exit_:
-        study.run_main(study.main)
+        main(home, argv, monkeypatch.setattr)
     errors = capsys.readouterr().err
-    assert (
-        exit_.value.code == 2 and errors.count("\n") == 1 and f"--sotu={given or 'FILE'}" in errors
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["config"]
+    assert exit_.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert message in errors and not (home / "training_logs").exists()

@@ -184,8 +184,6 @@ def test_all_trials_are_listed_and_the_lowest_stands_out(tmp_path):
     (tmp_path / "tuning.jsonl").write_text("".join(lines))
     found = cells(summary.table(tmp_path, "tuning"))
     assert found["softmax"] == ["learning_rate 0.1: 5.000", "**learning_rate 0.2: 4.500**"]
-    (tmp_path / "tuning.jsonl").write_text("".join(lines * 2))
-    assert cells(summary.table(tmp_path, "tuning")) == found  # the latest of the same flags
 
 
 @pytest.mark.parametrize(
@@ -203,28 +201,8 @@ def test_all_trials_are_listed_and_the_lowest_stands_out(tmp_path):
             "prediction",
             "softmax-seed1/eval_test.json is damaged",
         ),
-        (
-            "softmax-seed1/eval_test.json",
-            '{"ece": 1}',
-            "uncertainty",
-            "softmax-seed1/eval_test.json has no nll",
-        ),
         ("softmax-seed1/config.json", "{", "prediction", "softmax-seed1/config.json is damaged"),
         ("tuning.jsonl", '{"row": "softmax", "fl', "tuning", "tuning.jsonl, line 1, is damaged"),
-        (
-            "softmax-seed1/eval_test.json",
-            '{"nll": NaN}',
-            "prediction",
-            "softmax-seed1/eval_test.json has no nll",
-        ),
-        (
-            "softmax-seed1/eval_test.json",
-            '{"nll": 1e9}',
-            "prediction",
-            "softmax-seed1/eval_test.json has no nll",
-        ),
-        ("tuning.jsonl", '{"row": "softmax"}', "tuning", "tuning.jsonl: trial 1 lacks"),
-        ("softmax-seedx/eval_test.json", "{}", "prediction", "softmax-seedx is not named"),
     ],
 )
 def test_what_is_damaged_is_named(tmp_path, file, text, kind, says):

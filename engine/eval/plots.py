@@ -43,24 +43,30 @@ SCORES = {  # key in eval_<split>.json -> its name in tables
 }
 
 
-def draw(folder: Path, rows: dict[str, dict], records: dict[str, list[dict]]) -> dict[str, Path]:
+def draw(
+    folder: Path,
+    rows: dict[str, dict],
+    records: dict[str, list[dict]],
+) -> dict[str, Path]:
     """Write each plot that has data: name -> its PNG. The same data give the same bytes.
 
     records: the metrics.jsonl of each run that has one.
     """
-    curves = dict.fromkeys(rows, {})  # a run looks the same in all plots
-    for name in records:
-        if curve := validation_curve(records[name]):
-            curves[name] = {0: curve}
+    curves = {}  # also of runs without records: a run looks the same in all plots
+    for name in rows | records:
+        curve = validation_curve(records.get(name, []))
+        curves[name] = {0: curve} if curve else {}
     figures = {
         "val_nll": curves_figure(curves),
         "reliability": reliability_figure(rows),
         "risk_coverage": risk_coverage_figure(rows),
         "uncertainty": uncertainty_figure(rows),
     }
-    paths = {name: folder / f"{name}.png" for name, figure in figures.items() if figure}
-    for name, path in paths.items():
-        save(figures[name], path)
+    paths = {}
+    for name, figure in figures.items():
+        if figure:
+            paths[name] = folder / f"{name}.png"
+            save(figure, paths[name])
     return paths
 
 
@@ -80,10 +86,10 @@ def curves_figure(curves: dict[str, dict[int, dict[int, float]]]) -> Figure | No
 
     curves: name -> seed -> validation_curve(). A name without any keeps its look for later plots.
     """
-    base_name = next(filter(curves.get, curves), None)
-    if base_name is None:
+    drawn = [name for name in curves if curves[name]]
+    if not drawn:
         return None
-    base = curves[base_name]
+    base = curves[drawn[0]]
     figure, (axes,) = panels(1, min(2, len(curves)), 3.2)
     for name, seeds in curves.items():
         differences = []
@@ -91,35 +97,32 @@ def curves_figure(curves: dict[str, dict[int, dict[int, float]]]) -> Figure | No
             curve = seeds[seed]
             other = base[seed]
             differences.append({at: curve[at] - other[at] for at in curve.keys() & other})
-        for panel, found in zip(axes, (list(seeds.values()), differences), strict=False):
-            plot_band(panel, found, name)
-    labels = "validation nll (nats per token)", f"difference to {base_name}, same seed"
-    for panel, label in zip(axes, labels, strict=False):
-        panel.set(xlabel="training tokens (millions)", ylabel=label)
-    show_legend(figure, axes[0])
+        plot_band(axes[0], list(seeds.values()), name)
+        if len(axes) > 1:
+            plot_band(axes[1], differences, name)
+    axes[0].set_ylabel("validation nll (nats per token)")
+    if len(axes) > 1:
+        axes[1].set_ylabel(f"difference to {drawn[0]}, same seed")
+    for panel in axes:
+        panel.set_xlabel("training tokens (millions)")
+    show_legend(figure)
     return figure
 
 
-def plot_band(
-    panel,
-    curves: list[dict[int, float]],
-    label: str,
-) -> None:
+def plot_band(panel, curves: list[dict[int, float]], label: str) -> None:
     """The mean of curves where all have a point, in a band from the least to the greatest."""
     tokens = sorted(set.intersection(*map(set, curves))) if curves else []
     if not tokens:
         panel.plot([], [])
         return
-    values = np.array([[*map(curve.get, tokens)] for curve in curves])
+    values = np.array([[curve[at] for at in tokens] for curve in curves])
     millions = np.array(tokens) / 1e6
-    (line,) = panel.plot(
-        millions,
-        values.mean(0),
-        label=label,
-        markevery=max(1, len(tokens) // 10),
-    )
-    style = {"alpha": 0.15, "color": line.get_color()}
-    panel.fill_between(millions, values.min(0), values.max(0), **style)
+    interval = max(1, len(tokens) // 10)
+    mean = values.mean(0)
+    low = values.min(0)
+    high = values.max(0)
+    (line,) = panel.plot(millions, mean, label=label, markevery=interval)
+    panel.fill_between(millions, low, high, color=line.get_color(), alpha=0.15)
 
 
 @styled
@@ -133,54 +136,28 @@ def reliability_figure(rows: dict[str, dict]) -> Figure | None:
     for panel in axes.flat[len(rows) :]:
         panel.set_visible(False)
     for panel, (name, row) in zip(axes.flat, rows.items(), strict=False):
-        bins = {key: np.array(row["calibration"][key], float) for key in row["calibration"]}
-        n = bins["n"]
+        calibration = row["calibration"]
+        n = np.array(calibration["n"])
+        confidence = np.array(calibration["confidence"], float)  # nan in an empty bin
+        accuracy = np.array(calibration["accuracy"], float)
+        variance = accuracy * (1 - accuracy) / n.clip(1)
+        error = 1.96 * np.sqrt(variance)
         edges = np.linspace(0, 1, len(n) + 1)
-        panel.stairs(
-            n / n.sum(),
-            edges,
-            fill=True,
-            color=IN_DOMAIN,
-            alpha=0.5,
-        )
-        panel.plot(
-            [0, 1],
-            [0, 1],
-            color="0.5",
-            linewidth=1,
-            marker="",
-        )
-        confidence, accuracy, n = (bins[key][n > 0] for key in ("confidence", "accuracy", "n"))
-        low, high = wilson(accuracy, n)
-        error = [abs(accuracy - low), abs(high - accuracy)]
-        panel.errorbar(
-            confidence,
-            accuracy,
-            error,
-            fmt="ko-",
-            markersize=4,
-            mfc="k",
-        )
+        shares = n / n.sum()
+        panel.stairs(shares, edges, fill=True, color=IN_DOMAIN, alpha=0.5)
+        panel.plot([0, 1], [0, 1], color="0.5", linewidth=1, marker="")
+        panel.errorbar(confidence, accuracy, error, fmt="ko-", markersize=4, mfc="k")
         panel.text(0.05, 0.92, f"ECE {row['ece']:.4f}", transform=panel.transAxes)
         panel.set(
             xlim=(0, 1.02),
             ylim=(0, 1.02),
             xticks=(0, 0.5, 1),
         )
-        panel.set_title(wrap(name, 26))
+        panel.set_title(textwrap.fill(name, 26))
         panel.tick_params(labelbottom=True)  # also if there is no panel below
     figure.supxlabel("confidence: probability of the likeliest token")
     figure.supylabel("accuracy; bars: share of tokens")
     return figure
-
-
-def wilson(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % interval of a share in n trials; it has a width even for a share of 0 or 1."""
-    z = 1.96
-    middle = share + z * z / (2 * n)
-    half = z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    whole = 1 + z * z / n
-    return (middle - half) / whole, (middle + half) / whole
 
 
 @styled
@@ -203,7 +180,7 @@ def risk_coverage_figure(rows: dict[str, dict]) -> Figure | None:
             xticks=(0, 0.5, 1),
         )
     axes[0, 0].set(ylabel="error rate of the answers", ylim=(0, None))
-    show_legend(figure, axes[0, 0])
+    show_legend(figure)
     return figure
 
 
@@ -213,19 +190,20 @@ def uncertainty_figure(rows: dict[str, dict]) -> Figure | None:
     if not rows:
         return None
     scores = scores_of(rows)
-    figure, axes = panels(len(rows), len(scores), 0.8 + 1.4 * len(rows), sharex="col")
+    height = 0.8 + 1.4 * len(rows)
+    figure, axes = panels(len(rows), len(scores), height, sharex="col")
     for line, (name, row) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(wrap(name, 18), fontsize=9)
+        line[0].set_ylabel(textwrap.fill(name, 18), fontsize=9)
         for panel, score in zip(line, scores, strict=True):
-            plot_uncertainty(panel, row, score)
+            plot_histograms(panel, row, score)
     for panel, score in zip(axes[-1], scores, strict=True):
         panel.set_xlabel(SCORES[score])
     figure.supylabel("share of tokens")
-    show_legend(figure, *axes.flat)
+    show_legend(figure)
     return figure
 
 
-def plot_uncertainty(panel, row: dict, score: str) -> None:
+def plot_histograms(panel, row: dict, score: str) -> None:
     """A score of a run: filled in its own domain, an outline outside."""
     panel.set_yticks([])
     if score == "mutual_information":
@@ -234,28 +212,29 @@ def plot_uncertainty(panel, row: dict, score: str) -> None:
     if score not in row["histograms"]:
         panel.text(0.5, 0.5, "point weights have none", transform=panel.transAxes, ha="center")
         return
-    label = f"in domain: {Path(row['dataset']).name}"
-    plot_histogram(panel, row, score, fill=True, color=IN_DOMAIN, label=label)
+    plot_histogram(panel, row, score, "in domain", fill=True, color=IN_DOMAIN)
     if outside := row.get("ood"):
-        label = f"outside: {Path(outside['dataset']).name}"
-        plot_histogram(panel, outside, score, linewidth=1.5, color=OUTSIDE, label=label)
+        plot_histogram(panel, outside, score, "outside", linewidth=1.5, color=OUTSIDE)
         auroc = outside["auroc"][score]
         panel.set_title(f"AUROC: token {auroc['token']:.2f}, block {auroc['block']:.2f}")
 
 
-def plot_histogram(panel, row: dict, score: str, **style) -> None:
-    """The bins of a score from the first to the last that is not in a thin tail."""
+def plot_histogram(panel, row: dict, score: str, where: str, **style) -> None:
+    """The bins from the first to the last that is not in a thin tail."""
     share = np.array(row["histograms"][score]["share"])
     bins = np.flatnonzero(share >= share.max() / 200)
-    first = bins[0]
-    end = bins[-1] + 1
-    edges = row["histograms"][score]["edges"][first : end + 1]
-    panel.stairs(share[first:end], edges, **style)
+    first, last = bins[0], bins[-1]
+    edges = row["histograms"][score]["edges"][first : last + 2]
+    label = f"{where}: {Path(row['dataset']).name}"
+    panel.stairs(share[first : last + 1], edges, label=label, **style)
 
 
 def scores_of(rows: dict[str, dict]) -> list[str]:
     """The scores that some run has: only Bayesian ones have epistemic uncertainty."""
-    return [score for score in SCORES if any(score in row["histograms"] for row in rows.values())]
+    found = set()
+    for row in rows.values():
+        found |= row["histograms"].keys()
+    return [score for score in SCORES if score in found]
 
 
 def panels(n_rows: int, n_columns: int, height: float, **options):
@@ -265,23 +244,12 @@ def panels(n_rows: int, n_columns: int, height: float, **options):
     return figure, figure.subplots(n_rows, n_columns, squeeze=False, **options)
 
 
-def wrap(label: str, width: int) -> str:
-    """A label in lines of about the width, with what is in brackets on lines of its own."""
-    lines = label.replace(" (", "\n(").splitlines()
-    wrapped = []
-    for line in lines:
-        if max(map(len, line.split())) > width:  # a long name may be cut after an underscore
-            line = line.replace("_", "_ ")
-        wrapped.append(textwrap.fill(line, width).replace("_ ", "_"))
-    return "\n".join(wrapped)
-
-
-def show_legend(figure: Figure, *panels) -> None:
+def show_legend(figure: Figure) -> None:
     """One legend below all panels, with each name once."""
     handles = {}
-    for panel in panels:
-        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles[name] = handle
+    for panel in figure.axes:
+        found, names = panel.get_legend_handles_labels()
+        handles |= dict(zip(names, found, strict=True))
     n_columns = max(1, 100 // max(map(len, handles)))
     n_lines = math.ceil(len(handles) / n_columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * n_lines)

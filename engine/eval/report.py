@@ -85,8 +85,7 @@ def texts_html(texts: Texts) -> str:
     for title, runs in texts.items():
         parts.append(f"<h3>{html.escape(title)}</h3>")
         for run, text in runs.items():
-            none = "" if text.has_epistemic else " (no epistemic uncertainty)"
-            summary = f"<summary>{html.escape(run)}{none}</summary>"
+            summary = f"<summary>{html.escape(run)}</summary>"
             spans = coloured_html(text, scales, default)
             parts.append(f'<details open>{summary}<p class="text">{spans}</p></details>')
     return "<h2>Token by token</h2>\n" + "\n".join(parts)

@@ -46,9 +46,6 @@ class Sampling:
     seed: Seed = 1337  # the same seed, the same text
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if hasattr(value, "item"):  # a number of NumPy or torch
-                object.__setattr__(self, name, value.item())
         check_options(self)
         if not isinstance(self.stop, str):
             raise UserError(f"stop = {self.stop!r} is not a string; put | between several")
@@ -100,8 +97,12 @@ class Continuation:
 
     def _release(self, n_chars: int) -> None:
         """Move the held tokens of the first n_chars to the text; at its end also a token's part."""
-        while self.held and (n_chars >= len(self.held[0].text) or (self.ended and n_chars > 0)):
-            token = self.held.pop(0)
+        while self.held:
+            token = self.held[0]
+            is_whole = n_chars >= len(token.text)
+            if not is_whole and not (self.ended and n_chars > 0):
+                return
+            self.held.pop(0)
             self.tokens.append(token._replace(text=token.text[:n_chars]))
             n_chars -= len(token.text)
 
@@ -132,15 +133,15 @@ class Run:
 
     def check(self, sampling: Sampling) -> None:
         """Refuse what this model cannot do."""
-        if sampling.abstain != "no" and not self.model.bayes_layers():
-            reason = "has point weights, which have no epistemic uncertainty to abstain by"
-            raise UserError(f"{self.source} {reason}")
+        needs_bayes = sampling.abstain != "no" or sampling.n_samples
+        if needs_bayes and not self.model.bayes_layers():
+            reason = "has point weights, which have no epistemic uncertainty and cannot be drawn"
+            raise UserError(f"{self.source} {reason}; leave --abstain and --n_samples out")
 
     def generate_text(self, prompt: str = "", **options: float | str) -> str:
         """The prompt's continuation. Options: the fields of Sampling, such as max_new_tokens."""
         sampling = Sampling(**options)
-        uncertain = sampling.abstain != "no"
-        *_, (text,) = self.stream(prompt, 1, sampling, uncertain)
+        *_, (text,) = self.stream(prompt, 1, sampling, uncertain=sampling.abstain != "no")
         return text.text
 
     def stream(
@@ -157,28 +158,37 @@ class Run:
         """
         self.check(sampling)
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        if not ids or num_samples < 1:
-            raise UserError("stream needs at least one prompt token and one sample")
-        texts = [Continuation(sampling) for _ in range(num_samples)]
-        decoders = [incremental_decoder(self.tokenizer) for _ in texts]
-        for decode in decoders:
+        texts, decoders = [], []
+        for _ in range(num_samples):
+            texts.append(Continuation(sampling))
+            decode = incremental_decoder(self.tokenizer)
             for i in ids:
                 decode(i)  # a character may be split over the prompt's end
-        names = ("temperature", "top_k", "top_p", "n_samples")
-        options = {name: getattr(sampling, name) for name in names}
-        options |= {"n_ids": self.tokenizer.vocab_size, "uncertain": uncertain}
+            decoders.append(decode)
         torch.manual_seed(sampling.seed)
-        idx = torch.tensor([ids] * num_samples, device=self.device)
+        steps = stream(
+            self.model,
+            torch.tensor([ids] * num_samples, device=self.device),
+            sampling.max_new_tokens,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.n_samples,
+            n_ids=self.tokenizer.vocab_size,
+            uncertain=uncertain,
+        )
         # the caller's code runs between two tokens, and must not see our autocast
         not_cast = torch.autocast(self.device.type, enabled=False)
         with self.cast:
-            for new, prediction in stream(self.model, idx, sampling.max_new_tokens, **options):
+            for new, prediction in steps:
+                new = new.squeeze(1)
                 scores = [()] * num_samples
                 if uncertain:
                     last = Prediction(*(part.squeeze(1) for part in prediction))
-                    scores = prediction_scores(last, new.squeeze(1), self.tokenizer)
-                tokens = new.squeeze(1).tolist()
-                for text, decode, i, score in zip(texts, decoders, tokens, scores, strict=True):
+                    scores = prediction_scores(last, new, self.tokenizer)
+                for text, decode, i, score in zip(
+                    texts, decoders, new.tolist(), scores, strict=True
+                ):
                     text.add(Token(decode(i), i, *score))
                 with not_cast:
                     yield texts
@@ -189,21 +199,19 @@ class Run:
     def predict(self, prompt: str = "", n_samples: int = 0) -> Prediction:
         """The prediction after the prompt's last block_size tokens: log_probs (V,), and in nats
         total, aleatoric and epistemic (scalars). n_samples: as in Sampling."""
-        n_samples = Sampling(n_samples=n_samples).n_samples
         seed_micro_batch(0, 0)
         ids = self.encode(prompt)[-self.model.config.block_size :]
+        idx = torch.tensor([ids], device=self.device)
         with self.cast:
-            hiddens = self.model.hiddens(torch.tensor([ids], device=self.device), n_samples)
-            last = [hidden[0, -1:] for hidden in hiddens]
-            return Prediction(*(part[0] for part in self.model.lm_head.predict(last, n_samples)))
+            hiddens = self.model.hiddens(idx, n_samples)
+            last = [hidden[0, -1] for hidden in hiddens]
+            return self.model.lm_head.predict(last, n_samples)
 
     def uncertainty(self, text: str, n_samples: int = 0) -> ScoredText:
         """The text's tokens with their predictions (see scored_text.Token), as the beginning of a
         document; if there is no end-of-text token, the first has none. n_samples: as in Sampling.
         """
-        n_samples = Sampling(n_samples=n_samples).n_samples
-        eot = self.tokenizer.eot
-        before = [] if eot is None else [eot]
+        before = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
         ids = [*before, *self.tokenizer.encode(text).tolist()]
         with self.cast:
             scored = score_text(self.model, self.tokenizer, ids, n_samples)

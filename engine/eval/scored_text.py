@@ -39,10 +39,6 @@ class ScoredText(list[Token]):
     def text(self) -> str:
         return "".join(token.text for token in self)
 
-    @property
-    def has_epistemic(self) -> bool:
-        return any(token.epistemic for token in self)
-
     def means(self) -> dict[str, float]:
         """nll, total and epistemic, nats per token."""
         n = max(1, len(self))
@@ -52,8 +48,8 @@ class ScoredText(list[Token]):
         return f"ScoredText({self.text!r}, {len(self)} tokens)"
 
     def _repr_html_(self) -> str:
-        colouring = "epistemic" if self.has_epistemic else "nll"
         scales = colour_scales([self])
+        colouring = "epistemic" if scales["epistemic"] else "nll"
         spans = coloured_html(self, scales, colouring)
         note = f"{colouring}, nats: white 0, orange {scales[colouring]:.3g} and more"
         style = "white-space: pre-wrap; color: black; background: white"
@@ -61,13 +57,14 @@ class ScoredText(list[Token]):
 
 
 def colour_scales(texts: Iterable[ScoredText]) -> dict[str, float]:
-    """By colouring the value with the full colour: the 99th percentile over all texts."""
-    tokens = [token for text in texts for token in text]
+    """By colouring the value with the full colour: the 99th percentile over all texts, of what is
+    not 0."""
+    tokens = [token for text in texts for token in text if token.nll is not None]
     scales = {}
     for name in COLOURINGS:
-        values = [value for token in tokens if (value := getattr(token, name))]
-        finite = [value for value in values if math.isfinite(value)]
-        scales[name] = float(np.quantile(finite, 0.99)) if finite else 0.0
+        values = np.array([getattr(token, name) for token in tokens])
+        values = values[np.isfinite(values) & (values != 0)]
+        scales[name] = float(np.quantile(values, 0.99)) if len(values) else 0.0
     return scales
 
 
@@ -79,8 +76,12 @@ def coloured_html(text: ScoredText, scales: dict[str, float], colouring: str) ->
     """
     spans = []
     for token in text:
-        shares = {name: _share(getattr(token, name), scales[name]) for name in COLOURINGS}
-        style = "".join(f"--{name}:{share:.2f};" for name, share in shares.items())
+        style = ""
+        shares = {}
+        for name in COLOURINGS:
+            value = getattr(token, name) or 0.0
+            shares[name] = min(1.0, max(0.0, value / (scales[name] or math.inf)))
+            style += f"--{name}:{shares[name]:.2f};"
         style += f"background:rgb(254 153 41/var(--share,{shares[colouring]:.2f}))"
         about = html.escape(describe(token))
         shown = html.escape(token.text)
@@ -88,19 +89,11 @@ def coloured_html(text: ScoredText, scales: dict[str, float], colouring: str) ->
     return "".join(spans)
 
 
-def _share(value: float | None, scale: float) -> float:
-    """The share of the scale's full colour, 0 .. 1."""
-    if not value or not scale:
-        return 0.0
-    return min(1.0, max(0.0, value / scale))  # nan: 0
-
-
 def describe(token: Token) -> str:
     """The token's numbers and the likeliest alternatives, a line each."""
     if token.nll is None:
         return "given"
-    names = ("nll", "total", "aleatoric", "epistemic")
-    lines = [f"{name} {getattr(token, name):.3g} nats" for name in names]
+    lines = [f"{name} {getattr(token, name):.3g} nats" for name in reversed(COLOURINGS)]
     lines += [f"{name!r} {p:.1%}" for name, p in token.top]
     return "\n".join(lines)
 
@@ -121,12 +114,15 @@ def prediction_scores(
     names = names_of(tokenizer)
     log_probs = prediction.log_probs
     nll = token_scores(log_probs, ids).nll
-    top_log_probs, top_ids = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
-    tops = []
-    for of_token in zip(top_ids.tolist(), top_log_probs.exp().tolist(), strict=True):
-        tops.append(tuple((names[i], p) for i, p in zip(*of_token, strict=True)))
-    columns = (nll, prediction.total, prediction.aleatoric, prediction.epistemic)
-    return list(zip(*(column.tolist() for column in columns), tops, strict=True))
+    best = log_probs[:, : len(names)].topk(min(N_TOP, len(names)))
+    top_ids = best.indices.tolist()
+    top_probs = best.values.exp().tolist()
+    columns = [nll, prediction.total, prediction.aleatoric, prediction.epistemic]
+    scores = []
+    for n, numbers in enumerate(torch.stack(columns, dim=1).tolist()):
+        top_names = [names[i] for i in top_ids[n]]
+        scores.append((*numbers, tuple(zip(top_names, top_probs[n], strict=True))))
+    return scores
 
 
 @torch.no_grad()
@@ -139,19 +135,19 @@ def score_text(
     """
     model.eval()
     seed_micro_batch(0, 0)
+    device = next(model.parameters()).device
+    idx = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=device)
     block_size = model.config.block_size
-    decode = incremental_decoder(tokenizer)
-    text = ScoredText(Token(decode(i), i) for i in map(int, ids[:1]))
-    idx = torch.from_numpy(np.asarray(ids).astype(np.int64)).to(next(model.parameters()).device)
     stride = -(-block_size // 2)
+    scores = [()] if len(ids) else []
     for (start,), length in window_starts(len(ids) - 1, block_size, 1, 0, stride):
+        window = idx[start : start + length]
         first = block_size - stride if start else 0
-        end = start + length
-        hiddens = [hidden[0, first:] for hidden in model.hiddens(idx[None, start:end], n_samples)]
-        targets = idx[start + first + 1 : end + 1]
-        for rows in row_chunks(len(targets), targets.device):
+        hiddens = [hidden[0, first:] for hidden in model.hiddens(window[None], n_samples)]
+        targets = idx[start + first + 1 : start + length + 1]
+        for rows in row_chunks(len(targets), device):
             prediction = model.lm_head.predict([hidden[rows] for hidden in hiddens], n_samples)
-            scores = prediction_scores(prediction, targets[rows], tokenizer)
-            for i, score in zip(targets[rows].tolist(), scores, strict=True):
-                text.append(Token(decode(i), i, *score))
-    return text
+            scores += prediction_scores(prediction, targets[rows], tokenizer)
+    decode = incremental_decoder(tokenizer)
+    tokens = zip(idx.tolist(), scores, strict=True)
+    return ScoredText(Token(decode(i), i, *score) for i, score in tokens)

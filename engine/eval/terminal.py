@@ -26,8 +26,8 @@ class Screen:
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
         self.has_colours = (out.isatty() and not plain) or "FORCE_COLOR" in os.environ
         if coloured and self.has_colours:
-            shades = " / ".join(self._styled(f"{n:g}", f"38;5;{c}") for n, c in SHADES.items())
-            self._print(f"[colours: effective number of tokens, up to {shades}; ")
+            shades = [self._styled(f"{n:g}", f"38;5;{shade}") for n, shade in SHADES.items()]
+            self._print(f"[colours: effective number of tokens, up to {' / '.join(shades)}; ")
             self._print("underlined: high epistemic uncertainty]\n")
 
     def begin(self, prompt: str) -> None:
@@ -41,8 +41,9 @@ class Screen:
             codes = []
             if self.coloured:
                 n_tokens = math.exp(token.total)
-                codes.append(f"38;5;{next(c for n, c in SHADES.items() if n_tokens <= n)}")
-            if (self.coloured or self.sampling.abstain == "mark") and self._is_high(token):
+                shade = next(shade for limit, shade in SHADES.items() if n_tokens <= limit)
+                codes.append(f"38;5;{shade}")
+            if self._is_high(token):
                 codes.append("4")
             self._print(self._styled(token.text, *codes))
             if self.sampling.too_uncertain(token) and not self.has_colours:
@@ -62,10 +63,12 @@ class Screen:
 
     def _is_high(self, token: Token) -> bool:
         """Above the limit; without one, in the highest tenth of the text so far."""
-        if self.sampling.max_epistemic:
-            return token.epistemic > self.sampling.max_epistemic
+        if self.sampling.abstain != "no":
+            return self.sampling.too_uncertain(token)
         self.epistemic.append(token.epistemic)
-        return len(self.epistemic) >= 10 and token.epistemic > np.quantile(self.epistemic, 0.9)
+        if not self.coloured or len(self.epistemic) < 10:
+            return False
+        return token.epistemic > np.quantile(self.epistemic, 0.9)
 
     def _styled(self, text: str, *codes: str) -> str:
         if self.out.isatty():
