@@ -6,7 +6,7 @@
 
 Every number comes from log_probs, the normalised distribution over the next token, over the whole
 split: consecutive blocks of block_size, each token predicted once. Each run gets
-eval_<split>.json, the comparison a folder with tables, plots and report.html. `unigram` is what the
+eval_<split>.json, the comparison a folder with plots and report.html. `unigram` is what the
 training text's token frequencies alone reach. torchrun shares the work between processes; the
 results are the same.
 """
@@ -26,7 +26,7 @@ from engine.base.options import load_config
 from engine.eval.ensemble import members_of
 from engine.eval.evaluator import EvaluationConfig, Evaluator
 from engine.eval.report import write_report
-from engine.eval.table import Table, as_markdown, as_text, comparable, tables
+from engine.eval.table import Table, as_text, comparable, tables
 from engine.gpt2.loading import HUB
 from engine.runs.checkpoint import folder_of
 from engine.runs.logger import read_records
@@ -37,14 +37,15 @@ class EvaluateConfig:
     # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset; A+B
     out_dir: str = "out"
     evaluation: EvaluationConfig = EvaluationConfig()
-    # folder of tables, plots, report.html; default: report_<split> beside the first run; none
+    # folder of plots and report.html; default: report_<split> beside the first run; none
     report: str = ""
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
 
     @property
     def sources(self) -> list[str]:
         """The runs and ensembles, without repetitions."""
-        return list(dict.fromkeys(name.rstrip("/") for name in self.out_dir.split(",") if name))
+        names = [name.rstrip("/") for name in self.out_dir.split(",")]
+        return list(dict.fromkeys(filter(None, names)))
 
     @property
     def report_folder(self) -> Path:
@@ -123,10 +124,6 @@ def report(
     if config.report == "none":
         return
     folder = config.report_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"{table.title}\n\n{as_markdown(table.header, table.lines)}\n" for table in found]
-    markdown = "\n".join([title + "\n", *parts])
-    (folder / "tables.md").write_text(markdown, encoding="utf-8")
     curves = {}
     for name, run in runs.items():
         if len(run.members) == 1:
@@ -154,8 +151,11 @@ def short_names(sources: list[str]) -> dict[str, str]:
     """name -> source: the last part of each path, or all of it if two share that part."""
     names = {}
     for source in sources:
-        names["+".join(Path(member).absolute().name for member in members_of(source))] = source
-    return names if len(names) == len(sources) else {source: source for source in sources}
+        last_parts = [Path(member).absolute().name for member in members_of(source)]
+        names["+".join(last_parts)] = source
+    if len(names) < len(sources):
+        return dict(zip(sources, sources, strict=True))
+    return names
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def evaluate(config: HellaSwagConfig) -> None:
     log_probs, lengths = score(config, checkpoint, items)
     if not log_probs.isfinite().all():
         raise UserError(f"{source} gives log-probabilities that are not finite; train it again")
-    result = judge(log_probs, lengths, torch.tensor([item.label for item in items]))
+    labels = torch.tensor([item.label for item in items])
+    result = judge(log_probs, lengths, labels)
     result |= asdict(config) | {"model": source}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "hellaswag.json", result)
@@ -141,7 +142,8 @@ def read_items(config: HellaSwagConfig) -> list[Item]:
     if not lines:
         raise UserError(f"{path} holds no items: it should have a JSON object on each line")
     items = []
-    for number, line in enumerate(lines[: None if config.limit == "all" else config.limit], 1):
+    n = len(lines) if config.limit == "all" else config.limit
+    for number, line in enumerate(lines[:n], 1):
         try:
             items.append(prepare(json.loads(line), config.style))
         except (ValueError, KeyError, TypeError) as error:
@@ -156,8 +158,8 @@ def prepare(record: dict, style: str) -> Item:
         raise ValueError("it needs 4 endings and a label from 0 to 3")
     context, space = record["ctx"], " "
     if style == "harness":
-        activity, ctx_a, ctx_b = (record[name] for name in ("activity_label", "ctx_a", "ctx_b"))
-        cleaned = clean(f"{activity}: {ctx_a} {ctx_b.capitalize()}")
+        ctx_b = record["ctx_b"].capitalize()
+        cleaned = clean(f"{record['activity_label']}: {record['ctx_a']} {ctx_b}")
         endings = [clean(ending) for ending in endings]
         context = cleaned.rstrip()  # a space belongs to the ending, as it does to GPT-2's tokens
         space = cleaned[len(context) :] + " "
@@ -167,7 +169,9 @@ def prepare(record: dict, style: str) -> Item:
 
 def clean(text: str) -> str:
     """lm-evaluation-harness' preprocessing: WikiHow's marks in brackets are removed."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    text = text.strip().replace(" [title]", ". ")
+    text = re.sub(r"\[.*?\]", "", text)
+    return text.replace("  ", " ")
 
 
 def judge(log_probs: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> dict:
@@ -179,11 +183,13 @@ def judge(log_probs: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) 
         correct = values.argmax(1) == labels
         share = correct.double().mean().item()
         result[name] = share
-        result[f"{name}_stderr"] = (share * (1 - share) / max(1, n - 1)) ** 0.5
+        variance = share * (1 - share) / max(1, n - 1)
+        result[f"{name}_stderr"] = variance**0.5
     best, second = means.topk(2).values.unbind(1)
     most_certain_first = (best - second).argsort(descending=True, stable=True)
     n_right = correct[most_certain_first].cumsum(0)
-    result["aurc"] = (1 - n_right / torch.arange(1, n + 1)).mean().item()
+    error_rates = 1 - n_right / torch.arange(1, n + 1)
+    result["aurc"] = error_rates.mean().item()
     return result
 
 

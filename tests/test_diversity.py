@@ -4,6 +4,7 @@ slow loops.
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from engine.eval.generation import generate
 from tests.helpers import WORDS, tiny_gpt, write_dataset, write_words
 
 EOT = ByteTokenizer.eot
+# "decodes" ids to themselves
+IDS = SimpleNamespace(eot=EOT, vocab_size=200, decode=list)
 
 
 def random_texts(n: int, longest: int, seed: int = 0) -> list[str]:
@@ -110,10 +113,11 @@ def test_the_prompt_is_no_part_of_a_continuation_and_end_of_text_ends_it(monkeyp
     monkeypatch.setattr("engine.eval.diversity.BATCH_SIZE", 2)
     monkeypatch.setattr("engine.eval.diversity.generate", Scripted.generate)
     model, ids = Scripted(), torch.tensor([[3, 50], [0, 51], [9, 52], [2, 53], [1, 54]])
-    found = continuations(model, ids, 5, top_k=7, n_ids=200, eot=EOT)
+    found = continuations(model, IDS, ids, 5, top_k=7)
     assert found == [[103, 104, 105], [], [109, 110, 111, 112, 113], [102, 103], [101]]
     assert len(model.asked) == 3 and model.asked[0]["top_k"] == 7 and model.asked[0]["n_ids"] == 200
-    assert continuations(model, ids[1:2], 2) == [[EOT, 101]]  # a tokenizer without one
+    without_eot = SimpleNamespace(eot=None, vocab_size=200, decode=list)
+    assert continuations(model, without_eot, ids[1:2], 2) == [[EOT, 101]]
 
 
 @pytest.mark.parametrize("weights", ["point", "bayes"])
@@ -122,11 +126,11 @@ def test_the_same_call_writes_the_same_text(weights):
     options = {
         "max_new_tokens": 20,
         "n_samples": 2 * (weights == "bayes"),
-        "n_ids": 60,
     }
-    first = continuations(model, ids, **options)
+    tokenizer = SimpleNamespace(eot=None, vocab_size=60, decode=list)
+    first = continuations(model, tokenizer, ids, **options)
     torch.rand(3)
-    assert continuations(model, ids, **options) == first
+    assert continuations(model, tokenizer, ids, **options) == first
     assert [len(row) for row in first] == [20] * 5 and max(map(max, first)) < 60
 
 
@@ -136,10 +140,10 @@ def test_greedy_text_depends_on_the_model_alone(monkeypatch):
     for batch_size in (1, 2, 5):
         monkeypatch.setattr("engine.eval.diversity.BATCH_SIZE", batch_size)
         # past block_size, too
-        greedy.append(continuations(tiny_gpt(std=0.3), ids, 20, temperature=0))
+        greedy.append(continuations(tiny_gpt(std=0.3), IDS, ids, 20, temperature=0))
     assert greedy[0] == greedy[1] == greedy[2]
     model = tiny_gpt(std=0.3)
-    whole = generate(model, ids, 20, temperature=0)
+    whole = generate(model, ids, 20, temperature=0, n_ids=200)
     assert greedy[0] == whole[:, 2:].tolist()
 
 

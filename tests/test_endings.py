@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from engine.base.errors import UserError
-from engine.data.tokenizer import ByteTokenizer, CharTokenizer
-from engine.eval.endings import encode, score_endings
+from engine.eval.endings import score_endings
 from tests.helpers import HEADS, tiny_gpt
 
 V, BLOCK = 67, 16
@@ -73,9 +71,3 @@ def test_no_more_than_a_piece_of_the_logits_exists(monkeypatch):
     )
     score_endings(model, random_items(*[(3, [5, 5, 5, 5])] * 40), 64)
     assert sum(n for n, _ in seen) == 800 and max(n for n, _ in seen) <= 64
-
-
-def test_an_empty_context_is_the_end_of_a_document_where_there_is_one():
-    assert encode(ByteTokenizer(), "", ["a"]) == ([256], [[97]])
-    with pytest.raises(UserError, match="context is empty"):
-        encode(CharTokenizer("ab"), "", ["a"])

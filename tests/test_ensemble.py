@@ -80,7 +80,7 @@ def test_evaluate_py_takes_an_ensemble_whose_nll_is_no_worse_than_its_members_me
         nll -= p.gather(-1, targets).log().sum().item()
     assert found["nll"] == pytest.approx(nll / len(x), abs=1e-5)
     assert found["nll"] < (each[0]["nll"] + each[1]["nll"]) / 2  # Jensen
-    assert found["head"] == "point x categorical, ensemble of 2"
+    assert found["head"] == "point x categorical + point x categorical"
     assert found["mutual_information"] > 0 and "mutual_information" not in each[0]
     assert "seed1+seed2" in capsys.readouterr().out
 
@@ -136,7 +136,7 @@ def test_an_ensemble_names_the_heads_of_all_its_members(runs, monkeypatch):
         run(runs / "data", runs / name, max_iters=2, weights=bayes)
     evaluate_py(monkeypatch, out_dir=f"{runs}/a+{runs}/b", n_samples=2, report="none", limit=2)
     found = result(runs / "a", "eval_test_ensemble_of_2.json")
-    assert found["head"] == "point x categorical + bayes x categorical, ensemble of 2"
+    assert found["head"] == "point x categorical + bayes x categorical"
 
 
 def test_evaluate_py_with_mc_dropout_tells_so_and_repeats_itself(runs, monkeypatch):

@@ -182,12 +182,12 @@ def test_the_tables_say_what_the_json_says(runs, tmp_path, monkeypatch, capsys):
         ood_dataset="",
     )
     output = capsys.readouterr().out
-    markdown = (tmp_path / "r" / "tables.md").read_text()
+    page = (tmp_path / "r" / "report.html").read_text()
     for name in ("softmax", "bayes_sigmoid"):
         found = flat(json.loads((runs / name / "eval_test.json").read_text()))
         for number in ("nll", "ece", "aurc_confidence"):
             text = f"{found[number]:.4f}"
-            assert text in output and f"| {text} |" in markdown
+            assert text in output and f"<td>{text}</td>" in page
 
 
 def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_the_numbers(

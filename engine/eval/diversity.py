@@ -5,14 +5,13 @@ space, whatever the tokenizer. These numbers depend on the amount of text: compa
 prompts, lengths and settings.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine.base.distributed import seed_micro_batch
 from engine.base.errors import UserError
+from engine.data.tokenizer import Tokenizer
 from engine.data.tokens import TokenFile
 from engine.eval.generation import generate
 from engine.eval.texts import SEARCHED, document_bounds
@@ -41,28 +40,30 @@ def prompts(file: TokenFile, eot: int | None, n: int, length: int) -> torch.Tens
 @torch.no_grad()
 def continuations(
     model: torch.nn.Module,
+    tokenizer: Tokenizer,
     prompts: torch.Tensor,
     max_new_tokens: int,
-    eot: int | None = None,
     **options: float,
-) -> list[list[int]]:
-    """The ids that the model generates after each prompt (n, T), up to end-of-text (eot).
+) -> list[str]:
+    """The text that the model generates after each prompt (n, T), up to end-of-text.
 
     options: those of generation.stream. The same call gives the same text."""
     model.eval()
     device = next(model.parameters()).device
-    found = []
+    eot = tokenizer.eot
+    options["n_ids"] = tokenizer.vocab_size
+    texts = []
     batches = prompts.split(BATCH_SIZE)
     for i, batch in enumerate(tqdm(batches, desc="continuations", leave=False, disable=None)):
         seed_micro_batch(1337, i)
         ids = generate(model, batch.to(device), max_new_tokens, **options)
         for row in ids[:, batch.size(1) :].tolist():
             end = row.index(eot) if eot in row else len(row)
-            found.append(row[:end])
-    return found
+            texts.append(tokenizer.decode(row[:end]))
+    return texts
 
 
-def diversity(texts: Sequence[str]) -> dict[str, float | None]:
+def diversity(texts: list[str]) -> dict[str, float | None]:
     """All numbers of this module for some continuations.
 
     None where a number is not defined, because there are too few words."""
@@ -74,16 +75,20 @@ def diversity(texts: Sequence[str]) -> dict[str, float | None]:
     }
     for n in (1, 2, 3, 4):
         result[f"distinct_{n}"] = distinct(words, n)
-    shares = [distinct([text], 4) for text in words]
-    result["repetition"] = mean([1 - share for share in shares if share is not None])
+    repeated = []
+    for text in words:
+        share = distinct([text], 4)
+        if share is not None:
+            repeated.append(1 - share)
+    result["repetition"] = mean(repeated)
     return result
 
 
-def mean(values: Sequence[float]) -> float | None:
+def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def distinct(texts: Sequence[list[str]], n: int) -> float | None:
+def distinct(texts: list[list[str]], n: int) -> float | None:
     """The share of distinct n-grams of words among those of all texts together (Li et al. 2016, A
     Diversity-Promoting Objective Function for Neural Conversation Models). It falls with length.
 
@@ -91,11 +96,12 @@ def distinct(texts: Sequence[list[str]], n: int) -> float | None:
     Generation with Unlikelihood Training); its mean over texts is `repetition`."""
     ngrams = []
     for text in texts:
-        ngrams += [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+        for i in range(len(text) - n + 1):
+            ngrams.append(tuple(text[i : i + n]))
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
-def self_bleu(texts: Sequence[str]) -> float | None:
+def self_bleu(texts: list[str]) -> float | None:
     """The mean BLEU-4 of each text against all the others (Zhu et al. 2018, Texygen), 0 to 100; low
     is varied. sacrebleu's sentence BLEU; its time grows with the square of the number of texts."""
     from sacrebleu.metrics import BLEU

@@ -1,6 +1,5 @@
 """How probable are several endings of one context? By any head's log_probs."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,7 +7,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from engine.base.distributed import seed_micro_batch
-from engine.base.errors import UserError
 from engine.data.tokenizer import Tokenizer
 from engine.eval.evaluation import row_chunks
 from heads.head import token_scores
@@ -19,7 +17,7 @@ Item = tuple[list[int], list[list[int]]]  # token ids of a context, and of its e
 @torch.no_grad()
 def score_endings(
     model: torch.nn.Module,
-    items: Sequence[Item],
+    items: list[Item],
     batch_size: int = 64,
     cast: AbstractContextManager | None = None,
     n_samples: int = 0,
@@ -37,19 +35,23 @@ def score_endings(
             texts.append(torch.tensor((context + ending)[-longest:]))
             n_tokens.append(len(ending))
     # texts of similar length together: little padding
-    order = torch.tensor(list(map(len, texts))).argsort(descending=True, stable=True)
+    lengths = torch.tensor([len(ids) for ids in texts])
+    order = lengths.argsort(descending=True, stable=True)
     sums = torch.zeros(len(texts), dtype=torch.float64)
-    for numbers in tqdm(order.split(batch_size), desc="endings", leave=False, disable=None):
+    batches = order.split(batch_size)
+    for numbers in tqdm(batches, desc="endings", leave=False, disable=None):
         idx = pad_sequence([texts[i] for i in numbers], batch_first=True)
-        is_ending = torch.zeros(len(numbers), idx.size(1) - 1, dtype=torch.bool)
+        x, y = idx[:, :-1], idx[:, 1:]
+        is_ending = torch.zeros_like(y, dtype=torch.bool)
         for row, i in zip(is_ending, numbers, strict=True):
             end = len(texts[i]) - 1
-            row[max(0, end - n_tokens[i]) : end] = True
+            start = max(0, end - n_tokens[i])
+            row[start:end] = True
         owners = numbers[:, None].expand_as(is_ending)[is_ending]
-        targets = idx[:, 1:][is_ending].to(device)
+        targets = y[is_ending].to(device)
         seed_micro_batch(0, 0)  # all endings are judged under the same draws of the weights
         with cast or nullcontext():
-            hiddens = model.hiddens(idx[:, :-1].to(device), n_samples)
+            hiddens = model.hiddens(x.to(device), n_samples)
             hiddens = [hidden[is_ending.to(device)] for hidden in hiddens]
             for rows in row_chunks(len(targets), device):
                 seed_micro_batch(1, 0)
@@ -60,11 +62,7 @@ def score_endings(
     return sums
 
 
-def encode(tokenizer: Tokenizer, context: str, endings: Sequence[str]) -> Item:
+def encode(tokenizer: Tokenizer, context: str, endings: list[str]) -> Item:
     """Context and endings are encoded separately: an item's contexts are the same tokens."""
-    ids = tokenizer.encode(context).tolist()
-    if not ids and tokenizer.eot is None:
-        raise UserError(
-            "a context is empty, and this tokenizer has no end-of-text token to start from"
-        )
-    return ids or [tokenizer.eot], [tokenizer.encode(ending).tolist() for ending in endings]
+    encoded = [tokenizer.encode(ending).tolist() for ending in endings]
+    return tokenizer.encode(context).tolist(), encoded

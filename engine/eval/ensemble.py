@@ -67,15 +67,20 @@ class Ensemble(nn.Module):
 
 def members_of(source: str) -> list[str]:
     """The runs of a source: one, or several with + between them."""
-    return [source] if Path(source).exists() else source.split("+")
+    if Path(source).exists():
+        return [source]
+    return source.split("+")
 
 
 def load(source: str) -> tuple[GPT | Ensemble, str | None]:
     """The model of a source, ready to predict, and the data set of its first run, if known."""
     paths = members_of(source)
-    if len({Path(path).resolve() for path in paths}) < len(paths):
+    distinct = {Path(path).resolve() for path in paths}
+    if len(distinct) < len(paths):
         raise UserError(f"{source} names a run twice; an ensemble is one of different runs")
     checkpoints = [read_checkpoint(path) for path in paths]
     members = [checkpoint.model("cpu") for checkpoint in checkpoints]
-    model = members[0] if len(members) == 1 else Ensemble(members).eval()
-    return model, checkpoints[0].dataset
+    dataset = checkpoints[0].dataset
+    if len(members) == 1:
+        return members[0], dataset
+    return Ensemble(members).eval(), dataset

@@ -35,7 +35,9 @@ def evaluate(
     scores = MetricAccumulator()
     for i, batch in enumerate(batches):
         targets = batch.y[:, batch.first :]
-        units = text.read(batch.at, targets) if text else batch.at[:, :1].expand_as(batch.at)
+        units = batch.at[:, :1].expand_as(batch.at)
+        if text:
+            units = text.read(batch.at, targets)
         scores.count_units(units)
         if i % processes.world_size != processes.rank:
             continue

@@ -171,8 +171,7 @@ class Evaluator:
 
     def _describe_heads(self):
         heads = [model.config.head for model in self.models]
-        names = " + ".join(dict.fromkeys(f"{h.weights} x {h.likelihood}" for h in heads))
-        return names if len(heads) == 1 else f"{names}, ensemble of {len(heads)}"
+        return " + ".join(f"{head.weights} x {head.likelihood}" for head in heads)
 
     def continuations(self) -> tuple[dict, list[dict]]:
         """How varied the generated text is, and with which settings; the prompts and texts."""
@@ -180,14 +179,11 @@ class Evaluator:
         names = ("max_new_tokens", "temperature", "top_k", "n_samples")
         settings = {name: getattr(config, name) for name in names}
         tokenizer = self.tokenizer
-        ids = {"eot": tokenizer.eot, "n_ids": tokenizer.vocab_size}
         with self.cast:
-            found = continuations(self.model, self.prompts, **ids, **settings)
-        texts = list(map(tokenizer.decode, found))
-        beginnings = map(tokenizer.decode, self.prompts.tolist())
+            texts = continuations(self.model, tokenizer, self.prompts, **settings)
         records = []
-        for beginning, text in zip(beginnings, texts, strict=True):
-            records.append({"prompt": beginning, "continuation": text})
+        for ids, text in zip(self.prompts.tolist(), texts, strict=True):
+            records.append({"prompt": tokenizer.decode(ids), "continuation": text})
         settings |= {"prompt_tokens": config.prompt_tokens, "split": config.split}
         return diversity(texts) | {"settings": settings}, records
 

@@ -45,31 +45,37 @@ class MetricAccumulator:
     def add(self, values: dict[str, Tensor], units: Tensor) -> None:
         """values: name -> (B * T,), the scores of B blocks. units (B, T): see count_units."""
         values = {name: value.cpu().double() for name, value in values.items()}
-        values["n_tokens"] = torch.ones_like(values["nll"])
+        n = values["n_tokens"] = torch.ones_like(values["nll"])
+        confidence = values["confidence"]
+        accuracy = values["accuracy"]
         for name, value in values.items():
             self._add(f"sum {name}", value.sum())
             if name in RANKED:
-                self._add_ranks(name, value, 1 - values["accuracy"], len(units))
+                self._add_ranks(name, value, 1 - accuracy, len(units))
             if name in EDGES:
                 edges = EDGES[name]
-                counts, _ = np.histogram(value.clamp(edges[0], edges[-1]), edges)
+                value = value.clamp(edges[0], edges[-1])
+                counts, _ = np.histogram(value, edges)
                 self._add(f"histogram {name}", torch.from_numpy(counts))
-        in_bin = F.one_hot(bins_of(values["confidence"]), N_BINS).double().T
-        columns = [values[name] for name in ("n_tokens", "confidence", "accuracy")]
-        self._add("bins", in_bin @ torch.stack(columns, 1))
-        gaps = in_bin * (values["confidence"] - values["accuracy"])
-        resampled = torch.stack([values["n_tokens"], values["nll"], *gaps], 1)
+        bins = bins_of(confidence)
+        in_bin = F.one_hot(bins, N_BINS).double().T
+        columns = torch.stack([n, confidence, accuracy], 1)
+        self._add("bins", in_bin @ columns)
+        gaps = in_bin * (confidence - accuracy)
+        resampled = torch.stack([n, values["nll"], *gaps], 1)
         self._add_replicates(resampled, units.flatten())
 
     def _add(self, name, part):
-        self.parts[name] = self.parts.get(name, 0.0) + part.double()
+        so_far = self.parts.get(name, 0.0)
+        self.parts[name] = so_far + part.double()
 
     def _add_ranks(self, name, values, wrong, n_blocks):
         """Count the tokens, the wrong ones, and the blocks by their uncertainty."""
         if name == "confidence":
             values = 1 - values
         token_bins = fine_bin(values)
-        block_bins = fine_bin(values.view(n_blocks, -1).mean(1))
+        block_means = values.view(n_blocks, -1).mean(1)
+        block_bins = fine_bin(block_means)
         self._add(f"token {name}", torch.bincount(token_bins, minlength=N_FINE))
         self._add(f"wrong {name}", torch.bincount(token_bins, wrong, N_FINE))
         self._add(f"block {name}", torch.bincount(block_bins, minlength=N_FINE))
@@ -79,7 +85,8 @@ class MetricAccumulator:
         numbers, index = units.unique(return_inverse=True)
         sums = columns.new_zeros(len(numbers), columns.size(1))
         sums.index_add_(0, index, columns)
-        self._add("replicates", bootstrap_weights(numbers.tolist()).T @ sums)
+        weights = bootstrap_weights(numbers.tolist())
+        self._add("replicates", weights.T @ sums)
 
     def join(self, processes: Processes) -> None:
         """Add up the parts of all processes; the same on each."""
@@ -92,7 +99,8 @@ class MetricAccumulator:
             self.parts[name] = torch.tensor(total, dtype=torch.float64).view(shape)
 
     def mean(self, name: str) -> float:
-        return (self.parts[f"sum {name}"] / self.parts["sum n_tokens"]).item()
+        mean = self.parts[f"sum {name}"] / self.parts["sum n_tokens"]
+        return mean.item()
 
     def result(self) -> dict:
         """All scores, nats per token if they have a unit. `_se`: the bootstrap's standard error."""
@@ -100,9 +108,10 @@ class MetricAccumulator:
         for part in self.parts:
             kind, _, name = part.partition(" ")
             if kind == "sum":
-                result[name] = self.mean(name)
+                mean = result[name] = self.mean(name)
                 if name.startswith("nll"):
-                    result[name.replace("nll", "perplexity")] = exp(result[name])
+                    perplexity = name.replace("nll", "perplexity")
+                    result[perplexity] = exp(mean)
         n_tokens = int(self.parts["sum n_tokens"])
         result |= {"n_tokens": n_tokens, "n_units": self.n_units}
         if self.n_units >= MIN_UNITS:
@@ -137,9 +146,10 @@ class MetricAccumulator:
             wrong = self.parts[f"wrong {name}"]
             areas[name] = aurc(n, wrong)
             risk[name] = risks(n, wrong)
-        return {"aurc": areas, "risk_coverage": {"coverage": COVERAGES.tolist(), "risk": risk}}
+        curves = {"coverage": COVERAGES.tolist(), "risk": risk}
+        return {"aurc": areas, "risk_coverage": curves}
 
-    def histograms(self) -> dict[str, dict[str, list[float]]]:
+    def histograms(self) -> dict[str, dict]:
         """The share of the tokens between each two edges; values beyond the ends count there."""
         found = {}
         for name in self.uncertainties():
@@ -157,7 +167,8 @@ def fine_bin(values: Tensor) -> Tensor:
     """values (n,), at least 0 -> (n,) int64 below N_FINE, in the same order."""
     lowest = 2.0**MIN_EXPONENT
     highest = 2.0**MAX_EXPONENT * (1 - 2**-24)
-    bits = values.float().clamp(lowest, highest).view(torch.int32).long()
+    values = values.float().clamp(lowest, highest)
+    bits = values.view(torch.int32).long()
     return (bits >> (23 - BITS)) - FIRST
 
 
@@ -170,7 +181,7 @@ def bootstrap_weights(units: list[int]) -> Tensor:
     for unit in units:
         generator = np.random.Generator(np.random.Philox(key=unit))
         draws.append(generator.poisson(1.0, N_REPLICATES))
-    return torch.from_numpy(np.stack(draws).astype(np.float64))
+    return torch.from_numpy(np.stack(draws)).double()
 
 
 def spread(replicates: Tensor) -> float:
@@ -197,14 +208,16 @@ def risks(n: Tensor, wrong: Tensor) -> list[float]:
     n_below = F.pad(n.cumsum(0), (1, 0))
     wrong_below = F.pad(wrong.cumsum(0), (1, 0))
     n_answered = COVERAGES * n.sum().item()
-    return (np.interp(n_answered, n_below, wrong_below) / n_answered).tolist()
+    n_wrong = np.interp(n_answered, n_below, wrong_below)
+    return (n_wrong / n_answered).tolist()
 
 
 def auroc(in_domain: Tensor, ood: Tensor) -> float:
     """The area under the ROC curve of telling out-of-domain text by its higher uncertainty, ties
     counted half. in_domain, ood (N_FINE,): counts by uncertainty."""
     ood_below = ood.cumsum(0) - ood / 2
-    share_below = (in_domain @ ood_below) / (in_domain.sum() * ood.sum())
+    n_pairs = in_domain.sum() * ood.sum()
+    share_below = (in_domain @ ood_below) / n_pairs
     return 1 - share_below.item()
 
 
@@ -221,8 +234,11 @@ def fpr95(in_domain: Tensor, ood: Tensor) -> float:
 
 def out_of_domain(in_domain: MetricAccumulator, ood: MetricAccumulator) -> dict:
     """How well each uncertainty tells OOD text, by token and by the mean over a block."""
-    result = {"n_tokens": int(ood.parts["sum n_tokens"]), "nll": ood.mean("nll")}
-    result["histograms"] = ood.histograms()
+    result = {
+        "n_tokens": int(ood.parts["sum n_tokens"]),
+        "nll": ood.mean("nll"),
+        "histograms": ood.histograms(),
+    }
     for score in (auroc, fpr95):
         found = result[score.__name__] = {}
         for name in [*ood.uncertainties(), "nll"]:

@@ -1,6 +1,5 @@
 """Tables of results: aligned text for a terminal, Markdown."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from engine.eval.metrics import MetricAccumulator, spread
@@ -68,7 +67,7 @@ class Table(NamedTuple):
     lines: list[list[str]]  # cells, the name of the run first
 
 
-def tables(rows: Mapping[str, dict], scores: Mapping[str, MetricAccumulator]) -> list[Table]:
+def tables(rows: dict[str, dict], scores: dict[str, MetricAccumulator]) -> list[Table]:
     """The results by group, without columns that no run has. rows, scores: by name of the run."""
     if not comparable(rows):
         return [table_of(OTHER_TEXTS, {"bits_per_byte": "bits per byte: .4f"}, rows)]
@@ -78,18 +77,26 @@ def tables(rows: Mapping[str, dict], scores: Mapping[str, MetricAccumulator]) ->
     for name, row in rows.items():
         numbers[name]["vs_first"] = exp(row["nll"] - first_nll)
     for name in others:
-        if "nll_se" in rows[name] and rows[name]["n_units"] == rows[first]["n_units"]:
+        same_units = rows[name]["n_units"] == rows[first]["n_units"]
+        if "nll_se" in rows[name] and same_units:
             numbers[name]["vs_first_se"] = ratio_se(scores[name], scores[first])
     nll = rows[first]["unigram_nll"]
-    unigram = {"nll": nll, "perplexity": exp(nll), "vs_first": exp(nll - first_nll)}
+    unigram = {
+        "nll": nll,
+        "perplexity": exp(nll),
+        "vs_first": exp(nll - first_nll),
+    }
     numbers = {"unigram": unigram} | numbers
     found = [table_of(title, columns, numbers) for title, columns in GROUPS.items()]
     return [table for table in found if table.lines]
 
 
-def comparable(rows: Mapping[str, dict]) -> bool:
+def comparable(rows: dict[str, dict]) -> bool:
     """Whether all runs predicted the same tokens of the same text."""
-    texts = {(row["sha256"], str(row["tokenizer"]), row["n_tokens"]) for row in rows.values()}
+    texts = set()
+    for row in rows.values():
+        text = row["sha256"], str(row["tokenizer"]), row["n_tokens"]
+        texts.add(text)
     return len(texts) == 1
 
 
@@ -99,14 +106,17 @@ def ratio_se(scores: MetricAccumulator, first: MetricAccumulator) -> float:
     return spread(differences.clamp(max=700).exp())
 
 
-def table_of(title: str, columns: dict[str, str], numbers: Mapping[str, dict]) -> Table:
+def table_of(title: str, columns: dict[str, str], numbers: dict[str, dict]) -> Table:
     """columns: as in GROUPS. numbers: by name of the run."""
-    header = ["run"] + [column.split(": ")[0] for column in columns.values()]
+    header = ["run"]
+    for column in columns.values():
+        head, _ = column.split(": ")
+        header.append(head)
     lines = []
     for run, row in numbers.items():
         cells = []
         for name, column in columns.items():
-            form = column.split(": ")[1]
+            _, form = column.split(": ")
             cells.append(format(row[name], form) if name in row else "")
         if any(cells):
             lines.append([run, *cells])
@@ -114,11 +124,11 @@ def table_of(title: str, columns: dict[str, str], numbers: Mapping[str, dict]) -
     return Table(title, header, lines)
 
 
-def flat(row: Mapping, prefix: str = "") -> dict[str, float]:
+def flat(row: dict, prefix: str = "") -> dict[str, float]:
     """All numbers of nested dicts, their names joined by _; lists and texts are left out."""
     found = {}
     for name, value in row.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             found |= flat(value, f"{prefix}{name}_")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[prefix + name] = value
@@ -135,16 +145,20 @@ def without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
 def as_text(table: Table) -> str:
     """Aligned columns; all but the first are numbers."""
     rows = [table.header, *table.lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    width, *widths = [max(map(len, column)) for column in columns]
     lines = []
     for name, *cells in rows:
-        numbers = map(str.rjust, cells, widths[1:])
-        lines.append("  ".join([name.ljust(widths[0]), *numbers]))
+        numbers = map(str.rjust, cells, widths)
+        lines.append("  ".join([name.ljust(width), *numbers]))
     return "\n".join(lines)
 
 
 def as_markdown(header: list[str], lines: list[list[str]]) -> str:
     """A Markdown table; all columns but the first are numbers."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
-    escaped = [[text.replace("|", r"\|") for text in row] for row in (header, rule, *lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+    found = []
+    for row in (header, rule, *lines):
+        cells = [text.replace("|", r"\|") for text in row]
+        found.append(f"| {' | '.join(cells)} |")
+    return "\n".join(found)

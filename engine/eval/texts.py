@@ -20,7 +20,13 @@ class TextStats:
     documents (neighbours depend on each other, so a standard error is then too small); windows if
     only a part of the split is read."""
 
-    def __init__(self, tokenizer: Tokenizer, frequencies: Tensor, n_documents: int = 0, part=False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        frequencies: Tensor,
+        n_documents: int = 0,
+        part: bool = False,
+    ):
         """frequencies: (V,), in the training text. part: only a part of the split is read."""
         self.log_frequencies = frequencies.log()
         self.eot = tokenizer.eot

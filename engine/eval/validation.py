@@ -13,7 +13,11 @@ N_BINS = 15  # of the calibration error (Guo et al. 2017)
 
 @torch.no_grad()
 def mean_loss(
-    model: torch.nn.Module, batches: list[np.ndarray], file: TokenFile, processes: Processes, cast
+    model: torch.nn.Module,
+    batches: list[np.ndarray],
+    file: TokenFile,
+    processes: Processes,
+    cast,
 ) -> dict[str, float]:
     """The means over all tokens of the batches, which the processes share; the same on each.
 
@@ -21,19 +25,24 @@ def mean_loss(
     the mean weights. val_loss is what training minimises, except for dropout, soft labels and the
     noise of Bayesian MLPs."""
     model.eval()
-    totals, n = 0.0, len(batches)
-    n_rounds = math.ceil(n / processes.world_size)
+    totals = 0.0
+    n = len(batches)
+    world_size = processes.world_size
+    n_rounds = math.ceil(n / world_size)
     # every process takes part in every round: a sharded model's forward pass needs all of them
-    for i in range(processes.rank, n_rounds * processes.world_size, processes.world_size):
+    for i in range(processes.rank, n_rounds * world_size, world_size):
         x, y = gather(file, batches[i % n], model.config.block_size)
         seed_micro_batch(0, i)  # estimators that sample see the same noise in every evaluation
         with cast:
             loss, scores = model.scores(x.to(processes.device), y.to(processes.device))
         nll, confidence, correct = (column.cpu().double() for column in scores)
         gaps = torch.bincount(bins_of(confidence), confidence - correct, N_BINS)
-        sums = nll.new_tensor([nll.sum().item(), loss.item() * len(nll), len(nll)])
-        values = torch.cat([sums, gaps]) * (i < n)
-        if processes.world_size > 1:
+        n_tokens = len(nll)
+        sums = nll.new_tensor([nll.sum().item(), loss.item() * n_tokens, n_tokens])
+        values = torch.cat([sums, gaps])
+        if i >= n:
+            values.zero_()
+        if world_size > 1:
             values = values.to(processes.device)
         totals += np.array(processes.all_reduce(values))
     model.train()
