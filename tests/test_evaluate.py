@@ -228,7 +228,7 @@ def test_continuations_have_the_same_prompts_and_settings_for_all_and_go_beside_
     ("options", "message"),
     [
         ({"continuations": 9, "prompt_tokens": 10**6}, "too few for 9 prompts of 1000000"),
-        ({"labels": "none"}, "test.none.labels.json is missing"),
+        ({"labels": "none"}, "--name=none"),
         ({"ood_dataset": "no_test"}, "test.bin is missing"),
         ({"report": ROOT / "README.md" / "report"}, "cannot be written to"),
     ],
