@@ -59,18 +59,18 @@ class GPTConfig:
             raise UserError("bayes_mlp has no torchbnn layers; use --posterior=row or full")
         if self.n_embd % self.n_head:
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            nearest = sorted(divisors, key=lambda n: abs(n - self.n_head))[:2]
+            divisors.sort(key=lambda n: abs(n - self.n_head))
+            nearest = sorted(divisors[:2])
             raise UserError(
                 f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; "
-                f"n_head could be {' or '.join(map(str, sorted(nearest)))}"
+                f"n_head could be {' or '.join(map(str, nearest))}"
             )
 
 
 class KVCache:
-    """Keys and values of all layers for up to `size` tokens.
+    """Keys and values of all layers for up to `size` tokens: first several, then one at a time.
 
-    The first call may fill in several tokens, each later one adds a single token. The model takes
-    any object with these positions() and extend().
+    The model takes any object with these positions() and extend().
     """
 
     def __init__(self, n_layer: int, size: int):
@@ -82,56 +82,41 @@ class KVCache:
         """The positions (T,) of the next tokens."""
         if self.length and idx.size(1) > 1:
             raise ValueError("a cache that holds tokens takes one token at a time")
-        return torch.arange(self.length, self.length + idx.size(1), device=idx.device)
+        end = self.length + idx.size(1)
+        return torch.arange(self.length, end, device=idx.device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
         """Append k, v of new tokens. Returns all keys and values of the layer, and no mask."""
         if self.kv is None:
             B, n_head, _, head_size = k.shape
-            # zeros, since OneToken's mask would not hide a NaN
+            # zeros, since the mask of a compiled step would not hide a NaN
             self.kv = k.new_zeros(2, self.n_layer, B, n_head, self.size, head_size)
-        start, end = self.length, self.length + k.size(2)
+        start = self.length
+        end = start + k.size(2)
         self.kv[0, layer, :, :, start:end] = k
         self.kv[1, layer, :, :, start:end] = v
         if layer == self.n_layer - 1:
             self.length = end
-        return self.kv[0, layer, :, :, :end], self.kv[1, layer, :, :, :end], None
-
-
-class OneToken:
-    """A KVCache's tensor for one new token at `position`, a tensor (1,).
-
-    It shows the whole tensor with a mask over the empty part. So no shape changes from token to
-    token, and one compiled graph (a CUDA graph too) serves the whole text.
-    """
-
-    def __init__(self, kv: Tensor, position: Tensor):
-        self.kv, self.position = kv, position
-
-    def positions(self, idx: Tensor) -> Tensor:
-        return self.position
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write k, v of the token. Returns all of the layer, and a mask (1, size)."""
-        keys, values = self.kv[0, layer], self.kv[1, layer]
-        keys.index_copy_(2, self.position, k)
-        values.index_copy_(2, self.position, v)
-        mask = torch.arange(keys.size(2), device=keys.device) <= self.position
-        return keys, values, mask.unsqueeze(0)
+        keys = self.kv[0, layer, :, :, :end]
+        values = self.kv[1, layer, :, :, :end]
+        return keys, values, None
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         n_embd = config.n_embd
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        head_size = C // self.n_head
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, head_size)
+        q, k, v = qkv.transpose(1, 3).unbind(2)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)
@@ -147,13 +132,16 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         linear = partial(BayesLayer, config.head) if config.bayes_mlp else nn.Linear
-        self.c_fc = linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        n_embd = config.n_embd
+        self.c_fc = linear(n_embd, 4 * n_embd, bias=config.bias)
+        self.c_proj = linear(4 * n_embd, n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        x = self.c_fc(x)
+        x = F.gelu(x, approximate="tanh")
+        x = self.c_proj(x)
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -177,7 +165,7 @@ class GPT(nn.Module):
         if config.vocab_size < 2:
             raise UserError("vocab_size is needed to build a model")
         self.config = config
-        self.compiled_step = None  # see compile_step
+        self.compiled_step = None  # see engine/eval/generation.py
         self.mc_dropout = False  # whether draws of the weights drop out too, see sampling
         self.transformer = nn.ModuleDict(
             {
@@ -189,13 +177,15 @@ class GPT(nn.Module):
         )
         self.apply(self._init_weights)
         # GPT-2: keep the variance of the residual stream, which 2 n_layer projections add to
+        std = 0.02 / math.sqrt(2 * config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(parameter, std=std)
         self.lm_head = Head(config.head, config.vocab_size, config.n_embd)
         if config.head.tie_head:
             self.lm_head.weights.weight = self.transformer.wte.weight
-        self.init_posteriors(torch.full((config.vocab_size,), 1 / config.vocab_size))
+        uniform = torch.full((config.vocab_size,), 1 / config.vocab_size)
+        self.init_posteriors(uniform)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -220,31 +210,24 @@ class GPT(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x, cache)
         return self.transformer.ln_f(x)
 
-    def step(self, token: Tensor, kv: Tensor, position: Tensor) -> Tensor:
-        """hidden() of one token (B, 1), with shapes that never change; for torch.compile."""
-        return self.hidden(token, OneToken(kv, position))
-
-    def compile_step(self) -> None:
-        """Compile step(), on CUDA as one CUDA graph; generation then uses it for cached tokens."""
-        mode = "reduce-overhead" if self.transformer.wte.weight.is_cuda else None
-        self.compiled_step = torch.compile(self.step, mode=mode, fullgraph=True, dynamic=False)
-
     def forward(self, idx: Tensor, targets: Tensor, label_weights: Tensor | None = None) -> Tensor:
-        """The loss that training minimises, a scalar. targets (B, T), or (B, T, K) with
-        label_weights (B, T, K)."""
-        loss = self.lm_head.loss(self.hidden(idx), targets, label_weights)
-        hidden_layers = [layer for layer in self.bayes_layers() if isinstance(layer, BayesLayer)]
-        return loss + self.lm_head.kl_loss(sum((layer.kl() for layer in hidden_layers), 0.0))
+        """The loss, a scalar. targets (B, T), or (B, T, K) with label_weights (B, T, K)."""
+        hidden = self.hidden(idx)
+        data_loss = self.lm_head.data_loss(hidden, targets, label_weights)
+        return data_loss + self.kl_loss()
 
     def scores(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, TokenScores]:
         """idx, targets (B, T) -> the loss, a scalar, and the scores of the tokens (B * T,)."""
         hidden = self.hidden(idx)
-        loss = self.lm_head.data_loss(hidden, targets) + self.kl_loss()
-        return loss, self.lm_head.scores(hidden, targets)
+        data_loss = self.lm_head.data_loss(hidden, targets)
+        return data_loss + self.kl_loss(), self.lm_head.scores(hidden, targets)
 
     def kl(self) -> Tensor | float:
         """KL(posterior || prior) of all Bayesian weights, in nats; 0.0 without any."""
-        return sum((layer.kl() for layer in self.bayes_layers()), 0.0)
+        total = 0.0
+        for layer in self.bayes_layers():
+            total = total + layer.kl()
+        return total
 
     def kl_loss(self) -> Tensor:
         """The KL's part of the loss, nats per token."""
@@ -256,20 +239,19 @@ class GPT(nn.Module):
 
     def log_probs(self, idx: Tensor, n_samples: int = 0) -> Tensor:
         """idx (B, T) -> log p(next token) at every position, (B, T, V), normalised over V."""
-        return self.lm_head.log_probs(self.hiddens(idx, n_samples), n_samples)
+        hiddens = self.hiddens(idx, n_samples)
+        return self.lm_head.log_probs(hiddens, n_samples)
 
-    def hiddens(
-        self, idx: Tensor, n_samples: int = 0, cache: KVCache | None = None
-    ) -> list[Tensor]:
+    def hiddens(self, idx: Tensor, n_samples: int = 0) -> list[Tensor]:
         """The hidden states (B, T, C) for n_samples draws of all weights.
 
         One for all draws, or one per draw where hidden layers are random (bayes_mlp, mc_dropout).
         """
         random_layers = self.config.bayes_mlp or self.mc_dropout
         if n_samples < 1 or not random_layers:
-            return [self.hidden(idx, cache)]
+            return [self.hidden(idx)]
         with self.sampling():
-            return [self.hidden(idx, cache) for _ in range(n_samples)]
+            return [self.hidden(idx) for _ in range(n_samples)]
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -280,7 +262,7 @@ class GPT(nn.Module):
         """
         was_training = self.training
         self.train(was_training or self.mc_dropout)
-        layers = [layer for layer in self.bayes_layers() if isinstance(layer, BayesLayer)]
+        layers = [module for module in self.modules() if isinstance(module, BayesLayer)]
         for layer in layers:
             layer.sampling = True
         try:
@@ -300,8 +282,9 @@ class GPT(nn.Module):
                 continue
             if only is not None and f"{name}.log_std" not in only:
                 continue
-            hidden = isinstance(layer, BayesLayer)  # every token uses all of its outputs
-            layer.init_from_frequencies(torch.ones(len(layer.weight)) if hidden else frequencies)
+            is_hidden = isinstance(layer, BayesLayer)  # every token uses all of its outputs
+            used = torch.ones(len(layer.weight)) if is_hidden else frequencies
+            layer.init_from_frequencies(used)
 
     def flops_per_token(self) -> float:
         """FLOPs of a training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
@@ -309,7 +292,9 @@ class GPT(nn.Module):
         N leaves out what is only looked up: the positions, and an embedding that is not tied.
         """
         config = self.config
-        n_params = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        n_params = sum(p.numel() for p in self.parameters())
+        n_params -= self.transformer.wpe.weight.numel()
         if not config.head.tie_head:
             n_params -= self.transformer.wte.weight.numel()
-        return 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
+        attention = 12 * config.n_layer * config.n_embd * config.block_size
+        return 6 * n_params + attention

@@ -22,6 +22,7 @@ from engine.base.errors import UserError, run_main
 from engine.base.files import check_writable, parse_json
 from engine.base.options import check_options, load_config
 from engine.data.tokenizer import incremental_decoder
+from engine.eval.generation import compile_step
 from engine.eval.report import write_page
 from engine.eval.run import Continuation, Run, Sampling
 from engine.eval.scored_text import ScoredText, Token
@@ -73,7 +74,7 @@ def main() -> None:
     run = Run(source, config.device, config.dtype)
     run.check(config.sampling)
     if config.compile:
-        run.model.compile_step()
+        compile_step(run.model)
     previous: list[int] = []  # the ids of the newest text and its prompt
     prompts = ask_prompts(run, previous) if config.interactive else read_prompts(run, config)
     out = open(os.devnull, "w") if config.jsonl else sys.stdout  # noqa: SIM115

@@ -26,6 +26,7 @@ from bench import heads, measure, step
 from bench.generate import gpt, text_of
 from engine.base.distributed import peak_flops, pick_device
 from engine.base.errors import UserError, run_main
+from engine.eval.generation import compile_step
 
 N_MICRO = 16  # micro-batches in a step
 
@@ -70,7 +71,7 @@ def decode(shape: dict[str, int], rounds: int) -> None:
     torch._dynamo.config.recompile_limit = 64  # one code for two models and their caches
     shape = {name: size for name, size in shape.items() if name != "batch_size"}
     eager, compiled = gpt("bayes", shape), gpt("bayes", shape)
-    compiled.compile_step()
+    compile_step(compiled)
     n_new = shape["block_size"] // 4
     for batch in (1, 32):
         prompt = (batch, n_new // 16 or 1)

@@ -47,23 +47,28 @@ def draw_batches(
     """
     if std is None:
         log_probs = likelihood.log_probs(mean)
-        yield WeightedPrediction(log_probs, entropy(log_probs) if entropies else None, n / n_total)
+        mean_entropy = entropy(log_probs) if entropies else None
+        yield WeightedPrediction(log_probs, mean_entropy, n / n_total)
         return
     V, device = mean.size(-1), mean.device
-    n_rows = max(1, LOGITS_AT_ONCE.get(device.type, mean.numel()) // V)
+    n_logits = LOGITS_AT_ONCE.get(device.type, mean.numel())
+    n_rows = max(1, n_logits // V)
+    mean_blocks = mean.reshape(-1, V).split(n_rows)
+    std_blocks = std.reshape(-1, V).split(n_rows)
     for start in range(0, n, DRAWS_AT_ONCE):
-        shape = (min(DRAWS_AT_ONCE, n - start), V)
-        noise = torch.randn(shape, dtype=mean.dtype, device=device, generator=generator)
-        mean_rows, std_rows = (t.reshape(-1, V).split(n_rows) for t in (mean, std))
-        blocks = [
-            _average(likelihood, *block, noise, entropies)
-            for block in zip(mean_rows, std_rows, strict=True)
-        ]
-        log_probs, of_draws = zip(*blocks, strict=True)
-        mean_entropy = torch.cat(of_draws).view(mean.shape[:-1]) if entropies else None
-        yield WeightedPrediction(
-            torch.cat(log_probs).view_as(mean), mean_entropy, len(noise) / n_total
-        )
+        n_draws = min(DRAWS_AT_ONCE, n - start)
+        noise = torch.randn(n_draws, V, dtype=mean.dtype, device=device, generator=generator)
+        log_probs, entropies_found = [], []
+        for block in zip(mean_blocks, std_blocks, strict=True):
+            log_mean, mean_entropy = _average(likelihood, *block, noise, entropies)
+            log_probs.append(log_mean)
+            entropies_found.append(mean_entropy)
+        mean_entropy = None
+        if entropies:
+            mean_entropy = torch.cat(entropies_found)
+            mean_entropy = mean_entropy.view(mean.shape[:-1])
+        log_probs = torch.cat(log_probs).view_as(mean)
+        yield WeightedPrediction(log_probs, mean_entropy, n_draws / n_total)
 
 
 def _average(likelihood, mean, std, noise, entropies) -> tuple[Tensor, Tensor | None]:
@@ -74,31 +79,42 @@ def _average(likelihood, mean, std, noise, entropies) -> tuple[Tensor, Tensor | 
         reach = std.amax() * noise.abs().amax()
         if centred.amin() - 2 * reach > LOWEST_LOG_P:
             return _average_of_numbers(likelihood, centred, std, noise, entropies)
-    drawn = (likelihood.log_probs(torch.addcmul(mean, std, eps)) for eps in noise)
-    return mixture((draw, entropy(draw) if entropies else None, 1 / len(noise)) for draw in drawn)
+
+    def components() -> Iterator[WeightedPrediction]:
+        for eps in noise:
+            logits = torch.addcmul(mean, std, eps)
+            log_probs = likelihood.log_probs(logits)
+            of_draw = entropy(log_probs) if entropies else None
+            yield WeightedPrediction(log_probs, of_draw, 1 / len(noise))
+
+    return mixture(components())
 
 
 def _average_of_numbers(likelihood, centred, std, noise, entropies) -> tuple[Tensor, Tensor | None]:
     """_average with one exp per logit, for probabilities well above the least fp32 number."""
-    mean_p, mean_entropy = torch.zeros_like(centred), 0.0
+    sum_p = torch.zeros_like(centred)
+    sum_entropies = torch.zeros_like(centred[:, :1])
     for eps in noise:
-        p, log_p = likelihood.unnormalised(torch.addcmul(centred, std, eps))
+        logits = torch.addcmul(centred, std, eps)
+        p, log_p = likelihood.unnormalised(logits)
         total = p.sum(-1, keepdim=True)
-        mean_p.addcmul_(p, 1 / total)
+        sum_p.addcmul_(p, 1 / total)
         if entropies:
             cross = (p * log_p).sum(-1, keepdim=True) / total
-            mean_entropy = mean_entropy + total.log() - cross
-    log_mean = (mean_p / len(noise)).log()
-    return log_mean, mean_entropy.squeeze(-1) / len(noise) if entropies else None
+            sum_entropies += total.log() - cross
+    mean_p = sum_p / len(noise)
+    mean_entropy = sum_entropies.squeeze(-1) / len(noise) if entropies else None
+    return mean_p.log(), mean_entropy
 
 
 def mixture(components: Iterable[WeightedPrediction]) -> tuple[Tensor, Tensor | None]:
     """The log-probabilities (..., V) of a mixture, and the weighted mean of the entropies (...)."""
-    log_sum, mean_entropy = None, None
+    log_sum = None
+    mean_entropy = None
     for log_probs, of_component, weight in components:
         if weight < 1:
             log_probs = log_probs + math.log(weight)
-        log_sum = log_probs if log_sum is None else torch.logaddexp(log_sum, log_probs)
+        log_sum = log_probs if log_sum is None else log_sum.logaddexp(log_probs)
         if of_component is not None:
             term = weight * of_component
             mean_entropy = term if mean_entropy is None else mean_entropy + term
@@ -107,5 +123,6 @@ def mixture(components: Iterable[WeightedPrediction]) -> tuple[Tensor, Tensor | 
 
 def entropy(log_probs: Tensor) -> Tensor:
     """log_probs (..., V) -> (...), nats; a token of probability 0 adds nothing."""
-    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    lowest = torch.finfo(log_probs.dtype).min
+    finite = log_probs.clamp(min=lowest)
     return -(log_probs.exp() * finite).sum(-1)

@@ -54,9 +54,13 @@ class TokenScores(NamedTuple):
 
 def token_scores(log_probs: Tensor, targets: Tensor) -> TokenScores:
     """log p (..., V), targets (...) -> the scores of the true tokens."""
-    nll = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    log_p = log_probs.gather(-1, targets.unsqueeze(-1))
     top, likeliest = log_probs.max(-1)
-    return TokenScores(nll, top.exp(), likeliest == targets)
+    return TokenScores(
+        nll=-log_p.squeeze(-1),
+        confidence=top.exp(),
+        correct=likeliest == targets,
+    )
 
 
 class Head(nn.Module):
@@ -67,30 +71,33 @@ class Head(nn.Module):
         self.config = config
         self.weights = WEIGHTS[config.weights](config, vocab_size, n_embd)
         self.likelihood = LIKELIHOODS[config.likelihood](config, vocab_size)
-        needs_bound = config.weights == "bayes" and config.estimator == "bound"
-        if needs_bound and not self.likelihood.linear_in_logits:
+        uses_bound = config.weights == "bayes" and config.estimator == "bound"
+        if uses_bound and not self.likelihood.linear_in_logits:
             raise UserError(
                 f"estimator = 'bound' does not hold for likelihood = {config.likelihood!r}, whose "
                 "loss is not linear in the labels' logits; use --estimator=local"
             )
-        bias = self.likelihood.default_bias if config.logit_bias == "auto" else config.logit_bias
-        self.wants_unigram = bias == "unigram"
-        uniform = self.likelihood.base_rate_logits(torch.full((vocab_size,), 1 / vocab_size))
-        if uniform is None:
-            uniform = torch.zeros(vocab_size)
-            if self.wants_unigram:
-                raise UserError(
-                    f"logit_bias = 'unigram': likelihood = {config.likelihood!r} has no formula "
-                    "for it; use --logit_bias=uniform or none"
-                )
-        self.bias = nn.Parameter(uniform) if bias != "none" else None
+        start = config.logit_bias
+        if start == "auto":
+            start = self.likelihood.default_bias
+        self.starts_unigram = start == "unigram"
+        uniform = torch.full((vocab_size,), 1 / vocab_size)
+        bias = self.likelihood.base_rate_logits(uniform)
+        if bias is None and self.starts_unigram:
+            raise UserError(
+                f"logit_bias = 'unigram': likelihood = {config.likelihood!r} has no formula "
+                "for it; use --logit_bias=uniform or none"
+            )
+        if bias is None:
+            bias = torch.zeros(vocab_size)
+        self.bias = None if start == "none" else nn.Parameter(bias)
         # beta(t) of the ELBO, 0 .. 1 over the warm-up; set by the training loop
         self.register_buffer("kl_ramp", torch.ones(()), persistent=False)
 
     def init_from_frequencies(self, frequencies: Tensor) -> None:
         """Initialise bias and posterior from the token frequencies (V,), all above 0."""
         self.weights.init_from_frequencies(frequencies)
-        if self.wants_unigram:
+        if self.starts_unigram:
             with torch.no_grad():
                 self.bias.copy_(self.likelihood.base_rate_logits(frequencies))
 
@@ -104,7 +111,8 @@ class Head(nn.Module):
         weights (C,) of every token, or 0.
         """
         ours = self.likelihood
-        theirs = LIKELIHOODS[old.likelihood](old, len(self.weights.weight))
+        vocab_size = len(self.weights.weight)
+        theirs = LIKELIHOODS[old.likelihood](old, vocab_size)
         if type(theirs) is type(ours) and vars(theirs) == vars(ours):
             return 0.0
         for likelihood in (theirs, ours):
@@ -114,16 +122,19 @@ class Head(nn.Module):
                     f"{self.config.likelihood!r}: the logits of one are no log-probabilities"
                 )
         if ours.is_softmax or theirs.logit_offset == ours.logit_offset:
-            return 0.0
+            return 0.0  # the logits are log-probabilities, which a softmax takes as they are
         if self.bias is None:
             raise UserError(
                 "a sigmoid head on these weights needs a bias; leave logit_bias = 'none' out"
             )
-        slope, offset = 0.0, theirs.logit_offset
+        slope = 0.0
+        offset = theirs.logit_offset
         if theirs.is_softmax:
             x = hidden()
-            log_normaliser = [self.logits(part).logsumexp(-1) for part in x.split(64)]
-            slope, offset = linear_fit(x, torch.cat(log_normaliser))
+            log_normalisers = []
+            for part in x.split(64):
+                log_normalisers.append(self.logits(part).logsumexp(-1))
+            slope, offset = linear_fit(x, torch.cat(log_normalisers))
         self.weights.weight -= slope
         self.bias -= offset - ours.logit_offset
         return slope
@@ -135,49 +146,52 @@ class Head(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, label_weights: Tensor | None = None) -> Tensor:
         """What training minimises, a scalar: nats per token + kl_weight * KL / n_data."""
-        data_loss, mean_square = self._data_loss(x, targets, label_weights)
-        return data_loss + self.kl_loss(self.weights.kl(mean_square))
+        data_loss = self.data_loss(x, targets, label_weights)
+        return data_loss + self.kl_loss(self.weights.kl())
 
     def data_loss(self, x: Tensor, targets: Tensor, label_weights: Tensor | None = None) -> Tensor:
         """The likelihood's part of the loss, E_q[nats per token], by the chosen estimator."""
-        return self._data_loss(x, targets, label_weights)[0]
-
-    def _data_loss(self, x, targets, label_weights) -> tuple[Tensor, Tensor | None]:
-        """The data loss and, if it comes with it, the mean square of the weights for their KL."""
         if label_weights is None:
             targets = targets.unsqueeze(-1)
         if self.weights.samples_logits:
             logits = self.weights.noisy_logits(x).float()
-            logits = logits if self.bias is None else logits + self.bias
-            return plain_loss(self.likelihood, logits, targets, label_weights).mean(), None
+            if self.bias is not None:
+                logits = logits + self.bias
+            losses = plain_loss(self.likelihood, logits, targets, label_weights)
+            return losses.mean()
         x, weight, shift = self.weights.loss_terms(x)
-        center = None if shift is None else self.config.prior_mean
-        loss, mean_square = linear_loss(
-            self.likelihood, x, weight, self.bias, shift, targets, label_weights, center
-        )
-        if shift is not None and self.likelihood.mean_coefficient:
+        loss = linear_loss(self.likelihood, x, weight, self.bias, shift, targets, label_weights)
+        coefficient = self.likelihood.mean_coefficient
+        if shift is not None and coefficient:
             # the bound raises the logits, but not in a term that is linear in them
-            loss = loss + self.likelihood.mean_coefficient * shift.mean().mean()
-        return loss, mean_square
+            loss = loss + coefficient * shift.mean().mean()
+        return loss
 
     def kl_loss(self, kl: Tensor | float) -> Tensor:
         """The KL's part of the loss, nats per token: kl_weight * kl_ramp * KL / n_data."""
-        return self.kl_ramp * kl * (self.config.kl_weight / max(1, self.config.n_data))
+        n_data = max(1, self.config.n_data)
+        weight = self.config.kl_weight / n_data
+        return self.kl_ramp * kl * weight
 
     def scores(self, x: Tensor, targets: Tensor) -> TokenScores:
         """x (B, T, C), targets (B, T) -> scores (B * T,) each, under the mean weights."""
-        vocab_size, found = len(self.weights.weight), []
+        vocab_size = len(self.weights.weight)
         # a product is fast with many rows, what follows with few
-        n_product = rows_per_chunk(LOGITS_BYTES_PRODUCT, x, vocab_size)
-        n_cached = rows_per_chunk(LOG_PROBS_BYTES, x, vocab_size)
-        chunks = zip(
-            x.flatten(0, 1).split(n_product), targets.flatten().split(n_product), strict=True
-        )
-        for hidden, ids in chunks:
-            logits = self.logits(hidden)
-            for block, block_ids in zip(logits.split(n_cached), ids.split(n_cached), strict=True):
-                found.append(token_scores(self.likelihood.log_probs(block), block_ids))
-        return TokenScores(*(torch.cat(column) for column in zip(*found, strict=True)))
+        n_product = rows_per_chunk(LOGITS_BYTES_PRODUCT, x.device, vocab_size, x.dtype)
+        n_cached = rows_per_chunk(LOG_PROBS_BYTES, x.device, vocab_size, x.dtype)
+        x = x.flatten(0, 1)
+        targets = targets.flatten()
+        found = []
+        for start in range(0, len(x), n_product):
+            chunk = slice(start, start + n_product)
+            logits = self.logits(x[chunk])
+            ids = targets[chunk]
+            for row in range(0, len(logits), n_cached):
+                block = slice(row, row + n_cached)
+                log_probs = self.likelihood.log_probs(logits[block])
+                found.append(token_scores(log_probs, ids[block]))
+        columns = zip(*found, strict=True)
+        return TokenScores(*map(torch.cat, columns))
 
     def log_probs(self, x: Tensor | Sequence[Tensor], n_samples: int = 0) -> Tensor:
         """x (..., C) -> log p(next token) (..., V), normalised over V, fp32.
@@ -189,8 +203,10 @@ class Head(nn.Module):
         """
         xs = [x] if isinstance(x, Tensor) else x
         if n_samples > 0:
-            return self._from_draws(xs, n_samples, entropies=False)[0]
-        return self._without_draws(xs[0], n_samples)[0]
+            log_probs, _ = self._from_draws(xs, n_samples, entropies=False)
+        else:
+            log_probs, _ = self._without_draws(xs[0], n_samples)
+        return log_probs
 
     def predict(self, x: Tensor | Sequence[Tensor], n_samples: int = 0) -> Prediction:
         """log_probs(x, n_samples) with its uncertainty.
@@ -210,17 +226,24 @@ class Head(nn.Module):
         total = entropy(log_probs)
         if not isinstance(self.weights, BayesLinear):
             return Prediction(log_probs, total, torch.zeros_like(total))
-        mean_log_probs = log_probs if n_samples == 0 else self.likelihood.log_probs(logits)
-        fisher = self.likelihood.fisher_diagonal(logits, mean_log_probs.exp())
+        of_mean = log_probs
+        if n_samples != 0:
+            of_mean = self.likelihood.log_probs(logits)
+        fisher = self.likelihood.fisher_diagonal(logits, of_mean.exp())
         if fisher is None:
-            mean, aleatoric = self._from_default_draws(xs[0], entropies=True)
-            return Prediction(log_probs, total, entropy(mean) - aleatoric)
-        return Prediction(log_probs, total, self.weights.weighted_variance(xs[0], fisher) / 2)
+            average, aleatoric = self._from_default_draws(xs[0], entropies=True)
+            epistemic = entropy(average) - aleatoric
+        else:
+            weighted_variance = self.weights.weighted_variance(xs[0], fisher)
+            epistemic = weighted_variance / 2
+        return Prediction(log_probs, total, epistemic)
 
     def _without_draws(self, x, n_samples) -> tuple[Tensor, Tensor]:
         """The prediction of the mean weights (0) or the average (-1), and the mean logits."""
         logits = self.logits(x).float()
-        variance = self.weights.variance(x) if n_samples < 0 else None
+        variance = None
+        if n_samples < 0:
+            variance = self.weights.variance(x)
         if variance is None:
             return self.likelihood.log_probs(logits), logits
         average = self.likelihood.average(logits, variance)
@@ -245,11 +268,19 @@ class Head(nn.Module):
         def components() -> Iterator[WeightedPrediction]:
             for i, x in enumerate(xs[:n_samples]):
                 # the last hidden states serve all draws that are left
-                n = 1 if i < len(xs) - 1 else n_samples - i
-                logits, variance = self.logits(x).float(), self.weights.variance(x)
+                is_last = i == len(xs) - 1
+                n = n_samples - i if is_last else 1
+                logits = self.logits(x).float()
+                variance = self.weights.variance(x)
                 std = None if variance is None else variance.sqrt()
                 yield from draw_batches(
-                    self.likelihood, logits, std, n, n_samples, entropies, generator
+                    self.likelihood,
+                    logits,
+                    std,
+                    n,
+                    n_samples,
+                    entropies,
+                    generator,
                 )
 
         return mixture(components())

@@ -8,7 +8,6 @@ an entry in LIKELIHOODS at the end of this file, and its name and options in hea
 """
 
 import math
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -35,7 +34,8 @@ class Likelihood:
     # variance bounds its expectation, and of_labels = -label_coefficient * label logits, plus
     # terms that the raised logits bound; the normaliser has a term -mean_coefficient * mean logit
     linear_in_logits = False
-    label_coefficient, mean_coefficient = 1.0, 0.0
+    label_coefficient = 1.0
+    mean_coefficient = 0.0
     is_softmax = False  # log_probs is a log_softmax of the logits
     # else: logit - log p where p is small, if that is one number: then other heads can take over
     # the weights
@@ -43,8 +43,11 @@ class Likelihood:
 
     def __init_subclass__(cls):
         parent = cls.__bases__[0]
-        same = cls.log_probs is parent.log_probs and cls.normaliser is parent.normaliser
-        if parent is not Likelihood and not same:
+        if parent is Likelihood:
+            return
+        other_log_probs = cls.log_probs is not parent.log_probs
+        other_normaliser = cls.normaliser is not parent.normaliser
+        if other_log_probs or other_normaliser:
             raise TypeError(
                 f"{cls.__name__} must derive from Likelihood: "
                 f"the shortcuts of {parent.__name__} are wrong for another formula"
@@ -94,9 +97,9 @@ class Categorical(Likelihood):
 
     def normaliser(self, logits: Tensor) -> Tensor:
         normaliser = logits.logsumexp(-1)
-        if self.mean_coefficient:
-            normaliser = normaliser - self.mean_coefficient * logits.mean(-1)
-        return normaliser
+        if not self.mean_coefficient:
+            return normaliser
+        return normaliser - self.mean_coefficient * logits.mean(-1)
 
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
         return -self.label_coefficient * weighted_sum(logits, label_weights)
@@ -111,11 +114,13 @@ class Categorical(Likelihood):
         an integral over one logit. Good while the standard deviations stay below 1. Far above, few
         terms dominate R_v, and only draws are right.
         """
-        raised = logits.float() + variance / 2  # ln E[exp(z_v)]
+        logits = logits.float()
+        raised = logits + variance / 2  # ln E[exp(z_v)]
         log_all = raised.logsumexp(-1, keepdim=True)
-        share = torch.exp((raised - log_all).clamp(max=-1e-6))
-        log_others = log_all + torch.log1p(-share)
-        log_p = expected_log_sigmoid(logits.float() - log_others, variance.sqrt())
+        log_share = (raised - log_all).clamp(max=-1e-6)
+        log_others = log_all + torch.log1p(-log_share.exp())
+        std = variance.sqrt()
+        log_p = expected_log_sigmoid(logits - log_others, std)
         return F.log_softmax(log_p, dim=-1)
 
     def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
@@ -138,14 +143,12 @@ class SmoothCategorical(Categorical):
     """
 
     def __init__(self, config: HeadConfig, vocab_size: int):
-        self.mean_coefficient = config.label_smoothing * vocab_size / (vocab_size - 1)
+        eps = config.label_smoothing
+        self.floor = eps / (vocab_size - 1)
+        self.mean_coefficient = eps * vocab_size / (vocab_size - 1)
         self.label_coefficient = 1 - self.mean_coefficient
         if self.label_coefficient < 0:
-            raise UserError(
-                f"label_smoothing = {config.label_smoothing} leaves the true token "
-                "less than a random one"
-            )
-        self.floor = config.label_smoothing / (vocab_size - 1)
+            raise UserError(f"label_smoothing = {eps} leaves the true token less than a random one")
 
     def desmoothed(self, log_probs: Tensor) -> Tensor:
         """log q (..., V) -> log p of the p with q = (1 - eps) p + eps (1 - p) / (V - 1).
@@ -157,7 +160,8 @@ class SmoothCategorical(Categorical):
             return log_probs
         above = log_probs.exp() - self.floor
         kept = above.clamp(min=FLOOR_KEPT_FRACTION * self.floor)
-        return F.normalize(kept, p=1, dim=-1).log()
+        probs = F.normalize(kept, p=1, dim=-1)
+        return probs.log()
 
 
 class Sigmoid(Likelihood):
@@ -182,7 +186,8 @@ class Sigmoid(Likelihood):
         normaliser = sum_softplus(logits)
         if not self.sum_penalty:
             return normaliser
-        excess = torch.sigmoid(self.centred(logits)).sum(-1) - 1
+        probs = torch.sigmoid(self.centred(logits))
+        excess = probs.sum(-1) - 1
         return normaliser + self.sum_penalty * excess.square()
 
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
@@ -190,44 +195,55 @@ class Sigmoid(Likelihood):
         label's softplus(-z), and so the odds at the optimum by w."""
         of_labels = -self.label_coefficient * logits
         if self.pos_weight != 1:
-            of_labels = of_labels + (self.pos_weight - 1) * F.softplus(logits)
+            extra_weight = self.pos_weight - 1
+            of_labels = of_labels + extra_weight * F.softplus(logits)
         return weighted_sum(of_labels, label_weights)
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """p is the sigmoids, normalised; a softmax would normalise their odds."""
-        return F.log_softmax(F.logsigmoid(self.centred(logits)), dim=-1)
+        log_sigmoids = F.logsigmoid(self.centred(logits))
+        return F.log_softmax(log_sigmoids, dim=-1)
 
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """The expectation of each sigmoid, normalised."""
-        log_p = expected_log_sigmoid(self.centred(logits), variance.sqrt())
+        std = variance.sqrt()
+        log_p = expected_log_sigmoid(self.centred(logits), std)
         return F.log_softmax(log_p, dim=-1)
 
     def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor:
         of_softmax = torch.addcmul(probs, probs, probs, value=-1)
-        return of_softmax * torch.sigmoid(-self.centred(logits)).square()
+        complement = torch.sigmoid(-self.centred(logits))
+        return of_softmax * complement.square()
 
     def centred(self, logits: Tensor) -> Tensor:
         """Without pos_weight."""
-        return to_float32(logits) - math.log(self.pos_weight)
+        return to_float32(logits) - self.logit_offset
 
     def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         p = torch.sigmoid(centred)
         return p, p.log()  # a sixth of logsigmoid's time
 
     def base_rate_logits(self, frequencies: Tensor) -> Tensor:
-        return torch.logit(frequencies) + math.log(self.pos_weight)
+        return torch.logit(frequencies) + self.logit_offset
 
     def log_sum_sigma(self, logits: Tensor) -> Tensor:
         """ln sum_v sigmoid(z_v), (...), without pos_weight: 0 if the model is normalised."""
-        return F.logsigmoid(self.centred(logits)).logsumexp(-1)
+        log_sigmoids = F.logsigmoid(self.centred(logits))
+        return log_sigmoids.logsumexp(-1)
 
 
-LIKELIHOODS = {"categorical": Categorical, "smooth": SmoothCategorical, "sigmoid": Sigmoid}
+LIKELIHOODS = {
+    "categorical": Categorical,
+    "smooth": SmoothCategorical,
+    "sigmoid": Sigmoid,
+}
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     """values (..., K), weights (..., K) or None for all 1 -> (...)."""
-    return (values if weights is None else weights * values).sum(-1)
+    if weights is not None:
+        values = weights * values
+    return values.sum(-1)
 
 
 def sum_softplus(logits: Tensor) -> Tensor:
@@ -248,25 +264,34 @@ class _SumSoftplus(torch.autograd.Function):
     def forward(logits: Tensor) -> tuple[Tensor, Tensor]:
         e = torch.exp(-logits.abs())
         s = e / (2 + e)
-        series = reduce(lambda rest, k: 1 / k + s * s * rest, range(11, 0, -2), 1 / 13)
-        total = (logits.clamp(min=0) + 2 * s * series).sum(-1)
-        return total, torch.where(logits > 0, 1.0, e) / (1 + e)
+        series = 1 / 13
+        for k in (11, 9, 7, 5, 3, 1):
+            series = 1 / k + s * s * series
+        softplus = logits.clamp(min=0) + 2 * s * series
+        sigmoid = torch.where(logits > 0, 1.0, e) / (1 + e)
+        return softplus.sum(-1), sigmoid
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(output[1])
-        ctx.mark_non_differentiable(output[1])
+        _, sigmoid = output
+        ctx.save_for_backward(sigmoid)
+        ctx.mark_non_differentiable(sigmoid)
 
     @staticmethod
     def backward(ctx, gradient: Tensor, _) -> Tensor:
-        return gradient.unsqueeze(-1) * ctx.saved_tensors[0]
+        (sigmoid,) = ctx.saved_tensors
+        return gradient.unsqueeze(-1) * sigmoid
 
 
 def expected_log_sigmoid(mean: Tensor, std: Tensor) -> Tensor:
     """ln E[sigmoid(z)] for z ~ N(mean, std^2), by Gauss-Hermite quadrature with three nodes."""
-    nodes = ((0.0, 2 / 3), (math.sqrt(3), 1 / 6), (-math.sqrt(3), 1 / 6))
-    terms = (F.logsigmoid(mean + node * std) + math.log(share) for node, share in nodes)
-    return reduce(torch.logaddexp, terms)
+    root = math.sqrt(3)
+    at_mean = F.logsigmoid(mean)
+    above = F.logsigmoid(mean + root * std)
+    below = F.logsigmoid(mean - root * std)
+    middle = at_mean + math.log(2 / 3)
+    sides = torch.logaddexp(above, below) + math.log(1 / 6)
+    return torch.logaddexp(middle, sides)
 
 
 def linear_fit(x: Tensor, y: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -277,6 +302,9 @@ def linear_fit(x: Tensor, y: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor
     x, y = x.double(), y.double()
     centred = x - x.mean(0)
     squares = centred.T @ centred
-    squares.diagonal().mul_(1 + ridge).add_(1e-9)
-    slope = torch.linalg.solve(squares, centred.T @ (y - y.mean()))
-    return slope.float(), (y.mean() - x.mean(0) @ slope).float()
+    diagonal = squares.diagonal()
+    diagonal.mul_(1 + ridge).add_(1e-9)
+    products = centred.T @ (y - y.mean())
+    slope = torch.linalg.solve(squares, products)
+    constant = y.mean() - x.mean(0) @ slope
+    return slope.float(), constant.float()

@@ -11,7 +11,7 @@ are compiled; the products are library calls anyway.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,24 +32,17 @@ class LowRankLogits(NamedTuple):
 
     def at(self, ids: Tensor) -> Tensor:
         """ids (..., J) -> the logits of these ids (..., J)."""
-        rows = to_float32(F.embedding(ids, self.weight))
-        return (to_float32(self.x).unsqueeze(-2) * rows).sum(-1)
+        weight = to_float32(F.embedding(ids, self.weight))
+        x = to_float32(self.x).unsqueeze(-2)
+        return (x * weight).sum(-1)
 
     def mean(self) -> Tensor:
         """The mean over the vocabulary, (...)."""
         return self.x @ self.weight.mean(0)
 
 
-class Options(NamedTuple):
-    likelihood: Any  # see heads/likelihoods.py
-    vocab_size: int  # of the unpadded weight
-    compiled: bool
-    with_grad: bool
-    center: float | None
-
-
-class Tensors(NamedTuple):
-    """The inputs that have gradients, or those gradients."""
+class Factors(NamedTuple):
+    """The inputs of the loss that have gradients, or those gradients."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -66,59 +59,69 @@ def linear_loss(
     shift: LowRankLogits | None,
     targets: Tensor,
     label_weights: Tensor | None = None,
-    center: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss, a scalar in nats, and with a center the mean of (weight - center)^2.
+) -> Tensor:
+    """The loss, a scalar in nats.
 
     x (..., C), weight (V, C), bias (V,); targets (..., K) with label_weights (..., K), or None if
     all are 1. The shift is that of Jensen's bound: it raises the logits, but not in the terms that
     are linear in the labels' logits. Differentiable once. Under autocast the products are in its
-    dtype; the likelihood, the bias, a shift of rank one and sums over chunks are in fp32. The mean
-    square is for a KL: here its gradient saves a pass over the weights.
+    dtype; the likelihood, the bias, a shift of rank one and sums over chunks are in fp32.
     """
-    compiled, with_grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    options = Options(likelihood, len(weight), compiled, with_grad, center)
+    x = x.flatten(0, -2)
     targets = targets.flatten(0, -2)
     if label_weights is not None:
         label_weights = label_weights.flatten(0, -2)
     shift_x, shift_weight = None, None
     if shift is not None:
-        shift_x, shift_weight = shift.x.flatten(0, -2), shift.weight
-    tensors = (x.flatten(0, -2), weight, bias, shift_x, shift_weight)
-    return _apply(options, targets, label_weights, *tensors)
+        shift_x = shift.x.flatten(0, -2)
+        shift_weight = shift.weight
+    compiled = torch.compiler.is_compiling()
+    with_grad = torch.is_grad_enabled()
+    return _apply(
+        likelihood,
+        compiled,
+        with_grad,
+        targets,
+        label_weights,
+        x,
+        weight,
+        bias,
+        shift_x,
+        shift_weight,
+    )
 
 
 def plain_loss(
-    likelihood, logits: Tensor, targets: Tensor, label_weights: Tensor | None = None
+    likelihood,
+    logits: Tensor,
+    targets: Tensor,
+    label_weights: Tensor | None = None,
 ) -> Tensor:
     """The same loss of given logits (..., V), for each position (...)."""
+    normaliser = likelihood.normaliser(logits)
     at_labels = logits.gather(-1, targets)
-    return likelihood.normaliser(logits) + likelihood.of_labels(at_labels, label_weights)
+    return normaliser + likelihood.of_labels(at_labels, label_weights)
 
 
-def rows_per_chunk(budget: dict[str, int], x: Tensor, vocab_size: int) -> int:
+def rows_per_chunk(
+    budget: dict[str, int],
+    device: torch.device,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """How many rows of logits fit into the device's budget, rounded down to a power of two.
 
     In half precision four times as many, since each chunk's gradients are then added up in a pass
     of their own. In float16 at most 4096, whose summed gradients stay within its range.
     """
-    rows = budget.get(x.device.type, LOGITS_BYTES_ELSEWHERE) // (vocab_size * 4)
-    if x.element_size() < 4:
-        rows *= 4
-    if x.dtype == torch.float16:
-        rows = min(rows, 1 << 12)
-    return 1 << max(0, rows.bit_length() - 1)
-
-
-def mean_square(weight: Tensor, center: float) -> Tensor:
-    """mean((weight - center)^2) of a matrix.
-
-    By the norms of its rows: one fp32 norm of 50,304 x 768 numbers is 0.3 % too small on a CPU,
-    and square().mean() takes ten times as long.
-    """
-    if center:
-        weight = weight - center
-    return torch.linalg.vector_norm(weight, dim=1).square().mean() / weight.size(1)
+    n_bytes = budget.get(device.type, LOGITS_BYTES_ELSEWHERE)
+    n_rows = n_bytes // (vocab_size * 4)
+    if dtype.itemsize < 4:
+        n_rows *= 4
+    if dtype == torch.float16:
+        n_rows = min(n_rows, 1 << 12)
+    exponent = max(0, n_rows.bit_length() - 1)
+    return 1 << exponent
 
 
 def to_float32(t: Tensor) -> Tensor:
@@ -131,226 +134,242 @@ def pad_rows(weight: Tensor, x: Tensor) -> Tensor:
 
     The logits of these rows are cut off again before anything reads them.
     """
-    if x.is_cuda and len(weight) % 64:
-        return F.pad(weight, (0, 0, 0, -len(weight) % 64))
+    n_missing = -len(weight) % 64
+    if x.is_cuda and n_missing:
+        return F.pad(weight, (0, 0, 0, n_missing))
     return weight
 
 
 @torch._disable_dynamo  # torch.compiler.disable, but imported when first called
-def _apply(*arguments) -> tuple[Tensor, Tensor | None]:
+def _apply(*arguments) -> Tensor:
     return _LinearLoss.apply(*arguments)
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, options, targets, label_weights, *tensors):
-        given = Tensors(*tensors)
-        grads = Tensors(*(_new_gradient(t, options.with_grad) for t in given))
-        factors = _in_product_dtype(given)
-        n_positions, padded_size = len(given.x), len(factors.weight)
-        n_rows = rows_per_chunk(LOGITS_BYTES_PRODUCT, factors.x, padded_size)
-        # one buffer for all chunks: malloc would return memory of this size to the system
-        buffer = factors.x.new_empty(min(n_rows, n_positions), padded_size)
-        total = 0.0
+    def forward(ctx, likelihood, compiled, with_grad, targets, label_weights, *factors):
+        given = Factors(*factors)
+        sums = _Sums(likelihood, compiled, with_grad, given)
+        n_positions = len(given.x)
         with torch.autocast(given.x.device.type, enabled=False):
-            for start in range(0, n_positions, n_rows):
-                rows = slice(start, start + n_rows)
+            for start in range(0, n_positions, sums.n_rows):
+                rows = slice(start, start + sums.n_rows)
                 weights = None if label_weights is None else label_weights[rows]
-                loss = _chunk(options, factors, grads, buffer, rows, targets[rows], weights)
-                total = total + loss
-        with_square = options.center is not None
-        ctx.save_for_backward(given.weight if with_square else None, *grads)
-        ctx.options, ctx.n_positions = options, n_positions
+                sums.add_chunk(rows, targets[rows], weights)
+        ctx.save_for_backward(*sums.grads)
         ctx.dtypes = [None if t is None else t.dtype for t in given]
-        square = mean_square(given.weight, options.center) if with_square else None
-        return total / n_positions, square
+        ctx.n_positions = n_positions
+        return sums.loss / n_positions
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, grad_square):
-        weight, *sums = ctx.saved_tensors
-        options, scale = ctx.options, grad_loss / ctx.n_positions
+    def backward(ctx, grad_loss):
+        scale = grad_loss / ctx.n_positions
         grads = []
-        for name, total, dtype in zip(Tensors._fields, sums, ctx.dtypes, strict=True):
-            if total is None:
-                grads.append(None)
-            elif name == "weight" and options.center is not None:
-                add_square = _compiled(_add_square) if options.compiled else _add_square
-                factor = grad_square * 2 / weight.numel()
-                grads.append(add_square(total, scale, weight, options.center, factor).to(dtype))
-            else:
-                grads.append((total * scale).to(dtype))
-        return None, None, None, *grads
+        for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            gradient = None
+            if total is not None:
+                gradient = (total * scale).to(dtype)
+            grads.append(gradient)
+        return None, None, None, None, None, *grads
 
 
-def _new_gradient(t, with_grad) -> Tensor | None:
-    """Memory for a gradient summed over the positions, at least fp32.
+class _Sums:
+    """The loss and its gradients, summed over the chunks so far."""
 
-    The gradients of the sum: those of the mean would vanish in float16.
-    """
-    if t is None or not (with_grad and t.requires_grad):
+    def __init__(self, likelihood, compiled: bool, with_grad: bool, given: Factors):
+        self.likelihood = likelihood
+        self.compiled = compiled
+        self.with_grad = with_grad
+        self.vocab_size = len(given.weight)
+        self.loss = 0.0
+        # of the sum over the positions: the gradients of the mean would vanish in float16
+        self.grads = Factors(*(self._new_gradient(t) for t in given))
+
+        device = given.x.device
+        dtype = torch.promote_types(given.x.dtype, given.weight.dtype)
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        self.x = given.x.to(dtype)
+        self.weight = pad_rows(given.weight.to(dtype), given.x)
+        self.bias = given.bias
+        self.shift = None
+        self.is_rank_one = False
+        if given.shift_x is not None:
+            self.is_rank_one = given.shift_x.size(1) == 1
+            # a shift of rank one joins the fp32 logits, any other the product
+            shift_dtype = given.shift_x.dtype if self.is_rank_one else dtype
+            shift_x = given.shift_x.to(shift_dtype)
+            shift_weight = given.shift_weight.to(shift_dtype)
+            self.shift = LowRankLogits(shift_x, pad_rows(shift_weight, given.x))
+
+        padded_size = len(self.weight)
+        self.n_rows = rows_per_chunk(LOGITS_BYTES_PRODUCT, device, padded_size, dtype)
+        n_rows = min(self.n_rows, len(self.x))
+        # one buffer for all chunks: malloc would return memory of this size to the system
+        self.buffer = self.x.new_empty(n_rows, padded_size)
+
+    def _new_gradient(self, t: Tensor | None) -> Tensor | None:
+        if t is None or not t.requires_grad or not self.with_grad:
+            return None
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        return torch.zeros_like(t, dtype=dtype)
+
+    def add_chunk(self, rows: slice, targets: Tensor, label_weights: Tensor | None) -> None:
+        """Add the loss and the gradients of some rows; targets (n, K)."""
+        x = self.x[rows]
+        shift = None
+        if self.shift is not None:
+            shift = LowRankLogits(self.shift.x[rows], self.shift.weight)
+        logits = self.buffer[: len(x)]
+        torch.mm(x, self.weight.t(), out=logits)
+
+        grad_labels, grad_raised = self._add_label_loss(logits, shift, targets, label_weights)
+        if shift is not None and not self.is_rank_one:
+            logits.addmm_(shift.x, shift.weight.t())
+        grad_shift_x = self._add_normaliser_loss(logits, shift)
+        if not self.with_grad:
+            return
+
+        grad_logits = logits  # now without the labels' part
+        if shift is not None:
+            # before that: p is lost in the bf16 number nearest to p - 1
+            self._add_shift_gradients(rows, shift, targets, grad_logits, grad_raised, grad_shift_x)
+        row_ids = torch.arange(len(x), device=x.device)
+        at_labels = (row_ids.unsqueeze(-1), targets)
+        grad_labels = grad_labels.to(grad_logits.dtype)
+        grad_logits.index_put_(at_labels, grad_labels, accumulate=True)
+        self._add_gradients(rows, x, grad_logits)
+
+    def _add_label_loss(self, logits, shift, targets, label_weights) -> tuple[Tensor, Tensor]:
+        """Returns the gradients by the labels' logits and by what the shift adds to them (n, K)."""
+        of_tokens = logits[:, : self.vocab_size]  # a target beyond these is an error
+        z = to_float32(of_tokens.gather(1, targets))
+        if self.bias is not None:
+            z = z + self.bias[targets]
+        raised = torch.zeros_like(z) if shift is None else shift.at(targets)
+
+        def loss(z):
+            return self.likelihood.of_labels(z, label_weights).sum()
+
+        gradient, value = torch.func.grad_and_value(loss)(z + raised)
+        # the shift must not count in what is linear in the labels' logits
+        coefficient = torch.full_like(z, self.likelihood.label_coefficient)
+        if label_weights is not None:
+            coefficient = coefficient * label_weights
+        value = value + (coefficient * raised).sum()
+        self.loss = self.loss + value
+        return gradient, gradient + coefficient
+
+    def _add_normaliser_loss(self, logits, shift) -> Tensor | None:
+        """Replaces the logits by their gradient; returns that of a shift.x of rank one."""
+        if self.compiled:
+            function = _compiled(_normaliser)
+            n_rows = len(logits)
+        else:
+            function = _normaliser
+            n_rows = rows_per_chunk(LOGITS_BYTES_CACHE, logits.device, self.vocab_size)
+        grads_shift_x = []
+        for start in range(0, len(logits), n_rows):
+            rows = slice(start, start + n_rows)
+            shift_x, shift_weight = None, None
+            if self.is_rank_one:
+                shift_x = shift.x[rows]
+                shift_weight = shift.weight
+            value, grad_shift_x = function(
+                self.likelihood,
+                self.with_grad,
+                self.vocab_size,
+                logits[rows],
+                self.bias,
+                shift_x,
+                shift_weight,
+            )
+            self.loss = self.loss + value
+            grads_shift_x.append(grad_shift_x)
+        if self.is_rank_one and self.with_grad:
+            return torch.cat(grads_shift_x)
         return None
-    return torch.empty_like(t, dtype=to_float32(t[:0]).dtype)
 
-
-def _in_product_dtype(given) -> Tensors:
-    """The factors of the products, padded and in the dtype to multiply in.
-
-    The bias and a shift of rank one stay as they are: they join the fp32 logits.
-    """
-    x, weight, bias, shift_x, shift_weight = given
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if shift_x is not None:
-        shift_weight = pad_rows(shift_weight, x)
-        if shift_x.size(1) > 1:
-            shift_x, shift_weight = shift_x.to(dtype), shift_weight.to(dtype)
-    return Tensors(x.to(dtype), pad_rows(weight.to(dtype), x), bias, shift_x, shift_weight)
-
-
-def _chunk(
-    options,
-    factors,
-    grads,
-    buffer,
-    rows,
-    targets,
-    label_weights,
-) -> Tensor:
-    """The loss of some rows, summed over them. Adds its gradients to `grads`."""
-    x, weight, bias, shift_x, shift_weight = factors
-    x, is_first = x[rows], rows.start == 0
-    logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
-    shift = None if shift_x is None else LowRankLogits(shift_x[rows], shift_weight)
-    rank_one = shift if shift is not None and shift.x.size(1) == 1 else None
-
-    loss, grad_labels, grad_shift = _label_loss(
-        options, logits, bias, shift, targets, label_weights
-    )
-    if shift is not None and rank_one is None:
-        logits.addmm_(shift.x, shift_weight.t())
-    loss, grad_logits, grad_rank_one = _normaliser_loss(options, logits, bias, rank_one, loss)
-    if not options.with_grad:
-        return loss
-
-    if shift is not None:
+    def _add_shift_gradients(
+        self,
+        rows,
+        shift,
+        targets,
+        grad_logits,
+        grad_raised,
+        grad_shift_x,
+    ) -> None:
+        grads = self.grads
         if grads.shift_x is not None:
-            by_labels = grad_shift.unsqueeze(-1) * F.embedding(targets, shift_weight)
-            by_normaliser = grad_logits @ shift_weight if rank_one is None else grad_rank_one
-            grads.shift_x[rows] = by_normaliser + by_labels.sum(1)
+            if not self.is_rank_one:
+                grad_shift_x = grad_logits @ shift.weight
+            at_labels = F.embedding(targets, shift.weight)
+            by_labels = grad_raised.unsqueeze(-1) * at_labels
+            grads.shift_x[rows] = grad_shift_x + by_labels.sum(1)
         if grads.shift_weight is not None:
-            # before the labels enter grad_logits: p is lost in the bf16 number nearest to p - 1
-            _accumulate(grads.shift_weight.t(), shift.x.t(), grad_logits, is_first)
-            by_labels = grad_shift.unsqueeze(-1) * to_float32(shift.x).unsqueeze(1)
+            transposed = grads.shift_weight.t()
+            _add_product(transposed, shift.x.t(), grad_logits)
+            shift_x = to_float32(shift.x).unsqueeze(1)
+            by_labels = grad_raised.unsqueeze(-1) * shift_x
             grads.shift_weight.index_put_((targets,), by_labels, accumulate=True)
 
-    row_ids = torch.arange(len(x), device=x.device).unsqueeze(-1)
-    grad_labels = grad_labels.to(grad_logits.dtype)
-    grad_logits.index_put_((row_ids, targets), grad_labels, accumulate=True)
-    if grads.x is not None:
-        grads.x[rows] = grad_logits @ weight
-    if grads.weight is not None:
-        _accumulate(grads.weight, grad_logits.t(), x, is_first)
-    if grads.bias is not None:  # a product: in bf16 sum(0, dtype=float32) takes 7 times as long
-        ones = torch.ones(1, len(x), dtype=grad_logits.dtype, device=x.device)
-        _accumulate(grads.bias.unsqueeze(0), ones, grad_logits, is_first)
-    return loss
+    def _add_gradients(self, rows, x, grad_logits) -> None:
+        grads = self.grads
+        if grads.x is not None:
+            grads.x[rows] = grad_logits @ self.weight
+        if grads.weight is not None:
+            _add_product(grads.weight, grad_logits.t(), x)
+        if grads.bias is not None:
+            # a product: in bf16 sum(0, dtype=float32) takes 7 times as long
+            ones = torch.ones(1, len(x), dtype=grad_logits.dtype, device=x.device)
+            _add_product(grads.bias.unsqueeze(0), ones, grad_logits)
 
 
-def _accumulate(total, a, b, is_first) -> None:
-    """total += a @ b without the rows and columns of padding; the first time = instead of +=."""
-    n_rows, n_columns = total.shape
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without the rows and columns of padding."""
     a = a.to(b.dtype)
-    if total.dtype == b.dtype and (n_rows, n_columns) == (a.size(0), b.size(1)):
-        total.addmm_(a, b, beta=0 if is_first else 1)  # beta = 0 does not read total
-    elif is_first:
-        total.copy_((a @ b)[:n_rows, :n_columns])
-    else:
+    n_rows, n_columns = total.shape
+    is_padded = n_rows < len(a) or n_columns < b.size(1)
+    if is_padded or total.dtype != b.dtype:
         total += (a @ b)[:n_rows, :n_columns]
-
-
-def _label_loss(
-    options,
-    logits,
-    bias,
-    shift,
-    targets,
-    label_weights,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The labels' part of a chunk's loss, summed; gradients by their logits and shift (n, K)."""
-    likelihood = options.likelihood
-    z = to_float32(logits[:, : options.vocab_size].gather(1, targets))
-    if bias is not None:
-        z = z + bias[targets]
-
-    def loss(z, raised):
-        linear_part = likelihood.label_coefficient * raised
-        if label_weights is not None:
-            linear_part = linear_part * label_weights
-        return likelihood.of_labels(z + raised, label_weights).sum() + linear_part.sum()
-
-    raised = torch.zeros_like(z) if shift is None else shift.at(targets)
-    gradients, value = torch.func.grad_and_value(loss, (0, 1))(z, raised)
-    return value, *gradients
-
-
-def _normaliser_loss(
-    options,
-    logits,
-    bias,
-    rank_one,
-    loss,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Add the normalisers' sum to the loss; its gradients by the logits (n, V) and rank_one.x.
-
-    The gradient may take the memory of the logits.
-    """
-    if options.compiled:
-        function, n_rows = _compiled(_normaliser), len(logits)
     else:
-        function = _normaliser
-        n_rows = rows_per_chunk(LOGITS_BYTES_CACHE, to_float32(logits[:0]), options.vocab_size)
-    arguments = (options.likelihood, options.with_grad, options.vocab_size)
-    grads_rank_one = []
-    for start in range(0, len(logits), n_rows):
-        rows = slice(start, start + n_rows)
-        block = logits[rows]
-        factors = (None, None) if rank_one is None else (rank_one.x[rows], rank_one.weight)
-        value, grad_block, grad_rank_one = function(*arguments, block, bias, *factors)
-        loss = loss + value
-        grads_rank_one.append(grad_rank_one)
-        if options.with_grad and len(block) == len(logits):
-            logits = grad_block
-        elif options.with_grad:
-            block.copy_(grad_block)
-    if rank_one is None or not options.with_grad:
-        return loss, logits, None
-    return loss, logits, torch.cat(grads_rank_one)
+        total.addmm_(a, b)
 
 
-def _normaliser(likelihood, with_grad, vocab_size, logits, bias, shift_x, shift_weight):
-    """The normalisers' sum, and its gradients by the logits (n, padded V) and shift_x (n, 1)."""
+def _normaliser(
+    likelihood,
+    with_grad: bool,
+    vocab_size: int,
+    logits: Tensor,
+    bias: Tensor | None,
+    shift_x: Tensor | None,
+    shift_weight: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The normalisers' sum, and its gradient by shift_x (n, 1).
+
+    The logits (n, padded V) are replaced by their gradient.
+    """
 
     def loss(logits, shift_x):
         z = to_float32(logits[:, :vocab_size])
         if bias is not None:
             z = z + bias
         if shift_x is not None:
-            z = z + shift_x * shift_weight[:vocab_size].squeeze(-1)
+            of_tokens = shift_weight[:vocab_size].squeeze(-1)
+            z = z + shift_x * of_tokens
         return likelihood.normaliser(z).sum()
 
     if not with_grad:
-        return loss(logits, shift_x), None, None
+        return loss(logits, shift_x), None
     if shift_x is None:
-        gradient, value = torch.func.grad_and_value(loss)(logits, None)
-        return value, gradient, None
-    gradients, value = torch.func.grad_and_value(loss, (0, 1))(logits, shift_x)
-    return value, *gradients
-
-
-def _add_square(total, scale, weight, center, factor):
-    return total * scale + (weight - center) * factor
+        grad_logits, value = torch.func.grad_and_value(loss)(logits, None)
+        grad_shift_x = None
+    else:
+        gradients, value = torch.func.grad_and_value(loss, (0, 1))(logits, shift_x)
+        grad_logits, grad_shift_x = gradients
+    logits.copy_(grad_logits)
+    return value, grad_shift_x
 
 
 @functools.cache  # on first use: importing torch.compile takes longer than importing torch

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from engine.base.errors import UserError
 from heads.config import HeadConfig
-from heads.linear_loss import LowRankLogits, mean_square, pad_rows, to_float32
+from heads.linear_loss import LowRankLogits, pad_rows, to_float32
 
 # x, the weight (V, C) to multiply it with, and the shift of Jensen's bound: see linear_loss
 LossTerms = tuple[Tensor, Tensor, LowRankLogits | None]
@@ -27,16 +27,20 @@ class PointLinear(nn.Module):
 
     def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, n_embd).normal_(std=0.02))
+        weight = torch.empty(vocab_size, n_embd)
+        self.weight = nn.Parameter(weight.normal_(std=0.02))
 
     def logits(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., V), the mean of the logits."""
         vocab_size, n_embd = self.weight.shape
-        if x.numel() == n_embd and not torch.is_grad_enabled():
-            # one position: in bf16 a matrix-vector product takes 2/3 of the time
-            return (self.weight @ x.flatten()).view(*x.shape[:-1], vocab_size)
-        logits = F.linear(x, pad_rows(self.weight, x))
-        return logits if logits.size(-1) == vocab_size else logits[..., :vocab_size]
+        is_one_position = x.numel() == n_embd
+        if is_one_position and not torch.is_grad_enabled():
+            # in bf16 a matrix-vector product takes 2/3 of the time
+            logits = self.weight @ x.flatten()
+            return logits.view(*x.shape[:-1], vocab_size)
+        weight = pad_rows(self.weight, x)
+        padded = F.linear(x, weight)
+        return padded[..., :vocab_size]
 
     def variance(self, x: Tensor) -> Tensor | None:
         """x (..., C) -> variance of the logits (..., V), independent given x; None for a point."""
@@ -45,8 +49,8 @@ class PointLinear(nn.Module):
     def loss_terms(self, x: Tensor) -> LossTerms:
         return x, self.weight, None
 
-    def kl(self, known_mean_square: Tensor | None = None) -> Tensor | float:
-        """KL(posterior || prior) of all weights, in nats; known_mean_square: if at hand."""
+    def kl(self) -> Tensor | float:
+        """KL(posterior || prior) of all weights, in nats."""
         return 0.0
 
     def init_from_frequencies(self, frequencies: Tensor) -> None:
@@ -68,8 +72,10 @@ class BayesLinear(PointLinear):
         self.config = config
         self.samples_logits = config.estimator == "local"
         n_stds = 1 if config.posterior == "row" else n_embd
-        self.log_std = nn.Parameter(torch.empty(vocab_size, n_stds))
-        self.init_from_frequencies(torch.full((vocab_size,), 1 / vocab_size))
+        log_std = torch.empty(vocab_size, n_stds)
+        self.log_std = nn.Parameter(log_std)
+        uniform = torch.full((vocab_size,), 1 / vocab_size)
+        self.init_from_frequencies(uniform)
 
     def variance(self, x: Tensor) -> Tensor:
         squares, variances = self._variance_factors(x)
@@ -82,13 +88,16 @@ class BayesLinear(PointLinear):
         """x (..., C), shares (..., V) -> sum_v shares_v variance_v, (...)."""
         squares, variances = self._variance_factors(x)
         with torch.autocast(x.device.type, enabled=False):
-            return (squares * (shares.float() @ variances)).sum(-1)
+            by_square = shares.float() @ variances
+            return (squares * by_square).sum(-1)
 
     def noise(self, x: Tensor) -> Tensor:
         """A draw of each logit's deviation from its mean, (..., V): local reparameterisation
         (Kingma et al. 2015)."""
-        std = self.variance(x).clamp(min=1e-20).sqrt()  # the root of 0 has no gradient
-        return std * torch.randn(*x.shape[:-1], len(self.weight), device=x.device)
+        variance = self.variance(x).clamp(min=1e-20)  # the root of 0 has no gradient
+        shape = (*x.shape[:-1], len(self.weight))
+        noise = torch.randn(shape, device=x.device)
+        return variance.sqrt() * noise
 
     def loss_terms(self, x: Tensor) -> LossTerms:
         """bound: logits raised by half their variance. sample: a draw of the whole matrix.
@@ -98,12 +107,15 @@ class BayesLinear(PointLinear):
         """
         if self.config.estimator == "bound":
             squares, variances = self._variance_factors(x)
-            return x, self.weight, LowRankLogits(squares / 2, variances)
+            half_variance = LowRankLogits(squares / 2, variances)
+            return x, self.weight, half_variance
         noise = self.draw()
         if not torch.is_autocast_enabled(x.device.type):
             return x, self.weight + noise, None
         # x @ weight.T + x @ noise.T: weight + noise would lose the noise in bf16
-        return torch.cat([x, x], -1), torch.cat([self.weight, noise], 1), None
+        twice = torch.cat([x, x], -1)
+        weight_and_noise = torch.cat([self.weight, noise], 1)
+        return twice, weight_and_noise, None
 
     def noisy_logits(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., V) with a draw for each logit."""
@@ -113,25 +125,39 @@ class BayesLinear(PointLinear):
         """A draw of the weights' deviation from their mean, (V, C) (Bayes by Backprop)."""
         return _draw(self.weight, self.log_std)
 
-    def second_moment(self, known_mean_square: Tensor | None = None) -> Tensor:
-        """E_q[(w - prior_mean)^2], averaged over all weights."""
-        of_means = known_mean_square
-        if of_means is None:
-            of_means = mean_square(self.weight, self.config.prior_mean)
-        return of_means + torch.exp(2 * self.log_std).mean()
+    def mean_square(self) -> Tensor:
+        """The mean of (weight - prior_mean)^2.
 
-    def kl(self, known_mean_square: Tensor | None = None) -> Tensor:
+        By the norms of its rows: one fp32 norm of 50,304 x 768 numbers is 0.3 % too small on a CPU,
+        and square().mean() takes ten times as long.
+        """
+        deviation = self.weight
+        if self.config.prior_mean:
+            deviation = deviation - self.config.prior_mean
+        norms = torch.linalg.vector_norm(deviation, dim=1)
+        n_embd = deviation.size(1)
+        return norms.square().mean() / n_embd
+
+    def second_moment(self) -> Tensor:
+        """E_q[(w - prior_mean)^2], averaged over all weights."""
+        mean_variance = torch.exp(2 * self.log_std).mean()
+        return self.mean_square() + mean_variance
+
+    def kl(self) -> Tensor:
         """1/2 sum [E_q[(w - prior_mean)^2] / prior_variance - 1 - ln(std^2 / prior_variance)].
 
         An empirical prior has the variance that minimises this, the second moment itself.
         """
-        second_moment, n = self.second_moment(known_mean_square), self.weight.numel()
+        n = self.weight.numel()
+        second_moment = self.second_moment()
         log_variance = 2 * self.log_std.mean()
         if self.config.prior_std == "empirical":
-            return 0.5 * n * (second_moment.log() - log_variance)
+            log_ratio = second_moment.log() - log_variance
+            return 0.5 * n * log_ratio
         prior_variance = self.config.prior_std**2
+        ratio = second_moment / prior_variance
         log_ratio = log_variance - math.log(prior_variance)
-        return 0.5 * n * (second_moment / prior_variance - 1 - log_ratio)
+        return 0.5 * n * (ratio - 1 - log_ratio)
 
     @torch.no_grad()
     def init_from_frequencies(self, frequencies: Tensor) -> None:
@@ -139,17 +165,24 @@ class BayesLinear(PointLinear):
 
         E|x_c|^2 = 1 after the last norm. Frequent tokens start narrow, rare ones near the prior.
         """
-        prior_variance = mean_square(self.weight, self.config.prior_mean)
-        if self.config.prior_std != "empirical":
-            prior_variance = self.config.prior_std**2
-        data_precision = self.config.n_data * frequencies / max(self.config.kl_weight, 1e-6)
+        config = self.config
+        if config.prior_std == "empirical":
+            prior_variance = self.mean_square()
+        else:
+            prior_variance = config.prior_std**2
+        kl_weight = max(config.kl_weight, 1e-6)
+        data_precision = config.n_data * frequencies / kl_weight
         precision = 1 / prior_variance + data_precision.to(self.log_std)
-        self.log_std.copy_(-0.5 * precision.log().unsqueeze(1).expand_as(self.log_std))
+        log_std = -0.5 * precision.log()
+        self.log_std.copy_(log_std.unsqueeze(1))
 
     def to_torchbnn(self) -> dict[str, Tensor]:
         """The state_dict of the torchbnn.BayesLinear(..., bias=False) with this posterior."""
         log_std = self.log_std.detach().expand_as(self.weight)
-        return {"weight_mu": self.weight.detach(), "weight_log_sigma": log_std}
+        return {
+            "weight_mu": self.weight.detach(),
+            "weight_log_sigma": log_std,
+        }
 
     @torch.no_grad()
     def from_torchbnn(self, state: dict[str, Tensor]) -> None:
@@ -162,8 +195,8 @@ class BayesLinear(PointLinear):
                 f"this takes an unfrozen torchbnn.BayesLinear(..., bias=False) with {shapes}, "
                 f"not one with {found}"
             )
-        for name, parameter in ours.items():
-            parameter.copy_(state[name])
+        self.weight.copy_(state["weight_mu"])
+        self.log_std.copy_(state["weight_log_sigma"])
 
     def _variance_factors(self, x) -> tuple[Tensor, Tensor]:
         """fp32 (..., K) and (V, K), whose product is the variance of the logits.
@@ -171,10 +204,12 @@ class BayesLinear(PointLinear):
         K = C: the squares of x. K = 1 for one std per token: their mean, since in float16 the sum
         overflows.
         """
-        squares, variances = to_float32(x).square(), torch.exp(2 * self.log_std)
+        squares = to_float32(x).square()
+        variances = torch.exp(2 * self.log_std)
         if self.log_std.size(1) > 1:
             return squares, variances
-        return squares.mean(-1, keepdim=True), self.weight.size(1) * variances
+        n_embd = self.weight.size(1)
+        return squares.mean(-1, keepdim=True), n_embd * variances
 
 
 class _Draw(torch.autograd.Function):
@@ -182,14 +217,17 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, log_std):
-        noise = torch.randn_like(weight).mul_(torch.exp(log_std))
+        std = torch.exp(log_std)
+        noise = torch.randn_like(weight).mul_(std)
         ctx.save_for_backward(noise)
         ctx.shape = log_std.shape
         return noise
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, (gradient * ctx.saved_tensors[0]).sum_to_size(ctx.shape)
+        (noise,) = ctx.saved_tensors
+        by_log_std = gradient * noise
+        return None, by_log_std.sum_to_size(ctx.shape)
 
 
 # the library's normal numbers are faster than compiled code's, and the same as eager's
@@ -222,16 +260,19 @@ class TorchBNNLinear(BayesLinear):
         object.__setattr__(self, "_layer", layer)
 
     def noisy_logits(self, x: Tensor) -> Tensor:
-        parameters = {"weight_mu": self.weight, "weight_log_sigma": self.log_std}
+        parameters = {
+            "weight_mu": self.weight,
+            "weight_log_sigma": self.log_std,
+        }
         # in fp32: the layer adds the noise to the weight, and bf16 would lose it
         with torch.autocast(x.device.type, enabled=False):
             return torch.func.functional_call(self._layer, parameters, (x.float(),))
 
-    def kl(self, known_mean_square: Tensor | None = None) -> Tensor:
+    def kl(self) -> Tensor:
         from torchbnn.functional import _kl_loss  # what bayesian_kl_loss(reduction="sum") adds up
 
-        prior = self._layer.prior_mu, self._layer.prior_log_sigma
-        return _kl_loss(self.weight, self.log_std, *prior)
+        layer = self._layer
+        return _kl_loss(self.weight, self.log_std, layer.prior_mu, layer.prior_log_sigma)
 
 
 def bayes_linear(config: HeadConfig, vocab_size: int, n_embd: int) -> BayesLinear:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from engine.eval.generation import draw, generate, stream
+from engine.eval.generation import compile_step, draw, generate, stream, token_step
 from model import KVCache
 from tests.helpers import HEADS, tiny_gpt
 
@@ -79,7 +79,7 @@ def test_the_step_of_fixed_shapes_is_the_cached_one(bayes_mlp):
     for i in range(4, 16):
         expected = model.hidden(idx[:, i : i + 1], cache)
         torch.testing.assert_close(
-            model.step(idx[:, i : i + 1], fixed.kv, torch.tensor([i])), expected
+            token_step(model, idx[:, i : i + 1], fixed.kv, torch.tensor([i])), expected
         )
     torch.testing.assert_close(fixed.kv, cache.kv)
 
@@ -90,7 +90,7 @@ def test_a_compiled_step_writes_the_same_texts_with_one_graph():
         if compiled and not model.compiled_step:
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
-            model.compile_step()
+            compile_step(model)
         torch.manual_seed(0)
         texts.append(generate(model, idx, 20, top_k=20))  # past block_size
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])

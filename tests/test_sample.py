@@ -17,11 +17,11 @@ import torch
 
 from engine.base.errors import UserError
 from engine.data.tokenizer import BPETokenizer
+from engine.eval import generation
 from engine.eval.generation import generate
 from engine.eval.run import Continuation, Run, Sampling
 from engine.eval.scored_text import ScoredText, Token
 from heads import Prediction
-from model import GPT
 from tests.helpers import ROOT, flags, refused, run, words, write_bytes, write_words
 from tests.test_report import spans
 
@@ -279,7 +279,7 @@ def test_a_terminal_has_colours_unless_it_is_told_otherwise(folder, monkeypatch,
 
 def test_compile_asks_the_model_for_it(folder, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(GPT, "compile_step", lambda self: asked.append(self))
+    monkeypatch.setattr(generation, "compile_step", asked.append)
     sample_py(monkeypatch, folder, max_new_tokens=2)
     assert not asked
     sample_py(monkeypatch, folder, "--compile", max_new_tokens=2)

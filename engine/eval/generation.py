@@ -9,7 +9,12 @@ from heads import Prediction
 from model import GPT, KVCache
 
 
-def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def draw(
+    log_probs: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
     """log_probs (B, V) -> one token per row, (B, 1). First temperature, then top_k, then top_p.
 
     Inverts the cumulative probabilities at a uniform number: a twentieth of the time of
@@ -23,26 +28,31 @@ def draw(log_probs: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: flo
     elif top_p < 1:
         log_probs, ids = log_probs.sort(descending=True)
     # relative to the likeliest token, whose logit stays finite at any temperature
-    logits = (log_probs - log_probs.amax(-1, keepdim=True)) / temperature
-    probs = logits.softmax(-1)
+    relative = log_probs - log_probs.amax(-1, keepdim=True)
+    probs = (relative / temperature).softmax(-1)
     # a float32 sum over the vocabulary is off by more than rare tokens have (MPS has no float64)
-    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
+    on_mps = probs.device.type == "mps"
+    dtype = torch.float32 if on_mps else torch.float64
     cumulative = probs.cumsum(-1, dtype=dtype)
     total = cumulative[:, -1:]
     if top_p < 1:  # keep the token that crosses top_p, so at least one
-        last_kept = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=cumulative.size(-1) - 1)
+        n_below = (cumulative < top_p).sum(-1, keepdim=True)
+        last = cumulative.size(-1) - 1
+        last_kept = n_below.clamp(max=last)
         total = cumulative.gather(-1, last_kept)
-    u = torch.rand(len(cumulative), 1, dtype=dtype, device=cumulative.device) * total
-    # the first sum above u: never a token of probability 0
-    drawn = torch.searchsorted(cumulative, u, right=True)
+    u = torch.rand(len(cumulative), 1, dtype=dtype, device=cumulative.device)
+    # the first sum above: never a token of probability 0
+    drawn = torch.searchsorted(cumulative, u * total, right=True)
     return drawn if ids is None else ids.gather(-1, drawn)
 
 
 @torch.no_grad()
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, **options) -> Tensor:
     """Prompts (B, T) -> prompts and continuations (B, T + max_new_tokens); options: see stream."""
-    new_tokens = [token for token, _ in stream(model, idx, max_new_tokens, **options)]
-    return torch.cat([idx, *new_tokens], dim=1)
+    tokens = [idx]
+    for new, _ in stream(model, idx, max_new_tokens, **options):
+        tokens.append(new)
+    return torch.cat(tokens, dim=1)
 
 
 @torch.no_grad()
@@ -64,31 +74,77 @@ def stream(
     and nothing cached is valid, so each step reads the last block_size tokens again.
     """
     B, n_prompt = idx.shape
-    block_size, n_tokens = model.config.block_size, n_prompt + max_new_tokens
-    # each cache size would compile its own graph
-    size = block_size if model.compiled_step else min(block_size, n_tokens)
+    block_size = model.config.block_size
+    n_tokens = n_prompt + max_new_tokens
+    size = min(block_size, n_tokens)
+    if model.compiled_step:  # each cache size would compile its own graph
+        size = block_size
     cache = KVCache(model.config.n_layer, size) if use_cache else None
     new = idx
-    text = torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
+    text = idx.new_empty(B, n_tokens)
+    text[:, :n_prompt] = idx
     for end in range(n_prompt, n_tokens):
-        if cache is None or cache.length in (0, block_size):
-            if cache:
+        reads_window = cache is None or cache.length in (0, block_size)
+        if reads_window:
+            if cache is not None:
                 cache.length = 0
-            x = model.hidden(text[:, max(0, end - block_size) : end], cache)[:, -1:]
+            window = text[:, max(0, end - block_size) : end]
+            x = model.hidden(window, cache)[:, -1:]
         elif model.compiled_step:
             x = _compiled_step(model, new, cache)
         else:
             x = model.hidden(new, cache)
-        prediction = model.lm_head.predict(x, n_samples) if uncertain else None
-        log_probs = prediction.log_probs if uncertain else model.lm_head.log_probs(x, n_samples)
-        new = draw(log_probs[:, -1, : n_ids or None], temperature, top_k, top_p)
+        prediction = None
+        if uncertain:
+            prediction = model.lm_head.predict(x, n_samples)
+            log_probs = prediction.log_probs
+        else:
+            log_probs = model.lm_head.log_probs(x, n_samples)
+        log_probs = log_probs[:, -1, : n_ids or None]
+        new = draw(log_probs, temperature, top_k, top_p)
         text[:, end : end + 1] = new
         yield new, prediction
+
+
+class OneToken:
+    """A KVCache's tensor for one new token at `position`, a tensor (1,).
+
+    It shows the whole tensor with a mask over the empty part. So no shape changes from token to
+    token, and one compiled graph (a CUDA graph too) serves the whole text.
+    """
+
+    def __init__(self, kv: Tensor, position: Tensor):
+        self.kv = kv
+        self.position = position
+
+    def positions(self, idx: Tensor) -> Tensor:
+        return self.position
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write k, v of the token. Returns all of the layer, and a mask (1, size)."""
+        keys = self.kv[0, layer]
+        values = self.kv[1, layer]
+        keys.index_copy_(2, self.position, k)
+        values.index_copy_(2, self.position, v)
+        positions = torch.arange(keys.size(2), device=keys.device)
+        mask = positions <= self.position
+        return keys, values, mask.unsqueeze(0)
+
+
+def token_step(model: GPT, token: Tensor, kv: Tensor, position: Tensor) -> Tensor:
+    """model.hidden() of one token (B, 1), with shapes that never change."""
+    return model.hidden(token, OneToken(kv, position))
+
+
+def compile_step(model: GPT) -> None:
+    """Compile token_step, on CUDA as one CUDA graph; stream() then uses it for cached tokens."""
+    mode = "reduce-overhead" if model.transformer.wte.weight.is_cuda else None
+    model.compiled_step = torch.compile(token_step, mode=mode, fullgraph=True, dynamic=False)
 
 
 def _compiled_step(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
     torch._dynamo.mark_static_address(cache.kv)  # a CUDA graph may then write to it
     position = torch.full((1,), cache.length, device=token.device)
     cache.length += 1
-    # a copy, since the graph's next run overwrites its result
-    return model.compiled_step(token, cache.kv, position).clone()
+    hidden = model.compiled_step(model, token, cache.kv, position)
+    return hidden.clone()  # the graph's next run overwrites its result
