@@ -80,7 +80,7 @@ def test_bayes_gpt_asks_any_bayesian_run(copy):
         run(data, copy / "out" / name, weights=weights, max_iters=10, eval_interval=10)
     runs = {"bayes": "out/bayes", "softmax": "out/softmax"}
     notebook = execute(copy / "notebooks/bayes_gpt.ipynb", prompt="the old", n_blocks=8, **runs)
-    assert n_pictures(notebook) == 6 and "mutual_information" in shown(notebook)
+    assert n_pictures(notebook) == 5 and "mutual_information" in shown(notebook)
 
 
 def test_bayes_gpt_says_in_a_line_what_to_run_first(copy):

@@ -14,13 +14,12 @@ from engine.eval.plots import (
     curves_figure,
     draw,
     reliability_figure,
-    risk_coverage_figure,
     uncertainty_figure,
     validation_curve,
 )
 from tests.helpers import ROOT
 
-NAMES = ["val_nll", "reliability", "risk_coverage", "uncertainty"]
+NAMES = ["val_nll", "reliability", "uncertainty"]
 
 
 def make_row(bayes: bool = False, ood: bool = True, seed: int = 0, **fields) -> dict:
@@ -38,8 +37,6 @@ def make_row(bayes: bool = False, ood: bool = True, seed: int = 0, **fields) -> 
 
     n = [*random.integers(1, 1000, 13).tolist(), 0, 0]
     middle, right = ([*((np.arange(13) + at) / 15).tolist(), None, None] for at in (0.5, 0.9))
-    coverage = (np.arange(1, 101) / 100).tolist()
-    risk = {score: np.sort(random.random(100)).tolist() for score in scores}
     row = {
         "dataset": "books",
         "split": "test",
@@ -51,9 +48,8 @@ def make_row(bayes: bool = False, ood: bool = True, seed: int = 0, **fields) -> 
         "calibration": {"n": n, "confidence": middle, "accuracy": right},
         "histograms": histograms(),
     }
-    row |= {"risk_coverage": {"coverage": coverage, "risk": risk}} | (
-        {"kl_weight": 0.1} if bayes else {}
-    )
+    if bayes:
+        row["kl_weight"] = 0.1
     if ood:
         auroc = {score: {"token": 0.61, "block": 0.93} for score in scores}
         row["ood"] = {
@@ -140,24 +136,6 @@ def test_reliability_shows_every_bin_that_is_not_empty_and_the_share_of_tokens(r
         error = 1.96 * math.sqrt(accuracy[3] * (1 - accuracy[3]) / n[3])
         assert (low, high) == pytest.approx((accuracy[3] - error, accuracy[3] + error))
     assert texts(figure).count("ECE 0.0123") == 2
-
-
-def test_risk_and_coverage_have_a_panel_per_score_and_the_runs_that_have_it(rows):
-    figure = risk_coverage_figure(rows)
-    names = ["confidence", "total uncertainty", "epistemic uncertainty"]
-    assert [panel.get_title() for panel in figure.axes] == [f"by {name}" for name in names]
-    for panel, score in zip(
-        figure.axes, ("confidence", "entropy", "mutual_information"), strict=True
-    ):
-        for line, row in zip(panel.lines, rows.values(), strict=True):
-            risk = row["risk_coverage"]["risk"].get(score, [])
-            assert line.get_ydata() == pytest.approx(risk)
-            assert line.get_xdata() == pytest.approx(row["risk_coverage"]["coverage"][: len(risk)])
-    assert len(risk_coverage_figure({"softmax": make_row()}).axes) == 2
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "softmax",
-        "bayes",
-    ]
 
 
 def test_uncertainty_shows_both_domains_and_says_where_there_is_none(rows):

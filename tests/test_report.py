@@ -232,7 +232,7 @@ def backgrounds(browser) -> list[float]:
 
 def test_the_page_opens_offline_without_errors_or_requests(browser, tmp_path):
     open_page(browser, page := write(tmp_path, pictures=True))
-    assert len(browser.find_elements("css selector", "figure img")) == 4
+    assert len(browser.find_elements("css selector", "figure img")) == 3
     loaded = "return [...document.images].every(image => image.naturalWidth > 0)"
     assert browser.execute_script(loaded)
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

@@ -1,4 +1,4 @@
-"""Plots of a comparison: validation curves, calibration, selective prediction, uncertainty.
+"""Plots of a comparison: validation curves, calibration, uncertainty.
 
 Each ..._figure returns a matplotlib figure, or None if no run has the data for it. Figures are as
 wide as a README, 830 pixels. rows: what evaluate.py writes of each run, by the run's name.
@@ -59,7 +59,6 @@ def draw(
     figures = {
         "val_nll": curves_figure(curves),
         "reliability": reliability_figure(rows),
-        "risk_coverage": risk_coverage_figure(rows),
         "uncertainty": uncertainty_figure(rows),
     }
     paths = {}
@@ -157,30 +156,6 @@ def reliability_figure(rows: dict[str, dict]) -> Figure | None:
         panel.tick_params(labelbottom=True)  # also if there is no panel below
     figure.supxlabel("confidence: probability of the likeliest token")
     figure.supylabel("accuracy; bars: share of tokens")
-    return figure
-
-
-@styled
-def risk_coverage_figure(rows: dict[str, dict]) -> Figure | None:
-    """A panel per score: the error rate of the answers given, the most certain ones first."""
-    if not rows:
-        return None
-    scores = scores_of(rows)
-    figure, axes = panels(1, len(scores), 3.4, sharey=True)
-    for panel, score in zip(axes.flat, scores, strict=True):
-        for name, row in rows.items():
-            risk = row["risk_coverage"]["risk"].get(score, [])
-            coverage = row["risk_coverage"]["coverage"]
-            # a line without points keeps the run's look and its label
-            panel.plot(coverage[: len(risk)], risk, label=name, markevery=10)
-        panel.set_title("by " + SCORES[score].removesuffix(" (nats)"))
-        panel.set(
-            xlabel="share of tokens answered",
-            xlim=(0, 1),
-            xticks=(0, 0.5, 1),
-        )
-    axes[0, 0].set(ylabel="error rate of the answers", ylim=(0, None))
-    show_legend(figure)
     return figure
 
 

@@ -18,8 +18,6 @@ CAPTIONS = {  # how to read a plot
     "first run's.",
     "reliability": "Calibration: on the diagonal a prediction is right as often as its confidence "
     "says, above it more often; with 95 % intervals. Bars: share of tokens.",
-    "risk_coverage": "Answering only the most certain tokens: the deeper a line falls to the left, "
-    "the better the score knows where the model is wrong.",
     "uncertainty": "How certain the predictions are: the share of tokens at each value, outlined "
     "for text from outside the run's domain. AUROC: how often text from outside is the less "
     "certain one of a pair; 0.5 is chance.",
