@@ -16,7 +16,7 @@ import torch
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.eval.evaluation import CHUNK_ROWS
 from engine.eval.report import write_report
-from engine.eval.scored_text import COLOURINGS, ScoredText, Token, score_text
+from engine.eval.scored_text import NUMBERS, ScoredText, Token, score_text
 from engine.eval.table import Table
 from tests.helpers import HEADS, tiny_gpt
 from tests.test_plots import make_curve, make_row
@@ -44,7 +44,7 @@ def test_a_document_has_the_predictions_of_each_token(weights, likelihood):
     chars = [chr(65 + i) for i in range(60)]  # fewer than the model's ids: its vocabulary is padded
     tokens = score_text(model, CharTokenizer(chars), ids)
     assert tokens.text == "".join(chars[i] for i in ids)
-    assert [getattr(tokens[0], name) for name in COLOURINGS] == [None] * 4 and tokens[0].top == ()
+    assert [getattr(tokens[0], name) for name in NUMBERS] == [None] * 4 and tokens[0].top == ()
     for i, token in enumerate(tokens[1:], 1):
         start = 0 if i <= 16 else (i - 9) // 8 * 8  # at least 8 tokens before it
         context = torch.tensor(ids[None, start:i].astype(np.int64))
@@ -140,20 +140,23 @@ def spans(page: Path) -> list[tuple[str, dict]]:
     return Spans(page.read_text(encoding="utf-8")).found
 
 
-def shares(page: Path, name: str) -> list[float]:
-    """Of each token, its share of the scale of this colouring."""
-    return [float(re.search(rf"--{name}:([\d.]+)", about["style"])[1]) for _, about in spans(page)]
+def shares(page: Path) -> list[float]:
+    """Of each token, its share of the scale: how opaque its colour is."""
+    return [float(re.search(r"/([\d.]+)\)", about["style"])[1]) for _, about in spans(page)]
 
 
-def test_a_colouring_has_one_scale_for_all_texts_and_runs(tmp_path):
-    page = write(tmp_path)
+def test_point_weights_are_coloured_by_nll_and_bayesian_ones_by_epistemic_uncertainty(tmp_path):
+    """One scale for all texts: the 99th percentile of what is not 0."""
+    found = shares(write(tmp_path))
     n = len(HOSTILE)
-    nlls = [
-        scale * i for length, scale in ((30, 1), (30, 2), (n, 1), (n, 1)) for i in range(length)
-    ]
-    top = np.quantile([nll for nll in nlls if nll], 0.99)
-    assert shares(page, "nll") == [round(min(1, nll / top), 2) for nll in nlls]
-    assert set(shares(page, "epistemic")[:30]) == {0}  # point weights have none
+    texts = ((30, 1), (30, 2), (n, 1), (n, 1))  # length and scale; the second and last are Bayesian
+    values = [scale * i for length, scale in texts for i in range(length)]
+    nll_top = np.quantile([value for value in values if value], 0.99)
+    epistemic = [0.01 * value for value in values[30:60] + values[60 + n :]]
+    epistemic_top = np.quantile([value for value in epistemic if value], 0.99)
+    assert found[:30] == [round(value / nll_top, 2) for value in values[:30]]
+    expected = [round(min(1, value / epistemic_top), 2) for value in epistemic[:30]]
+    assert found[30:60] == expected
 
 
 def test_a_token_tells_its_numbers_and_the_likeliest_alternatives(tmp_path):
@@ -183,7 +186,7 @@ def test_numbers_that_are_none_leave_the_page_whole(tmp_path):
     text = ScoredText([tokens[0], *(token._replace(nll=math.nan) for token in tokens[1:])])
     write_report(tmp_path, "t", "", [Table("", ["run"], [["x"]])], {}, {}, {"d": {"x": text}})
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert shares(tmp_path / "report.html", "nll") == [0, 0, 0]
+    assert shares(tmp_path / "report.html") == [0, 0, 0]
 
 
 # in a browser
@@ -242,12 +245,9 @@ def test_the_page_opens_offline_without_errors_or_requests(browser, tmp_path):
     assert browser.get_log("browser") == []
 
 
-def test_the_chosen_colouring_is_shown(browser, tmp_path):
+def test_the_browser_shows_the_colours(browser, tmp_path):
     open_page(browser, page := write(tmp_path))
-    assert backgrounds(browser) == pytest.approx(shares(page, "epistemic"), abs=0.01)
-    for name in COLOURINGS:
-        browser.find_element("id", name).click()
-        assert backgrounds(browser) == pytest.approx(shares(page, name), abs=0.01)
+    assert backgrounds(browser) == pytest.approx(shares(page), abs=0.01)
 
 
 def test_a_click_shows_the_numbers_of_a_token(browser, tmp_path):

@@ -10,7 +10,7 @@ import string
 from pathlib import Path
 
 from engine.base.files import atomic_write
-from engine.eval.scored_text import COLOURINGS, ScoredText, colour_scales, coloured_html
+from engine.eval.scored_text import ScoredText, colour_scales, coloured_html
 from engine.eval.table import Table
 
 CAPTIONS = {  # how to read a plot
@@ -72,18 +72,12 @@ def table_html(table: Table) -> str:
 
 
 def texts_html(texts: Texts) -> str:
-    """The texts, with a choice of what to colour them by."""
+    """The texts of all runs, coloured by one scale."""
     scales = colour_scales(text for runs in texts.values() for text in runs.values())
-    default = "epistemic" if scales["epistemic"] else "nll"
-    parts = []
-    for name in COLOURINGS:
-        checked = " checked" if name == default else ""
-        button = f'<input type="radio" name="colouring" id="{name}"{checked}>'
-        parts.append(f"<label>{button} {name}: orange from {scales[name]:.3g} nats</label>")
+    parts = ["<h2>Token by token</h2>"]
     for title, runs in texts.items():
         parts.append(f"<h3>{html.escape(title)}</h3>")
         for run, text in runs.items():
             summary = f"<summary>{html.escape(run)}</summary>"
-            spans = coloured_html(text, scales, default)
-            parts.append(f'<details open>{summary}<p class="text">{spans}</p></details>')
-    return "<h2>Token by token</h2>\n" + "\n".join(parts)
+            parts.append(f"<details open>{summary}{coloured_html(text, scales)}</details>")
+    return "\n".join(parts)

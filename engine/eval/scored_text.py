@@ -17,7 +17,8 @@ from heads import Prediction, token_scores
 
 N_TOP = 5  # likeliest next tokens that are kept
 AVERAGED = ("nll", "total", "epistemic")  # over a text
-COLOURINGS = ("epistemic", "aleatoric", "total", "nll")
+NUMBERS = ("nll", "total", "aleatoric", "epistemic")
+COLOURINGS = ("epistemic", "nll")
 
 
 class Token(NamedTuple):
@@ -48,12 +49,7 @@ class ScoredText(list[Token]):
         return f"ScoredText({self.text!r}, {len(self)} tokens)"
 
     def _repr_html_(self) -> str:
-        scales = colour_scales([self])
-        colouring = "epistemic" if scales["epistemic"] else "nll"
-        spans = coloured_html(self, scales, colouring)
-        note = f"{colouring}, nats: white 0, orange {scales[colouring]:.3g} and more"
-        style = "white-space: pre-wrap; color: black; background: white"
-        return f'<p style="{style}">{spans}</p><small>{note}</small>'
+        return coloured_html(self, colour_scales([self]))
 
 
 def colour_scales(texts: Iterable[ScoredText]) -> dict[str, float]:
@@ -68,32 +64,30 @@ def colour_scales(texts: Iterable[ScoredText]) -> dict[str, float]:
     return scales
 
 
-def coloured_html(text: ScoredText, scales: dict[str, float], colouring: str) -> str:
+def coloured_html(text: ScoredText, scales: dict[str, float]) -> str:
     """A <span> per token: the higher its value, the more orange; a tooltip with all its numbers.
 
-    Each span also holds its share of every scale as a CSS variable: a page switches to another
-    colouring with a rule such as `span { --share: var(--nll) }`.
+    The value is the epistemic uncertainty; for point weights, which have none, the nll.
     """
+    colouring = "epistemic" if any(token.epistemic for token in text) else "nll"
     spans = []
     for token in text:
-        style = ""
-        shares = {}
-        for name in COLOURINGS:
-            value = getattr(token, name) or 0.0
-            shares[name] = min(1.0, max(0.0, value / (scales[name] or math.inf)))
-            style += f"--{name}:{shares[name]:.2f};"
-        style += f"background:rgb(254 153 41/var(--share,{shares[colouring]:.2f}))"
+        value = getattr(token, colouring) or 0.0
+        share = min(1.0, max(0.0, value / (scales[colouring] or math.inf)))
+        colour = f"background:rgb(254 153 41/{share:.2f})"
         about = html.escape(describe(token))
         shown = html.escape(token.text)
-        spans.append(f'<span tabindex="0" title="{about}" style="{style}">{shown}</span>')
-    return "".join(spans)
+        spans.append(f'<span tabindex="0" title="{about}" style="{colour}">{shown}</span>')
+    note = f"{colouring}, nats: white 0, orange {scales[colouring]:.3g} and more"
+    style = "white-space: pre-wrap; color: black; background: white"
+    return f'<p class="text" style="{style}">{"".join(spans)}</p><small>{note}</small>'
 
 
 def describe(token: Token) -> str:
     """The token's numbers and the likeliest alternatives, a line each."""
     if token.nll is None:
         return "given"
-    lines = [f"{name} {getattr(token, name):.3g} nats" for name in reversed(COLOURINGS)]
+    lines = [f"{name} {getattr(token, name):.3g} nats" for name in NUMBERS]
     lines += [f"{name!r} {p:.1%}" for name, p in token.top]
     return "\n".join(lines)
 
