@@ -17,7 +17,6 @@ from statistics import mean, stdev
 from engine.base.errors import UserError, run_main
 from engine.base.files import atomic_write, read_json, read_json_lines
 from engine.eval.plots import save
-from engine.eval.table import as_markdown, without_empty_columns
 from study.logs import LABELS, Variant, label_of, place, read
 from study.plots import figures
 
@@ -109,12 +108,19 @@ def cells(variant: Variant, columns: dict[str, str]) -> list[str]:
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """Without empty lines and columns; "" if nothing is left."""
+    """A table without empty lines and columns; "" if nothing is left."""
     lines = [line for line in lines if any(line[1:])]
     if not lines:
         return ""
-    header, *lines = without_empty_columns([header, *lines])
-    return as_markdown(header, lines).replace("---:", "---")
+    first, *others = zip(header, *lines, strict=True)
+    kept = [first] + [column for column in others if set(column[1:]) - {"", "0"}]
+    header, *lines = zip(*kept, strict=True)
+    rule = ["---"] * len(header)
+    found = []
+    for row in (header, rule, *lines):
+        escaped = [text.replace("|", r"\|") for text in row]
+        found.append(f"| {' | '.join(escaped)} |")
+    return "\n".join(found)
 
 
 def unigram(variants: dict[str, Variant]) -> Variant:

@@ -167,7 +167,7 @@ def test_uncertainty_shows_both_domains_and_says_where_there_is_none(rows):
 
 def test_without_other_domains_the_own_one_is_shown():
     figure = uncertainty_figure({"softmax": make_row(ood=False)})
-    assert [len(panel.patches) for panel in figure.axes] == [1, 1]
+    assert [len(panel.patches) for panel in figure.axes] == [1, 1, 0]
     assert "AUROC" not in texts(figure) and "outside" not in texts(figure)
 
 

@@ -53,4 +53,4 @@ def test_calibration_and_uncertainty_are_of_the_first_seeds(tmp_path):
         (study / f"{name}-seed1/eval_test.json").write_text(json.dumps(row))
     found = figures(study)
     assert len(found["reliability"].axes) == 2
-    assert len(found["uncertainty"].axes) == 2  # of point weights, one run: its two scores
+    assert len(found["uncertainty"].axes) == 3  # of point weights, one run

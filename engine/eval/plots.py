@@ -164,15 +164,21 @@ def uncertainty_figure(rows: dict[str, dict]) -> Figure | None:
     """Histograms of each score (columns) of each run (rows), in its own domain and outside."""
     if not rows:
         return None
-    scores = scores_of(rows)
     height = 0.8 + 1.4 * len(rows)
-    figure, axes = panels(len(rows), len(scores), height, sharex="col")
+    figure, axes = panels(len(rows), len(SCORES), height, sharex="col")
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(textwrap.fill(name, 18), fontsize=9)
-        for panel, score in zip(line, scores, strict=True):
-            plot_histograms(panel, row, score)
-    for panel, score in zip(axes[-1], scores, strict=True):
-        panel.set_xlabel(SCORES[score])
+        for panel, score in zip(line, SCORES, strict=True):
+            panel.set_yticks([])
+            if score in row["histograms"]:
+                plot_histograms(panel, row, score)
+            else:
+                about = "point weights have none"
+                panel.text(0.5, 0.5, about, transform=panel.transAxes, ha="center")
+    for panel, label in zip(axes[-1], SCORES.values(), strict=True):
+        panel.set_xlabel(label)
+    axes[-1, -1].set_xscale("log")  # epistemic uncertainty
+    axes[-1, -1].xaxis.set_minor_formatter("")
     figure.supylabel("share of tokens")
     show_legend(figure)
     return figure
@@ -180,13 +186,6 @@ def uncertainty_figure(rows: dict[str, dict]) -> Figure | None:
 
 def plot_histograms(panel, row: dict, score: str) -> None:
     """A score of a run: filled in its own domain, an outline outside."""
-    panel.set_yticks([])
-    if score == "mutual_information":
-        panel.set_xscale("log")
-        panel.xaxis.set_minor_formatter("")
-    if score not in row["histograms"]:
-        panel.text(0.5, 0.5, "point weights have none", transform=panel.transAxes, ha="center")
-        return
     plot_histogram(panel, row, score, "in domain", fill=True, color=IN_DOMAIN)
     if outside := row.get("ood"):
         plot_histogram(panel, outside, score, "outside", linewidth=1.5, color=OUTSIDE)
@@ -202,14 +201,6 @@ def plot_histogram(panel, row: dict, score: str, where: str, **style) -> None:
     edges = row["histograms"][score]["edges"][first : last + 2]
     label = f"{where}: {Path(row['dataset']).name}"
     panel.stairs(share[first : last + 1], edges, label=label, **style)
-
-
-def scores_of(rows: dict[str, dict]) -> list[str]:
-    """The scores that some run has: only Bayesian ones have epistemic uncertainty."""
-    found = set()
-    for row in rows.values():
-        found |= row["histograms"].keys()
-    return [score for score in SCORES if score in found]
 
 
 def panels(n_rows: int, n_columns: int, height: float, **options):

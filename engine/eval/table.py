@@ -1,4 +1,4 @@
-"""Tables of results: aligned text for a terminal, Markdown."""
+"""Tables of results, as aligned text for a terminal."""
 
 from typing import NamedTuple
 
@@ -72,13 +72,12 @@ def tables(rows: dict[str, dict], scores: dict[str, MetricAccumulator]) -> list[
     if not comparable(rows):
         return [table_of(OTHER_TEXTS, {"bits_per_byte": "bits per byte: .4f"}, rows)]
     numbers = {name: flat(row) for name, row in rows.items()}
-    first, *others = rows
+    first = next(iter(rows))
     first_nll = rows[first]["nll"]
     for name, row in rows.items():
         numbers[name]["vs_first"] = exp(row["nll"] - first_nll)
-    for name in others:
-        same_units = rows[name]["n_units"] == rows[first]["n_units"]
-        if "nll_se" in rows[name] and same_units:
+        same_units = row["n_units"] == rows[first]["n_units"]
+        if name != first and "nll_se" in row and same_units:
             numbers[name]["vs_first_se"] = ratio_se(scores[name], scores[first])
     nll = rows[first]["unigram_nll"]
     unigram = {
@@ -107,21 +106,18 @@ def ratio_se(scores: MetricAccumulator, first: MetricAccumulator) -> float:
 
 
 def table_of(title: str, columns: dict[str, str], numbers: dict[str, dict]) -> Table:
-    """columns: as in GROUPS. numbers: by name of the run."""
-    header = ["run"]
-    for column in columns.values():
-        head, _ = column.split(": ")
-        header.append(head)
-    lines = []
-    for run, row in numbers.items():
-        cells = []
-        for name, column in columns.items():
-            _, form = column.split(": ")
-            cells.append(format(row[name], form) if name in row else "")
-        if any(cells):
-            lines.append([run, *cells])
-    header, *lines = without_empty_columns([header, *lines])
-    return Table(title, header, lines)
+    """columns: as in GROUPS. numbers: by name of the run.
+
+    Without columns that have nothing or 0 for all runs, and without runs that have nothing.
+    """
+    found = [["run", *numbers]]
+    for name, column in columns.items():
+        head, form = column.split(": ")
+        cells = [format(row[name], form) if name in row else "" for row in numbers.values()]
+        if set(cells) - {"", "0"}:
+            found.append([head, *cells])
+    header, *lines = map(list, zip(*found, strict=True))
+    return Table(title, header, [line for line in lines if any(line[1:])])
 
 
 def flat(row: dict, prefix: str = "") -> dict[str, float]:
@@ -135,13 +131,6 @@ def flat(row: dict, prefix: str = "") -> dict[str, float]:
     return found
 
 
-def without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
-    """rows: a header and lines. Drops columns, after the first, with nothing or 0 in all lines."""
-    first, *others = zip(*rows, strict=True)
-    kept = [column for column in others if set(column[1:]) - {"", "0"}]
-    return [list(row) for row in zip(first, *kept, strict=True)]
-
-
 def as_text(table: Table) -> str:
     """Aligned columns; all but the first are numbers."""
     rows = [table.header, *table.lines]
@@ -152,13 +141,3 @@ def as_text(table: Table) -> str:
         numbers = map(str.rjust, cells, widths)
         lines.append("  ".join([name.ljust(width), *numbers]))
     return "\n".join(lines)
-
-
-def as_markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    found = []
-    for row in (header, rule, *lines):
-        cells = [text.replace("|", r"\|") for text in row]
-        found.append(f"| {' | '.join(cells)} |")
-    return "\n".join(found)
