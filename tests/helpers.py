@@ -104,7 +104,8 @@ def write_words(folder: Path, tokenizer: Tokenizer | None = None) -> Path:
     test.
     """
     splits = {"train": [words(4000)], "val": [words(500, seed=1)], "test": [words(200, seed=2)]}
-    write_dataset(folder, splits, tokenizer or CharTokenizer.train(splits["train"]))
+    characters = sorted(set(splits["train"][0]))
+    write_dataset(folder, splits, tokenizer or CharTokenizer(characters))
     return folder
 
 

@@ -79,7 +79,7 @@ CASES = [
     (TOKENIZER, b"{}", "bpe", "is no byte-level BPE"),
     (TOKENIZER, b"\xff", "bpe", "is no byte-level BPE"),
     (TOKENIZER, OTHER_BPE, "evaluate", "is no byte-level BPE"),
-    (TOKENIZER, None, "bpe", "tokenizer.json is missing; prepare the data set again"),
+    (TOKENIZER, None, "bpe", "tokenizer.json is no byte-level BPE"),
     (ABOUT, {"tokens": 0}, "labels", "made for other data"),
     (ABOUT, b"\xff", "labels", "labels.json is damaged"),
     (CONFIG, b"[]", "openai", CONFIG),

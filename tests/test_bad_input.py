@@ -135,7 +135,7 @@ TEXT_MISTAKES = [
     ("val_fraction=nan", "--val_fraction"),
     ("test_fraction=1e400", "test_fraction = inf"),
     ("val_fraction=-1", "val_fraction = -1"),
-    ("source=latin.txt", "latin.txt is not UTF-8"),
+    ("source=latin.txt", "latin.txt: UnicodeDecodeError"),
     ("source=empty/none*", "does not exist"),
     ("tokenizer=word", "unknown tokenizer 'word'"),
     ("name=..", "plain name"),

@@ -50,11 +50,6 @@ def test_it_finds_ids_outside_the_vocabulary(tmp_path, describe):
     assert code == 2 and "token id 60000" in printed
 
 
-def test_control_characters_are_printed_as_escapes(tmp_path, describe):
-    code, printed = describe(write_nanogpt(tmp_path / "d", {"evil\x1b[2J": [1, 2, 3]}))
-    assert code == 0 and r"evil\x1b[2J: 3" in printed
-
-
 @pytest.mark.parametrize("argv", [[], ["a", "b"], ["--help"], ["nowhere"]])
 def test_a_mistake_is_one_line(argv, describe):
     code, printed = describe(*argv)

@@ -371,7 +371,7 @@ def test_token_files_of_another_program_are_not_written_over(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
 
 
-def test_unfinished_work_on_another_text_starts_again_and_says_so(tmp_path, monkeypatch, capsys):
+def test_unfinished_work_on_another_text_starts_again(tmp_path, monkeypatch):
     """The same name and options, as of a data set of the Hub, but another revision."""
     with monkeypatch.context() as patch:
         stop_after_journal(patch, KeyboardInterrupt)
@@ -380,7 +380,6 @@ def test_unfinished_work_on_another_text_starts_again_and_says_so(tmp_path, monk
     texts = [text.upper() for text in documents()]
     corpus = Corpus({"train": [source_of("train at another revision", lambda: texts)]})
     prepare(into(tmp_path / "out"), "test", lambda: corpus)
-    assert "has changed" in capsys.readouterr().err
     prepare(into(tmp_path / "plain"), "test", lambda: whole(texts))
     assert token_files(tmp_path / "out") == token_files(tmp_path / "plain")
 

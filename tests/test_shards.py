@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import engine.data.tokens
 from engine.base.errors import UserError
 from engine.data.batches import Batches, BlockOrder
 from engine.data.labels import LabelFile, identity, pack, paths_of
@@ -215,13 +214,6 @@ def test_the_sha256_of_shards_is_stated_or_that_of_their_hashes(tmp_path):
     stated = json.loads((folder / "meta.json").read_text())["splits"]["train"]["sha256"]
     assert file.sha256 == stated == TokenFile(sharded(tmp_path / "e", train=SHARDS), "train").sha256
     assert file.matches(stated)
-
-
-def test_a_split_of_terabytes_without_stated_hashes_is_never_hashed(tmp_path, monkeypatch):
-    file = TokenFile(sharded(tmp_path / "d", train=SHARDS), "train")
-    sha256 = file.sha256
-    monkeypatch.setattr(engine.data.tokens, "MOST_HASHED", 100)
-    assert file.matches(file.fingerprint) and not file.matches(sha256)
 
 
 def test_the_fingerprint_depends_on_names_sizes_first_and_last_pages_and_stated_hashes(tmp_path):

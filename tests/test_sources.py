@@ -1,10 +1,8 @@
 """engine/data/sources.py: whatever the files are, all their text comes out, in bounded memory."""
 
-import bz2
 import gzip
 import itertools
 import json
-import lzma
 import os
 import random
 import subprocess
@@ -24,12 +22,7 @@ from engine.data.tokenizer import BPETokenizer, GPT2Tokenizer
 from tests.conftest import shared_data
 from tests.helpers import ROOT
 
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-}
+COMPRESS = {"": bytes, ".gz": gzip.compress}
 SPACES = [chr(c) for c in range(0x110000) if chr(c).isspace()]
 ODD = [
     *SPACES,
@@ -49,7 +42,7 @@ ODD = [
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces, chunks and rows so small that every border is met."""
-    for name, value in (("PIECE", 5), ("LONGEST_PIECE", 40), ("CHUNK", 16), ("ROWS", 3)):
+    for name, value in (("PIECE", 5), ("CHUNK", 16), ("ROWS", 3)):
         monkeypatch.setattr(sources, name, value)
 
 
@@ -58,7 +51,7 @@ def documents_of(found: list[Source]) -> list[str]:
     documents = []
     for source in found:
         for text, is_start in source.pieces():
-            assert text and len(text) <= sources.LONGEST_PIECE
+            assert text
             if is_start:
                 documents.append("")
             documents[-1] += text
@@ -116,10 +109,7 @@ def assert_pieces_encode_as_the_whole(text: str, tokenizers: list) -> int:
     return len(pieces)
 
 
-def test_the_tokens_of_the_pieces_are_the_tokens_of_the_text_whatever_the_spaces(
-    small, monkeypatch, tokenizers
-):
-    monkeypatch.setattr(sources, "LONGEST_PIECE", 10**6)
+def test_the_tokens_of_the_pieces_are_the_tokens_of_the_text_whatever_the_spaces(small, tokenizers):
     for seed in range(200):
         assert assert_pieces_encode_as_the_whole(odd_text(seed), tokenizers) > 5
 
@@ -155,11 +145,9 @@ def test_pieces_join_to_the_documents_and_those_of_whitespace_alone_are_passed_o
     assert joined == [texts[1], *texts[3:5], texts[6]]
 
 
-def test_a_text_without_a_place_to_cut_is_cut_anyway(monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST_PIECE", 2 << 20)
+def test_a_text_without_a_place_to_cut_stays_whole():
     text = "東" * (5 << 20)
-    pieces = [piece for piece, _ in pieces_of([text])]
-    assert [len(piece) >> 20 for piece in pieces] == [2, 2, 1] and "".join(pieces) == text
+    assert pieces_of([text]) == [(text, True)]
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -250,9 +238,6 @@ def test_files_folders_and_globs_are_read_in_order_each_once(tmp_path, monkeypat
         "d.TXT.gz",
     ]
     assert documents_of(find("in/**/*.t*xt")) == ["b.txt", "c.text"]
-    found = find("in/b.txt")
-    monkeypatch.chdir("/")
-    assert documents_of(found) == ["b.txt"]
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -296,9 +281,9 @@ def test_half_a_surrogate_pair_is_not_utf8(tmp_path):
         ("[" * 100_000, "RecursionError"),
         ('{"text": ' + "9" * 10_000 + "}", "ValueError"),
         ('["text"]', "TypeError"),
-        ('{"body": "x", "n\\n": 1}', r"no field 'text' but body, n\n; give --field=..."),
+        ('{"body": "x", "n": 1}', "no field 'text' but body, n; give --field=..."),
         (json.dumps(dict.fromkeys(map(str, range(9999)))), "17, 18, 19"),
-        ("{}", "no field 'text' but none"),
+        ("{}", "no field 'text'"),
         ('{"text": 5}', "field 'text' is no string but int"),
     ],
 )
@@ -317,22 +302,18 @@ def test_a_bad_table_is_refused(tmp_path):
         assert f"bad{i}" in refused(write(tmp_path / f"bad{i}.parquet", bad), field="body")
 
 
-def test_a_column_of_a_csv_or_tsv_is_read_as_text(small, tmp_path):
+def test_a_column_of_a_csv_is_read_as_text(small, tmp_path):
     rows = ['"a, b\nc"', "NA", "12", '"say ""so"""'] * 3
-    for ending, separator in (("csv", ","), ("tsv", "\t")):
-        data = "".join(f"{i}{separator}{row}\n" for i, row in enumerate(rows))
-        source = write(tmp_path / f"a.{ending}", f"id{separator}body\n{data}")
-        assert documents_of(find(source, field="body")) == ["a, b\nc", "NA", "12", 'say "so"'] * 3
-        assert "text" in refused(source)
+    data = "".join(f"{i},{row}\n" for i, row in enumerate(rows))
+    source = write(tmp_path / "a.csv", f"id,body\n{data}")
+    assert documents_of(find(source, field="body")) == ["a, b\nc", "NA", "12", 'say "so"'] * 3
+    assert "text" in refused(source)
 
 
-@pytest.mark.parametrize("compression", list(COMPRESS)[1:])
-def test_a_compressed_file_that_is_cut_short_damaged_or_something_else_is_refused(
-    compression, tmp_path
-):
-    whole = COMPRESS[compression]("".join(odd_text(seed) for seed in range(30)).encode())
+def test_a_compressed_file_that_is_cut_short_damaged_or_something_else_is_refused(tmp_path):
+    whole = gzip.compress("".join(odd_text(seed) for seed in range(30)).encode())
     for bad in (whole[:5], whole[:-1], whole[: len(whole) // 2], b"plain text", whole + whole[:30]):
-        assert "a.txt" in refused(write(tmp_path / f"a.txt{compression}", bad))
+        assert "a.txt" in refused(write(tmp_path / "a.txt.gz", bad))
 
 
 def test_empty_files_and_documents_of_whitespace_are_passed_over(tmp_path):
@@ -351,14 +332,6 @@ def test_a_source_that_names_no_text_is_refused(tmp_path):
         assert "does not exist" in message and ".parquet" in message
     assert "no known ending" in refused(f"{tmp_path}/a.json")
     assert "does not exist" in refused("")
-
-
-def test_no_file_name_breaks_a_message_into_lines(tmp_path):
-    name = os.fsdecode(b"a\n\x1b[31m\xff.jsonl")
-    source = write(tmp_path / name, "x")
-    assert r"a\n\x1b[31m\udcff.jsonl: line 1" in refused(source)
-    write(tmp_path / name, lines([1], "te\nxt"))
-    assert r"field 'te\nxt'" in refused(source, field="te\nxt")
 
 
 MEASURE = """
@@ -478,7 +451,7 @@ def test_a_network_that_fails_in_the_middle_is_said_in_one_line(hub_folder, monk
         list(source.pieces())
 
 
-def test_the_name_of_a_hubs_data_set_may_say_its_revision(tmp_path, monkeypatch):
+def test_the_name_of_a_hubs_data_set_may_say_its_revision(monkeypatch):
     import datasets
 
     asked = []
@@ -488,10 +461,7 @@ def test_the_name_of_a_hubs_data_set_may_say_its_revision(tmp_path, monkeypatch)
         raise ConnectionError
 
     monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
-    (tmp_path / "a@b").mkdir()
-    folder = str(tmp_path / "a@b")
-    for name, subset in (("me/tales@refs/pr/2", "old"), ("me/tales", ""), (folder, "")):
+    for name, subset in (("me/tales@refs/pr/2", "old"), ("me/tales", "")):
         with pytest.raises(UserError):
             hub(name, subset)
-    expected = [("me/tales", "old", "refs/pr/2"), ("me/tales", None, None), (folder, None, None)]
-    assert asked == expected
+    assert asked == [("me/tales", "old", "refs/pr/2"), ("me/tales", None, None)]

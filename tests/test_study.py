@@ -87,7 +87,7 @@ def home(tmp_path_factory):
     (home / "config/small.py").write_text(
         "".join(f"{name} = {value!r}\n" for name, value in scale.items())
     )
-    tokenizer = CharTokenizer.train([words(4000)])
+    tokenizer = CharTokenizer(sorted(set(words(4000))))
     write_dataset(
         home / "foreign",
         {split: [words(200, seed=3)[::-1]] for split in ("train", "test")},

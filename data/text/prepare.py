@@ -26,7 +26,7 @@ OFFICIAL = {"train": "train", "val": "validation", "test": "test"}  # ours: the 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    # files, folders and globs with commas between (.txt .jsonl .parquet .csv, also .gz .xz ...),
+    # files, folders and globs with commas between (.txt .jsonl .parquet .csv, also .gz),
     # or hub:NAME
     source: str = ""
     subset: str = ""  # of the Hub's data set

@@ -99,8 +99,7 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # if nothing is in it
     for split, about in read_meta(folder)["splits"].items():
-        counts = [f"{about[what]:,} {what}" for what in ("documents", "bytes", "tokens")]
-        print(f"{folder}, {split}: {', '.join(counts)}")
+        print(f"{folder}, {split}: {about['tokens']:,} tokens, {about['documents']:,} documents")
 
 
 def _is_ready(folder: Path, key: str) -> bool:
@@ -134,7 +133,7 @@ def _write(options: Options, corpus: Corpus, work: Path, about: dict[str, str]) 
     """Everything that is to be installed, into the work folder."""
     is_resumed = (work / "meta.json").is_file()
     tokenizer = load_tokenizer(work) if is_resumed else make_tokenizer(options, corpus)
-    n_threads = options.num_proc or available_processors()
+    n_threads = options.num_proc or os.cpu_count() or 1
     tokenise(corpus, tokenizer, work, options.shard_tokens, n_threads, about)
 
 
@@ -163,11 +162,6 @@ def tokenizer_in(folder: str) -> Tokenizer:
         known = f"known: {', '.join(KINDS)}, and the folder of a run or a data set"
         raise UserError(f"unknown tokenizer {folder!r}; {known}")
     return load_tokenizer(folder)
-
-
-def available_processors() -> int:
-    """The processors that this process may use, on a cluster fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def texts(options: Options, hub_name: str, subset: str = "") -> list[Source]:

@@ -10,7 +10,6 @@ from tqdm import tqdm
 from engine.base.errors import UserError, run_main
 from engine.base.files import sha256_of
 from engine.data.shards import splits_in
-from engine.data.sources import printable
 from engine.data.tokens import CHUNK, TokenFile, dataset_folder
 
 
@@ -26,12 +25,12 @@ def main() -> None:
         file = TokenFile(folder, split)
         n_files = len(file.shards)
         print(
-            f"{printable(split)}: {len(file):,} tokens of {file.dtype.name} in {n_files:,} files; "
+            f"{split}: {len(file):,} tokens of {file.dtype.name} in {n_files:,} files; "
             f"vocabulary of {file.vocab_size:,} ids"
         )
         problems = check_files(file)
         for problem in problems:
-            print(f"  damaged: {printable(problem)}")
+            print(f"  damaged: {problem}")
         n_damaged += len(problems)
     if n_damaged:
         sys.exit(2)

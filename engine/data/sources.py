@@ -6,7 +6,6 @@ line, and it infers a type for every field of a .jsonl, so that a field nobody a
 it after a gigabyte.
 """
 
-import bz2
 import contextlib
 import csv
 import functools
@@ -14,7 +13,6 @@ import glob
 import gzip
 import json
 import logging
-import lzma
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,9 +21,7 @@ from typing import NamedTuple, TextIO
 from engine.base.errors import UserError
 
 TEXT = (".txt", ".md", ".text", ".raw", ".tokens")
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PIECE = 1 << 20  # characters: cut a document at the first good place after so many
-LONGEST_PIECE = 1 << 24  # characters: cut it anywhere after so many
 CHUNK = 1 << 20  # characters of a text that are read at a time
 ROWS = 256  # rows of a .parquet that are read at a time
 # A cut here changes no token: GPT-2's pattern always ends a token between a character and a space.
@@ -53,13 +49,9 @@ def split_documents(chunks: Chunks) -> Pieces:
     held, is_start = "", True
     for text, ends in chunks:
         held += text
-        while len(held) > PIECE:
-            found = GOOD_CUT.search(held, PIECE, LONGEST_PIECE)
-            if found is None and len(held) < LONGEST_PIECE:
-                break
-            cut = found.end() if found else LONGEST_PIECE
-            yield held[:cut], is_start
-            held, is_start = held[cut:], False
+        while found := GOOD_CUT.search(held, PIECE):
+            yield held[: found.end()], is_start
+            held, is_start = held[found.end() :], False
         if ends:
             if held and not (is_start and held.isspace()):
                 yield held, is_start
@@ -85,8 +77,8 @@ def find(
     sources = []
     for path in list_files(source):
         if format_of(path) not in KNOWN:
-            raise UserError(f"{printable(path)} has no known ending; {HELP}")
-        sources.append(Source(path, functools.partial(pieces, os.path.abspath(path))))
+            raise UserError(f"{path} has no known ending; {HELP}")
+        sources.append(Source(path, functools.partial(pieces, path)))
     return sources
 
 
@@ -101,21 +93,20 @@ def list_files(source: str) -> list[str]:
             found = glob.glob(item, recursive=True) or [item]
         files = sorted(filter(os.path.isfile, found))
         if not files:
-            raise UserError(f"{printable(item)} does not exist, or holds no file to read; {HELP}")
+            raise UserError(f"{item} does not exist, or holds no file to read; {HELP}")
         for path in files:
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
 
 
 def format_of(path: str) -> str:
-    """The ending that names the format; that of a compression may follow it."""
-    stem, ending = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] if ending in COMPRESSED else ending
+    """The ending that names the format; .gz may follow it."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
 def _open_text(path: str, errors: str) -> TextIO:
     """A file's text with its line ends unchanged."""
-    opener = COMPRESSED.get(os.path.splitext(path.lower())[1], open)
+    opener = gzip.open if path.lower().endswith(".gz") else open
     return opener(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n")
 
 
@@ -148,9 +139,8 @@ def _read_json_lines(path: str, field: str, errors: str) -> Iterator[str]:
 
 def _read_csv(path: str, field: str, errors: str) -> Iterator[str]:
     csv.field_size_limit(1 << 30)
-    delimiter = "," if format_of(path) == ".csv" else "\t"
     with _open_text(path, errors) as file:
-        for row in csv.DictReader(file, delimiter=delimiter):
+        for row in csv.DictReader(file):
             yield _text_in(row, field)
 
 
@@ -166,13 +156,11 @@ def _read_parquet(path: str, field: str, _: str) -> Iterator[str]:
 
 RECORDS = {
     ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".tsv": _read_csv,
 }
 KNOWN = (*TEXT, *RECORDS)
-HELP = f"known are {' '.join(KNOWN)}, and those with {' '.join(COMPRESSED)} after them"
+HELP = f"known are {' '.join(KNOWN)}, and those with .gz after them"
 
 
 def hub(name: str, subset: str = "", field: str = "text") -> dict[str, list[Source]]:
@@ -192,10 +180,13 @@ def hub_texts(
     field: str = "text",
 ) -> dict[str, dict[str, Callable[[], Iterator[str]]]]:
     """For each file of each split a function that returns all its texts, the empty ones too."""
-    path, revision = (name, "") if os.path.exists(name) else name.partition("@")[::2]
+    path, _, revision = name.partition("@")
     splits = {}
     with one_line_errors(name):
-        datasets = _import_datasets()
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # the last error says it all
         builder = datasets.load_dataset_builder(path, subset or None, revision=revision or None)
         for split, rows in builder.as_streaming_dataset().items():
             splits[split] = {}
@@ -220,23 +211,11 @@ def _text_in(record: dict, field: str) -> str:
     """The text in the field of a record; null is no text."""
     if field not in record:
         found = ", ".join(map(str, record))[:200]
-        raise UserError(f"no field {field!r} but {found or 'none'}; give --field=...")
+        raise UserError(f"no field {field!r} but {found}; give --field=...")
     text = record[field]
     if not isinstance(text, str | None):
         raise UserError(f"field {field!r} is no string but {type(text).__name__}")
     return text or ""
-
-
-def _import_datasets():
-    """The package, silent: the last error says all that its warnings say."""
-    import datasets
-    import huggingface_hub
-
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no network for local files
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    huggingface_hub.logging.set_verbosity(logging.CRITICAL)
-    return datasets
 
 
 @contextlib.contextmanager
@@ -245,14 +224,9 @@ def one_line_errors(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{printable(name)}: {printable(error)}") from None
+        raise UserError(f"{name}: {error}") from None
     except Exception as error:  # of six libraries, which have no base class in common
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if isinstance(error, UnicodeError):
             reason += "; convert it to UTF-8, or give --errors=replace"
-        raise UserError(f"{printable(name)}: {printable(reason)}") from None
-
-
-def printable(text: object) -> str:
-    """On one line of any terminal, whatever a file is called."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+        raise UserError(f"{name}: {reason}") from None

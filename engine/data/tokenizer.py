@@ -56,8 +56,6 @@ class BPETokenizer:
         import tokenizers
 
         path = Path(folder) / cls.file
-        if not path.is_file():
-            raise UserError(f"{path} is missing; prepare the data set again")
         try:
             bpe = tokenizers.Tokenizer.from_file(str(path))
             if "ByteLevel" not in str(json.loads(bpe.to_str())["decoder"]):
@@ -109,10 +107,6 @@ class CharTokenizer:
         self.ids = {char: i for i, char in enumerate(self.chars)}
         self.eot = len(self.chars) if eot else None
         self.vocab_size = len(self.chars) + int(eot)
-
-    @classmethod
-    def train(cls, texts: Iterable[str], eot: bool = False) -> "CharTokenizer":
-        return cls(sorted(set().union(*map(set, texts))), eot)
 
     def encode(self, text: str) -> np.ndarray:
         try:
@@ -186,8 +180,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if meta:
         about = meta["tokenizer"]
     else:
-        files = (BPETokenizer.file, GPT2Tokenizer.file)
-        is_theirs = [(folder / name).exists() for name in files] == [True, False]
+        is_theirs = (folder / BPETokenizer.file).exists()
         about = {"kind": "bpe" if is_theirs else "gpt2"}
     kind = about.get("kind")
     if kind == "gpt2":
@@ -229,7 +222,6 @@ def _read_meta_pkl(path: Path) -> dict:
         tokenizer = {"kind": "none"}
         if itos := meta.get("itos"):
             chars = [itos[i] for i in range(len(itos))]
-            CharTokenizer(chars).token_bytes()
             tokenizer = {"kind": "char", "chars": chars, "eot": False}
         return {"tokenizer": tokenizer, "vocab_size": int(meta["vocab_size"])}
     except Exception as error:  # a damaged file can make the unpickler raise anything

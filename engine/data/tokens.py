@@ -16,13 +16,12 @@ import torch
 
 from engine.base.errors import UserError
 from engine.base.files import DATA_ROOT, sha256_of
-from engine.data.shards import Shard, each_of, find, joined, splits_in
+from engine.data.shards import Shard, find, joined, splits_in
 from engine.data.tokenizer import GPT2Tokenizer, read_meta
 
 CHUNK = 1 << 19  # ids that are counted at a time
 COUNT_ALL = 1 << 31  # a split of more ids is counted in N_CHUNKS evenly spaced chunks
 N_CHUNKS = 256
-MOST_HASHED = 1 << 35  # bytes whose sha256 is computed to recognise a split
 
 
 def dataset_folder(dataset: str | Path) -> Path:
@@ -104,7 +103,7 @@ class TokenFile:
     def fingerprint(self) -> str:
         """Identifies the tokens in checkpoints: a hash of each file's name, size, stated hash,
         first and last page."""
-        return joined(each_of(self.shards, lambda shard: shard.fingerprint()))
+        return joined(shard.fingerprint() for shard in self.shards)
 
     @cached_property
     def sha256(self) -> str:
@@ -117,10 +116,7 @@ class TokenFile:
         """Whether a checkpoint was trained on these tokens. recorded: their fingerprint. A
         checkpoint of the first edition has their sha256, which is compared if it is stated, or
         read in minutes."""
-        if recorded == self.fingerprint:
-            return True
-        n_bytes = sum(shard.size for shard in self.shards if not shard.sha256)
-        return n_bytes <= MOST_HASHED and recorded == self.sha256
+        return recorded == self.fingerprint or recorded == self.sha256
 
     def check(self, vocab_size: int, block_size: int = 1) -> None:
         """Refuse a split shorter than one block, and numbers of another type. From now on refuse

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.base.errors import UserError, warn
+from engine.base.errors import UserError
 from engine.base.files import flush, read_json, sha256_of, write_json
 from engine.data.shards import joined
 from engine.data.splits import SPLITS, Corpus, Position, walk
@@ -186,15 +186,12 @@ def tokenise(
     sources = [source.name for _, source in corpus.sources]
     journal = read_journal(work)
     if journal.get("sources", sources) != sources:
-        warn(f"the text has changed since {work} was begun: starting from its first document")
-        journal = {}
+        journal = {}  # the text has changed: start from its first document
     start = Position(*journal.get("position", ()))
     writers = {}
     for split in corpus.names:
         about_split = journal.get("splits", {}).get(split)
         writers[split] = SplitWriter(work, split, tokenizer, shard_tokens, about_split)
-    if journal:
-        print(f"continuing at source {start.source + 1} of {len(sources)}")
     for position, encoded in encode_all(corpus, start, work, n_threads):
         n_closed = sum(writers[split].write(batch) for split, batch in encoded.items())
         if n_closed:
@@ -205,8 +202,7 @@ def tokenise(
             journal = {"position": position, "splits": splits, "sources": sources}
             write_json(work / "journal.json", journal)
             n_tokens = sum(about["tokens"] for about in splits.values())
-            where = f"source {position.source + 1} of {len(sources)}"
-            print(f"{n_tokens:,} tokens, {where}; the same command continues from here")
+            print(f"{n_tokens:,} tokens; the same command continues from here")
     meta["dtype"] = dtype_of(tokenizer).name
     meta["splits"] = {split: writer.finish() for split, writer in writers.items()}
     write_json(work / "journal.json", {"meta": meta | about})

@@ -29,16 +29,15 @@ EOT = "<|endoftext|>"
 
 def unsupported_features(model: GPT) -> list[str]:
     """What GPT-2 cannot represent of the model; empty if the export is exact."""
-    layers, features = model.bayes_layers(), []
-    if layers:
-        only = "the output weights" if layers == [model.lm_head.weights] else "weights"
-        features.append(f"the posterior of {only} (their means stay)")
+    features = []
+    if model.bayes_layers():
+        features.append("the posterior of weights (their means stay)")
     name, likelihood = model.config.head.likelihood, model.lm_head.likelihood
-    if not likelihood.is_softmax and likelihood.logit_offset is None:
-        raise UserError(
-            f"a softmax of the logits of a {name} head predicts something else; no GPT-2"
-        )
     if not likelihood.is_softmax:
+        if likelihood.logit_offset is None:
+            raise UserError(
+                f"a softmax of the logits of a {name} head predicts something else; no GPT-2"
+            )
         features.append(f"the {name} likelihood (a softmax of its logits stays)")
     return features
 
