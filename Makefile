@@ -98,13 +98,14 @@ notebooks: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(PY) bench/heads.py $(FLAGS)
+	$(PY) bench/heads.py --malloc=default $(FLAGS)
 	$(PY) bench/step.py $(FLAGS)
 	$(PY) bench/step.py --scale=char $(FLAGS)
 	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
 	$(PY) bench/step.py --scale=study $(FLAGS)
 	$(PY) bench/generate.py $(FLAGS)
 	$(PY) bench/evaluate.py $(FLAGS)
-	$(PY) bench/evaluate.py --scale=study --blocks=16 $(FLAGS)
+	$(PY) bench/evaluate.py --scale=study $(FLAGS)
 
 reliability: .venv/.installed-dev
 	$(PY) -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50

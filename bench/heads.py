@@ -1,11 +1,13 @@
 """The head alone, forward and backward, against the plain fp32 linear + cross-entropy.
 
-    python bench/heads.py                            all cases, with both settings of malloc
-    python bench/heads.py --cases=softmax,sigmoid --rounds=5
+    python bench/heads.py                            all cases, malloc as training sets it
+    python bench/heads.py --malloc=default           malloc as glibc has it
+    python bench/heads.py --scale=gpu                32 blocks of 1024 of GPT-2 124M
+    python bench/heads.py --cases softmax sigmoid --rounds=5
 
-The project's heads are compiled unless a case ends in _eager; _bf16 is under autocast. The others
-are what users write, eager and in fp32: a one-hot target for the sigmoids, torchbnn's layer with
-its KL for the Bayesian weights.
+The project's heads are compiled; _bf16 is under autocast. The others are what users write, eager
+and in fp32: a one-hot target for the sigmoids, torchbnn's layer with its KL for the Bayesian
+weights.
 """
 
 import sys
@@ -26,16 +28,41 @@ OURS = {
     "softmax": {},
     "smooth": {"likelihood": "smooth"},
     "bayes": {"weights": "bayes"},
-    "bayes_full_sample": {"weights": "bayes", "posterior": "full", "estimator": "sample"},
+    "bayes_full_sample": {
+        "weights": "bayes",
+        "posterior": "full",
+        "estimator": "sample",
+    },
     "sigmoid": {"likelihood": "sigmoid"},
-    "sigmoid_regularised": {"likelihood": "sigmoid", "sum_penalty": 1.0},
-    "bayes_sigmoid": {"weights": "bayes", "likelihood": "sigmoid"},
+    "sigmoid_regularised": {
+        "likelihood": "sigmoid",
+        "sum_penalty": 1.0,
+    },
+    "bayes_sigmoid": {
+        "weights": "bayes",
+        "likelihood": "sigmoid",
+    },
 }
+USERS = ("plain", "plain_bf16", "dense_bce", "torchbnn")
 BF16 = [f"{name}_bf16" for name in OURS]
-USERS = ("plain", "plain_bf16", "dense_bce", "torchbnn", "torchbnn_dense_bce")
-CASES = (*USERS, *OURS, *BF16, "softmax_eager", "sigmoid_eager")
-SHAPES = {"n_tokens": 2048, "n_embd": 256, "vocab_size": 50304}
-QUICK = {"n_tokens": 512, "n_embd": 8, "vocab_size": 5003}
+CASES = (*USERS, *OURS, *BF16)
+SHAPES = {
+    "small": {
+        "n_tokens": 2048,
+        "n_embd": 256,
+        "vocab_size": 50304,
+    },
+    "gpu": {
+        "n_tokens": 32768,
+        "n_embd": 768,
+        "vocab_size": 50304,
+    },
+    "quick": {
+        "n_tokens": 512,
+        "n_embd": 8,
+        "vocab_size": 5003,
+    },
+}
 
 
 def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[[], None]:
@@ -44,13 +71,15 @@ def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[
     device = pick_device("auto")
     x = torch.randn(8, n_tokens // 8, n_embd, device=device, requires_grad=True)
     targets = torch.randint(vocab_size, (8, n_tokens // 8), device=device)
-    name = case.removesuffix("_bf16").removesuffix("_eager")
+    name = case.removesuffix("_bf16")
     if name in OURS:
-        head = Head(HeadConfig(**OURS[name], n_data=N_DATA), vocab_size, n_embd).to(device)
-        loss_of = head.loss if case.endswith("_eager") else measure.compiled(head.loss)
+        config = HeadConfig(**OURS[name], n_data=N_DATA)
+        head = Head(config, vocab_size, n_embd).to(device)
+        loss_of = measure.compiled(head.loss)
     else:
         loss_of = head = PlainHead(name, vocab_size, n_embd).to(device)
-    cast, _ = autocast(device, "bfloat16" if case.endswith("_bf16") else "float32")
+    dtype = "bfloat16" if case.endswith("_bf16") else "float32"
+    cast, _ = autocast(device, dtype)
 
     def step() -> None:
         with cast:
@@ -63,20 +92,20 @@ def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[
 
 
 class PlainHead(nn.Module):
-    """A head as users write it. kind: plain (cross-entropy), dense_bce (a one-hot target), torchbnn
-    (its layer and its KL), or torchbnn_dense_bce."""
+    """A head as users write it. kind: plain (cross-entropy), dense_bce (a one-hot target), or
+    torchbnn (its layer and its KL)."""
 
     def __init__(self, kind: str, vocab_size: int, n_embd: int):
         super().__init__()
         self.divergence = None
-        if kind.startswith("torchbnn"):
+        if kind == "torchbnn":
             import torchbnn
 
             self.linear = torchbnn.BayesLinear(0, 0.1, n_embd, vocab_size, bias=False)
             self.divergence = torchbnn.BKLLoss(reduction="sum")
         else:
             self.linear = nn.Linear(n_embd, vocab_size, bias=False)
-        self.nll = dense_bce if kind.endswith("dense_bce") else F.cross_entropy
+        self.nll = dense_bce if kind == "dense_bce" else F.cross_entropy
 
     def forward(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = self.nll(self.linear(x).flatten(0, 1), targets.flatten())
@@ -92,11 +121,14 @@ def dense_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, 7, CASES)
-    shapes = QUICK if args.quick else SHAPES
-    for allocator in ("default", "tuned"):
-        allocators = dict.fromkeys(["plain", *(args.cases or CASES)], allocator)
-        measure.compare("heads", allocators, "plain", args.rounds, shapes)
+    args = measure.arguments(
+        __doc__,
+        CASES,
+        malloc=("tuned", "default"),
+        scale=("small", "gpu"),
+    )
+    allocators = dict.fromkeys(["plain", *(args.cases or CASES)], args.malloc)
+    measure.compare("heads", allocators, "plain", args.rounds, SHAPES[args.scale])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Measure cases in turns: medians and spreads over rounds.
 
 A machine's speed drifts, so the ratio of two cases is the median over rounds of their ratio within
-a round. Cases whose memory counts have a process each, because what a process did before changes
-what it needs later. A case is a function without arguments; prepare(case, **shapes) of its module
-makes it in its process.
+a round. On a CPU, cases whose memory counts have a process each, because what a process did before
+changes what it needs later. A case is a function without arguments; prepare(case, **shapes) of its
+module makes it.
 """
 
 import argparse
@@ -17,9 +17,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,15 +36,11 @@ def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
         for name, case in cases.items():
             started = time.perf_counter()
             case()
-            synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if counts:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def peak_memory(case: Callable[[], object]) -> int:
@@ -66,6 +61,8 @@ def peak_memory(case: Callable[[], object]) -> int:
 
 def memory_of(case: Callable[[], object]) -> int:
     """The peak memory of a call, and what the case holds between two calls."""
+    if hasattr(case, "memory"):
+        return case.memory()
     held = case.held() if hasattr(case, "held") else 0
     return held + peak_memory(case)
 
@@ -82,40 +79,55 @@ def compare(
     baseline: str,
     rounds: int,
     shapes: Mapping[str, int],
-    n_tokens: int = 0,
 ) -> None:
-    """Report time and peak memory of cases of a module in bench/, each in a process of its own.
+    """Report time and peak memory of cases that bench/<bench>.py prepares.
 
-    allocators: case -> its malloc setting. One process works while all others wait.
+    allocators: case -> its setting of malloc: default or tuned.
     """
-    spawn = multiprocessing.get_context("spawn")
-    processes = {}
+    make = prepared if torch.cuda.is_available() else InProcess
+    cases = {}
     for name, allocator in allocators.items():
-        setup = (f"bench.{bench}", name, allocator, shapes)
-        processes[name] = ProcessPoolExecutor(1, spawn, _prepare, setup)
-    cases = {name: partial(_run, process, _call) for name, process in processes.items()}
+        cases[name] = make(f"bench.{bench}", name, allocator, shapes)
     seconds = in_turns(cases, rounds)
-    memory = {name: _run(process, _memory) for name, process in processes.items()}
-    for process in processes.values():
-        process.shutdown()
-    columns = {name: {"allocator": allocator} for name, allocator in allocators.items()}
-    report(bench, seconds, baseline, memory, n_tokens, columns, shapes=shapes)
+    memory = {name: memory_of(case) for name, case in cases.items()}
+    columns = {}
+    for name, n_bytes in memory.items():
+        columns[name] = {
+            "allocator": allocators[name],
+            "memory_ratio": round(n_bytes / memory[baseline], 4),
+            "peak_mib": round(n_bytes / 2**20, 1),
+        }
+    report(bench, seconds, baseline, shapes, columns)
 
 
-def _run(process: ProcessPoolExecutor, function: Callable) -> object:
-    return process.submit(function).result()
-
-
-def _prepare(module: str, name: str, allocator: str, shapes: Mapping[str, int]) -> None:
-    global case
+def prepared(module: str, name: str, allocator: str, shapes: Mapping[str, int]) -> Callable:
+    torch.backends.cuda.matmul.allow_tf32 = True  # as training has it
     if allocator == "tuned":
         keep_memory()
-    case = importlib.import_module(module).prepare(name, **shapes)
+    return importlib.import_module(module).prepare(name, **shapes)
+
+
+class InProcess:
+    """A prepared case in a process of its own."""
+
+    def __init__(self, *setup):
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, spawn, _prepare, setup)
+
+    def __call__(self) -> None:
+        self.pool.submit(_call).result()
+
+    def memory(self) -> int:
+        return self.pool.submit(_memory).result()
+
+
+def _prepare(*setup) -> None:
+    global case
+    case = prepared(*setup)
 
 
 def _call() -> None:
     case()
-    synchronize()
 
 
 def _memory() -> int:
@@ -132,58 +144,58 @@ def report(
     bench: str,
     seconds: Mapping[str, list[float]],
     baseline: str,
-    memory: Mapping[str, int] | None = None,
-    n_tokens: int = 0,
+    shapes: Mapping[str, int],
     columns: Mapping[str, dict] | None = None,
-    **about,
 ) -> None:
-    """Print each case's median time and its ratio to the baseline with its middle half, and append
-    a record of each case but the baseline to the results.
+    """Print each case's median time and its ratio to the baseline with its middle half.
 
-    memory: bytes; n_tokens: of one call; columns: more fields of a case's record; about: more
-    fields of all records."""
-    print(f"\n{bench}: ratios to {baseline}; {about}")
-    width = max(map(len, seconds))
+    Appends a record of each case but the baseline to the results. columns: case -> more fields.
+    """
+    print(f"\n{bench}: ratios to {baseline}; {shapes}")
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
-        median = statistics.median(times)
         low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        more = dict((columns or {}).get(name, {}))
-        if memory:
-            more["memory_ratio"] = round(memory[name] / memory[baseline], 4)
-            more["peak_mib"] = round(memory[name] / 2**20, 1)
-        line = f"  {name:<{width}}  {median * 1e3:9.3f} ms  x {ratio:.3f} ({low:.3f} - {high:.3f})"
-        if n_tokens:
-            line += f"  {n_tokens / median:,.0f} tokens/s"
-        print(line, *(f" {key} {value}" for key, value in more.items()), flush=True)
-        if name != baseline:
-            record = {"bench": bench, "case": name, "baseline": baseline}
-            record |= {"time_ratio": round(ratio, 4), "seconds": round(median, 7)}
-            record |= more | about | {"machine": machine(), "torch": torch.__version__}
-            record["date"] = datetime.date.today().isoformat()
-            with open(os.environ.get("BENCH_RESULTS") or RESULTS, "a") as file:
-                file.write(json.dumps(record) + "\n")
+        median = statistics.median(times)
+        more = columns[name] if columns else {}
+        print(
+            f"  {name:<21} {median * 1e3:9.3f} ms  x {ratio:.3f} ({low:.3f} - {high:.3f})",
+            *(f" {key} {value}" for key, value in more.items()),
+            flush=True,
+        )
+        if name == baseline:
+            continue
+        record = {
+            "bench": bench,
+            "case": name,
+            "baseline": baseline,
+            "time_ratio": round(ratio, 4),
+            "seconds": round(median, 7),
+            **more,
+            "shapes": shapes,
+            "machine": machine(),
+            "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        with open(os.environ.get("BENCH_RESULTS", RESULTS), "a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
-def arguments(
-    description: str, rounds: int, cases: Collection[str] = (), **defaults
-) -> argparse.Namespace:
-    """The command line. cases: the names that --cases takes; defaults: further options, each with
-    its default or a tuple of its choices."""
+def arguments(description: str, cases: Iterable[str] = (), **options) -> argparse.Namespace:
+    """The command line. cases: the names that --cases takes; options: the choices of further
+    ones, the default first, or () for any text."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
-    parser.add_argument("--rounds", type=int, default=rounds, help="rounds of all cases in turns")
-    parser.add_argument("--cases", type=lambda names: names.split(","), default=[])
-    for name, default in defaults.items():
-        choices = default if isinstance(default, tuple) else None
-        default = choices[0] if choices else default
-        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all cases in turns")
+    parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE", default=[])
+    for name, choices in options.items():
+        default = choices[0] if choices else ""
+        parser.add_argument(f"--{name}", choices=choices or None, default=default)
     args = parser.parse_args()
-    if unknown := set(args.cases) - set(cases):
-        parser.error(f"--cases: {', '.join(unknown)} is not one of {', '.join(cases)}")
-    args.rounds = 2 if args.quick else max(2, args.rounds)
-    if args.quick:  # says nothing about speed
-        os.environ.setdefault("BENCH_RESULTS", os.devnull)
+    args.rounds = max(2, args.rounds)
+    if args.quick:
+        args.rounds = 2
+        args.scale = "quick"
+        os.environ.setdefault("BENCH_RESULTS", os.devnull)  # says nothing about speed
     return args
 
 

@@ -4,10 +4,10 @@
     python bench/step.py --scale=char           6 layers of 384 on 65 characters
     python bench/step.py --scale=gpt2           124M, one block of 1024
     python bench/step.py --scale=study          config/train_wikitext2_8k.py
+    python bench/step.py --scale=gpu            124M, 32 blocks of 1024
 
-Our steps run as training on a CPU with --compile: bf16 autocast, torch.compile, fused AdamW, the
-tuned allocator. What users write is eager fp32 with AdamW's and malloc's defaults; plain_tuned is
-the plain GPT with our allocator.
+Our steps run as training with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned
+allocator. What users write is eager fp32 with AdamW's and malloc's defaults.
 """
 
 import sys
@@ -26,26 +26,36 @@ from engine.base.optim import adamw
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
-USERS = ("plain", "transformers", "torchbnn", "dense_bce", "torchbnn_dense_bce")
-CASES = (*OURS, "dropout", "plain_tuned", *USERS)
-OF_SCALE = {  # those of 124M fit into 24 GiB together
-    "small": (*OURS, "plain_tuned", *USERS),
-    "char": (*OURS, "plain_tuned", "plain", "transformers"),
+USERS = ("plain", "transformers", "torchbnn", "dense_bce")
+CASES = (*OURS, "dropout", *USERS)
+OF_SCALE = {  # those of gpt2 fit into 24 GiB together
+    "quick": CASES,
+    "small": (*OURS, *USERS),
+    "char": (*OURS, "plain", "transformers"),
     "gpt2": ("softmax", "plain", "transformers"),
     "study": (*OURS, "dropout"),
+    "gpu": (*OURS,),
 }
-SIZES = {  # n_layer, n_head, n_embd, block_size, batch_size, vocab_size
+SHAPE = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "batch_size",
+    "vocab_size",
+)
+SIZES = {
     "small": (4, 4, 256, 256, 8, 50304),
     "char": (6, 6, 384, 256, 12, 65),
     "gpt2": (12, 12, 768, 1024, 1, 50304),
     "study": (3, 3, 192, 256, 8, 8192),
+    "gpu": (12, 12, 768, 1024, 32, 50304),
     "quick": (1, 2, 16, 16, 2, 307),
 }
 
 
 def shapes_of(scale: str) -> dict[str, int]:
-    names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size")
-    return dict(zip(names, SIZES[scale], strict=True))
+    return dict(zip(SHAPE, SIZES[scale], strict=True))
 
 
 class PlainGPT(torch.nn.Module):
@@ -55,7 +65,7 @@ class PlainGPT(torch.nn.Module):
         super().__init__()
         self.backbone = GPT(config)
         self.head = PlainHead(kind, config.vocab_size, config.n_embd)
-        if not kind.startswith("torchbnn"):  # its weights are a pair, which the embedding is not
+        if kind != "torchbnn":  # its weights are a pair, which the embedding is not
             self.head.linear.weight = self.backbone.transformer.wte.weight
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -64,19 +74,17 @@ class PlainGPT(torch.nn.Module):
 
 @dataclass
 class Step:
-    """A training step of n_micro micro-batches, always on the same batch."""
+    """A training step, always on the same batch."""
 
     model: torch.nn.Module
     loss_of: Callable[[], torch.Tensor]
     optimizer: torch.optim.Optimizer
     dtype: str
-    n_micro: int = 1
 
     def __call__(self) -> None:
-        for _ in range(self.n_micro):
-            with autocast(pick_device("auto"), self.dtype)[0]:
-                loss = self.loss_of()
-            (loss / self.n_micro).backward()
+        with autocast(pick_device("auto"), self.dtype)[0]:
+            loss = self.loss_of()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,45 +97,60 @@ class Step:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def prepare(case: str, batch_size: int, n_micro: int = 1, **shape: int) -> Step:
+def prepare(case: str, batch_size: int, **shape: int) -> Step:
     torch.manual_seed(0)
     device = pick_device("auto")
     size = (2, batch_size, shape["block_size"])
     idx, targets = torch.randint(shape["vocab_size"], size, device=device)
-    if case in OURS or case == "dropout":
+    if case in (*OURS, "dropout"):
         head = HeadConfig(**OURS.get(case, {}), n_data=N_DATA)
         dropout = 0.1 if case == "dropout" else 0.0
-        model = GPT(GPTConfig(**shape, head=head, dropout=dropout)).to(device)
+        config = GPTConfig(**shape, head=head, dropout=dropout)
+        model = GPT(config).to(device)
         loss_of = partial(measure.compiled(model), idx, targets)
-        return Step(model, loss_of, adamw(model, 6e-4, (0.9, 0.95), 0.1), "bfloat16", n_micro)
+        optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1)
+        return Step(model, loss_of, optimizer, "bfloat16")
     if case == "transformers":
         model = transformers_gpt2(**shape).to(device)
         loss_of = lambda: model(idx, labels=idx).loss  # noqa: E731  it shifts the labels itself
     else:
-        model = PlainGPT(case.removesuffix("_tuned"), GPTConfig(**shape)).to(device)
+        config = GPTConfig(**shape)
+        model = PlainGPT(case, config).to(device)
         loss_of = partial(model, idx, targets)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    return Step(model, loss_of, optimizer, "float32", n_micro)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=6e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+    )
+    return Step(model, loss_of, optimizer, "float32")
 
 
 def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
     """transformers' GPT-2 in training mode, without dropout; no token ends a text."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    options = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    options |= dict.fromkeys(("bos_token_id", "eos_token_id"))
-    model = GPT2LMHeadModel(GPT2Config(n_positions=block_size, **shape, **options))
+    config = GPT2Config(
+        n_positions=block_size,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        **shape,
+    )
+    model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # its default, without the warning
     return model.train()
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, 7, CASES, scale=tuple(OF_SCALE))
-    shapes = shapes_of("quick" if args.quick else args.scale)
+    scales = ("small", "char", "gpt2", "study", "gpu")
+    args = measure.arguments(__doc__, CASES, scale=scales)
     names = ["softmax", *(args.cases or OF_SCALE[args.scale])]
     allocators = {name: "default" if name in USERS else "tuned" for name in names}
-    n_tokens = shapes["batch_size"] * shapes["block_size"]
-    measure.compare("step", allocators, "softmax", args.rounds, shapes, n_tokens)
+    shapes = shapes_of(args.scale)
+    measure.compare("step", allocators, "softmax", args.rounds, shapes)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from engine.data.tokens import TokenFile
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, rounds=3, source="")
+    args = measure.arguments(__doc__, source=())
     seconds = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
+from bench import measure
 from bench.heads import OURS
 from bench.measure import peak_memory
 from bench.step import prepare, shapes_of
-from engine.base.errors import UserError
 
 KEYS = {"bench", "case", "baseline", "time_ratio", "seconds", "shapes", "machine", "torch", "date"}
 
@@ -45,18 +45,18 @@ def records_of(tmp_path, monkeypatch, capsys):
 IN_PROCESSES = frozenset({"memory_ratio", "peak_mib", "allocator"})
 
 
-def test_heads_compares_heads_and_what_users_write_with_the_plain_one(records_of):
-    cases = ["bayes_bf16", "torchbnn_dense_bce"]
-    records = records_of("heads", f"--cases={','.join(cases)}", keys=IN_PROCESSES)
-    expected = [(allocator, case) for allocator in ("default", "tuned") for case in cases]
-    assert [(record["allocator"], record["case"]) for record in records] == expected
+@pytest.mark.parametrize("malloc", ["default", "tuned"])
+def test_heads_compares_heads_and_what_users_write_with_the_plain_one(records_of, malloc):
+    cases = ["bayes_bf16", "torchbnn"]
+    records = records_of("heads", f"--malloc={malloc}", "--cases", *cases, keys=IN_PROCESSES)
+    found = [(record["allocator"], record["case"]) for record in records]
+    assert found == [(malloc, case) for case in cases]
     assert {(record["bench"], record["baseline"]) for record in records} == {("heads", "plain")}
 
 
 def test_step_compares_heads_and_what_users_write_with_our_softmax(records_of):
-    tuned, default = ("dropout", "plain_tuned"), ("transformers",)
-    records = records_of("step", f"--cases={','.join(tuned + default)}", keys=IN_PROCESSES)
-    expected = dict.fromkeys(tuned, "tuned") | dict.fromkeys(default, "default")
+    expected = {"dropout": "tuned", "transformers": "default", "dense_bce": "default"}
+    records = records_of("step", "--cases", *expected, keys=IN_PROCESSES)
     assert {record["case"]: record["allocator"] for record in records} == expected
     assert {(record["bench"], record["baseline"]) for record in records} == {("step", "softmax")}
 
@@ -85,17 +85,18 @@ def test_generate_compares_heads_draws_and_transformers_at_two_batch_sizes(recor
     assert {record["case"] for record in records} == cases and len(records) == 10
 
 
-def test_gpu_runs_its_parts_at_tiny_shapes_and_without_them_asks_for_a_gpu(records_of, monkeypatch):
-    cases = {}
-    for record in records_of("gpu"):
-        cases.setdefault(record["bench"], []).append(record["case"])
-    assert cases["gpu_steps"] == [name for name in OURS if name != "softmax"]
-    assert cases["gpu_heads"] == [f"{name}_bf16" for name in OURS]
-    assert cases["gpu_decode"] == 2 * ["draws: 8", "draws: 32", "eager"]
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(sys, "argv", ["gpu.py"])
-        with pytest.raises(UserError, match="CUDA"):
-            importlib.import_module("bench.gpu").main()
+def test_on_a_gpu_all_cases_share_one_process(records_of, monkeypatch):
+    monkeypatch.setattr(measure, "InProcess", measure.prepared)
+    monkeypatch.setattr(measure, "keep_memory", lambda: None)
+    records = records_of("step", "--cases", *OURS, keys=IN_PROCESSES)
+    assert {record["case"] for record in records} == OURS.keys() - {"softmax"}
+
+
+def test_an_unknown_case_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["heads.py", "--cases", "torchbn"])
+    with pytest.raises(SystemExit):
+        measure.arguments("A benchmark.", ["torchbnn"])
+    assert "torchbn" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(

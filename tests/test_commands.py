@@ -95,7 +95,8 @@ def check_options(script: str, argv: list[str]) -> None:
     argv = [word for word in argv if word not in PLACEHOLDERS | {"--help"} and "$" not in word]
     if script.startswith("bench/"):
         known = {"quick", "rounds", "cases"} | set(re.findall(r"(\w+)=", read(script)))
-        assert {word[2:].partition("=")[0] for word in argv} <= known
+        options = [word for word in argv if word.startswith("--")]
+        assert {word[2:].partition("=")[0] for word in options} <= known
         return
     is_train = re.fullmatch(r"train\w*\.py", script)
     if options := options_of("train.py" if is_train else script):
