@@ -1,7 +1,6 @@
 """export.py: transformers loads what it writes, and predicts, reads and writes the same with it."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -42,19 +41,20 @@ SOFTMAX = [head for head in HEADS if head[0] == "point" and head[1] != "sigmoid"
 OTHERS = [head for head in HEADS if head not in SOFTMAX]
 
 
+CHARS = [chr(ord("!") + i) for i in range(67)]
+
+
 def save(folder: Path, model: GPT, tokenizer=None) -> Path:
     """A run folder with this model, which does not say what it was trained on."""
+    tokenizer = tokenizer or CharTokenizer(CHARS)
     folder.mkdir()
     torch.save(
         {"model": model.state_dict(), "model_config": flatten(model.config)},
         folder / "ckpt_00000007.pt",
     )
-    about = tokenizer.describe() if tokenizer else {"kind": "none"}
-    (folder / "meta.json").write_text(
-        json.dumps({"tokenizer": about, "vocab_size": model.config.vocab_size})
-    )
-    if tokenizer:
-        tokenizer.save(folder)
+    meta = {"tokenizer": tokenizer.describe(), "vocab_size": model.config.vocab_size}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    tokenizer.save(folder)
     return folder
 
 
@@ -193,7 +193,7 @@ def test_a_trained_run_goes_out_with_its_tokenizer_its_figures_and_its_text(
         "text-generation",
         None,
     )
-    assert f"train {len(TokenFile(data, 'train')):,} tokens" in text and "| steps | 40 |" in text
+    assert "for 40 steps on sea" in text
 
 
 def test_greedy_text_is_the_same_here_there_and_in_a_pipeline(tmp_path, monkeypatch, capsys):
@@ -289,17 +289,6 @@ def test_characters_are_characters_in_transformers_and_unknown_ones_an_error(tmp
     assert back.describe() == ours.describe()
 
 
-def test_a_model_of_ids_without_text_goes_out_without_a_tokenizer(tmp_path):
-    folder = exported(save(tmp_path / "run", tiny_gpt()), tmp_path / "out")
-    assert (
-        not list(folder.glob("token*"))
-        and "| tokenizer | none |" in (folder / "README.md").read_text()
-    )
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
-    assert theirs.generation_config.eos_token_id is None
-    assert theirs.generate(tokens(1, 3), max_new_tokens=9, do_sample=False).shape == (1, 12)
-
-
 @pytest.mark.parametrize(("weights", "likelihood"), OTHERS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_nearest_gpt2_has_the_mean_logits(tmp_path, weights, likelihood, tied):
@@ -318,9 +307,6 @@ def test_the_nearest_gpt2_has_the_mean_logits(tmp_path, weights, likelihood, tie
     with torch.no_grad():
         expected = model.lm_head.logits(model.hidden(idx)).log_softmax(-1)
         torch.testing.assert_close(theirs(idx).logits.log_softmax(-1), expected, atol=1e-4, rtol=0)
-
-
-CHARS = [chr(ord("!") + i) for i in range(67)]
 
 
 def write_chars(folder: Path) -> Path:
@@ -358,7 +344,7 @@ def test_a_bayesian_mlp_is_a_loss_too(tmp_path):
     more = ("--approximate", f"--dataset={write_chars(tmp_path / 'data')}")
     text = (exported(source, tmp_path / "gpt2", *more) / "README.md").read_text()
     assert (
-        "| this model |" in text and "averaged" not in text
+        "| the export |" in text and "averaged" not in text
     )  # which only draws of hidden layers could be
 
 
@@ -433,57 +419,18 @@ def test_an_exported_run_starts_fine_tuning_on_its_own_tokens_alone(tmp_path, da
         run(tmp_path / "other", tmp_path / "no", init_from=tmp_path / "theirs")
 
 
-def test_a_damaged_config_of_the_run_is_said_before_the_measurement(tmp_path):
-    source = save(tmp_path / "run", tiny_gpt(), CharTokenizer(CHARS))
-    (source / "config.json").write_text('{"environment": {"commit": "abc", "torch": "9"}}')
-    assert (
-        "| trained with | commit abc, torch 9 |"
-        in (exported(source, tmp_path / "out") / "README.md").read_text()
-    )
-    (source / "config.json").write_text("{")
-    assert "config.json is damaged" in refusal(source, tmp_path / "again")
-
-
 def test_a_nanogpt_checkpoint_and_a_single_file_go_out_too(tmp_path):
     model = tiny_gpt(std=0.3)
     write_nanogpt(tmp_path / "ckpt.pt", model, bias=False)
-    (tmp_path / "meta.json").write_text(
-        json.dumps({"tokenizer": {"kind": "none"}, "vocab_size": 67})
-    )
+    meta = {"tokenizer": CharTokenizer(CHARS).describe(), "vocab_size": 67}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
     for i, source in enumerate((tmp_path / "ckpt.pt", tmp_path)):
         folder = exported(source, tmp_path / f"out{i}")
         assert torch.equal(load_model(folder).transformer.wte.weight, model.transformer.wte.weight)
 
 
-def test_the_card_says_what_a_reader_of_it_needs(tmp_path, data):
-    """The sign of the difference, what begins elsewhere, what a smooth head and padded ids leave
-    out.
-    """
-    run(data, tmp_path / "first", max_iters=3, vocab_size=320)
-    options = {"likelihood": "sigmoid", "init_from": tmp_path / "first", "max_iters": 3}
-    run(data, tmp_path / "second", **options)
-    text = (
-        exported(tmp_path / "second", tmp_path / "gpt2", "--approximate") / "README.md"
-    ).read_text()
-    nlls = [
-        float(line.split("|")[2])
-        for line in text.splitlines()
-        if line.startswith(("| the original", "| this model"))
-    ]
-    change = float(re.search(r"nll differs by ([+-]\S+) nats", text)[1])
-    assert change == pytest.approx(nlls[1] - nlls[0], abs=2e-4) and "| begun from | first |" in text
-    assert "label smoothing" not in text
-    smooth = save(tmp_path / "smooth", tiny_gpt(likelihood="smooth"), CharTokenizer(CHARS))
-    assert (
-        "correction for label smoothing"
-        in (exported(smooth, tmp_path / "s") / "README.md").read_text()
-    )
-
-
 def test_others_may_read_the_weights_and_dropout_goes_along(tmp_path):
-    folder = exported(
-        save(tmp_path / "run", tiny_gpt(dropout=0.25), CharTokenizer(CHARS)), tmp_path / "gpt2"
-    )
+    folder = exported(save(tmp_path / "run", tiny_gpt(dropout=0.25)), tmp_path / "gpt2")
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     config = json.loads((folder / "config.json").read_text())
     assert {config[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")} == {0.25}

@@ -32,7 +32,8 @@ def unsupported_features(model: GPT) -> list[str]:
     features = []
     if model.bayes_layers():
         features.append("the posterior of weights (their means stay)")
-    name, likelihood = model.config.head.likelihood, model.lm_head.likelihood
+    name = model.config.head.likelihood
+    likelihood = model.lm_head.likelihood
     if not likelihood.is_softmax:
         if likelihood.logit_offset is None:
             raise UserError(
@@ -52,7 +53,8 @@ def nearest_gpt2(model: GPT) -> GPT:
     means = {name: tensor for name, tensor in state.items() if not name.endswith(".log_std")}
     logit_bias = "uniform" if "lm_head.bias" in means else "none"
     head = HeadConfig(tie_head=model.config.head.tie_head, logit_bias=logit_bias)
-    gpt2 = GPT(replace(model.config, bias=True, qkv_bias=False, bayes_mlp=False, head=head))
+    config = replace(model.config, bias=True, qkv_bias=False, bayes_mlp=False, head=head)
+    gpt2 = GPT(config)
     for name, parameter in gpt2.named_parameters():
         if name.endswith(".bias"):
             means.setdefault(name, torch.zeros_like(parameter))
@@ -69,10 +71,12 @@ def transformers_tensors(gpt2: GPT) -> dict[str, torch.Tensor]:
     weight = tensors.pop("lm_head.weights.weight")
     bias = tensors.pop("lm_head.bias", None)
     if bias is not None:
-        norm = [tensors[f"transformer.ln_f.{name}"] for name in ("weight", "bias")]
-        weight = with_bias(*(tensor.double() for tensor in (weight, bias, *norm))).float()
-        for name in ("weight", "bias"):
-            tensors[f"transformer.ln_f.{name}"] = torch.ones_like(norm[0])
+        g = tensors["transformer.ln_f.weight"]
+        b = tensors["transformer.ln_f.bias"]
+        exact = with_bias(weight.double(), bias.double(), g.double(), b.double())
+        weight = exact.float()
+        tensors["transformer.ln_f.weight"] = torch.ones_like(g)
+        tensors["transformer.ln_f.bias"] = torch.ones_like(b)
     if bias is not None or not gpt2.config.head.tie_head:
         tensors["lm_head.weight"] = weight
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -92,8 +96,13 @@ def write_model(folder: Path, gpt2: GPT, eot: int | None) -> None:
     """
     from safetensors.torch import save_file
 
-    tensors, shape = transformers_tensors(gpt2), gpt2.config
-    special_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
+    tensors = transformers_tensors(gpt2)
+    shape = gpt2.config
+    special_ids = {
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "pad_token_id": eot,
+    }
     config = {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
@@ -102,7 +111,9 @@ def write_model(folder: Path, gpt2: GPT, eot: int | None) -> None:
         "n_embd": shape.n_embd,
         "n_positions": shape.block_size,
         "vocab_size": shape.vocab_size,
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), shape.dropout),
+        "embd_pdrop": shape.dropout,
+        "attn_pdrop": shape.dropout,
+        "resid_pdrop": shape.dropout,
         **special_ids,
         "tie_word_embeddings": "lm_head.weight" not in tensors,
     }
@@ -127,7 +138,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
     transformers_tokenizer(tokenizer).save(str(folder / BPETokenizer.file))
     write_json(folder / "tokenizer_config.json", config)
     tokenizer.save(folder)
-    meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
+    meta = {
+        "tokenizer": tokenizer.describe(),
+        "vocab_size": tokenizer.vocab_size,
+    }
     write_json(folder / "meta.json", meta)
 
 
@@ -163,7 +177,8 @@ def merges_of(tokens: list[str]) -> list[tuple[str, str]]:
 
     Merging a token's bytes by the ranks below its own leaves the two parts that it was made of.
     """
-    rank, merges = {token: i for i, token in enumerate(tokens)}, []
+    rank = {token: i for i, token in enumerate(tokens)}
+    merges = []
     for token in tokens[256:]:
         parts = list(token)
         while len(parts) > 2:

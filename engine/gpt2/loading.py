@@ -62,15 +62,9 @@ def from_transformers(source: str | Path) -> tuple[dict, dict]:
     output = tensors.pop("lm_head.weight", None)
     state = {}
     for name, tensor in tensors.items():
-        if name.endswith(MASKS):
-            continue
-        if not tensor.is_floating_point():
-            raise UserError(
-                f"{source}: {name} is {tensor.dtype}; quantised weights do not fit, "
-                "save them as float32"
-            )
-        name = "transformer." + name.removeprefix("transformer.")
-        state[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
+        if not name.endswith(MASKS):
+            name = "transformer." + name.removeprefix("transformer.")
+            state[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
     _require(state, (EMBEDDING, POSITIONS), source)
     if output is None:
         if config.get("tie_word_embeddings") is False:
@@ -85,21 +79,16 @@ def from_transformers(source: str | Path) -> tuple[dict, dict]:
 def _files_of(folder: Path) -> list[Path]:
     """config.json and the files of the weights."""
     names = [WEIGHTS]
-    in_one_file = (folder / WEIGHTS).is_file()
-    pickles = sorted(folder.glob("pytorch_model*"))
-    if not in_one_file and (folder / INDEX).is_file():
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    elif not in_one_file and pickles:
-        raise UserError(
-            f"{folder} has its weights as {pickles[0].name}, which can run code; convert it: "
-            'python -c "from transformers import GPT2LMHeadModel as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}', safe_serialization=True)\""
-        )
     paths = [folder / name for name in ("config.json", *names)]
     for path in paths:
         if not path.is_file():
-            needed = ", ".join(p.name for p in paths)
-            raise UserError(f"{path} is missing; a transformers GPT-2 folder holds {needed}")
+            raise UserError(
+                f"{path} is missing; a pytorch_model.bin, which can run code, must be converted: "
+                'python -c "from transformers import GPT2LMHeadModel as M; '
+                f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            )
     return paths
 
 
@@ -126,13 +115,6 @@ def _shape_of(config: dict, path: str | Path) -> dict:
     sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
     _require(config, sizes, path)
     shape = {name: config[name] for name in sizes}
-    for name, size in shape.items():
-        if type(size) is not int or size < 1:
-            raise UserError(f"{path} has {name} = {size!r}, which must be a whole number above 0")
-    if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise UserError(
-            f"{path} has n_inner = {config['n_inner']!r}; this model is GPT-2, which has 4 * n_embd"
-        )
     return shape | {"block_size": shape.pop("n_positions"), "bias": True}
 
 
@@ -172,7 +154,7 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
                 f"the weights diverged: {name} has values that are not finite; "
                 "take an earlier checkpoint"
             )
-        if name == POSITIONS and tensor.dim():
+        if name == POSITIONS:
             state[name] = tensor[: model.config.block_size]
         if name.endswith(".log_std") and name in ours and tensor.size(1) == 1:
             state[name] = tensor.expand_as(ours[name])  # a std per row is a full posterior too
