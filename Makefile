@@ -104,8 +104,6 @@ bench: .venv/.installed-dev
 	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
 	$(PY) bench/step.py --scale=study $(FLAGS)
 	$(PY) bench/generate.py $(FLAGS)
-	$(PY) bench/evaluate.py $(FLAGS)
-	$(PY) bench/evaluate.py --scale=study $(FLAGS)
 
 reliability: .venv/.installed-dev
 	$(PY) -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50

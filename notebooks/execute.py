@@ -30,4 +30,3 @@ def execute(path: Path, **parameters) -> nbformat.NotebookNode:
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
         nbformat.write(execute(path), path)
-        print(f"{path}: {path.stat().st_size / 1000:.0f} KB")

@@ -85,11 +85,7 @@ NUMBERS = [
     ("max_iters", "1.5", "--max_iters wants int, got '1.5'"),
     ("max_iters", HUGE, "max_iters = 1"),
     ("batch_size", "1000000000000", "batch_size = 1000000000000 must"),
-    (
-        "n_embd",
-        "1000000",
-        "a model of .* billion parameters takes .* GB, this machine has .*; lower --n_layer",
-    ),
+    ("n_embd", "1000000", "n_embd = 1000000 must"),
     ("n_layer", "", "--n_layer wants int, got ''"),
     ("out_dir", "", "out_dir is empty"),
     ("dataset", "", r"train\.bin is missing"),
@@ -163,7 +159,7 @@ CASES = [
     (
         "train.py",
         [*TRAIN, "--n_embd=30", "--n_head=4"],
-        "n_embd = 30 is not divisible by n_head = 4; n_head could be 3 or 5",
+        "n_embd = 30 must be a multiple of n_head = 4",
     ),
     ("train.py", [*TRAIN, "--batch_size=0"], "batch_size = 0 must"),
     ("train.py", [*TRAIN, "--dropout=1"], "dropout = 1.0 must"),
@@ -220,11 +216,6 @@ CASES = [
         "latin.txt cannot be written to",
     ),
     ("evaluate.py", [*EVALUATE, "--stride=17"], "stride = 17 leaves tokens out"),
-    (
-        "evaluate.py",
-        [*EVALUATE, "--ood_dataset=words"],
-        "ood_dataset = 'words' is the run's own text",
-    ),
     ("evaluate.py", [*EVALUATE, "--ood_dataset=nowhere"], r"test\.bin is missing"),
     (
         "evaluate.py",
@@ -270,7 +261,7 @@ CASES = [
     (
         "train.py",
         [*TRAIN, "--out_dir=run", "--init_from=resume", "--n_layer=2"],
-        "n_layer = 2, but the run to resume has 1",
+        r"n_layer = 2 \(was 1\) cannot change",
     ),
     (
         "train.py",
@@ -391,7 +382,7 @@ def test_auto_picks_a_dtype_that_exists():
 
 def test_as_processes_of_their_own_the_scripts_leave_no_traceback(prepared):
     commands = {
-        "train.py": ([*TRAIN, "--n_embd=30", "--n_head=4"], "n_head could be 3 or 5"),
+        "train.py": ([*TRAIN, "--n_embd=30", "--n_head=4"], "must be a multiple of n_head"),
         "sample.py": ([*SAMPLE, "--out_dir=empty"], "there is no checkpoint in empty"),
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

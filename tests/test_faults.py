@@ -300,7 +300,8 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_trains(d
         assert first.wait_for("step +[0-9]+/")
         second = Run(data, tmp_path / "run", log=tmp_path / "second.log")
         assert second.ended()[0] == 2
-        assert re.fullmatch(r"error: another process is training in .*--out_dir\n", second.output)
+        last_line = second.output.splitlines()[-1]
+        assert re.fullmatch("error: another process is training in .*--out_dir", last_line)
     finally:
         first.kill()
 

@@ -124,7 +124,6 @@ def test_two_heads_share_their_charts_in_wandb_against_tokens(data, tmp_path, of
     metrics = {
         record.metric.name or record.metric.glob_name: record.metric for record in stored(path)
     }
-    assert metrics["val/nll"].step_metric == "tokens" and metrics["val/nll"].summary.min
     assert all(
         metrics[f"{group}/*"].step_metric == "tokens" for group in ("train", "val", "objective")
     )

@@ -55,7 +55,6 @@ def make_row(bayes: bool = False, ood: bool = True, seed: int = 0, **fields) -> 
         row["ood"] = {
             "dataset": "plays",
             "auroc": auroc,
-            "fpr95": auroc,
             "histograms": histograms(),
         }
     return row | fields

@@ -71,15 +71,6 @@ def run_main(main: Callable[[], object]) -> None:
         raise
 
 
-def check_memory(n_bytes: int, what: str, advice: str) -> None:
-    """Refuse what this machine cannot hold, before the attempt has filled its memory."""
-    if hasattr(os, "sysconf"):  # not on Windows
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if n_bytes > memory:
-            n_gb, memory_gb = n_bytes // 10**9, memory // 10**9
-            raise UserError(f"{what} takes {n_gb:,} GB, this machine has {memory_gb:,}; {advice}")
-
-
 def warn(message: str) -> None:
     """Print a warning, once for all processes."""
     if os.environ.get("RANK", "0") == "0":

@@ -90,8 +90,11 @@ def check_writable(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The file's sha256."""
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 22):
+            sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def flush(path: Path) -> None:

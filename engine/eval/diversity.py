@@ -1,4 +1,4 @@
-"""How varied is generated text? Self-BLEU, distinct-n and repetition of continuations.
+"""How varied is generated text? Self-BLEU and distinct-n of continuations.
 
 The prompt is not judged, only what follows it up to end-of-text. Words are separated by white
 space, whatever the tokenizer. These numbers depend on the amount of text: compare runs on the same
@@ -75,25 +75,13 @@ def diversity(texts: list[str]) -> dict[str, float | None]:
     }
     for n in (1, 2, 3, 4):
         result[f"distinct_{n}"] = distinct(words, n)
-    repeated = []
-    for text in words:
-        share = distinct([text], 4)
-        if share is not None:
-            repeated.append(1 - share)
-    result["repetition"] = mean(repeated)
     return result
-
-
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def distinct(texts: list[list[str]], n: int) -> float | None:
     """The share of distinct n-grams of words among those of all texts together (Li et al. 2016, A
     Diversity-Promoting Objective Function for Neural Conversation Models). It falls with length.
-
-    For one text alone, 1 - distinct at n = 4 is seq-rep-4 (Welleck et al. 2020, Neural Text
-    Generation with Unlikelihood Training); its mean over texts is `repetition`."""
+    """
     ngrams = []
     for text in texts:
         for i in range(len(text) - n + 1):
@@ -114,4 +102,4 @@ def self_bleu(texts: list[str]) -> float | None:
     for i, text in enumerate(texts):
         others = texts[:i] + texts[i + 1 :]
         scores.append(bleu.sentence_score(text, others).score)
-    return mean(scores)
+    return sum(scores) / len(scores)

@@ -42,7 +42,7 @@ class EvaluationConfig:
     mc_dropout: bool = False
     # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
     labels: str = ""
-    # also generate so many texts from prompts of the split: Self-BLEU, distinct-n, repetition
+    # also generate so many texts from prompts of the split: Self-BLEU, distinct-n
     continuations: NonNegativeInt = 0
     prompt_tokens: PositiveInt = 32  # of each prompt
     max_new_tokens: PositiveInt = 100  # of each continuation

@@ -221,29 +221,17 @@ def auroc(in_domain: Tensor, ood: Tensor) -> float:
     return 1 - share_below.item()
 
 
-def fpr95(in_domain: Tensor, ood: Tensor) -> float:
-    """The share of OOD text accepted at the threshold that accepts 95 % of the in-domain text
-    (Liang et al. 2018), ties in random order. in_domain, ood: see auroc."""
-    below = in_domain.cumsum(0)
-    wanted = 0.95 * below[-1]
-    last = torch.searchsorted(below, wanted)
-    share_above = (below[last] - wanted) / in_domain[last]
-    accepted = ood[: last + 1].sum() - share_above * ood[last]
-    return (accepted / ood.sum()).item()
-
-
 def out_of_domain(in_domain: MetricAccumulator, ood: MetricAccumulator) -> dict:
     """How well each uncertainty tells OOD text, by token and by the mean over a block."""
     result = {
         "n_tokens": int(ood.parts["sum n_tokens"]),
         "nll": ood.mean("nll"),
         "histograms": ood.histograms(),
+        "auroc": {},
     }
-    for score in (auroc, fpr95):
-        found = result[score.__name__] = {}
-        for name in [*ood.uncertainties(), "nll"]:
-            found[name] = {}
-            for level in ("token", "block"):
-                counts = [scores.parts[f"{level} {name}"] for scores in (in_domain, ood)]
-                found[name][level] = score(*counts)
+    for name in [*ood.uncertainties(), "nll"]:
+        result["auroc"][name] = {}
+        for level in ("token", "block"):
+            counts = [scores.parts[f"{level} {name}"] for scores in (in_domain, ood)]
+            result["auroc"][name][level] = auroc(*counts)
     return result

@@ -121,7 +121,6 @@ class Logger:
                 self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
                 for group in ("train", "val", "objective"):
                     self.wandb.define_metric(f"{group}/*", step_metric="tokens")
-                self.wandb.define_metric("val/nll", step_metric="tokens", summary="min")
                 for record in read_records(self.path):  # what wandb lacks of a resumed run
                     self._chart(record)
         # an unreachable service takes a minute, which is not training
