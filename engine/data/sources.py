@@ -49,9 +49,11 @@ def split_documents(chunks: Chunks) -> Pieces:
     held, is_start = "", True
     for text, ends in chunks:
         held += text
-        while found := GOOD_CUT.search(held, PIECE):
-            yield held[: found.end()], is_start
-            held, is_start = held[found.end() :], False
+        begin = 0
+        while found := GOOD_CUT.search(held, begin + PIECE):
+            yield held[begin : found.end()], is_start
+            begin, is_start = found.end(), False
+        held = held[begin:]
         if ends:
             if held and not (is_start and held.isspace()):
                 yield held, is_start
