@@ -73,7 +73,7 @@ CASES = [
     (META, {"tokenizer": "char"}, "data", NO_META),
     (META, b"", "data", "meta.json is damaged"),
     (META, NESTED, "data", "meta.json is damaged"),
-    (META, {"vocab_size": 1 << 31}, "data", "takes .* GB, this machine has|of 2147483648"),
+    (META, {"vocab_size": 1 << 31}, "data", "out of memory|of 2147483648"),
     (META, None, "data", "Is a directory: 'words/meta.json'"),
     (RUN_META, {"tokenizer": {"kind": "none"}}, "run", "names an unknown tokenizer 'none'"),
     (TOKENIZER, b"{}", "bpe", "is no byte-level BPE"),
@@ -85,7 +85,7 @@ CASES = [
     (CONFIG, b"[]", "openai", CONFIG),
     (CONFIG, NESTED, "openai", CONFIG),
     (CONFIG, {"model_type": "llama"}, "openai", "has model_type = 'llama'"),
-    (CONFIG, {"n_layer": -1}, "openai", "n_layer"),
+    (CONFIG, {"n_layer": -1}, "openai", "does not describe a GPT-2"),
     (CONFIG, b'{"model_type": "gpt2"}', "from openai", "n_layer"),
     (WEIGHTS, b"", "openai", "model.safetensors is damaged"),
     (WEIGHTS, b"\x10" + NESTED, "openai", "model.safetensors is damaged"),
@@ -102,7 +102,7 @@ CHECKPOINTS = [
     (
         {"model_config": {"n_embd": 2**18, "n_head": 1}},
         "run",
-        "a model of .* parameters takes .* GB, this machine has",
+        "n_embd = 262144 must",
     ),
     ({"optimizer": ...}, "resume", "holds weights without the state of their training"),
     (
