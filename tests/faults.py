@@ -228,7 +228,7 @@ def undisturbed(data: Path, folder: Path, processes: int = 1, **options):
 
 
 def kills(n: int, data: Path, folder: Path, rng: random.Random) -> dict:
-    """kill -9 at random instants of a run that saves at each step: how often the next start goes on
+    """kill -9 at random instants of a run that saves at each step: how often the next start resumes
     from the newest checkpoint that was whole, and whether the runs end as undisturbed ones.
     """
     reference, out_dir = undisturbed(data, folder / "reference"), folder / "killed_0"

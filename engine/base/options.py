@@ -181,7 +181,7 @@ def _split_arguments(
 
 
 def _run_config_file(path: Path) -> dict[str, Any]:
-    """The values that a config file leaves behind: no modules, no functions, no name that begins
+    """The plain values that a config file sets: no modules, no functions, no name that begins
     with an underscore.
     """
     if not path.is_file():
