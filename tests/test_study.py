@@ -114,11 +114,13 @@ def calls(home):
     """Killed once a run has its records, then run to the end, then called again: the records and
     trials at the kill, and the commands of the two later calls."""
     process = start(home, *FLAGS)
-    while not (done := list(home.glob("out/tried/logs/small/*/eval_test.json"))):
+    while not (done := list(home.glob("out/tried/logs/small/[!.]*/eval_test.json"))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    for name in KEPT - {path.parent.name for path in done}:  # as if killed while it copies records
+        (home / f"out/tried/logs/small/.{name}.tmp").mkdir(exist_ok=True)
     before = [contents(path.parent) for path in done], trials(home)
     return *before, commands(home, *FLAGS), commands(home, *FLAGS)
 

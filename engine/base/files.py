@@ -32,8 +32,9 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `path` once the block is done and it is on the disk.
-    A failure leaves nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    A failure leaves nothing; what a killed process left is removed by the next one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
