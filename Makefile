@@ -7,7 +7,8 @@
 #                  continues a killed study.
 #                  FLAGS="--studies=wikitext2_8k": one of the studies
 #                  FLAGS="--studies=wikitext_100m": 124M, on a GPU
-# make test        ruff and the tests; FLAGS="-k export": flags of pytest
+# make test        ruff and the tests but for the slow ones; FLAGS="-k export": flags of pytest
+# make test-all    the same with the slow tests, as CI runs it
 # make format      ruff's formatter and its safe fixes
 # make results     the tables and plots of all studies, in the pages and the notebook, from
 #                  training_logs/ alone; seconds
@@ -28,7 +29,7 @@ FLAGS  ?=
 RUNS   := $(OUT)/softmax,$(OUT)/smooth,$(OUT)/bayes,$(OUT)/sigmoid,$(OUT)/bayes_sigmoid
 TRAIN   = config/quickstart.py --init_from=auto $(FLAGS)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
-.PHONY: run study study-data test format results notebooks bench reliability soak clean
+.PHONY: run study study-data test test-all format results notebooks bench reliability soak clean
 
 # $(call stage,TITLE,COMMAND) prints the title, runs the command, and prints how long it took
 define stage
@@ -83,6 +84,9 @@ test: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(FLAGS)
+
+test-all:
+	$(MAKE) test FLAGS='-m "" $(FLAGS)'
 
 format: .venv/.installed-dev
 	.venv/bin/ruff check --fix .

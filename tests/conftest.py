@@ -1,11 +1,15 @@
 """What all tests share: real text where it is at hand, and GPT-2's BPE without a download."""
 
+import functools
 import hashlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import run, write_words
 
 # as in tiktoken_ext/openai_public.py
 BLOBS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -41,3 +45,25 @@ def tiktoken_offline(tmp_path_factory: pytest.TempPathFactory) -> None:
         found = next(Path(package.origin).parent.rglob(name))
         (cache / hashlib.sha1((BLOBS + name).encode()).hexdigest()).write_bytes(found.read_bytes())
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+
+
+@pytest.fixture(scope="session")
+def words_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of random words; read-only."""
+    return write_words(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="session")
+def trained(
+    words_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """trained(weights, likelihood) is the folder of a tiny run of that head on words_data; each is
+    trained once. Read-only: a test that writes into it makes a copy first."""
+
+    @functools.cache
+    def folder(weights: str = "point", likelihood: str = "categorical") -> Path:
+        out_dir = tmp_path_factory.mktemp(f"{weights}-{likelihood}")
+        run(words_data, out_dir, weights=weights, likelihood=likelihood)
+        return out_dir
+
+    return folder
