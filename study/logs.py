@@ -75,9 +75,12 @@ def read(study: Path) -> dict[str, Variant]:
             if path.is_file():
                 variant = found.setdefault(name + kind, Variant(label_of(name + kind, config)))
                 variant.seeds[seed] = flat(read_json(path))
-        curve = validation_curve(read_records(folder / "metrics.jsonl"))
+        records = read_records(folder / "metrics.jsonl")
+        curve = validation_curve(records)
         if curve and name in found:
             found[name].curves[seed] = curve
+            if seed in found[name].seeds and "seconds" in records[-1]:
+                found[name].seeds[seed]["training_seconds"] = records[-1]["seconds"]
     softmax = found.get("softmax", Variant("")).seeds
     nlls = {seed: numbers["nll"] for seed, numbers in softmax.items()}
     for name, variant in found.items():

@@ -3,9 +3,10 @@
     # the tables of all pages that ask for one, the plots in training_logs/<study>/
     python -m study.summary
 
-A page asks with <!-- table: STUDY KIND --> ... <!-- end -->; KIND is summary, prediction,
-uncertainty or tuning, or for several studies with + between them beside. A run that somebody adds,
-training_logs/<study>/<variant>-seed<k>/ with metrics.jsonl and eval_test.json, is in them too.
+A page asks for a table with <!-- table: STUDY KIND --> ... <!-- end -->. KIND is brief, summary,
+prediction, uncertainty or tuning; or beside, for several studies with + between their names.
+A run that you add as training_logs/<study>/<variant>-seed<k>/, with metrics.jsonl and
+eval_test.json, appears in the tables too.
 """
 
 import math
@@ -70,17 +71,22 @@ COLUMNS = {  # kind of table -> number -> head of its column: format, ± for the
         "log_sum_sigma": "ln Σσ: +.4f",
     },
 }
+BRIEF = {
+    "perplexity": "perplexity: .2f",
+    "ratio": "vs softmax: .3f",
+    "ece": "ECE: .4f",
+    "training_seconds": "training (s): .0f",
+}
 BESIDE = {"ratio": "vs softmax: .3f ±", "ece": "ECE: .4f ±"}
 
 
 def table(study: Path, kind: str) -> str:
     """A table of a study in Markdown; ± is the standard deviation over seeds."""
-    if kind == "tuning":
-        return tuning(study)
-    if kind == "beside":
-        return beside(study)
+    others = {"brief": brief, "tuning": tuning, "beside": beside}
+    if kind in others:
+        return others[kind](study)
     if kind not in COLUMNS:
-        kinds = ", ".join([*COLUMNS, "tuning", "beside"])
+        kinds = ", ".join([*COLUMNS, *others])
         raise UserError(f"a table of kind {kind!r} is none of: {kinds}")
     variants = read(study)
     measured = costs(study)
@@ -134,6 +140,13 @@ def unigram(variants: dict[str, Variant]) -> Variant:
         softmax = mean(variants["softmax"].values("nll"))
         numbers["ratio"] = math.exp(nlls[0] - softmax)
     return Variant(label, {0: numbers})
+
+
+def brief(study: Path) -> str:
+    """The columns of BRIEF for each variant, whose label leaves out the values of options."""
+    variants = read(study)
+    lines = [[label_of(name, {}), *cells(variants[name], BRIEF)] for name in variants]
+    return markdown(["head", *(column.split(": ")[0] for column in BRIEF.values())], lines)
 
 
 def beside(studies: Path) -> str:

@@ -69,6 +69,21 @@ def test_a_table_has_means_and_standard_deviations_over_seeds_and_ratios_of_the_
     assert found["sigmoid, taught"] == taught
 
 
+def test_a_brief_table_has_no_more_than_perplexity_ratio_calibration_and_training_time(tmp_path):
+    study = write(tmp_path / "study", {"softmax": {1: 5.0}, "bayes": {1: 4.9}})
+    config = {"weights": "bayes", "likelihood": "categorical", "kl_weight": 0.1}
+    (study / "bayes-seed1/config.json").write_text(json.dumps(config))
+    evaluation = {"nll": 4.9, "perplexity": 134.29, "ece": 0.01, "unigram_nll": 7.0}
+    (study / "bayes-seed1/eval_test.json").write_text(json.dumps(evaluation))
+    with (study / "bayes-seed1/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "tokens": 400, "val_nll": 4.9, "seconds": 53.7}) + "\n")
+    found = cells(summary.table(study, "brief"))
+    assert found["head"] == ["perplexity", "vs softmax", "ECE", "training (s)"]
+    assert list(found)[2:] == ["softmax", "Bayes"]
+    assert found["softmax"] == ["148.41", "1.000", "0.0100", ""]
+    assert found["Bayes"] == ["134.29", f"{math.exp(-0.1):.3f}", "0.0100", "54"]
+
+
 def test_an_ensemble_is_compared_with_softmaxs_mean_and_other_kinds_with_their_seed(tmp_path):
     study = write(tmp_path / "study")
     for kind in ("_averaged", "_ensemble_of_4"):
@@ -287,7 +302,7 @@ def test_a_slip_in_a_pages_marker_is_said_and_no_page_written(tmp_path, monkeypa
 
 def test_every_study_of_the_logs_has_a_table_in_a_page():
     pages = "".join(page.read_text() for page in PAGES.values())
-    asked = set(re.findall(r"<!-- table: (\S+) (?:summary|prediction) ", pages))
+    asked = set(re.findall(r"<!-- table: (\S+) (?:brief|summary|prediction) ", pages))
     studies = {path.parts[-3] for path in summary.LOGS.glob("*/*/eval_test.json")}
     assert studies == asked
 
