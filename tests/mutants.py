@@ -1,0 +1,95 @@
+"""Do the tests notice faults? Tries known ones in a copy of the code, one at a time.
+
+    python -m tests.mutants              # all
+    python -m tests.mutants --only=3,17  # these two
+
+tests/mutants.json has two parts. "mutants" are the faults; the old text of each must occur exactly
+once in its file. "tests" are the test files to run, by the path that a faulty file begins with. A
+fault is caught if one of them fails. That they pass without a fault is not checked here.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSED, FAILED = 0, 1  # exit codes of pytest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="numbers of mutants, commas between")
+    only = parser.parse_args().only
+    about = json.loads((ROOT / "tests" / "mutants.json").read_text())
+    mutants = dict(enumerate(about["mutants"], 1))
+    for mutant in mutants.values():
+        mutated(mutant)
+    survivors = []
+    numbers = [int(number) for number in only.split(",")] if only else list(mutants)
+    for number in numbers:
+        mutant = mutants[number]
+        start = time.monotonic()
+        failed = first_failure(mutant, tests_of(mutant["file"], about["tests"]))
+        seconds = time.monotonic() - start
+        if not failed:
+            survivors.append(number)
+        verdict = "caught" if failed else "SURVIVED"
+        print(f"{number:2} {verdict:8} {seconds:4.0f} s  {mutant['file']}: {mutant['fault']}")
+        print(f"   {failed}", flush=True)
+    print(f"{len(numbers) - len(survivors)} of {len(numbers)} caught; survivors: {survivors}")
+    sys.exit(bool(survivors))
+
+
+def mutated(mutant: dict[str, str]) -> str:
+    """The text of the file with the fault."""
+    text = (ROOT / mutant["file"]).read_text(encoding="utf-8")
+    n_found = text.count(mutant["old"])
+    if n_found != 1:
+        where = f"{mutant['fault']!r}: {mutant['file']}"
+        raise SystemExit(f"{where} has the old text {n_found} times, not once")
+    return text.replace(mutant["old"], mutant["new"])
+
+
+def tests_of(file: str, tests: dict[str, str]) -> list[str]:
+    """The arguments of pytest for the first path that `file` begins with."""
+    return next(shlex.split(words) for path, words in tests.items() if file.startswith(path))
+
+
+def first_failure(mutant: dict[str, str], tests: list[str]) -> str:
+    """The line of pytest that names the first failing test; empty if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "", "-p", "no:cacheprovider"]
+    shared_data = os.environ.get("SHARED_DATA") or str(ROOT.parent / "shared" / "data")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SHARED_DATA": shared_data}
+    with tempfile.TemporaryDirectory() as folder:
+        copy_tracked_files(Path(folder))
+        Path(folder, mutant["file"]).write_text(mutated(mutant), encoding="utf-8")
+        result = subprocess.run(
+            [*command, *tests], cwd=folder, env=environment, capture_output=True, text=True
+        )
+    if result.returncode == PASSED:
+        return ""
+    if result.returncode != FAILED:
+        raise SystemExit(f"{mutant['fault']!r}: pytest did not run\n{result.stdout[-2000:]}")
+    lines = result.stdout.splitlines()
+    return next(line for line in lines if line.startswith(("FAILED ", "ERROR ")))
+
+
+def copy_tracked_files(folder: Path) -> None:
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.rstrip("\0").split("\0"):
+        if (ROOT / name).is_file():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+
+
+if __name__ == "__main__":
+    main()
