@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch import Tensor
 
 import train
 from engine.base import distributed
@@ -168,9 +169,7 @@ def refused(script: str, argv: list[str], folder: Path, monkeypatch, capsys) -> 
     return output.err
 
 
-def scores(
-    model: GPT, *batches: tuple[torch.Tensor, torch.Tensor], cast=None, n_samples: int = 0
-) -> dict:
+def scores(model: GPT, *batches: tuple[Tensor, Tensor], cast=None, n_samples: int = 0) -> dict:
     """What evaluate() finds on x, y (B, T) each, as if they followed one another in a text."""
     found, end = [], 0
     for x, y in batches:
@@ -190,6 +189,19 @@ def scores_of(
     return evaluate(
         model, batches, distributed.Processes(torch.device("cpu")), n_samples=n_samples
     ).result()
+
+
+def value_and_gradients(value: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:
+    """A loss and its gradients by the inputs."""
+    return [value, *torch.autograd.grad(value, list(inputs))]
+
+
+def assert_close_in_norm(
+    found: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = 1e-5
+) -> None:
+    """Each tensor must differ from the expected one by at most this share of its norm."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 def same_weights(a: GPT, b: GPT) -> bool:

@@ -1,4 +1,4 @@
-"""A head that a user adds by docs/heads.md is right in every mode, or the mode is refused."""
+"""A head that a user adds as docs/heads.md says is right in every mode, or the mode is refused."""
 
 import os
 import re
@@ -9,14 +9,14 @@ import textwrap
 
 from tests.helpers import ROOT
 
-MAX_LINES = 40
+MAX_LINES = 40  # that a head may cost
 FOLDERS = ("heads", "engine", "tests", "study", "bench", "config")
 
 
-def docs_block(language_or_first_line: str) -> str:
+def docs_block(first_line: str) -> str:
     """The indented block of docs/heads.md that starts with this line."""
     text = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
-    start = text.index(f"    {language_or_first_line}")
+    start = text.index(f"    {first_line}")
     block = re.match(r"(?:    .*\n|\n(?=    ))+", text[start:]).group()
     return textwrap.dedent(block)
 
@@ -28,27 +28,31 @@ def replace_once(path, old: str, new: str) -> None:
 
 
 def test_the_soft_capped_softmax_of_the_docs_is_right_in_every_mode_or_refused(tmp_path):
-    """The docs' three edits in a copy of the repository, then tests/softcap.py there."""
-    likelihood, option = docs_block("class SoftCapped"), docs_block("logit_cap: ")
-    n_lines = len((likelihood + option).splitlines()) + 2  # the entry and the choice
-    assert n_lines <= MAX_LINES
+    """Makes the docs' edits in a copy of the repository and runs tests/softcap.py there."""
+    likelihood = docs_block("class SoftCapped")
+    option = docs_block("logit_cap: ")
+    n_edited_lines = 2  # the entry and the choice
+    assert len((likelihood + option).splitlines()) + n_edited_lines <= MAX_LINES
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    heads = tmp_path / "heads"
+    file = tmp_path / "heads" / "likelihoods.py"
     entries = "LIKELIHOODS = {"
-    replace_once(
-        heads / "likelihoods.py", entries, f'{likelihood}\n\n{entries}"softcap": SoftCapped, '
-    )
+    replace_once(file, entries, f'{likelihood}\n\n{entries}"softcap": SoftCapped, ')
+    file = tmp_path / "heads" / "config.py"
     choices = 'likelihood: Literal["categorical", '
-    replace_once(heads / "config.py", choices, f'{choices}"softcap", ')
-    options = "    # sigmoid: weight of (sum_v"
-    replace_once(heads / "config.py", options, textwrap.indent(option, "    ") + options)
+    replace_once(file, choices, f'{choices}"softcap", ')
+    next_option = "    # sigmoid: weight of (sum_v"
+    replace_once(file, next_option, textwrap.indent(option, "    ") + next_option)
 
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(
-        [*pytest, "tests/softcap.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*command, "tests/softcap.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

@@ -1,6 +1,5 @@
-"""model.py: GPT-2 as transformers computes it, generation as nanoGPT's loop does it, and training
-that learns.
-"""
+"""model.py: GPT-2 as transformers computes it, generation as nanoGPT does it, and training that
+learns."""
 
 import math
 
@@ -13,7 +12,7 @@ from engine.base.optim import adamw
 from engine.eval.generation import generate, stream
 from engine.runs.checkpoint import load_model
 from model import GPT, GPTConfig
-from tests.helpers import HEADS, tiny_gpt
+from tests.helpers import HEADS, tiny_gpt, value_and_gradients
 
 V = 67
 every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
@@ -24,43 +23,29 @@ def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def tiny_gpt2(**options) -> transformers.GPT2LMHeadModel:
-    """transformers' GPT-2 in the shape of tiny_gpt, every parameter random, the norms' and biases'
-    too.
-    """
+    """transformers' GPT-2 in the shape of tiny_gpt; every parameter is random."""
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 16, "vocab_size": V}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape | ends | options)).eval()
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(
-            parameter, mean=float("ln_" in name and name.endswith("weight")), std=0.2
-        )
+        mean = float("ln_" in name and name.endswith("weight"))
+        torch.nn.init.normal_(parameter, mean=mean, std=0.2)
     return model
 
 
-@pytest.mark.parametrize("n_tokens", [1, 7, 16])
-def test_logits_are_those_of_transformers_gpt2(tmp_path, n_tokens):
-    theirs, idx = tiny_gpt2(), tokens(3, n_tokens)
+@torch.no_grad()
+def test_logits_and_parameter_names_are_those_of_transformers_gpt2(tmp_path):
+    theirs = tiny_gpt2()
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
-    with torch.no_grad():
-        expected, logits = theirs(idx).logits, ours.lm_head.logits(ours.hidden(idx))
-    assert expected.std() > 1  # a network that does something
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_parameter_names_and_shapes_are_gpt2s(bias):
-    theirs = {
-        n: p.shape for n, p in tiny_gpt2().named_parameters() if bias or not n.endswith("bias")
-    }
-    ours = {
-        n: p.shape for n, p in tiny_gpt(bias=bias).named_parameters()
-    }  # the tied lm_head is not listed twice
-    assert ours.keys() == theirs.keys()
-    assert all(
-        sorted(shape) == sorted(ours[name]) for name, shape in theirs.items()
-    )  # theirs may be transposed
+    assert {n for n, _ in ours.named_parameters()} == {n for n, _ in theirs.named_parameters()}
+    for n_tokens in (1, 16):
+        idx = tokens(3, n_tokens)
+        expected = theirs(idx).logits
+        assert expected.std() > 1  # a network that does something
+        logits = ours.lm_head.logits(ours.hidden(idx))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 def test_qkv_bias_adds_the_attentions_input_bias_alone():
@@ -68,33 +53,35 @@ def test_qkv_bias_adds_the_attentions_input_bias_alone():
     assert biases == {f"transformer.h.{layer}.attn.c_attn.bias" for layer in range(2)}
 
 
-@every_head
+@torch.no_grad()
 @pytest.mark.parametrize("n_samples", [0, 2])
-def test_a_prediction_depends_on_no_later_token(weights, likelihood, n_samples):
-    model, idx = tiny_gpt(weights, likelihood, std=0.3), tokens(2, 16)
+def test_a_prediction_depends_on_no_later_token(n_samples):
+    model, idx = tiny_gpt("bayes", "sigmoid", std=0.3), tokens(2, 16)
     for t in (0, 7, 14):
         changed = idx.clone()
         changed[:, t + 1 :] = (changed[:, t + 1 :] + 1) % V
-        torch.manual_seed(0)
-        before = model.log_probs(idx, n_samples)
-        torch.manual_seed(0)
-        after = model.log_probs(changed, n_samples)
+        results = []
+        for text in (idx, changed):
+            torch.manual_seed(0)
+            results.append(model.log_probs(text, n_samples))
+        before, after = results
         torch.testing.assert_close(before[:, : t + 1], after[:, : t + 1], atol=1e-5, rtol=0)
         assert (before[:, t + 1] - after[:, t + 1]).abs().max() > 0.1
 
 
 @every_head
 def test_tied_output_weights_are_the_embedding_and_untied_ones_are_not(weights, likelihood):
-    tied, untied = tiny_gpt(weights, likelihood), tiny_gpt(weights, likelihood, tie_head=False)
-    assert tied.lm_head.weights.weight is tied.transformer.wte.weight
-    assert untied.lm_head.weights.weight is not untied.transformer.wte.weight
-    n_tied, n_untied = (sum(p.numel() for p in model.parameters()) for model in (tied, untied))
-    assert n_untied - n_tied == V * 32
+    for tie_head in (True, False):
+        model = tiny_gpt(weights, likelihood, tie_head=tie_head)
+        assert (model.lm_head.weights.weight is model.transformer.wte.weight) == tie_head
 
 
-def test_initial_weights_have_gpt2s_spread():
-    model = tiny_gpt(n_layer=3, n_embd=128, bias=True, tie_head=False)
+@pytest.mark.parametrize("bayes_mlp", [False, True])
+def test_initial_weights_have_gpt2s_spread(bayes_mlp):
+    model = tiny_gpt(n_layer=3, n_embd=128, bias=True, tie_head=False, bayes_mlp=bayes_mlp)
     for name, parameter in model.named_parameters():
+        if name.endswith("log_std"):
+            continue
         if name.endswith("c_proj.weight"):
             assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(2 * 3), rel=0.05)
         elif parameter.dim() == 2:
@@ -106,21 +93,27 @@ def test_initial_weights_have_gpt2s_spread():
 @every_head
 def test_training_starts_near_a_uniform_prediction(weights, likelihood):
     log_probs = tiny_gpt(weights, likelihood).log_probs(tokens(4, 16))
-    nll = -log_probs.gather(-1, tokens(4, 16, seed=2).unsqueeze(-1)).mean().item()
-    assert nll == pytest.approx(math.log(V), abs=0.05)
+    nll = -log_probs.gather(-1, tokens(4, 16, seed=2).unsqueeze(-1)).mean()
+    assert nll.item() == pytest.approx(math.log(V), abs=0.05)
 
 
-@every_head
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_changes_neither_loss_nor_gradients(weights, likelihood, dropout):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dropout": 0.3},
+        {"weights": "bayes", "bayes_mlp": True, "estimator": "local", "dropout": 0.2},
+        {"weights": "bayes", "bayes_mlp": True, "estimator": "sample"},
+    ],
+    ids=str,
+)
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(options):
     results = []
     for gradient_checkpointing in (False, True):
-        options = {"dropout": dropout, "gradient_checkpointing": gradient_checkpointing}
-        model = tiny_gpt(weights, likelihood, **options).train()
+        model = tiny_gpt(gradient_checkpointing=gradient_checkpointing, **options).train()
         torch.manual_seed(3)
         loss = model(tokens(2, 16), tokens(2, 16, seed=2))
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        results.append(value_and_gradients(loss, model.parameters()))
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
 
 
@@ -131,9 +124,7 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(model.hidden(idx), model.hidden(idx))
 
 
-def nanogpt_loop(
-    model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int
-) -> torch.Tensor:
+def nanogpt_loop(model: GPT, idx, max_new_tokens: int, temperature: float, top_k: int):
     """nanoGPT's generate() on normalised log-probabilities; temperature 0 takes the likeliest."""
     for _ in range(max_new_tokens):
         log_probs = model.log_probs(idx[:, -model.config.block_size :])[:, -1]
@@ -141,53 +132,39 @@ def nanogpt_loop(
             new = log_probs.argmax(-1, keepdim=True)
         else:
             scaled = log_probs / temperature
-            v, _ = torch.topk(scaled, top_k)
-            scaled[scaled < v[:, [-1]]] = -float("inf")
-            probs = torch.softmax(scaled.double(), dim=-1)
-            rank = probs.argsort(
-                -1, descending=True
-            )  # draw inverts the sums over the kept tokens, the likeliest first
-            sums, u = (
-                probs.gather(-1, rank).cumsum(-1),
-                torch.rand(len(probs), 1, dtype=torch.float64),
-            )
-            new = rank.gather(-1, (sums <= u).sum(-1, keepdim=True))
+            kept, _ = torch.topk(scaled, top_k)
+            scaled[scaled < kept[:, [-1]]] = -float("inf")
+            # draw() inverts the sums over the kept tokens, the likeliest first
+            probs, rank = scaled.double().softmax(-1).sort(descending=True)
+            u = torch.rand(len(probs), 1, dtype=torch.float64)
+            n_below = (probs.cumsum(-1) <= u).sum(-1, keepdim=True)
+            new = rank.gather(-1, n_below)
         idx = torch.cat((idx, new), dim=1)
     return idx
 
 
-@every_head
-@pytest.mark.parametrize("temperature", [0, 0.7])
-@pytest.mark.parametrize("n_prompt", [1, 9, 16, 21])
+@pytest.mark.parametrize(
+    ("weights", "likelihood", "temperature", "n_prompt"),
+    [
+        ("point", "categorical", 0.7, 9),
+        ("point", "sigmoid", 0, 1),
+        ("bayes", "smooth", 0, 16),
+        ("bayes", "sigmoid", 0.7, 21),
+    ],
+)
 @torch.no_grad()
 def test_cached_generation_is_nanogpts_loop_far_past_block_size(
     weights, likelihood, temperature, n_prompt
 ):
-    model, idx = (
-        tiny_gpt(weights, likelihood, std=0.3, bias=True, tie_head=False),
-        tokens(3, n_prompt),
-    )
-    n_new = 60 if n_prompt == 9 else 20
-    results = []
-    for use_cache in (True, False):
-        torch.manual_seed(5)
-        results.append(
-            generate(model, idx, n_new, temperature=temperature, top_k=20, use_cache=use_cache)
-        )
+    model = tiny_gpt(weights, likelihood, std=0.3, bias=True, tie_head=False)
+    idx = tokens(3, n_prompt)
     torch.manual_seed(5)
-    results.append(nanogpt_loop(model, idx, n_new, temperature, top_k=20))
-    assert results[0].shape == (3, n_prompt + n_new) and torch.equal(results[0][:, :n_prompt], idx)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    assert len(results[0][:, n_prompt:].unique()) > 5  # not one token for ever
-
-
-@pytest.mark.parametrize("likelihood", ["categorical", "sigmoid"])
-def test_posterior_samples_in_generation_are_the_same_with_and_without_cache(likelihood):
-    model, idx, results = tiny_gpt("bayes", likelihood, std=0.3), tokens(2, 5), []
+    expected = nanogpt_loop(model, idx, 40, temperature, top_k=20)
+    assert len(expected[:, n_prompt:].unique()) > 5  # not always the same token
     for use_cache in (True, False):
         torch.manual_seed(5)
-        results.append(generate(model, idx, 30, n_samples=3, use_cache=use_cache))
-    assert torch.equal(*results)
+        options = {"temperature": temperature, "top_k": 20, "use_cache": use_cache}
+        assert torch.equal(generate(model, idx, 40, **options), expected)
 
 
 @torch.no_grad()
@@ -195,13 +172,11 @@ def test_stream_yields_each_token_with_the_prediction_that_it_was_drawn_from():
     model, idx = tiny_gpt("bayes", std=0.3), tokens(2, 5)
     assert all(prediction is None for _, prediction in stream(model, idx, 3))
     torch.manual_seed(0)
-    for token, prediction in stream(model, idx, 20, temperature=0, n_samples=3, uncertain=True):
+    for token, prediction in stream(model, idx, 20, temperature=0, n_samples=-1, uncertain=True):
         assert token.shape == prediction.total.shape == prediction.epistemic.shape == (2, 1)
         assert torch.equal(token, prediction.log_probs[:, -1].argmax(-1, keepdim=True))
-        x = model.hidden(idx[:, -16:])[:, -1:]
-        torch.testing.assert_close(
-            prediction.log_probs, model.lm_head.log_probs(x), atol=0.5, rtol=0
-        )
+        expected = model.log_probs(idx[:, -16:], -1)[:, -1:]
+        torch.testing.assert_close(prediction.log_probs, expected, atol=1e-4, rtol=0)
         idx = torch.cat([idx, token], dim=1)
 
 
@@ -210,34 +185,34 @@ def test_every_head_learns_a_batch_by_heart(weights, likelihood):
     torch.manual_seed(0)
     idx = torch.stack([torch.randperm(V)[:17] for _ in range(4)])
     x, y = idx[:, :-1], idx[:, 1:]
-    model = tiny_gpt(
-        weights, likelihood, label_smoothing=0.01, n_data=10**6, kl_weight=0.01
-    ).train()
+    options = {"label_smoothing": 0.01, "n_data": 10**6, "kl_weight": 0.01}
+    model = tiny_gpt(weights, likelihood, **options).train()
     optimizer = adamw(model, 1e-2, (0.9, 0.95), 0.0)
     first = model(x, y).item()
-    for _ in range(150):
+    for _ in range(100):
         optimizer.zero_grad()
         loss = model(x, y)
         loss.backward()
         optimizer.step()
-    nll = -model.log_probs(x).gather(-1, y.unsqueeze(-1)).mean().item()
-    assert nll < 0.1 and loss.item() < 0.3 * first
+    _, scores = model.scores(x, y)
+    assert scores.nll.mean() < 0.1 and loss.item() < 0.3 * first
 
 
-def test_impossible_shapes_are_refused_in_one_line_that_says_what_would_do():
-    for options, wanted in (
-        ({"n_embd": 32, "n_head": 5}, "must be a multiple of n_head"),
-        ({"n_embd": 33, "n_head": 12}, "must be a multiple of n_head"),
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"n_embd": 33, "n_head": 12}, "n_head"),
         ({"dropout": 1.0}, "dropout"),
         ({"block_size": 0}, "block_size"),
-    ):
-        with pytest.raises(UserError, match=wanted) as refusal:
-            GPTConfig(**options)
-        assert "\n" not in str(refusal.value)
-    with pytest.raises(UserError, match="vocab_size"):
-        GPT(GPTConfig())
+        ({}, "vocab_size"),
+    ],
+)
+def test_impossible_shapes_are_refused_in_one_line_that_names_the_option(options, name):
+    with pytest.raises(UserError, match=name) as refusal:
+        GPT(GPTConfig(**options))
+    assert "\n" not in str(refusal.value)
 
 
 def test_more_tokens_than_block_size_are_refused():
-    with pytest.raises(ValueError, match="17 tokens do not fit into block_size = 16"):
+    with pytest.raises(ValueError, match="block_size"):
         tiny_gpt().hidden(tokens(1, 17))
