@@ -204,6 +204,15 @@ def assert_close_in_norm(
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+def assert_same_loss(
+    found: Tensor, expected: Tensor, inputs: Iterable[Tensor], tolerance: float = 1e-5
+) -> None:
+    """Two losses and their gradients must agree, each in norm."""
+    inputs = list(inputs)
+    ours = value_and_gradients(found, inputs)
+    assert_close_in_norm(ours, value_and_gradients(expected, inputs), tolerance)
+
+
 def same_weights(a: GPT, b: GPT) -> bool:
     """Whether two models agree bit for bit."""
     a, b = a.state_dict(), b.state_dict()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from heads import Head, draws
-from tests.helpers import assert_close_in_norm, tiny_head
+from tests.helpers import tiny_head
 from tests.test_heads import V, batch, every_likelihood
 
 CASES = [
@@ -96,27 +96,6 @@ def test_probabilities_far_below_the_least_number_of_fp32_have_their_logarithms(
 
 
 @every_likelihood
-def test_both_ways_to_average_are_used_and_agree(likelihood, monkeypatch):
-    head = tiny_head("bayes", likelihood).requires_grad_(False)
-    head.weights.log_std.fill_(-3.0)
-    x, _ = batch(2, 3)
-    original = draws._average_of_numbers
-    calls, found = [], []
-
-    def counted(*arguments):
-        calls.append(1)
-        return original(*arguments)
-
-    monkeypatch.setattr(draws, "_average_of_numbers", counted)
-    for lowest in (draws.LOWEST_LOG_P, math.inf):
-        monkeypatch.setattr(draws, "LOWEST_LOG_P", lowest)
-        torch.manual_seed(0)
-        found.append(tuple(head.predict(x, 5)))
-    assert len(calls) == 1
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
-
-
-@every_likelihood
 def test_a_positions_result_depends_on_the_generator_not_on_the_number_of_positions(likelihood):
     head = tiny_head("bayes", likelihood).requires_grad_(False)
     x, _ = batch(12)
@@ -129,16 +108,3 @@ def test_a_positions_result_depends_on_the_generator_not_on_the_number_of_positi
         assert torch.equal(torch.get_rng_state(), state)
         expected = tuple(column[3:10] for column in whole)
         torch.testing.assert_close(tuple(part), expected, atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("likelihood", ["categorical", "sigmoid"])
-def test_log_probs_of_draws_have_the_gradients_of_the_slow_formula(likelihood):
-    head = tiny_head("bayes", likelihood)
-    x = batch(2, 3)[0].requires_grad_()
-    n = draws.DRAWS_AT_ONCE + 1
-    gradients = []
-    for is_slow in (False, True):
-        torch.manual_seed(0)
-        log_probs = slow_draws(head, x, n).logsumexp(0) if is_slow else head.log_probs(x, n)
-        gradients.append(torch.autograd.grad(log_probs[..., ::7].sum(), [x, *head.parameters()]))
-    assert_close_in_norm(*gradients, 1e-4)

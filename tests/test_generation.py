@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.eval.generation import compile_step, draw, generate, stream, token_step
+from engine.eval.generation import compile_step, draw, generate, stream
 from model import KVCache
 from tests.helpers import compiling, tiny_gpt
 
@@ -11,35 +11,17 @@ V = 67
 START = torch.zeros(2, 3, dtype=torch.long)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
 @torch.no_grad()
-def test_cached_hidden_states_predict_what_whole_contexts_do(dtype, tolerance):
+def test_cached_hidden_states_predict_what_whole_contexts_do_in_bf16_too():
     model = tiny_gpt(std=0.3, bias=True)
     idx = torch.randint(V, (3, 16), generator=torch.Generator().manual_seed(1))
     cache = KVCache(model.config.n_layer, 16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.autocast("cpu", torch.bfloat16):
         model.hidden(idx[:, :5], cache)
         for end in range(6, 17):
             cached = model.lm_head.log_probs(model.hidden(idx[:, end - 1 : end], cache))
             whole = model.log_probs(idx[:, :end])[:, -1:]
-            torch.testing.assert_close(cached, whole, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize(("n_new", "size"), [(6, 9), (30, 16)])
-def test_the_cache_is_allocated_once_and_has_the_size_of_the_text(monkeypatch, n_new, size):
-    model = tiny_gpt()
-    hidden = model.hidden
-    shapes, addresses = [], set()
-
-    def watched(idx, cache):
-        x = hidden(idx, cache)
-        shapes.append(cache.kv.shape)
-        addresses.add(cache.kv.data_ptr())
-        return x
-
-    monkeypatch.setattr(model, "hidden", watched)
-    generate(model, START, n_new)  # block_size = 16
-    assert len(addresses) == 1 and shapes == [(2, 2, 2, 4, size, 8)] * n_new
+            torch.testing.assert_close(cached, whole, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 20}, {"top_p": 0.9}, {"n_samples": 3}], ids=str)
@@ -59,21 +41,6 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(options):
     assert not torch.equal(texts[0], texts[3])
 
 
-@pytest.mark.parametrize("bayes_mlp", [False, True])
-@torch.no_grad()
-def test_the_step_of_fixed_shapes_is_the_cached_one(bayes_mlp):
-    model = tiny_gpt("bayes", std=0.3, bias=True, bayes_mlp=bayes_mlp)
-    idx = torch.randint(V, (3, 16))
-    cache, fixed = (KVCache(model.config.n_layer, 16) for _ in range(2))
-    for filled in (cache, fixed):
-        model.hidden(idx[:, :4], filled)
-    for i in range(4, 16):
-        token = idx[:, i : i + 1]
-        x = token_step(model, token, fixed.kv, torch.tensor([i]))
-        torch.testing.assert_close(x, model.hidden(token, cache))
-    torch.testing.assert_close(fixed.kv, cache.kv)
-
-
 def test_a_compiled_step_writes_the_same_texts_with_one_graph():
     model = tiny_gpt(std=0.3)
     texts = []
@@ -85,11 +52,6 @@ def test_a_compiled_step_writes_the_same_texts_with_one_graph():
             texts.append(generate(model, START, 20, top_k=20))  # past block_size
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
-
-
-def test_a_yielded_token_stays_as_it_is():
-    pairs = [(token, token.clone()) for token, _ in stream(tiny_gpt(std=0.3), START, 20)]
-    assert all(torch.equal(token, copy) for token, copy in pairs)
 
 
 def slow_probs(p: torch.Tensor, temperature: float, top_k: int, top_p: float) -> dict[int, float]:
@@ -147,11 +109,3 @@ def test_draw_reaches_the_rare_tokens_of_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, u).double())
     drawn = draw((p / p.sum()).log().unsqueeze(0)).item()
     assert drawn == pytest.approx(0.75 * size, rel=0.01)
-
-
-def test_a_model_in_training_mode_that_recomputes_its_blocks_generates_the_same_cached_or_not():
-    model = tiny_gpt(std=0.3, gradient_checkpointing=True).train()
-    cached, plain = (
-        generate(model, START, 8, temperature=0, use_cache=use) for use in (True, False)
-    )
-    assert torch.equal(cached, plain)

@@ -11,6 +11,7 @@ from engine.base.errors import UserError
 from engine.base.optim import adamw
 from engine.eval.generation import generate, stream
 from engine.runs.checkpoint import load_model
+from heads import WEIGHTS, HeadConfig
 from model import GPT, GPTConfig
 from tests.helpers import HEADS, tiny_gpt, value_and_gradients
 
@@ -69,10 +70,10 @@ def test_a_prediction_depends_on_no_later_token(n_samples):
         assert (before[:, t + 1] - after[:, t + 1]).abs().max() > 0.1
 
 
-@every_head
-def test_tied_output_weights_are_the_embedding_and_untied_ones_are_not(weights, likelihood):
-    for tie_head in (True, False):
-        model = tiny_gpt(weights, likelihood, tie_head=tie_head)
+@pytest.mark.parametrize("tie_head", [True, False])
+def test_tied_output_weights_are_the_embedding_and_untied_ones_are_not(tie_head):
+    for weights in WEIGHTS:
+        model = tiny_gpt(weights, tie_head=tie_head)
         assert (model.lm_head.weights.weight is model.transformer.wte.weight) == tie_head
 
 
@@ -205,6 +206,8 @@ def test_every_head_learns_a_batch_by_heart(weights, likelihood):
         ({"dropout": 1.0}, "dropout"),
         ({"block_size": 0}, "block_size"),
         ({}, "vocab_size"),
+        ({"bayes_mlp": True, "vocab_size": V}, "n_data"),
+        ({"bayes_mlp": True, "head": HeadConfig(posterior="torchbnn")}, "torchbnn"),
     ],
 )
 def test_impossible_shapes_are_refused_in_one_line_that_names_the_option(options, name):
