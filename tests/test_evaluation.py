@@ -1,377 +1,238 @@
-"""engine/eval/evaluation.py against the slow formulas."""
+"""engine/eval/evaluation.py against the definitions of the scores, and the windows it reads."""
 
-import contextlib
-import dataclasses
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from engine.base.distributed import Processes
-from engine.data.tokenizer import CharTokenizer
+from engine.base.errors import UserError
 from engine.data.tokens import TokenFile
 from engine.data.windows import eval_batches, windows
-from engine.eval.evaluation import (
-    NOISE_GROUP,
-    evaluate,
-    score_windows,
-    set_scores,
-)
+from engine.eval.evaluation import NOISE_GROUP, score_windows, set_scores
 from engine.eval.generation import generate
 from engine.eval.table import flat
-from engine.eval.texts import TextStats
-from engine.eval.validation import N_BINS, mean_loss
-from engine.runs.logger import read_records
-from heads import HeadConfig, Prediction
-from heads.draws import entropy
-from model import GPT, GPTConfig
-from tests.helpers import HEADS, scores, scores_of, write_nanogpt, write_words
+from engine.eval.validation import N_BINS
+from heads import LIKELIHOODS
+from model import GPT
+from tests.helpers import HEADS, scores, scores_of, tiny_gpt, write_nanogpt
 
-CPU = Processes(torch.device("cpu"))
-V, T = 67, 16
+V, T = 67, 16  # of tiny_gpt
 
 
-def tiny_gpt(weights: str = "point", likelihood: str = "categorical", seed: int = 0) -> GPT:
+def sharp_gpt(weights: str = "point", likelihood: str = "categorical") -> GPT:
     """An untrained model whose predictions are far from uniform."""
-    torch.manual_seed(seed)
-    head = HeadConfig(weights=weights, likelihood=likelihood, n_data=500)
-    model = GPT(
-        GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=32, head=head)
-    ).eval()
+    model = tiny_gpt(weights, likelihood)
     with torch.no_grad():
         model.transformer.wte.weight.mul_(8)
     return model
 
 
+def uncertain_gpt(likelihood: str = "categorical", weights: str = "bayes", **options) -> GPT:
+    """A model whose posterior is so wide that its draws differ."""
+    model = tiny_gpt(weights, likelihood, std=0.3, **options)
+    for layer in model.bayes_layers():
+        torch.nn.init.constant_(layer.log_std, -1.5)
+    return model
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> TokenFile:
-    """16 blocks and 5 tokens of what a tiny_gpt itself would say: its accuracy is then neither 0
-    nor 1.
-    """
+    """16 blocks and 5 tokens that sharp_gpt generated: its accuracy is neither 0 nor 1."""
     torch.manual_seed(0)
-    text = generate(tiny_gpt(), torch.tensor([[5]]), 16 * T + 5)[0].numpy()
-    assert len(text) == 16 * T + 6
+    text = generate(sharp_gpt(), torch.tensor([[5]]), 16 * T + 5)[0].numpy()
     return TokenFile(write_nanogpt(tmp_path_factory.mktemp("data") / "d", {"val": text}), "val")
+
+
+def counting(folder, n: int) -> TokenFile:
+    """The split 0, 1, ..., n - 1: a token is its own position."""
+    return TokenFile(write_nanogpt(folder / "counting", {"val": np.arange(n)}), "val")
 
 
 def slow_scores(model: GPT, file: TokenFile) -> dict[str, float]:
     """The definitions, a token at a time in float64."""
-    ids, scores, tops = file.ids.astype(int), [], []
-    for start in range(0, len(ids) - 1, T):
-        x = torch.tensor(ids[start : min(start + T, len(ids) - 1)])
-        for p, target in zip(
-            model.log_probs(x[None])[0].exp().double().detach().numpy(),
-            ids[start + 1 :],
-            strict=False,
-        ):
-            onehot = np.eye(V)[target]
-            scores.append(
-                [
-                    -math.log(p[target]),
-                    np.sum((p - onehot) ** 2),
-                    -np.sum(p * np.log(p)),
-                    target == p.argmax(),
-                ]
-                + [p.max()]
-            )
-            tops.append((p.max(), target == p.argmax()))
-    nll, brier, entropy, accuracy, mean_confidence = np.mean(scores, axis=0)
-    ece = 0.0
-    for i in range(N_BINS):
-        inside = [
-            (c, right)
-            for c, right in tops
-            if i / N_BINS <= c < (i + 1) / N_BINS or (i == N_BINS - 1 and c == 1)
-        ]
-        if inside:
-            confidence, accuracy_here = np.mean(inside, axis=0)
-            ece += len(inside) / len(tops) * abs(confidence - accuracy_here)
-    values = {"nll": nll, "brier": brier, "entropy": entropy, "accuracy": accuracy, "ece": ece}
-    values |= {"confidence": mean_confidence}
-    return values | {"perplexity": math.exp(nll), "n_tokens": len(tops)}
+    ids = file.ids.astype(int)
+    columns = {name: [] for name in ("nll", "brier", "entropy", "accuracy", "confidence")}
+    for i, target in enumerate(ids[1:]):
+        context = torch.tensor(ids[None, i // T * T : i + 1])
+        p = model.log_probs(context)[0, -1].exp().double().detach().numpy()
+        columns["nll"].append(-math.log(p[target]))
+        columns["brier"].append(np.sum((p - np.eye(V)[target]) ** 2))
+        columns["entropy"].append(-np.sum(p * np.log(p)))
+        columns["accuracy"].append(p.argmax() == target)
+        columns["confidence"].append(p.max())
+    result = {name: np.mean(column) for name, column in columns.items()}
+    gaps = np.zeros(N_BINS)
+    for confidence, correct in zip(columns["confidence"], columns["accuracy"], strict=True):
+        gaps[int(confidence * N_BINS)] += confidence - correct
+    result["ece"] = np.abs(gaps).sum() / (len(ids) - 1)
+    result["perplexity"] = math.exp(result["nll"])
+    result["n_tokens"] = len(ids) - 1
+    return result
 
 
 @pytest.mark.parametrize(("weights", "likelihood"), HEADS)
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_evaluate_agrees_with_the_definitions_at_every_batch_size(
-    file, weights, likelihood, batch_size
-):
-    model = tiny_gpt(weights, likelihood)
-    found = scores_of(model, file, batch_size)
+def test_scores_are_their_definitions(file, weights, likelihood):
+    model = sharp_gpt(weights, likelihood)
+    found = scores_of(model, file, batch_size=3)
     expected = slow_scores(model, file)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert found["n_tokens"] == len(file) - 1
+    if likelihood == "categorical":
+        assert 0.1 < found["accuracy"] < 0.9 and found["ece"] > 0.01
 
 
-def test_the_synthetic_model_is_neither_always_right_nor_always_wrong(file):
-    found = slow_scores(tiny_gpt(), file)
-    assert 0.1 < found["accuracy"] < 0.9 and 0.1 < found["entropy"] < math.log(V)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("n_samples", [0, -1, 3])
+def test_the_uncertainties_are_those_of_the_heads_prediction(likelihood, n_samples):
+    model = uncertain_gpt(likelihood)
+    x = torch.randint(V, (2, T))
+    found = scores(model, (x, x), n_samples=n_samples)
+    assert found["mutual_information"] > 0.01
+    total = found["aleatoric"] + found["mutual_information"]
+    assert total == pytest.approx(found["entropy"], rel=1e-5)
+    if n_samples < 1:  # no draws
+        expected = model.lm_head.predict(model.hidden(x), n_samples)
+        aleatoric = expected.aleatoric.mean().item()
+        assert found["aleatoric"] == pytest.approx(aleatoric, rel=1e-4)
+    assert "mutual_information" not in scores(tiny_gpt("point", likelihood), (x, x))
 
 
-@pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
-def test_the_whole_split_has_every_target_exactly_once_behind_its_own_context(tmp_path, n):
-    file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n)}), "val")
-    for batch_size in (1, 3, 16):
-        batches = list(windows(file, T, batch_size))
-        assert [target for batch in batches for target in batch.y.flatten().tolist()] == list(
-            range(1, n)
-        )
-        assert all(
-            (batch.y == batch.x + 1).all() and (batch.at == batch.y).all() for batch in batches
-        )
+def test_the_desmoothed_nll_is_that_of_the_prediction_before_smoothing():
+    model = tiny_gpt("point", "smooth", std=0.3)
+    x, y = torch.randint(V, (2, 2, T))
+    found = scores(model, (x, y))
+    floor = model.config.head.label_smoothing / (V - 1)
+    p = (model.log_probs(x).exp().double() - floor).clamp(min=0.01 * floor)
+    p /= p.sum(-1, keepdim=True)
+    nll = -p.gather(-1, y.unsqueeze(-1)).log().mean().item()
+    assert found["nll_desmoothed"] == pytest.approx(nll, rel=1e-4)
+    assert found["perplexity_desmoothed"] == pytest.approx(math.exp(nll), rel=1e-3)
 
 
-@pytest.mark.parametrize("stride", [1, 5, 11, 16])
-@pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
-def test_with_a_stride_every_target_counts_once_behind_at_least_the_rest_of_a_window(
+def test_the_brier_score_is_exact_at_gpt2s_vocabulary():
+    """A float32 norm of 50,304 probabilities by Zipf's law has a square that is 3e-5 too small."""
+    n = 50304
+    model = tiny_gpt(vocab_size=n, n_layer=1, n_embd=4, logit_bias="uniform")
+    with torch.no_grad():
+        model.lm_head.weights.weight.zero_()
+        model.lm_head.bias.copy_(-torch.arange(1, n + 1.0).log())
+    p = 1 / torch.arange(1, n + 1.0).double()
+    p /= p.sum()
+    x = torch.full((1, T), 40000)
+    expected = (p.square().sum() - 2 * p[40000]).item()
+    assert scores(model, (x, x))["brier"] - 1 == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_whose_predictions_are_not_finite_is_refused():
+    model = tiny_gpt()
+    torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
+    x = torch.randint(V, (2, T))
+    with pytest.raises(UserError, match="finite"):
+        scores(model, (x, x))
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+@pytest.mark.parametrize("n", [2, 17, 18, 100])
+def test_windows_count_every_target_once_with_at_least_the_rest_of_a_window_before_it(
     tmp_path, n, stride
 ):
-    file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(n)}), "val")
-    for batch_size in (1, 3, 16):
-        batches = list(windows(file, T, batch_size, stride=stride))
-        counted = [
-            (y, y - x[0])
-            for b in batches
-            for x, ys in zip(b.x, b.y, strict=True)
-            for y in ys[b.first :].tolist()
-        ]
-        assert [y for y, _ in counted] == list(range(1, n))
-        assert all(context >= min(y, T - stride + 1) for y, context in counted)
-        assert all(
-            batch.at.flatten().tolist() == batch.y[:, batch.first :].flatten().tolist()
-            for batch in batches
-        )
+    file = counting(tmp_path, n)
+    for batch_size in (1, 3):
+        counted = []
+        for batch in windows(file, T, batch_size, stride=stride):
+            assert torch.equal(batch.at, batch.y[:, batch.first :])
+            assert torch.equal(batch.y, batch.x + 1)
+            for x, targets in zip(batch.x, batch.at, strict=True):
+                for y in targets.tolist():
+                    n_before = y - x[0]
+                    assert n_before >= min(y, T - stride + 1)
+                    counted.append(y)
+        assert counted == list(range(1, n))
 
 
-def test_more_context_by_a_stride_is_what_the_model_says_of_those_windows(file):
-    model, ids = tiny_gpt(), torch.from_numpy(file.ids.astype(np.int64))
-    model.transformer.wpe.weight.data.mul_(
-        30
-    )  # as no untrained model is: where a token stands matters
+def test_a_stride_of_1_gives_each_token_a_whole_window_of_context(file):
+    model = tiny_gpt(std=0.3)
+    ids = torch.from_numpy(file.ids.astype(np.int64))
     expected = []
-    for end in range(1, len(ids)):  # with stride 1 each token has all the context there is
+    for end in range(1, len(ids)):
         log_probs = model.log_probs(ids[max(0, end - T) : end][None])[0, -1]
         expected.append(-log_probs[ids[end]].item())
-    found = [scores_of(model, file, stride=stride)["nll"] for stride in (0, 1)]
-    assert (
-        found[1] == pytest.approx(np.mean(expected), rel=1e-5) and abs(found[0] - found[1]) > 1e-3
-    )
+    blocks, overlapping = (scores_of(model, file, stride=stride)["nll"] for stride in (0, 1))
+    assert overlapping == pytest.approx(np.mean(expected), rel=1e-5)
+    assert abs(blocks - overlapping) > 1e-3
 
 
-@pytest.mark.parametrize("posterior", ["row", "full"])
-@pytest.mark.parametrize("bayes_mlp", [False, True])
-def test_the_draws_of_a_token_do_not_depend_on_what_else_is_in_its_batch(
-    file, posterior, bayes_mlp
-):
-    torch.manual_seed(0)
-    head = HeadConfig("bayes", n_data=500, posterior=posterior)
-    model = GPT(GPTConfig(T, V, 1, 2, 32, bayes_mlp=bayes_mlp, head=head)).eval()
-    for layer in model.bayes_layers():
-        torch.nn.init.constant_(layer.log_std, -1.0)
-    for stride in (0, 5):
-        found = [flat(scores_of(model, file, n, n_samples=3, stride=stride)) for n in (1, 4, 16)]
-        assert found[0]["mutual_information"] > 1e-3
-        assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(
-            found[0], rel=1e-5
-        )
+@pytest.mark.parametrize("stride", [T, 5])
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_a_limit_takes_whole_windows_evenly_spaced(tmp_path, stride, limit):
+    file = counting(tmp_path, 16 * T + 6)
+    starts = []
+    for batch in windows(file, T, 4, limit, stride):
+        assert batch.x.size(1) == T
+        starts += batch.x[:, 0].tolist()
+    n_full = (len(file) - 1 - T) // stride + 1  # without the shorter window at the end
+    assert starts == [k * n_full // limit * stride for k in range(limit)]
 
 
-@pytest.mark.parametrize(("weights", "likelihood"), HEADS)
-def test_mean_loss_is_the_nll_of_log_probs_and_the_loss_of_training(file, weights, likelihood):
-    model = tiny_gpt(weights, likelihood)
-    batches = eval_batches(file, T, batch_size=3, n_batches=100)
-    found = mean_loss(model, batches, file, CPU, torch.autocast("cpu", enabled=False))
-    assert found["val_nll"] == pytest.approx(
-        scores(model, *blocks_of(file, batches))["nll"], rel=1e-6
-    )
-    x, y = (torch.cat(parts) for parts in zip(*blocks_of(file, batches), strict=True))
-    assert len(x) == 16
-    assert found["val_loss"] == pytest.approx(model(x, y).item(), rel=1e-5)
-
-
-def blocks_of(file: TokenFile, batches: list[np.ndarray]):
-    ids = torch.from_numpy(file.ids.astype(np.int64))
-    for starts in batches:
-        yield (
-            torch.stack([ids[s : s + T] for s in starts]),
-            torch.stack([ids[s + 1 : s + T + 1] for s in starts]),
-        )
-
-
-def test_mean_loss_goes_back_to_training_mode(file):
-    model = tiny_gpt().train()
-    mean_loss(model, eval_batches(file, T, 3, 1), file, CPU, torch.autocast("cpu", enabled=False))
-    assert model.training
-
-
-def test_evaluation_batches_are_distinct_blocks_spread_over_the_split(tmp_path):
-    file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.arange(1000)}), "val")
-    starts = np.concatenate(eval_batches(file, T, batch_size=4, n_batches=3)).tolist()
-    assert (
-        len(set(starts)) == 12
-        and starts == sorted(starts)
-        and all(start % T == 0 for start in starts)
-    )
-    assert starts[0] == 0 and starts[-1] > 0.9 * 999 - T
+def test_evaluation_batches_are_blocks_evenly_spaced_over_the_split(tmp_path):
+    file = counting(tmp_path, 1000)
+    starts = np.concatenate(eval_batches(file, T, batch_size=4, n_batches=3))
+    assert starts.tolist() == [k * 62 // 12 * T for k in range(12)]
     everything = np.concatenate(eval_batches(file, T, batch_size=4, n_batches=500))
     assert everything.tolist() == list(range(0, 62 * T, T))
 
 
-class Oracle(torch.nn.Module):
-    """A model that is told the distribution of each token: hidden states are the log-probabilities
-    themselves.
-    """
-
-    def __init__(self, log_probs: torch.Tensor):
-        super().__init__()
-        self.table = log_probs
-        self.lm_head = torch.nn.Module()
-        self.lm_head.predict = lambda hiddens, n_samples: Prediction(
-            hiddens[0], entropy(hiddens[0]), None
-        )
-        self.lm_head.likelihood = None
-        self.kl, self.bayes_layers = lambda: 0.0, list
-
-    def hiddens(self, x: torch.Tensor, n_samples: int) -> list[torch.Tensor]:
-        return [self.table[x]]
+@pytest.mark.parametrize(
+    "options", [{"posterior": "row"}, {"posterior": "full", "bayes_mlp": True}]
+)
+@pytest.mark.parametrize("stride", [0, 5])
+def test_the_draws_of_a_token_do_not_depend_on_its_batch(file, options, stride):
+    model = uncertain_gpt(**options)
+    found = [flat(scores_of(model, file, n, n_samples=3, stride=stride)) for n in (1, 4)]
+    assert found[0]["mutual_information"] > 1e-3
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def oracle_scores(sharpness: float) -> dict[str, float]:
-    """The scores of 60,000 tokens drawn from known distributions, as predicted with logits times
-    `sharpness`.
-    """
-    torch.manual_seed(0)
-    logits = 2 * torch.randn(500, 10)
-    x = torch.randint(500, (60, 1000))
-    y = torch.multinomial(logits.softmax(-1)[x.flatten()], 1).view_as(x)
-    return scores(Oracle((sharpness * logits).log_softmax(-1)), (x, y))
+def test_neighbouring_tokens_share_their_draws_and_others_do_not(tmp_path):
+    same = write_nanogpt(tmp_path / "d", {"val": np.full(16 * T + 1, 7)})
+    (batch,) = windows(TokenFile(same, "val"), T, 16)  # equal windows: only their draws differ
+    with torch.no_grad():
+        nll = score_windows(uncertain_gpt(), batch, torch.device("cpu"), 2)["nll"].view(16, T)
+    groups = nll[:, :-1].view(4, NOISE_GROUP // T, T - 1)  # the last token is of the next group
+    torch.testing.assert_close(groups, groups[:, :1].expand_as(groups), rtol=1e-5, atol=0)
+    differences = (groups[:, None, 0] - groups[None, :, 0]).abs().amax(-1)
+    assert (differences > 1e-3).sum() == 12  # of each of the four to each of the three others
 
 
-def test_a_perfectly_calibrated_prediction_has_no_calibration_error():
-    found = oracle_scores(sharpness=1.0)
-    assert found["ece"] < 0.01 and found["nll"] == pytest.approx(found["entropy"], abs=0.01)
-
-
-@pytest.mark.parametrize("sharpness", [0.5, 3.0])
-def test_an_over_or_underconfident_prediction_has_a_calibration_error(sharpness):
-    assert oracle_scores(sharpness)["ece"] > 0.1
-
-
-@pytest.mark.parametrize("estimator", ["local", "sample"])
-def test_an_evaluation_with_noise_in_its_loss_repeats_itself(tmp_path, estimator):
-    file = TokenFile(write_words(tmp_path), "val")
-    model = tiny_gpt("bayes")
-    model.lm_head.weights.config = dataclasses.replace(model.config.head, estimator=estimator)
-    batches = eval_batches(file, model.config.block_size, batch_size=4, n_batches=3)
-    first, second = (
-        mean_loss(model, batches, file, CPU, contextlib.nullcontext()) for _ in range(2)
-    )
-    assert first == second and first["val_loss"] > first["val_nll"]
-
-
-def test_a_line_that_a_killed_run_left_unfinished_is_passed_over(tmp_path):
-    whole = [{"step": 1, "tokens": 8, "val_nll": 2.5}]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(whole[0]) + '\n{"step": 2, "tok')
-    assert (
-        read_records(tmp_path / "metrics.jsonl") == whole
-        and read_records(tmp_path / "none.jsonl") == []
-    )
-
-
-def test_a_model_with_more_ids_than_its_tokenizer_draws_only_those_of_the_tokenizer():
-    model = tiny_gpt()
-    idx = generate(model, torch.zeros(4, 1, dtype=torch.long), 50, n_ids=5)
-    assert idx.max() < 5 <= generate(model, torch.zeros(4, 1, dtype=torch.long), 50).max()
-
-
-def test_set_scores_are_scikit_learns_average_precision_and_the_definition_of_recall():
+def test_set_scores_are_scikit_learns_lrap_and_the_definition_of_recall():
     metrics = pytest.importorskip("sklearn.metrics")
     torch.manual_seed(0)
-    scores, V = torch.randn(40, 30).round(decimals=1), 30  # rounded: ties
-    ids = torch.stack([torch.randperm(V)[:5] for _ in range(40)])
+    n, V, K = 40, 30, 5
+    ids = torch.rand(n, V).argsort()[:, :K]
     ids[:10, 4] = ids[:10, 0]  # a repeated id counts once: its second column is no member
-    members = torch.ones(40, 5)
-    members[:10, 4], members[10:20, 2] = 0, 0
-    dense = torch.zeros(40, V).scatter_reduce(-1, ids, members, "amax")
-    found = set_scores(scores, ids, members)
-    expected = metrics.label_ranking_average_precision_score(dense.numpy(), scores.numpy())
-    assert found["lrap"].mean().item() == pytest.approx(expected, rel=1e-6)
-    distinct = torch.randn(40, V)  # without ties the K best are a set
-    best = torch.zeros(40, V).scatter(-1, distinct.topk(5).indices, 1.0)
-    recall = set_scores(distinct, ids, members)["recall_at_k"]
+    is_member = torch.ones(n, K)
+    is_member[:10, 4] = 0
+    is_member[10:20, 2] = 0
+    dense = torch.zeros(n, V).scatter_reduce(-1, ids, is_member, "amax")
+    with_ties = torch.randn(n, V).round(decimals=1)
+    lrap = set_scores(with_ties, ids, is_member)["lrap"].mean().item()
+    expected = metrics.label_ranking_average_precision_score(dense.numpy(), with_ties.numpy())
+    assert lrap == pytest.approx(expected, rel=1e-6)
+    without_ties = torch.randn(n, V)
+    best = torch.zeros(n, V).scatter(-1, without_ties.topk(K).indices, 1.0)
+    recall = set_scores(without_ties, ids, is_member)["recall_at_k"]
     torch.testing.assert_close(recall, (best * dense).sum(-1) / dense.sum(-1))
 
 
-@pytest.mark.parametrize("stride", [0, 5])
-def test_a_limit_takes_whole_windows_spread_over_the_split_and_all_there_is_where_it_is_large(
-    file, stride
-):
-    whole = [b.at.tolist() for b in windows(file, T, 1, stride=stride)]
-    full = [at for (at,) in whole][
-        : (len(file) - 1 - T) // (stride or T) + 1
-    ]  # what is left is shorter
-    for limit in (1, 3, 7, len(full), len(full) + 1, 1000):
-        batches = list(windows(file, T, 4, limit, stride))
-        found = [at for batch in batches for at in batch.at.tolist()]
-        expected = (
-            [full[k * len(full) // limit] for k in range(limit)]
-            if limit <= len(full)
-            else sum(whole, [])
-        )
-        assert found == expected
-        assert all(
-            (batch.y[:, batch.first :].numpy() == file.ids[batch.at]).all() for batch in batches
-        )
-
-
-def test_neighbouring_tokens_share_their_draws_and_others_have_draws_of_their_own(tmp_path):
-    file = TokenFile(write_nanogpt(tmp_path / "d", {"val": np.full(16 * T + 1, 7)}), "val")
+def test_few_positions_have_their_log_probs_at_a_time(file, monkeypatch):
     model = tiny_gpt("bayes")
-    torch.nn.init.constant_(model.lm_head.weights.log_std, -1.0)
-    (batch,) = windows(
-        file, T, 16
-    )  # all windows say the same, so only their noise tells them apart
-    with torch.no_grad():
-        nll = score_windows(model, batch, CPU.device, 2)["nll"].view(16, T)[
-            :, :-1
-        ]  # the last token is of the next group
-    groups = nll.view(4, NOISE_GROUP // T, T - 1)
-    torch.testing.assert_close(groups, groups[:, :1].expand_as(groups), rtol=1e-5, atol=0)
-    apart = (groups[:, None, 0] - groups[None, :, 0]).abs().amax(-1)
-    assert (apart > 1e-3).sum() == 12  # each of the four from each other one
-
-
-@pytest.mark.parametrize("stride", [0, 5])
-def test_bytes_and_words_are_those_of_the_targets_whatever_the_windows(file, stride):
-    tokenizer = CharTokenizer(
-        [" ", *"abcdé", *map(chr, range(0x66, 0x7B)), *map(chr, range(0x100, 0x128))]
-    )  # 1 and 2 bytes
-    text, targets = TextStats(tokenizer, torch.full((V,), 1 / V)), file.ids[1:]
-    assert len(tokenizer.decode(file.ids[:1]).encode()) != len(
-        tokenizer.decode(file.ids[-1:]).encode()
-    )
-    batches = windows(file, T, 3, stride=stride)
-    result = evaluate(tiny_gpt(), batches, CPU, text=text).result()
-    assert text.n_bytes == len(tokenizer.decode(targets).encode()) > len(targets)
-    assert result["n_tokens"] == len(targets)
-    assert text.n_words == len(tokenizer.decode(targets).split()) > 1
-    assert result["unigram_nll"] == pytest.approx(math.log(V))
-
-
-def test_what_an_evaluation_keeps_does_not_grow_with_the_text_and_is_never_v_wide(
-    tmp_path, monkeypatch
-):
-    model, kept, widths = tiny_gpt("bayes"), [], []
     predict = model.lm_head.predict
-    monkeypatch.setattr(
-        model.lm_head, "predict", lambda x, n: widths.append(x[0].size(0)) or predict(x, n)
-    )
-    for n in (40 * T, 400 * T):
-        file = TokenFile(write_nanogpt(tmp_path / f"{n}", {"val": np.arange(n) % V}), "val")
-        for n_samples in (0, 2):
-            tally = evaluate(model, windows(file, T, 16), CPU, n_samples=n_samples)
-            kept.append({name: part.shape for name, part in tally.parts.items()})
-    assert kept[0] == kept[1] == kept[2] == kept[3] and max(widths) <= 64
-    assert not any(V in shape for shape in kept[0].values())
+    n_rows = []
+
+    def spy(x, n_samples):
+        n_rows.append(len(x[0]))
+        return predict(x, n_samples)
+
+    monkeypatch.setattr(model.lm_head, "predict", spy)
+    scores_of(model, file, batch_size=16)
+    assert sum(n_rows) == len(file) - 1 and max(n_rows) <= 64
