@@ -21,7 +21,7 @@ import torch
 
 from engine.base import distributed
 from engine.base.errors import Diverged, UserError, run_main
-from engine.base.optim import adamw, set_learning_rate
+from engine.base.optim import make_optimizer, set_learning_rate
 from engine.base.options import (
     Fraction,
     NonNegativeFloat,
@@ -80,6 +80,8 @@ class TrainConfig:
     # blocks in a micro-batch; lower it when memory runs out, and accumulate more
     batch_size: Annotated[int, ">= 1", "<= 1e6"] = 12
     model: GPTConfig = GPTConfig()
+    # adamw | muon: Muon for the matrices in the blocks, AdamW for the rest; fewer steps do as much
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: NonNegativeFloat = 6e-4  # peak; small models take more: 1e-3 and above
     max_iters: NonNegativeInt = 600000  # steps in all
     weight_decay: NonNegativeFloat = 1e-1  # on matrices and embeddings alone
@@ -109,6 +111,10 @@ class TrainConfig:
         if self.sharding == "fsdp" and self.dtype == "float16":
             raise UserError(
                 "dtype = 'float16' needs a loss scale, and shards have none; use --dtype=bfloat16"
+            )
+        if self.sharding == "fsdp" and self.optimizer == "muon":
+            raise UserError(
+                "optimizer = 'muon' needs whole matrices, and fsdp shards them; use --sharding=none"
             )
         has_sets = self.labels and self.model.head.likelihood == "sigmoid"
         if self.label_mode == "set" and not has_sets:
@@ -179,7 +185,9 @@ def train(
     cast, dtype = distributed.autocast(device, config.dtype)
     model = processes.wrap(raw_model, config.compile, config.sharding)
     betas = (config.beta1, config.beta2)
-    optimizer = adamw(raw_model, config.learning_rate, betas, config.weight_decay)
+    optimizer = make_optimizer(
+        raw_model, config.learning_rate, betas, config.weight_decay, config.optimizer
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
 

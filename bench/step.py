@@ -22,18 +22,19 @@ import torch
 from bench import measure
 from bench.heads import N_DATA, OURS, PlainHead
 from engine.base.distributed import autocast, pick_device
-from engine.base.optim import adamw
+from engine.base.optim import make_optimizer
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
 USERS = ("plain", "transformers", "torchbnn", "dense_bce")
-CASES = (*OURS, "dropout", *USERS)
+VARIED = ("dropout", "muon")
+CASES = (*OURS, *VARIED, *USERS)
 OF_SCALE = {  # those of gpt2 fit into 24 GiB together
     "quick": CASES,
     "small": (*OURS, *USERS),
-    "char": (*OURS, "plain", "transformers"),
-    "gpt2": ("softmax", "plain", "transformers"),
-    "study": (*OURS, "dropout"),
+    "char": (*OURS, "muon", "plain", "transformers"),
+    "gpt2": ("softmax", "muon", "plain", "transformers"),
+    "study": (*OURS, *VARIED),
     "gpu": (*OURS,),
 }
 SHAPE = (
@@ -102,13 +103,14 @@ def prepare(case: str, batch_size: int, **shape: int) -> Step:
     device = pick_device("auto")
     size = (2, batch_size, shape["block_size"])
     idx, targets = torch.randint(shape["vocab_size"], size, device=device)
-    if case in (*OURS, "dropout"):
+    if case in (*OURS, *VARIED):
         head = HeadConfig(**OURS.get(case, {}), n_data=N_DATA)
         dropout = 0.1 if case == "dropout" else 0.0
         config = GPTConfig(**shape, head=head, dropout=dropout)
         model = GPT(config).to(device)
         loss_of = partial(measure.compiled(model), idx, targets)
-        optimizer = adamw(model, 6e-4, (0.9, 0.95), 0.1)
+        name = "muon" if case == "muon" else "adamw"
+        optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1, name)
         return Step(model, loss_of, optimizer, "bfloat16")
     if case == "transformers":
         model = transformers_gpt2(**shape).to(device)

@@ -37,7 +37,7 @@ import torch
 import train
 from engine.base.distributed import Processes
 from engine.base.errors import UserError, run_main
-from engine.base.optim import adamw
+from engine.base.optim import make_optimizer
 from engine.base.options import load_config
 from engine.runs import checkpoint
 from engine.runs.banner import environment
@@ -438,7 +438,7 @@ def stalls(
     disk, and how much longer matrix products take meanwhile.
     """
     model = GPT(shape or GPTConfig(vocab_size=50257))
-    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -48,7 +48,7 @@ def test_flops_are_those_that_torch_counts(tie_head):
 def test_the_banner_shows_size_step_run_and_code_in_short_lines(data, tmp_path, capsys):
     model = run(data, tmp_path, weights="bayes", max_iters=4, gradient_accumulation_steps=2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{tmp_path}: bayes x categorical head, float32, eager, on 1 x cpu"
+    assert lines[0] == f"{tmp_path}: bayes x categorical head, float32, eager, adamw, on 1 x cpu"
     assert [line.split()[0] for line in lines[1:5]] == ["parameters", "a", "the", "code"]
     assert f": backbone {banner.count_parameters(model)['backbone']:,}, head" in lines[1]
     assert "256 tokens (2 x 8 blocks of 16)" in lines[2]

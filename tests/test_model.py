@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from engine.base.errors import UserError
-from engine.base.optim import adamw
+from engine.base.optim import make_optimizer
 from engine.eval.generation import generate, stream
 from engine.runs.checkpoint import load_model
 from heads import WEIGHTS, HeadConfig
@@ -188,7 +188,7 @@ def test_every_head_learns_a_batch_by_heart(weights, likelihood):
     x, y = idx[:, :-1], idx[:, 1:]
     options = {"label_smoothing": 0.01, "n_data": 10**6, "kl_weight": 0.01}
     model = tiny_gpt(weights, likelihood, **options).train()
-    optimizer = adamw(model, 1e-2, (0.9, 0.95), 0.0)
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 0.0)
     first = model(x, y).item()
     for _ in range(100):
         optimizer.zero_grad()

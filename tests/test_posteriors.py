@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 from engine.base.errors import UserError
-from engine.base.optim import adamw
+from engine.base.optim import make_optimizer
 from engine.runs.checkpoint import load_model
 from heads import Head, HeadConfig
 from heads.weights import BayesLayer, BayesLinear
@@ -190,7 +190,7 @@ def test_a_models_loss_is_its_data_loss_plus_ramp_times_kl_weight_times_kl_per_t
 def test_every_matrix_is_decayed_but_no_log_std(posterior):
     model = tiny_gpt("bayes", bias=True, posterior=posterior, bayes_mlp=True)
     names = {p: name for name, p in model.named_parameters()}
-    for group in adamw(model, 1e-3, (0.9, 0.95), 0.1).param_groups:
+    for group in make_optimizer(model, 1e-3, (0.9, 0.95), 0.1).param_groups:
         for p in group["params"]:
             is_decayed = p.dim() == 2 and not names[p].endswith("log_std")
             assert group["weight_decay"] == (0.1 if is_decayed else 0.0)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from engine.base.errors import UserError
-from engine.base.optim import adamw, learning_rate_at
+from engine.base.optim import learning_rate_at, make_optimizer
 from engine.data.tokenizer import read_meta
 from engine.gpt2.loading import HUB, load_state
 from engine.runs.checkpoint import load_model, read, read_checkpoint
@@ -528,7 +528,7 @@ def test_the_learning_rate_is_nanogpts_at_every_step(warmup_iters, lr_decay_iter
 @pytest.mark.parametrize("tied", [True, False])
 def test_weight_decay_acts_on_matrices_and_embeddings_alone(weights, likelihood, tied):
     model = tiny_gpt(weights, likelihood, bias=True, logit_bias="unigram", tie_head=tied)
-    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     names = {name: decay[p] for name, p in model.named_parameters()}
     assert len(decay) == len(names) == len(list(model.parameters()))  # each once

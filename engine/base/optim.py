@@ -5,26 +5,54 @@ import math
 import torch
 
 
-def adamw(
+class Joint(torch.optim.Optimizer):
+    """Optimizers of different parameters as one: their groups and their state together."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        super().__init__([group for each in optimizers for group in each.param_groups], {})
+
+    def step(self, closure=None) -> None:
+        first = 0
+        for optimizer in self.optimizers:
+            end = first + len(optimizer.param_groups)
+            # shared here, because loading a checkpoint replaces both
+            optimizer.param_groups = self.param_groups[first:end]
+            optimizer.state = self.state
+            optimizer.step()
+            first = end
+
+
+def make_optimizer(
     model: torch.nn.Module,
     learning_rate: float,
     betas: tuple[float, float],
     weight_decay: float,
-) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and embeddings only: no bias, no norm, no log_std (decay
-    pulls std to 1).
+    name: str = "adamw",
+) -> torch.optim.Optimizer:
+    """AdamW, or with name = "muon" Muon for the matrices in the blocks and AdamW for the rest.
+
+    Weight decay acts on matrices and embeddings only: no bias, no norm, no log_std (decay pulls std
+    to 1). Muon (Jordan et al. 2024) scales its updates to the size of AdamW's (Liu et al. 2025), so
+    that one learning rate serves both.
     """
-    decayed, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            is_decayed = p.dim() >= 2 and not name.endswith("log_std")
-            group = decayed if is_decayed else others
-            group.append(p)
+    matrices, decayed, others = [], [], []
+    for parameter, p in model.named_parameters():
+        if p.dim() < 2 or parameter.endswith("log_std"):
+            others.append(p)
+        elif name == "muon" and parameter.startswith("transformer.h."):
+            matrices.append(p)
+        else:
+            decayed.append(p)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    if not matrices:
+        return adamw
+    scale = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return Joint(torch.optim.Muon(matrices, lr=learning_rate, **scale), adamw)
 
 
 def learning_rate_at(step: int, config) -> float:

@@ -35,7 +35,7 @@ def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list
     head, counts = config.model.head, count_parameters(model)
     how = "compiled" if config.compile else "eager"
     title = f"{config.out_dir}: {head.weights} x {head.likelihood} head, {dtype}, {how}, "
-    title += f"on {processes.world_size} x {processes.device.type}"
+    title += f"{config.optimizer}, on {processes.world_size} x {processes.device.type}"
     if config.labels:
         title += f", teacher labels {config.labels} ({config.label_mode})"
     if step:

@@ -24,9 +24,9 @@ from model import GPT
 # options of a launch, not of the run: a checkpoint does not bring them back
 PER_LAUNCH = {"out_dir", "init_from", "allow_change", "eval_only", "backend", "device"}
 PER_LAUNCH |= {"hang_timeout"}
-# options that make another model, which a checkpoint does not fit
-SHAPE = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "qkv_bias", "bayes_mlp"}
-SHAPE |= {"weights", "likelihood", "posterior", "tie_head", "logit_bias"}
+# options that make another model or optimizer, which a checkpoint does not fit
+FIXED = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "qkv_bias", "bayes_mlp"}
+FIXED |= {"weights", "likelihood", "posterior", "tie_head", "logit_bias", "optimizer"}
 
 
 def prepare_run(config, given: Set[str], processes: Processes):
@@ -92,7 +92,7 @@ def resumed_config(config, state: dict, given: Set[str]):
             options[name] = before[name]
         elif options[name] != before[name]:
             changes.append(f"{name} = {options[name]!r} (was {before[name]!r})")
-            if name in SHAPE:
+            if name in FIXED:
                 raise UserError(
                     f"{changes[-1]} cannot change on resuming; leave {name} out, "
                     "or give another --out_dir"

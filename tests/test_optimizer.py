@@ -1,0 +1,79 @@
+"""Muon and AdamW as one optimizer, against torch's own two."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from engine.base.errors import UserError
+from engine.base.optim import make_optimizer
+from tests.helpers import difference, run, same_weights, tiny_gpt
+from train import TrainConfig
+
+MUON = {"optimizer": "muon", "max_iters": 12, "lr_decay_iters": 12, "eval_interval": 6}
+
+
+def gradients(model, seed: int) -> None:
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+
+@pytest.mark.parametrize("bayes_mlp", [False, True])
+def test_muon_moves_the_blocks_matrices_as_torchs_muon_and_the_rest_as_adamw(bayes_mlp):
+    model = tiny_gpt("bayes", bayes_mlp=bayes_mlp)
+    reference = tiny_gpt("bayes", bayes_mlp=bayes_mlp)
+    matrices, decayed, others = [], [], []
+    for name, p in reference.named_parameters():
+        is_matrix = p.dim() == 2 and "log_std" not in name
+        in_block = ".h." in name
+        (others, decayed, matrices)[is_matrix + (is_matrix and in_block)].append(p)
+    assert len(matrices) == 2 * 4
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(decayed, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    plain = torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 0.1, "muon")
+    for step in range(4):
+        gradients(model, step)
+        gradients(reference, step)
+        for each in (optimizer, muon, adamw, plain):
+            each.step()
+    assert difference(model, reference) < 1e-6
+
+
+def test_a_resumed_run_with_muon_is_the_uninterrupted_one(words_data, tmp_path):
+    whole = run(words_data, tmp_path / "whole", **MUON)
+    run(words_data, tmp_path / "parts", **MUON | {"max_iters": 6})
+    assert same_weights(
+        whole, run(words_data, tmp_path / "parts", init_from="resume", max_iters=12)
+    )
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    """float16's scaler leaves out a step of the two optimizers together."""
+    model = tiny_gpt()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 0.1, "muon")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(1))
+    gradients(model, 0)
+    model.transformer.ln_f.weight.grad[0] = torch.inf
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert not optimizer.state
+
+
+def test_a_run_keeps_its_optimizer(words_data, trained, tmp_path):
+    shutil.copytree(trained(), tmp_path / "run")
+    with pytest.raises(UserError, match="optimizer"):
+        run(words_data, tmp_path / "run", init_from="resume", optimizer="muon", max_iters=40)
+    run(words_data, tmp_path / "tuned", init_from=trained(), optimizer="muon", max_iters=2)
+    assert json.loads((tmp_path / "tuned/config.json").read_text())["optimizer"] == "muon"
+
+
+def test_shards_have_no_muon():
+    with pytest.raises(UserError, match="--sharding=none"):
+        TrainConfig(optimizer="muon", sharding="fsdp")
