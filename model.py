@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019) with an exchangeable output head.
 
-The backbone is exactly GPT-2: pre-LN blocks, GELU in its tanh form, learned positions, GPT-2's
-names for the parameters. The head (heads/) turns the final hidden states into a loss or a
-prediction. Shapes: idx (B, T) token ids, x (B, T, C), keys and values (B, n_head, T, C / n_head).
+The backbone is exactly GPT-2: pre-LN blocks, the tanh form of GELU, learned positions, and GPT-2's
+parameter names. The head (heads/) turns the final hidden states into a loss or a prediction.
+Shapes: idx (B, T) token ids, x (B, T, C), keys and values (B, n_head, T, C / n_head).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class GPTConfig:
     """The shape of the network; the defaults are GPT-2 124M."""
 
     block_size: Annotated[int, ">= 1", "<= 1e9"] = 1024  # context length in tokens
-    # number of token ids; 0: as many as the data set's tokenizer has
+    # number of token ids; 0 takes that of the data set's tokenizer
     vocab_size: Annotated[int, ">= 0", "<= 4294967296"] = 0
     n_layer: Annotated[int, ">= 1", "<= 1e4"] = 12  # gpt2: 12, -medium: 24, -large: 36, -xl: 48
     # gpt2: 12, -medium: 16, -large: 20, -xl: 25; must divide n_embd
@@ -38,19 +38,19 @@ class GPTConfig:
     n_embd: Annotated[int, ">= 1", "<= 1e5"] = 768
     # 0 for pretraining; try 0.1 or more for fine-tuning or small data
     dropout: Annotated[float, ">= 0", "< 1"] = 0.0
-    # biases in all linear and norm layers, as GPT-2 has; without is a bit better and faster
+    # True: biases in all linear and norm layers, like GPT-2. False: a bit better and faster
     bias: bool = False
-    qkv_bias: bool = False  # with bias=False: a bias in the attention's c_attn alone
-    # recompute each block in backward: less memory, about a third more time
+    qkv_bias: bool = False  # with bias=False: a bias in the attention's c_attn only
+    # recompute each block in the backward pass: less memory, about a third more time
     gradient_checkpointing: bool = False
-    # Bayesian MLPs too (any head), with the Bayesian head's options; bound draws as local there
+    # Bayesian MLPs (with any head), by the options of the Bayesian head; bound acts as local there
     bayes_mlp: bool = False
     head: HeadConfig = HeadConfig()
 
     def __post_init__(self):
         check_options(self)
         if self.bayes_mlp and self.head.posterior == "torchbnn":
-            raise UserError("bayes_mlp has no torchbnn layers; use --posterior=row or full")
+            raise UserError("bayes_mlp does not support torchbnn; use --posterior=row or full")
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}; change one"
@@ -58,38 +58,39 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of all layers for up to `size` tokens: first several, then one at a time.
+    """Keys and values of all layers, for up to `size` tokens.
 
-    The model takes any object with these positions() and extend().
+    The first call may add several tokens, each later call adds one. The model takes any object that
+    has the methods positions() and extend().
     """
 
     def __init__(self, n_layer: int, size: int):
-        self.n_layer, self.size = n_layer, size
+        self.n_layer = n_layer
+        self.size = size
         self.kv = None  # allocated by the first extend(), which knows the batch size and the dtype
         self.length = 0  # tokens held so far
 
     def positions(self, idx: Tensor) -> Tensor:
         """The positions (T,) of the next tokens."""
         if self.length and idx.size(1) > 1:
-            raise ValueError("a cache that holds tokens takes one token at a time")
+            raise ValueError("a cache that is not empty takes one token at a time")
         end = self.length + idx.size(1)
         return torch.arange(self.length, end, device=idx.device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Append k, v of new tokens. Returns all keys and values of the layer, and no mask."""
+        """Append k, v of the new tokens. Returns all keys and values of the layer, and no mask."""
         if self.kv is None:
             B, n_head, _, head_size = k.shape
-            # zeros, since the mask of a compiled step would not hide a NaN
+            # zeros, because the mask of a compiled step would not hide a NaN
             self.kv = k.new_zeros(2, self.n_layer, B, n_head, self.size, head_size)
+        keys, values = self.kv[:, layer]
         start = self.length
         end = start + k.size(2)
-        self.kv[0, layer, :, :, start:end] = k
-        self.kv[1, layer, :, :, start:end] = v
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
         if layer == self.n_layer - 1:
             self.length = end
-        keys = self.kv[0, layer, :, :, :end]
-        values = self.kv[1, layer, :, :, :end]
-        return keys, values, None
+        return keys[:, :, :end], values[:, :, :end], None
 
 
 class CausalSelfAttention(nn.Module):
@@ -110,7 +111,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)
-        # without a mask: a single new token sees all keys, several start at the first position
+        # without a mask, one new token sees all keys; several tokens start at position 0
         is_causal = mask is None and T > 1
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
@@ -148,7 +149,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """forward() returns the loss, log_probs() the prediction, hidden() what the head works on."""
+    """forward() returns the loss, log_probs() the prediction, hidden() the input of the head."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -156,7 +157,7 @@ class GPT(nn.Module):
             raise UserError("vocab_size is needed to build a model")
         self.config = config
         self.compiled_step = None  # see engine/eval/generation.py
-        self.mc_dropout = False  # whether draws of the weights drop out too, see sampling
+        self.mc_dropout = False  # whether draws of the weights use dropout too, see sampling()
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -166,7 +167,7 @@ class GPT(nn.Module):
             }
         )
         self.apply(self._init_weights)
-        # GPT-2: keep the variance of the residual stream, which 2 n_layer projections add to
+        # GPT-2: 2 n_layer projections add to the residual stream; keep its variance
         std = 0.02 / math.sqrt(2 * config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -185,15 +186,17 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """idx (B, T) -> final hidden states (B, T, C). With a cache idx continues its tokens."""
-        T, block_size = idx.size(1), self.config.block_size
+        """idx (B, T) -> final hidden states (B, T, C). With a cache, idx continues its tokens."""
+        T = idx.size(1)
+        block_size = self.config.block_size
         if cache is not None:
             positions = cache.positions(idx)
         elif block_size >= T:
             positions = torch.arange(T, device=idx.device)
         else:
             raise ValueError(f"{T} tokens do not fit into block_size = {block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
+        token_embeddings = self.transformer.wte(idx)
+        x = token_embeddings + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = self.config.gradient_checkpointing and self.training and cache is None
         for block in self.transformer.h:
@@ -213,7 +216,7 @@ class GPT(nn.Module):
         return data_loss + self.kl_loss(), self.lm_head.scores(hidden, targets)
 
     def kl(self) -> Tensor | float:
-        """KL(posterior || prior) of all Bayesian weights, in nats; 0.0 without any."""
+        """KL(posterior || prior) of all Bayesian weights, in nats; 0.0 if there are none."""
         total = 0.0
         for layer in self.bayes_layers():
             total = total + layer.kl()
@@ -224,7 +227,7 @@ class GPT(nn.Module):
         return self.lm_head.kl_loss(self.kl())
 
     def bayes_layers(self) -> list[BayesLinear]:
-        """The Bayesian layers: the output weights, the MLPs' layers with bayes_mlp."""
+        """The Bayesian layers: output weights and, with bayes_mlp, the layers of the MLPs."""
         return [module for module in self.modules() if isinstance(module, BayesLinear)]
 
     def log_probs(self, idx: Tensor, n_samples: int = 0) -> Tensor:
@@ -235,7 +238,8 @@ class GPT(nn.Module):
     def hiddens(self, idx: Tensor, n_samples: int = 0) -> list[Tensor]:
         """The hidden states (B, T, C) for n_samples draws of all weights.
 
-        One for all draws, or one per draw where hidden layers are random (bayes_mlp, mc_dropout).
+        One element for all draws, or one per draw if hidden layers are random (bayes_mlp,
+        mc_dropout).
         """
         random_layers = self.config.bayes_mlp or self.mc_dropout
         if n_samples < 1 or not random_layers:
@@ -245,10 +249,10 @@ class GPT(nn.Module):
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Within this context hidden() draws the hidden layers' weights.
+        """Within this context, hidden() draws the weights of the hidden layers.
 
-        Bayesian layers draw from their posterior; with mc_dropout the blocks drop out, which is a
-        draw of the weights too (Gal & Ghahramani 2016).
+        Bayesian layers draw from their posterior. With mc_dropout, the blocks use dropout, which
+        is a draw of the weights too (Gal & Ghahramani 2016).
         """
         was_training = self.training
         self.train(was_training or self.mc_dropout)
@@ -263,23 +267,25 @@ class GPT(nn.Module):
                 layer.sampling = False
 
     def init_posteriors(self, frequencies: Tensor, only: Collection[str] | None = None) -> None:
-        """Initialise the standard deviations of the posteriors around the present weights.
+        """Initialise the standard deviations of the posteriors around the current weights.
 
-        frequencies: of the tokens in the training text, (V,). only: names of parameters.
+        frequencies (V,): of the tokens in the training text. only: the parameters to initialise,
+        by name; None: all.
         """
         for name, layer in self.named_modules():
             if not isinstance(layer, BayesLinear):
                 continue
             if only is not None and f"{name}.log_std" not in only:
                 continue
-            is_hidden = isinstance(layer, BayesLayer)  # every token uses all of its outputs
+            is_hidden = isinstance(layer, BayesLayer)  # then every token uses all outputs
             used = torch.ones(len(layer.weight)) if is_hidden else frequencies
             layer.init_from_frequencies(used)
 
     def flops_per_token(self) -> float:
-        """FLOPs of a training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
+        """FLOPs per training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
 
-        N leaves out what is only looked up: the positions, and an embedding that is not tied.
+        N leaves out parameters that are only looked up: the position embedding, and the token
+        embedding if it is not tied.
         """
         config = self.config
         n_params = sum(p.numel() for p in self.parameters())

@@ -16,11 +16,12 @@ class HeadConfig:
     likelihood: Literal["categorical", "smooth", "sigmoid"] = "categorical"
     # the output weights (for bayes: their means) are the token embedding, as in GPT-2
     tie_head: bool = True
-    # unigram | uniform | none | auto: sigmoid unigram (on a model without bias uniform), else none
+    # start of a bias per token: unigram (corpus frequencies) | uniform | none (no bias) | auto:
+    # unigram for sigmoid, else none. Pretrained weights keep their bias, or get the same for all
     logit_bias: Literal["auto", "unigram", "uniform", "none"] = "auto"
-    # smooth: probability spread over the V - 1 other tokens
-    label_smoothing: Annotated[float, ">= 0", "< 1"] = 0.1
-    # sigmoid: weight of the true token's term; undone in predictions, which use z - ln pos_weight
+    # smooth: the probability that is spread over the V - 1 other tokens
+    label_smoothing: Annotated[float, ">= 0", "<= 0.5"] = 0.1
+    # sigmoid: weight of the true token's term; predictions undo it: they use z - ln pos_weight
     pos_weight: Annotated[float, ">= 1e-6", "<= 1e6"] = 1.0
     # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
     sum_penalty: NonNegativeFloat = 0.0
@@ -28,13 +29,13 @@ class HeadConfig:
     posterior: Literal["row", "full", "torchbnn"] = "row"
     # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
     estimator: Literal["bound", "local", "sample"] = "bound"
-    # bayes: of the prior N(prior_mean, prior_std^2) of every weight
+    # bayes: mean of the prior N(prior_mean, prior_std^2) of every weight
     prior_mean: Annotated[float, ">= -1e6", "<= 1e6"] = 0.0
-    # bayes: a number, or "empirical": fit to the posterior as that moves
+    # bayes: a number, or "empirical": fitted to the posterior, at every step
     prior_std: Annotated[float, ">= 1e-6", "<= 1e6"] | Literal["empirical"] = "empirical"
-    # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, for data below 1e9 tokens
+    # bayes: 1 is the ELBO; less is a tempered ("cold") posterior, for data sets below 1e9 tokens
     kl_weight: NonNegativeFloat = 1.0
-    # bayes: training tokens in the data set, the N of KL / N; train.py reads it from the data
+    # bayes: number of training tokens, the N of KL / N; train.py reads it from the data
     n_data: Annotated[int, ">= 0", "<= 1e15"] = 0
 
     def __post_init__(self):
@@ -42,5 +43,5 @@ class HeadConfig:
         if self.posterior == "torchbnn" and self.estimator == "local":
             raise UserError(
                 "posterior = 'torchbnn' draws whole matrices; "
-                "estimator = 'local' needs --posterior=full"
+                "for estimator = 'local' use --posterior=full"
             )

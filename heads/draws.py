@@ -1,10 +1,10 @@
 """The mean prediction of Gaussian logits and its entropies, from draws that all positions share.
 
-Given x, the logits of a linear head are independent Gaussians, and a prediction depends on their
-distribution at its position alone. So a draw is one noise vector (V,) for all positions of a call:
-unbiased at every position; positions share their Monte Carlo error. That saves most of the time,
-and a position's result depends on the generator, not on the number of positions. Shapes: mean, std,
-log-probabilities (..., V), entropies (...).
+Given x, the logits of a linear head are independent Gaussians, and a prediction depends only on
+their distribution at its own position. So a draw is one noise vector (V,) for all positions of a
+call. It is unbiased at every position; positions share their Monte Carlo error. That saves most of
+the time, and makes a position's result independent of the number of positions. Shapes: mean, std
+and log-probabilities (..., V), entropies (...).
 """
 
 import math
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from heads.likelihoods import Likelihood
 
-DRAWS_AT_ONCE = 16  # draws whose noise (DRAWS_AT_ONCE, V) exists at a time
-# logits of a draw that are worked on at a time: half a dozen such arrays fit into a CPU's L2
+DRAWS_AT_ONCE = 16  # draws per batch; their noise (DRAWS_AT_ONCE, V) is in memory together
+# logits per block of positions: half a dozen such arrays fit into a CPU's L2 cache
 LOGITS_AT_ONCE = {"cpu": 1 << 18}
-# below this log p, probabilities are not added up as fp32 numbers: fp32 ends at -87, and a sum over
-# the vocabulary needs ln(2 V) of the difference
+# below this log p, probabilities are summed as logarithms: the least fp32 number is e^-87, and a
+# sum over the vocabulary needs a margin of ln(2 V)
 LOWEST_LOG_P = -70.0
 
 
@@ -41,9 +41,9 @@ def draw_batches(
     entropies: bool,
     generator: torch.Generator | None = None,
 ) -> Iterator[WeightedPrediction]:
-    """The mean predictions of n draws, some draws at a time, with their mean entropies.
+    """The mean predictions and mean entropies of n draws, a batch of draws at a time.
 
-    n_total: all draws of the mixture, for the weights. std = None: nothing is random.
+    n_total: the number of draws in the mixture, for the weights. std = None: nothing is random.
     """
     if std is None:
         log_probs = likelihood.log_probs(mean)
@@ -75,7 +75,7 @@ def _average(likelihood, mean, std, noise, entropies) -> tuple[Tensor, Tensor | 
     """mean, std (N, V), noise (S, V) -> log mean p (N, V), mean entropy of the draws (N,)."""
     centred = likelihood.centred(mean) if len(noise) > 1 else None
     if centred is not None:
-        # a logit moves by `reach` at most, and so does the normaliser
+        # no logit moves by more than `reach`, nor does the normaliser
         reach = std.amax() * noise.abs().amax()
         if centred.amin() - 2 * reach > LOWEST_LOG_P:
             return _average_of_numbers(likelihood, centred, std, noise, entropies)
@@ -91,7 +91,7 @@ def _average(likelihood, mean, std, noise, entropies) -> tuple[Tensor, Tensor | 
 
 
 def _average_of_numbers(likelihood, centred, std, noise, entropies) -> tuple[Tensor, Tensor | None]:
-    """_average with one exp per logit, for probabilities well above the least fp32 number."""
+    """_average with one exp per logit, for probabilities far above the least fp32 number."""
     sum_p = torch.zeros_like(centred)
     sum_entropies = torch.zeros_like(centred[:, :1])
     for eps in noise:

@@ -6,9 +6,9 @@
                   smooth: softmax on smoothed targets
                   sigmoid: a Bernoulli per token
 
-Any pair works, and all have the same two methods: `loss` (a scalar, minimised by training; its unit
-differs between likelihoods) and `log_probs` (a normalised distribution over the next token, with
-the same meaning for all). Shapes: x (B, T, C) hidden states, logits (B, T, V), targets (B, T). Soft
+Any pair works, and all have the same two methods. Training minimises `loss`, a scalar whose unit
+differs between likelihoods. `log_probs` is a normalised distribution over the next token, which
+means the same for all. Shapes: x (B, T, C) hidden states, logits (B, T, V), targets (B, T). Soft
 labels are targets (B, T, K) with label_weights (B, T, K).
 """
 
@@ -26,13 +26,13 @@ from heads.likelihoods import LIKELIHOODS, linear_fit
 from heads.linear_loss import LOGITS_BYTES_PRODUCT, linear_loss, plain_loss, rows_per_chunk
 from heads.weights import WEIGHTS, BayesLinear
 
-# bytes of log-probabilities that exist at a time in scores(): what a cache holds
+# bytes of log-probabilities per block in scores(): what a CPU's cache holds
 LOG_PROBS_BYTES = {"cpu": 1 << 20}
-N_DEFAULT_DRAWS = 256  # in place of a formula that a likelihood does not have
+N_DEFAULT_DRAWS = 256  # if a likelihood has no formula for an average
 
 
 class Prediction(NamedTuple):
-    """The next token at each position, and how uncertain it is; nats."""
+    """A distribution over the next token at each position, and its uncertainty in nats."""
 
     log_probs: Tensor  # (..., V), normalised
     total: Tensor  # (...), entropy of the prediction
@@ -40,12 +40,12 @@ class Prediction(NamedTuple):
 
     @property
     def aleatoric(self) -> Tensor:
-        """(...), the entropy that would be left if the weights were known."""
+        """(...), the entropy that would remain if the weights were known."""
         return self.total - self.epistemic
 
 
 class TokenScores(NamedTuple):
-    """How well a prediction meets the true token, (...) each."""
+    """Scores of a prediction for the true token, (...) each."""
 
     nll: Tensor  # nats
     confidence: Tensor  # probability of the likeliest token
@@ -74,8 +74,8 @@ class Head(nn.Module):
         uses_bound = config.weights == "bayes" and config.estimator == "bound"
         if uses_bound and not self.likelihood.linear_in_logits:
             raise UserError(
-                f"estimator = 'bound' does not hold for likelihood = {config.likelihood!r}, whose "
-                "loss is not linear in the labels' logits; use --estimator=local"
+                f"likelihood = {config.likelihood!r} has no bound, because its loss is not linear "
+                "in the labels' logits; use --estimator=local"
             )
         start = config.logit_bias
         if start == "auto":
@@ -85,17 +85,17 @@ class Head(nn.Module):
         bias = self.likelihood.base_rate_logits(uniform)
         if bias is None and self.starts_unigram:
             raise UserError(
-                f"logit_bias = 'unigram': likelihood = {config.likelihood!r} has no formula "
-                "for it; use --logit_bias=uniform or none"
+                f"likelihood = {config.likelihood!r} has no formula for logit_bias = 'unigram'; "
+                "use --logit_bias=uniform or none"
             )
         if bias is None:
             bias = torch.zeros(vocab_size)
         self.bias = None if start == "none" else nn.Parameter(bias)
-        # beta(t) of the ELBO, 0 .. 1 over the warm-up; set by the training loop
+        # weight of the KL, from 0 to 1 during the warm-up; the training loop sets it
         self.register_buffer("kl_ramp", torch.ones(()), persistent=False)
 
     def init_from_frequencies(self, frequencies: Tensor) -> None:
-        """Initialise bias and posterior from the token frequencies (V,), all above 0."""
+        """Initialise the bias and the posterior from token frequencies (V,), all above 0."""
         self.weights.init_from_frequencies(frequencies)
         if self.starts_unigram:
             with torch.no_grad():
@@ -103,12 +103,12 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def convert_likelihood(self, old: HeadConfig, hidden: Callable[[], Tensor]) -> Tensor | float:
-        """Convert weights from a head trained with `old`'s likelihood to the same predictions.
+        """Convert weights from a head trained with `old`'s likelihood to make the same predictions.
 
-        A sigmoid's logits are log-probabilities. So are those of a softmax up to the
-        log-normaliser, which is close to linear in x: fitted to hidden(), (n, C) states of the
-        training text, it is subtracted from weights and bias. Returns what was subtracted from the
-        weights (C,) of every token, or 0.
+        A sigmoid's logits are log-probabilities. A softmax's logits are too, after subtracting the
+        log-normaliser. That is close to linear in x, so a linear fit to hidden(), (n, C) states of
+        the training text, is subtracted from weights and bias. Returns the vector (C,) that was
+        subtracted from every token's weights, or 0.
         """
         ours = self.likelihood
         vocab_size = len(self.weights.weight)
@@ -119,13 +119,13 @@ class Head(nn.Module):
             if not likelihood.is_softmax and likelihood.logit_offset is None:
                 raise UserError(
                     f"weights of likelihood = {old.likelihood!r} cannot be converted to "
-                    f"{self.config.likelihood!r}: the logits of one are no log-probabilities"
+                    f"{self.config.likelihood!r}: no formula relates their logits"
                 )
         if ours.is_softmax or theirs.logit_offset == ours.logit_offset:
-            return 0.0  # the logits are log-probabilities, which a softmax takes as they are
+            return 0.0  # a softmax of log-probabilities returns them unchanged
         if self.bias is None:
             raise UserError(
-                "a sigmoid head on these weights needs a bias; leave logit_bias = 'none' out"
+                "a sigmoid head needs a bias to convert these weights; omit logit_bias = 'none'"
             )
         slope = 0.0
         offset = theirs.logit_offset
@@ -140,17 +140,17 @@ class Head(nn.Module):
         return slope
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., V), under the mean of the weights."""
+        """x (..., C) -> (..., V), under the mean weights."""
         logits = self.weights.logits(x)
         return logits if self.bias is None else logits + self.bias
 
     def loss(self, x: Tensor, targets: Tensor, label_weights: Tensor | None = None) -> Tensor:
-        """What training minimises, a scalar: nats per token + kl_weight * KL / n_data."""
+        """The loss of training, a scalar: nats per token + kl_weight * KL / n_data."""
         data_loss = self.data_loss(x, targets, label_weights)
         return data_loss + self.kl_loss(self.weights.kl())
 
     def data_loss(self, x: Tensor, targets: Tensor, label_weights: Tensor | None = None) -> Tensor:
-        """The likelihood's part of the loss, E_q[nats per token], by the chosen estimator."""
+        """The likelihood's part of the loss, E_q[nats per token], by the estimator."""
         if label_weights is None:
             targets = targets.unsqueeze(-1)
         if self.weights.samples_logits:
@@ -163,12 +163,12 @@ class Head(nn.Module):
         loss = linear_loss(self.likelihood, x, weight, self.bias, shift, targets, label_weights)
         coefficient = self.likelihood.mean_coefficient
         if shift is not None and coefficient:
-            # the bound raises the logits, but not in a term that is linear in them
+            # the bound does not raise the logits in a term that is linear in them
             loss = loss + coefficient * shift.mean().mean()
         return loss
 
     def kl_loss(self, kl: Tensor | float) -> Tensor:
-        """The KL's part of the loss, nats per token: kl_weight * kl_ramp * KL / n_data."""
+        """The KL's part of the loss, nats per token: kl_ramp * kl_weight * KL / n_data."""
         n_data = max(1, self.config.n_data)
         weight = self.config.kl_weight / n_data
         return self.kl_ramp * kl * weight
@@ -176,20 +176,17 @@ class Head(nn.Module):
     def scores(self, x: Tensor, targets: Tensor) -> TokenScores:
         """x (B, T, C), targets (B, T) -> scores (B * T,) each, under the mean weights."""
         vocab_size = len(self.weights.weight)
-        # a product is fast with many rows, what follows with few
+        # a matrix product is fast with many rows, the functions of its result with few
         n_product = rows_per_chunk(LOGITS_BYTES_PRODUCT, x.device, vocab_size, x.dtype)
         n_cached = rows_per_chunk(LOG_PROBS_BYTES, x.device, vocab_size, x.dtype)
-        x = x.flatten(0, 1)
-        targets = targets.flatten()
         found = []
-        for start in range(0, len(x), n_product):
-            chunk = slice(start, start + n_product)
-            logits = self.logits(x[chunk])
-            ids = targets[chunk]
-            for row in range(0, len(logits), n_cached):
-                block = slice(row, row + n_cached)
-                log_probs = self.likelihood.log_probs(logits[block])
-                found.append(token_scores(log_probs, ids[block]))
+        chunks = x.flatten(0, 1).split(n_product)
+        target_chunks = targets.flatten().split(n_product)
+        for chunk, ids in zip(chunks, target_chunks, strict=True):
+            logits_blocks = self.logits(chunk).split(n_cached)
+            for logits, block_ids in zip(logits_blocks, ids.split(n_cached), strict=True):
+                log_probs = self.likelihood.log_probs(logits)
+                found.append(token_scores(log_probs, block_ids))
         columns = zip(*found, strict=True)
         return TokenScores(*map(torch.cat, columns))
 
@@ -197,9 +194,9 @@ class Head(nn.Module):
         """x (..., C) -> log p(next token) (..., V), normalised over V, fp32.
 
         n_samples = 0 uses the mean weights. S > 0 averages the probabilities of S draws of the
-        logits, whose noise all positions share (heads/draws.py). -1 averages over all of them
-        without sampling: an approximation, see Categorical.average. x may be a sequence of hidden
-        states, one for each draw.
+        logits; all positions share the noise of a draw (heads/draws.py). -1 averages over all
+        draws without sampling: an approximation, see Categorical.average. x may be a sequence of
+        hidden states, one for each draw.
         """
         xs = [x] if isinstance(x, Tensor) else x
         if n_samples > 0:
@@ -209,13 +206,13 @@ class Head(nn.Module):
         return log_probs
 
     def predict(self, x: Tensor | Sequence[Tensor], n_samples: int = 0) -> Prediction:
-        """log_probs(x, n_samples) with its uncertainty.
+        """log_probs(x, n_samples) and its uncertainty.
 
         With draws, epistemic is the mutual information of the next token and the weights,
-        H[mean p] - mean H[p]. Without, it is that to second order, of the output weights alone:
-        1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2], good while the logits' standard deviations
-        stay below 1. The mean weights' total (n_samples = 0) lacks what averaging over weights
-        adds, so aleatoric is as much too low; -1 includes it.
+        H[mean p] - mean H[p]. Without draws, it is the second-order approximation of that, for the
+        output weights alone: 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2]. It is good while the
+        logits' standard deviations are below 1. With n_samples = 0, total lacks what averaging over
+        the weights adds, and so does aleatoric; -1 includes it.
         """
         xs = [x] if isinstance(x, Tensor) else x
         if n_samples > 0:
@@ -239,7 +236,7 @@ class Head(nn.Module):
         return Prediction(log_probs, total, epistemic)
 
     def _without_draws(self, x, n_samples) -> tuple[Tensor, Tensor]:
-        """The prediction of the mean weights (0) or the average (-1), and the mean logits."""
+        """The prediction of the mean weights (0) or the average over draws (-1); mean logits."""
         logits = self.logits(x).float()
         variance = None
         if n_samples < 0:
@@ -252,7 +249,7 @@ class Head(nn.Module):
         return average, logits
 
     def _from_default_draws(self, x, entropies) -> tuple[Tensor, Tensor | None]:
-        """In place of formulas: draws that are the same in each call."""
+        """Draws in place of a formula, the same ones in each call."""
         generator = torch.Generator(x.device).manual_seed(0)
         return self._from_draws([x], N_DEFAULT_DRAWS, entropies, generator)
 
@@ -267,7 +264,7 @@ class Head(nn.Module):
 
         def components() -> Iterator[WeightedPrediction]:
             for i, x in enumerate(xs[:n_samples]):
-                # the last hidden states serve all draws that are left
+                # the last hidden states serve all remaining draws
                 is_last = i == len(xs) - 1
                 n = n_samples - i if is_last else 1
                 logits = self.logits(x).float()

@@ -3,8 +3,8 @@
     loss, nats per token = normaliser(all logits) + of_labels(the labels' logits)
 
 The labels are the true token, or several ids with label_weights. heads/linear_loss.py
-differentiates both functions. A new likelihood is a subclass of Likelihood with its three methods,
-an entry in LIKELIHOODS at the end of this file, and its name and options in heads/config.py.
+differentiates both functions. docs/heads.md shows how to add a likelihood: a subclass of Likelihood
+with its three methods, an entry in LIKELIHOODS, and its name and options in heads/config.py.
 """
 
 import math
@@ -13,32 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.base.errors import UserError
 from heads.config import HeadConfig
 from heads.linear_loss import to_float32
 
-# p that a label at the floor of a smoothed prediction keeps, as a fraction of that floor
+# p of a token whose smoothed probability is at or below the floor, as a fraction of the floor
 FLOOR_KEPT_FRACTION = 0.01
 
 
 class Likelihood:
     """A subclass writes normaliser, of_labels and log_probs.
 
-    That is enough for every mode: what else a head needs it then gets from draws of the logits, or
-    it refuses the mode. All attributes and the methods below the three are shortcuts for one
-    formula. So a class with another formula derives from Likelihood itself.
+    They are enough for every mode: a head without a formula averages over draws of the logits, or
+    refuses the mode. The attributes and the other methods are formulas for one likelihood alone.
+    So a class with another formula derives from Likelihood itself.
     """
 
-    default_bias = "none"  # the logit_bias that "auto" stands for
-    # whether estimator = "bound" may be used: the normaliser of logits raised by half their
-    # variance bounds its expectation, and of_labels = -label_coefficient * label logits, plus
-    # terms that the raised logits bound; the normaliser has a term -mean_coefficient * mean logit
+    default_bias = "none"  # the meaning of logit_bias = "auto"
+    # Whether estimator = "bound" holds. The expectation of the normaliser must be at most its value
+    # at logits raised by half their variance, except for a term -mean_coefficient * mean logit.
+    # of_labels must be -label_coefficient * label logits, plus terms of which the same is true.
     linear_in_logits = False
     label_coefficient = 1.0
     mean_coefficient = 0.0
     is_softmax = False  # log_probs is a log_softmax of the logits
-    # else: logit - log p where p is small, if that is one number: then other heads can take over
-    # the weights
+    # else: logit - log p for small p, if that is a constant; the weights can then be converted from
+    # and to other likelihoods
     logit_offset: float | None = None
 
     def __init_subclass__(cls):
@@ -50,7 +49,7 @@ class Likelihood:
         if other_log_probs or other_normaliser:
             raise TypeError(
                 f"{cls.__name__} must derive from Likelihood: "
-                f"the shortcuts of {parent.__name__} are wrong for another formula"
+                f"the formulas of {parent.__name__} do not hold for another prediction or loss"
             )
 
     def __init__(self, config: HeadConfig, vocab_size: int):
@@ -69,19 +68,19 @@ class Likelihood:
         raise NotImplementedError
 
     def average(self, logits: Tensor, variance: Tensor) -> Tensor | None:
-        """log E[p] (..., V), fp32, for Gaussian logits of this mean and variance (..., V)."""
+        """log E[p] (..., V), fp32, for Gaussian logits with this mean and variance (..., V)."""
         return None
 
     def fisher_diagonal(self, logits: Tensor, probs: Tensor) -> Tensor | None:
-        """E_y[(d log p_y / d z_v)^2], (..., V): how much the prediction depends on each logit."""
+        """E_y[(d log p_y / d z_v)^2], (..., V): how strongly the prediction depends on z_v."""
         return None
 
     def centred(self, logits: Tensor) -> Tensor | None:
-        """Logits (..., V) with the same prediction for `unnormalised`, fp32."""
+        """Logits (..., V) with the same prediction, fp32: the input of `unnormalised`."""
         return None
 
     def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """centred logits (..., V) -> p and log p up to their normaliser, (..., V)."""
+        """centred logits (..., V) -> p and log p without their normaliser, (..., V)."""
         raise NotImplementedError
 
     def base_rate_logits(self, frequencies: Tensor) -> Tensor | None:
@@ -110,9 +109,9 @@ class Categorical(Likelihood):
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
         """p_v = sigmoid(z_v - ln R_v), where R_v is the sum of exp(z) over the other tokens.
 
-        R_v has so many terms that it hardly varies: its expectation takes its place, which leaves
-        an integral over one logit. Good while the standard deviations stay below 1. Far above, few
-        terms dominate R_v, and only draws are right.
+        R_v has so many terms that it hardly varies. Its expectation replaces it, which leaves an
+        integral over one logit. Good while the standard deviations are below 1; if they are far
+        above, few terms dominate R_v, and only draws are right.
         """
         logits = logits.float()
         raised = logits + variance / 2  # ln E[exp(z_v)]
@@ -139,7 +138,7 @@ class Categorical(Likelihood):
 class SmoothCategorical(Categorical):
     """Softmax on smoothed targets: label_smoothing / (V - 1) for each token but the true one.
 
-    PyTorch spreads its label_smoothing over all V tokens, hence the factor V / (V - 1).
+    PyTorch spreads label_smoothing over all V tokens; hence the factor V / (V - 1).
     """
 
     def __init__(self, config: HeadConfig, vocab_size: int):
@@ -147,16 +146,14 @@ class SmoothCategorical(Categorical):
         self.floor = eps / (vocab_size - 1)
         self.mean_coefficient = eps * vocab_size / (vocab_size - 1)
         self.label_coefficient = 1 - self.mean_coefficient
-        if self.label_coefficient < 0:
-            raise UserError(f"label_smoothing = {eps} leaves the true token less than a random one")
 
     def desmoothed(self, log_probs: Tensor) -> Tensor:
         """log q (..., V) -> log p of the p with q = (1 - eps) p + eps (1 - p) / (V - 1).
 
-        A q at or below the floor eps / (V - 1) would have p = 0 and an infinite perplexity; p then
-        keeps a hundredth of the floor. The mass that is kept so is below eps / 100.
+        A q at or below the floor eps / (V - 1) would give p = 0 and an infinite perplexity. Its p
+        becomes a hundredth of the floor instead; the sum of these is below eps / 100.
         """
-        if not self.floor:  # nothing to undo, and log q is more exact than the log of exp(log q)
+        if not self.floor:  # nothing to undo; log q is more exact than log(exp(log q))
             return log_probs
         above = log_probs.exp() - self.floor
         kept = above.clamp(min=FLOOR_KEPT_FRACTION * self.floor)
@@ -167,11 +164,11 @@ class SmoothCategorical(Categorical):
 class Sigmoid(Likelihood):
     """A Bernoulli per token: loss = sum_v softplus(z_v) - z_y.
 
-    A sum over the vocabulary: a mean would make gradients so small that Adam's eps dominates them.
-    The loss is a proper score: at the optimum sigmoid(z_v) = p(v | x), and these sum to 1.
+    The loss is a sum over the vocabulary: Adam's eps would dominate the gradients of a mean. It is
+    a proper score: at the optimum sigmoid(z_v) = p(v | x), and these sum to 1.
     """
 
-    # without a unigram start, the first steps are spent on pushing V logits down
+    # without a unigram start, the first steps only push V logits down
     default_bias = "unigram"
     linear_in_logits = True
 
@@ -181,8 +178,8 @@ class Sigmoid(Likelihood):
         self.logit_offset = math.log(config.pos_weight)
 
     def normaliser(self, logits: Tensor) -> Tensor:
-        """Under a Bayesian head's bound the penalised sum, that of the raised logits, is about
-        E_q[sum_v sigmoid(z_v)], as that of exp(z) is."""
+        """Under a Bayesian bound, the penalty is on the sum for the raised logits, which is about
+        E_q[sum_v sigmoid(z_v)]."""
         normaliser = sum_softplus(logits)
         if not self.sum_penalty:
             return normaliser
@@ -191,8 +188,8 @@ class Sigmoid(Likelihood):
         return normaliser + self.sum_penalty * excess.square()
 
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
-        """label_weights: of sum 1, or 1 for each member of a set. A pos_weight w multiplies a
-        label's softplus(-z), and so the odds at the optimum by w."""
+        """label_weights: their sum is 1, or each is 1 (a set). A pos_weight w multiplies a label's
+        softplus(-z), and with it the odds at the optimum."""
         of_labels = -self.label_coefficient * logits
         if self.pos_weight != 1:
             extra_weight = self.pos_weight - 1
@@ -200,12 +197,12 @@ class Sigmoid(Likelihood):
         return weighted_sum(of_labels, label_weights)
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """p is the sigmoids, normalised; a softmax would normalise their odds."""
+        """p is the normalised sigmoids; a softmax would normalise their odds."""
         log_sigmoids = F.logsigmoid(self.centred(logits))
         return F.log_softmax(log_sigmoids, dim=-1)
 
     def average(self, logits: Tensor, variance: Tensor) -> Tensor:
-        """The expectation of each sigmoid, normalised."""
+        """The expectations of the sigmoids, normalised."""
         std = variance.sqrt()
         log_p = expected_log_sigmoid(self.centred(logits), std)
         return F.log_softmax(log_p, dim=-1)
@@ -216,7 +213,7 @@ class Sigmoid(Likelihood):
         return of_softmax * complement.square()
 
     def centred(self, logits: Tensor) -> Tensor:
-        """Without pos_weight."""
+        """The logits without pos_weight."""
         return to_float32(logits) - self.logit_offset
 
     def unnormalised(self, centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,16 +224,9 @@ class Sigmoid(Likelihood):
         return torch.logit(frequencies) + self.logit_offset
 
     def log_sum_sigma(self, logits: Tensor) -> Tensor:
-        """ln sum_v sigmoid(z_v), (...), without pos_weight: 0 if the model is normalised."""
+        """ln sum_v sigmoid(z_v), (...), without pos_weight: 0 if the sigmoids sum to 1."""
         log_sigmoids = F.logsigmoid(self.centred(logits))
         return log_sigmoids.logsumexp(-1)
-
-
-LIKELIHOODS = {
-    "categorical": Categorical,
-    "smooth": SmoothCategorical,
-    "sigmoid": Sigmoid,
-}
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -256,8 +246,8 @@ def sum_softplus(logits: Tensor) -> Tensor:
 class _SumSoftplus(torch.autograd.Function):
     """For torch.compile: sum and derivative in one pass with one exp and no log.
 
-    ln(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3, by its series, here to float32's precision.
-    The log would take as long as everything else.
+    ln(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3, as a series to float32's precision. A log
+    would take as long as everything else.
     """
 
     @staticmethod
@@ -295,9 +285,9 @@ def expected_log_sigmoid(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def linear_fit(x: Tensor, y: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
-    """x (n, C), y (n,) -> slope (C,) and constant of the least squares.
+    """x (n, C), y (n,) -> slope (C,) and constant of a least-squares fit.
 
-    `ridge` is a penalty on the slope for x of unit variance, so that a few positions are enough.
+    `ridge` penalises the slope, in units of the variances of x, so that few positions are enough.
     """
     x, y = x.double(), y.double()
     centred = x - x.mean(0)
@@ -308,3 +298,10 @@ def linear_fit(x: Tensor, y: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor
     slope = torch.linalg.solve(squares, products)
     constant = y.mean() - x.mean(0) @ slope
     return slope.float(), constant.float()
+
+
+LIKELIHOODS = {
+    "categorical": Categorical,
+    "smooth": SmoothCategorical,
+    "sigmoid": Sigmoid,
+}

@@ -5,9 +5,9 @@
 
 Forward takes one chunk of positions at a time. A matrix product makes the chunk's logits,
 torch.func differentiates the two functions of the likelihood, and further products turn the
-gradient of the logits into those of x, weight and the rest. Backward only scales these gradients.
-So a likelihood is written as a loss alone. Under torch.compile the functions between the products
-are compiled; the products are library calls anyway.
+gradient of the logits into those of x, weight and the other inputs. Backward only scales these
+gradients. So a likelihood defines a loss, and no gradient. torch.compile compiles the functions
+between the products; the products are library calls.
 """
 
 import functools
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# bytes of fp32 logits in a chunk: on a CPU few, but enough to keep a matrix product fast
+# bytes of fp32 logits per chunk: few on a CPU, but enough for a fast matrix product
 LOGITS_BYTES_PRODUCT = {"cpu": 1 << 26}
-# bytes of those that eager code differentiates at a time: what a CPU's cache holds
+# bytes of these that eager code differentiates at a time: what a CPU's cache holds
 LOGITS_BYTES_CACHE = {"cpu": 1 << 24}
 LOGITS_BYTES_ELSEWHERE = 1 << 27  # on other devices
 
@@ -42,7 +42,7 @@ class LowRankLogits(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The inputs of the loss that have gradients, or those gradients."""
+    """The inputs of the loss that may have gradients, or these gradients."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -63,9 +63,9 @@ def linear_loss(
     """The loss, a scalar in nats.
 
     x (..., C), weight (V, C), bias (V,); targets (..., K) with label_weights (..., K), or None if
-    all are 1. The shift is that of Jensen's bound: it raises the logits, but not in the terms that
-    are linear in the labels' logits. Differentiable once. Under autocast the products are in its
-    dtype; the likelihood, the bias, a shift of rank one and sums over chunks are in fp32.
+    all are 1. shift: the extra logits of Jensen's bound. They count in the normaliser, but not in
+    terms that are linear in the labels' logits. Differentiable once. Under autocast the products
+    use its dtype; the likelihood, the bias, a shift of rank one and sums over chunks use fp32.
     """
     x = x.flatten(0, -2)
     targets = targets.flatten(0, -2)
@@ -97,7 +97,7 @@ def plain_loss(
     targets: Tensor,
     label_weights: Tensor | None = None,
 ) -> Tensor:
-    """The same loss of given logits (..., V), for each position (...)."""
+    """The same loss from given logits (..., V), for each position (...)."""
     normaliser = likelihood.normaliser(logits)
     at_labels = logits.gather(-1, targets)
     return normaliser + likelihood.of_labels(at_labels, label_weights)
@@ -111,8 +111,8 @@ def rows_per_chunk(
 ) -> int:
     """How many rows of logits fit into the device's budget, rounded down to a power of two.
 
-    In half precision four times as many, since each chunk's gradients are then added up in a pass
-    of their own. In float16 at most 4096, whose summed gradients stay within its range.
+    Four times as many in half precision, because adding up the gradients of a chunk then takes a
+    separate pass. At most 4096 in float16, so that sums of gradients stay within its range.
     """
     n_bytes = budget.get(device.type, LOGITS_BYTES_ELSEWHERE)
     n_rows = n_bytes // (vocab_size * 4)
@@ -125,14 +125,14 @@ def rows_per_chunk(
 
 
 def to_float32(t: Tensor) -> Tensor:
-    """t in float32, or as it is if that is wider."""
+    """t in float32, or unchanged if its dtype is wider."""
     return t.float() if t.element_size() < 4 else t
 
 
 def pad_rows(weight: Tensor, x: Tensor) -> Tensor:
-    """weight (V, K), if x is on CUDA with rows of zeros up to a multiple of 64, for tensor cores.
+    """weight (V, K); if x is on CUDA, padded with zeros to a multiple of 64 rows (tensor cores).
 
-    The logits of these rows are cut off again before anything reads them.
+    The logits of the padding are cut off before anything reads them.
     """
     n_missing = -len(weight) % 64
     if x.is_cuda and n_missing:
@@ -183,7 +183,7 @@ class _Sums:
         self.with_grad = with_grad
         self.vocab_size = len(given.weight)
         self.loss = 0.0
-        # of the sum over the positions: the gradients of the mean would vanish in float16
+        # gradients of the sum over positions: those of the mean would vanish in float16
         self.grads = Factors(*(self._new_gradient(t) for t in given))
 
         device = given.x.device
@@ -197,7 +197,7 @@ class _Sums:
         self.is_rank_one = False
         if given.shift_x is not None:
             self.is_rank_one = given.shift_x.size(1) == 1
-            # a shift of rank one joins the fp32 logits, any other the product
+            # a shift of rank one is added to the fp32 logits, any other in a matrix product
             shift_dtype = given.shift_x.dtype if self.is_rank_one else dtype
             shift_x = given.shift_x.to(shift_dtype)
             shift_weight = given.shift_weight.to(shift_dtype)
@@ -206,7 +206,7 @@ class _Sums:
         padded_size = len(self.weight)
         self.n_rows = rows_per_chunk(LOGITS_BYTES_PRODUCT, device, padded_size, dtype)
         n_rows = min(self.n_rows, len(self.x))
-        # one buffer for all chunks: malloc would return memory of this size to the system
+        # one buffer for all chunks: malloc would return it to the system after each chunk
         self.buffer = self.x.new_empty(n_rows, padded_size)
 
     def _new_gradient(self, t: Tensor | None) -> Tensor | None:
@@ -216,7 +216,7 @@ class _Sums:
         return torch.zeros_like(t, dtype=dtype)
 
     def add_chunk(self, rows: slice, targets: Tensor, label_weights: Tensor | None) -> None:
-        """Add the loss and the gradients of some rows; targets (n, K)."""
+        """Add the loss and the gradients of these rows; targets (n, K)."""
         x = self.x[rows]
         shift = None
         if self.shift is not None:
@@ -231,9 +231,9 @@ class _Sums:
         if not self.with_grad:
             return
 
-        grad_logits = logits  # now without the labels' part
+        grad_logits = logits  # so far of the normaliser alone
         if shift is not None:
-            # before that: p is lost in the bf16 number nearest to p - 1
+            # before the labels' gradients are added: in bf16, p - 1 would round p away
             self._add_shift_gradients(rows, shift, targets, grad_logits, grad_raised, grad_shift_x)
         row_ids = torch.arange(len(x), device=x.device)
         at_labels = (row_ids.unsqueeze(-1), targets)
@@ -242,8 +242,8 @@ class _Sums:
         self._add_gradients(rows, x, grad_logits)
 
     def _add_label_loss(self, logits, shift, targets, label_weights) -> tuple[Tensor, Tensor]:
-        """Returns the gradients by the labels' logits and by what the shift adds to them (n, K)."""
-        of_tokens = logits[:, : self.vocab_size]  # a target beyond these is an error
+        """Returns the gradients by the labels' logits and by the shift at the labels (n, K)."""
+        of_tokens = logits[:, : self.vocab_size]  # without padding: a target there is an error
         z = to_float32(of_tokens.gather(1, targets))
         if self.bias is not None:
             z = z + self.bias[targets]
@@ -253,7 +253,7 @@ class _Sums:
             return self.likelihood.of_labels(z, label_weights).sum()
 
         gradient, value = torch.func.grad_and_value(loss)(z + raised)
-        # the shift must not count in what is linear in the labels' logits
+        # the shift does not count in the term that is linear in the labels' logits
         coefficient = torch.full_like(z, self.likelihood.label_coefficient)
         if label_weights is not None:
             coefficient = coefficient * label_weights
@@ -262,7 +262,7 @@ class _Sums:
         return gradient, gradient + coefficient
 
     def _add_normaliser_loss(self, logits, shift) -> Tensor | None:
-        """Replaces the logits by their gradient; returns that of a shift.x of rank one."""
+        """Replaces the logits by their gradient. Returns the gradient of a rank-one shift.x."""
         if self.compiled:
             function = _compiled(_normaliser)
             n_rows = len(logits)
@@ -321,13 +321,13 @@ class _Sums:
         if grads.weight is not None:
             _add_product(grads.weight, grad_logits.t(), x)
         if grads.bias is not None:
-            # a product: in bf16 sum(0, dtype=float32) takes 7 times as long
+            # a matrix product: in bf16, sum(0, dtype=float32) takes 7 times as long
             ones = torch.ones(1, len(x), dtype=grad_logits.dtype, device=x.device)
             _add_product(grads.bias.unsqueeze(0), ones, grad_logits)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, without the rows and columns of padding."""
+    """total += a @ b, without the padding's rows and columns."""
     a = a.to(b.dtype)
     n_rows, n_columns = total.shape
     is_padded = n_rows < len(a) or n_columns < b.size(1)
@@ -346,9 +346,9 @@ def _normaliser(
     shift_x: Tensor | None,
     shift_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The normalisers' sum, and its gradient by shift_x (n, 1).
+    """The sum of the normalisers, and its gradient by shift_x (n, 1).
 
-    The logits (n, padded V) are replaced by their gradient.
+    Replaces the logits (n, padded V) by their gradient.
     """
 
     def loss(logits, shift_x):

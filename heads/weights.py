@@ -1,8 +1,8 @@
 """What the weights of a layer are: a matrix, or a Gaussian over matrices with its prior and KL.
 
-PointLinear and BayesLinear are the output weights of a head. BayesLayer is a hidden layer with the
-same posterior (model.py, bayes_mlp). Options: the Bayesian ones of HeadConfig. Shapes: x (..., C),
-weight (V, C).
+PointLinear and BayesLinear are output weights of a head. BayesLayer is a hidden layer with the same
+posterior (bayes_mlp in model.py). The options are the Bayesian ones of HeadConfig. Shapes:
+x (..., C), weight (V, C).
 """
 
 import math
@@ -16,14 +16,14 @@ from engine.base.errors import UserError
 from heads.config import HeadConfig
 from heads.linear_loss import LowRankLogits, pad_rows, to_float32
 
-# x, the weight (V, C) to multiply it with, and the shift of Jensen's bound: see linear_loss
+# inputs of linear_loss: x, the weight (V, C), and the shift of Jensen's bound or None
 LossTerms = tuple[Tensor, Tensor, LowRankLogits | None]
 
 
 class PointLinear(nn.Module):
     """One weight matrix (V, C); also the interface of all output weights."""
 
-    samples_logits = False  # whether the loss takes noisy_logits(x) (..., V) instead of loss_terms
+    samples_logits = False  # whether the loss uses noisy_logits(x) (..., V), not loss_terms(x)
 
     def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
         super().__init__()
@@ -35,7 +35,7 @@ class PointLinear(nn.Module):
         vocab_size, n_embd = self.weight.shape
         is_one_position = x.numel() == n_embd
         if is_one_position and not torch.is_grad_enabled():
-            # in bf16 a matrix-vector product takes 2/3 of the time
+            # in bf16, a matrix-vector product takes 2/3 of the time
             logits = self.weight @ x.flatten()
             return logits.view(*x.shape[:-1], vocab_size)
         weight = pad_rows(self.weight, x)
@@ -43,7 +43,7 @@ class PointLinear(nn.Module):
         return padded[..., :vocab_size]
 
     def variance(self, x: Tensor) -> Tensor | None:
-        """x (..., C) -> variance of the logits (..., V), independent given x; None for a point."""
+        """x (..., C) -> variance of the logits (..., V), independent given x; None if fixed."""
         return None
 
     def loss_terms(self, x: Tensor) -> LossTerms:
@@ -54,13 +54,13 @@ class PointLinear(nn.Module):
         return 0.0
 
     def init_from_frequencies(self, frequencies: Tensor) -> None:
-        """Initialise what depends on how often each output is needed, frequencies (V,) up to 1."""
+        """Initialise what depends on how often each output is used; frequencies (V,), up to 1."""
 
 
 class BayesLinear(PointLinear):
     """A factorised Gaussian posterior N(weight, std^2) (Blundell et al. 2015).
 
-    The prior is N(prior_mean, prior_std^2). Since the head is linear, the logits of a position are
+    The prior is N(prior_mean, prior_std^2). The head is linear, so the logits of a position are
     independent Gaussians: logit v has mean x . weight_v and variance sum_c std_vc^2 x_c^2. log_std
     is (V, C) for a full posterior, (V, 1) for one std per token.
     """
@@ -81,7 +81,8 @@ class BayesLinear(PointLinear):
         squares, variances = self._variance_factors(x)
         if variances.size(1) == 1:
             return squares * variances.squeeze(1)
-        with torch.autocast(x.device.type, enabled=False):  # in float16 a variance below 6e-8 is 0
+        # in float16, a variance below 6e-8 would be 0
+        with torch.autocast(x.device.type, enabled=False):
             return F.linear(squares, variances)
 
     def weighted_variance(self, x: Tensor, shares: Tensor) -> Tensor:
@@ -92,8 +93,10 @@ class BayesLinear(PointLinear):
             return (squares * by_square).sum(-1)
 
     def noise(self, x: Tensor) -> Tensor:
-        """A draw of each logit's deviation from its mean, (..., V): local reparameterisation
-        (Kingma et al. 2015)."""
+        """A draw of the logits' deviations from their means, (..., V).
+
+        Local reparameterisation (Kingma et al. 2015).
+        """
         variance = self.variance(x).clamp(min=1e-20)  # the root of 0 has no gradient
         shape = (*x.shape[:-1], len(self.weight))
         noise = torch.randn(shape, device=x.device)
@@ -102,8 +105,8 @@ class BayesLinear(PointLinear):
     def loss_terms(self, x: Tensor) -> LossTerms:
         """bound: logits raised by half their variance. sample: a draw of the whole matrix.
 
-        The gradient of log_std under the bound is exact to 3e-7 in fp32 and to 2e-3 in bf16
-        (row; full 2e-2), at initial weights too: tests/test_linear_loss.py.
+        The gradient of log_std under the bound is exact to 3e-7 in fp32; in bf16 to 2e-3 (row) or
+        2e-2 (full), at initial weights too.
         """
         if self.config.estimator == "bound":
             squares, variances = self._variance_factors(x)
@@ -112,7 +115,7 @@ class BayesLinear(PointLinear):
         noise = self.draw()
         if not torch.is_autocast_enabled(x.device.type):
             return x, self.weight + noise, None
-        # x @ weight.T + x @ noise.T: weight + noise would lose the noise in bf16
+        # x @ weight.T + x @ noise.T: in bf16, weight + noise would lose the noise
         twice = torch.cat([x, x], -1)
         weight_and_noise = torch.cat([self.weight, noise], 1)
         return twice, weight_and_noise, None
@@ -121,15 +124,17 @@ class BayesLinear(PointLinear):
         """x (..., C) -> (..., V) with a draw for each logit."""
         return self.logits(x) + self.noise(x)
 
+    # torch.randn is faster than its compiled form, and gives the same numbers as in eager mode
+    @torch._disable_dynamo
     def draw(self) -> Tensor:
         """A draw of the weights' deviation from their mean, (V, C) (Bayes by Backprop)."""
-        return _draw(self.weight, self.log_std)
+        return _Draw.apply(self.weight, self.log_std)
 
     def mean_square(self) -> Tensor:
         """The mean of (weight - prior_mean)^2.
 
-        By the norms of its rows: one fp32 norm of 50,304 x 768 numbers is 0.3 % too small on a CPU,
-        and square().mean() takes ten times as long.
+        Computed from the norms of the rows: one fp32 norm of 50,304 x 768 numbers is 0.3 % too
+        small on a CPU, and square().mean() takes ten times as long.
         """
         deviation = self.weight
         if self.config.prior_mean:
@@ -146,7 +151,7 @@ class BayesLinear(PointLinear):
     def kl(self) -> Tensor:
         """1/2 sum [E_q[(w - prior_mean)^2] / prior_variance - 1 - ln(std^2 / prior_variance)].
 
-        An empirical prior has the variance that minimises this, the second moment itself.
+        An empirical prior has the variance that minimises this: the second moment.
         """
         n = self.weight.numel()
         second_moment = self.second_moment()
@@ -161,7 +166,7 @@ class BayesLinear(PointLinear):
 
     @torch.no_grad()
     def init_from_frequencies(self, frequencies: Tensor) -> None:
-        """Laplace's guess: std^2 = 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight).
+        """Laplace approximation: std^2 = 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight).
 
         E|x_c|^2 = 1 after the last norm. Frequent tokens start narrow, rare ones near the prior.
         """
@@ -177,7 +182,7 @@ class BayesLinear(PointLinear):
         self.log_std.copy_(log_std.unsqueeze(1))
 
     def to_torchbnn(self) -> dict[str, Tensor]:
-        """The state_dict of the torchbnn.BayesLinear(..., bias=False) with this posterior."""
+        """The state_dict of a torchbnn.BayesLinear(..., bias=False) with this posterior."""
         log_std = self.log_std.detach().expand_as(self.weight)
         return {
             "weight_mu": self.weight.detach(),
@@ -186,14 +191,14 @@ class BayesLinear(PointLinear):
 
     @torch.no_grad()
     def from_torchbnn(self, state: dict[str, Tensor]) -> None:
-        """Load a torchbnn.BayesLinear's state_dict; needs posterior = full, and no bias there."""
+        """Load the state_dict of a torchbnn.BayesLinear without bias; needs posterior = full."""
         ours = {"weight_mu": self.weight, "weight_log_sigma": self.log_std}
         shapes = {name: tuple(t.shape) for name, t in ours.items()}
         found = {name: tuple(t.shape) for name, t in state.items()}
         if found != shapes:
             raise UserError(
-                f"this takes an unfrozen torchbnn.BayesLinear(..., bias=False) with {shapes}, "
-                f"not one with {found}"
+                f"expected an unfrozen torchbnn.BayesLinear(..., bias=False) with {shapes}, "
+                f"got one with {found}"
             )
         self.weight.copy_(state["weight_mu"])
         self.log_std.copy_(state["weight_log_sigma"])
@@ -201,8 +206,8 @@ class BayesLinear(PointLinear):
     def _variance_factors(self, x) -> tuple[Tensor, Tensor]:
         """fp32 (..., K) and (V, K), whose product is the variance of the logits.
 
-        K = C: the squares of x. K = 1 for one std per token: their mean, since in float16 the sum
-        overflows.
+        K = C for a full posterior: the squares of x. K = 1 for one std per token: their mean,
+        because their sum would overflow in float16.
         """
         squares = to_float32(x).square()
         variances = torch.exp(2 * self.log_std)
@@ -213,7 +218,7 @@ class BayesLinear(PointLinear):
 
 
 class _Draw(torch.autograd.Function):
-    """std * eps with one (V, C) tensor kept: it is its own derivative by log_std."""
+    """std * eps. Keeps one (V, C) tensor for backward: it is its own derivative by log_std."""
 
     @staticmethod
     def forward(ctx, weight, log_std):
@@ -230,16 +235,10 @@ class _Draw(torch.autograd.Function):
         return None, by_log_std.sum_to_size(ctx.shape)
 
 
-# the library's normal numbers are faster than compiled code's, and the same as eager's
-@torch._disable_dynamo
-def _draw(weight, log_std) -> Tensor:
-    return _Draw.apply(weight, log_std)
-
-
 class TorchBNNLinear(BayesLinear):
-    """torchbnn's own layer, to compare with: a draw of the matrix for each loss, and its own KL.
+    """torchbnn's own layer, for comparison: it draws a matrix for each loss and has its own KL.
 
-    The parameters are those of a full posterior; the library's layer works on them.
+    The parameters are those of a full posterior; the library's layer computes with them.
     """
 
     def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
@@ -247,16 +246,14 @@ class TorchBNNLinear(BayesLinear):
 
         prior_std = config.prior_std
         if prior_std == "empirical":
-            raise UserError(
-                'posterior = torchbnn needs a number as prior_std; "empirical" is for row and full'
-            )
+            raise UserError("posterior = 'torchbnn' needs a number for prior_std, not 'empirical'")
         super().__init__(config, vocab_size, n_embd)
         self.samples_logits = True
         with torch.device("meta"):  # its own parameters are never used
             layer = torchbnn.BayesLinear(
                 config.prior_mean, prior_std, n_embd, vocab_size, bias=False
             )
-        # not a submodule, whose parameters would be listed too
+        # not a submodule: its parameters would be listed too
         object.__setattr__(self, "_layer", layer)
 
     def noisy_logits(self, x: Tensor) -> Tensor:
@@ -264,7 +261,7 @@ class TorchBNNLinear(BayesLinear):
             "weight_mu": self.weight,
             "weight_log_sigma": self.log_std,
         }
-        # in fp32: the layer adds the noise to the weight, and bf16 would lose it
+        # in fp32: the layer adds the noise to the weight, where bf16 would lose it
         with torch.autocast(x.device.type, enabled=False):
             return torch.func.functional_call(self._layer, parameters, (x.float(),))
 
@@ -275,22 +272,13 @@ class TorchBNNLinear(BayesLinear):
         return _kl_loss(self.weight, self.log_std, layer.prior_mu, layer.prior_log_sigma)
 
 
-def bayes_linear(config: HeadConfig, vocab_size: int, n_embd: int) -> BayesLinear:
-    """Bayesian output weights with the posterior that the options name."""
-    layer = TorchBNNLinear if config.posterior == "torchbnn" else BayesLinear
-    return layer(config, vocab_size, n_embd)
-
-
-WEIGHTS = {"point": PointLinear, "bayes": bayes_linear}
-
-
 class BayesLayer(BayesLinear):
     """A hidden linear layer with the same posterior: noisy in training and while `sampling`.
 
-    Otherwise it uses its mean weights. The bound needs a linear path to the loss, which a hidden
-    layer does not have: with estimator = bound it draws as local. Local noise is independent
-    between positions where that of a matrix is shared, and attention averages it out: as an
-    estimate of E_q[loss] it is approximate here. Predictions draw whole matrices.
+    Otherwise it uses its mean weights. The bound needs a linear path to the loss, so a hidden layer
+    has none: estimator = bound draws as local does. Local noise is independent between positions,
+    where the noise of a matrix is shared. Attention averages it out, so it estimates E_q[loss] only
+    approximately. Predictions draw whole matrices.
     """
 
     def __init__(self, config: HeadConfig, n_in: int, n_out: int, bias: bool):
@@ -302,7 +290,18 @@ class BayesLayer(BayesLinear):
         mean = F.linear(x, self.weight, self.bias)
         if not (self.training or self.sampling):
             return mean
-        draws_matrix = self.sampling or self.config.estimator == "sample"
-        # a product of its own: in bf16 the noise would vanish in weight + noise
-        noise = F.linear(x, self.draw()) if draws_matrix else self.noise(x)
+        if self.sampling or self.config.estimator == "sample":
+            # a separate product: in bf16, weight + noise would lose the noise
+            noise = F.linear(x, self.draw())
+        else:
+            noise = self.noise(x)
         return mean + noise.to(mean.dtype)
+
+
+def bayes_linear(config: HeadConfig, vocab_size: int, n_embd: int) -> BayesLinear:
+    """Bayesian output weights with the posterior that the options name."""
+    layer = TorchBNNLinear if config.posterior == "torchbnn" else BayesLinear
+    return layer(config, vocab_size, n_embd)
+
+
+WEIGHTS = {"point": PointLinear, "bayes": bayes_linear}

@@ -21,7 +21,7 @@ TRACKED = subprocess.run(
     ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
 ).stdout.split()
 # what a reader adds: a config file, the head of docs/heads.md, the data set of docs/data.md
-PLACEHOLDERS = {"mine.py", "config/mine.py", "--likelihood=zloss", "data/enwik8/prepare.py"}
+PLACEHOLDERS = {"mine.py", "config/mine.py", "--likelihood=softcap", "data/enwik8/prepare.py"}
 COMMAND = re.compile(r"\b(?:python3?|torchrun|sbatch|\$\(PY\)) ([^\n`|]*)")
 OPTIONS = {  # script -> the class of its options, where that is not called Options
     "train.py": "TrainConfig",

@@ -144,7 +144,7 @@ def test_a_new_bias_starts_at_0_on_weights_that_know_token_frequencies(data, run
     assert not model.lm_head.bias.any()
     nll = scores(checkpoint.load_model(source), data)[0]
     assert scores(model, data)[0] == pytest.approx(nll, abs=1e-5)
-    with pytest.raises(UserError, match="needs a bias; leave logit_bias = 'none' out"):
+    with pytest.raises(UserError, match="logit_bias"):
         started(data, source, likelihood="sigmoid", logit_bias="none")
 
 
