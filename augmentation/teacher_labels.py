@@ -1,12 +1,12 @@
-"""Make teacher labels: what a trained model expects at each position of a data set, written once.
+"""Write teacher labels: a trained model's predictions at each position of a data set.
 
     python augmentation/teacher_labels.py --teacher=out/softmax --dataset=wikitext --name=mine
     python train_sigmoid.py config/mine.py --dataset=wikitext --labels=mine
 
-The teacher is any model that train.py makes, or OpenAI's GPT-2 (--teacher=gpt2), with the data's
-tokenizer. It reads overlapping windows of its block_size and labels the last `stride` positions of
-each: positions at the start of a window have little context, so the teacher says little more than
-the unigram there. If interrupted, run the same command again.
+The teacher is any model that train.py makes, or OpenAI's GPT-2 (--teacher=gpt2). It must have the
+data's tokenizer. It reads overlapping windows of its block_size and labels the last `stride`
+positions of each, because with little context, at the start of a window, its predictions are hardly
+better than token frequencies. After an interruption, run the same command again.
 """
 
 import hashlib
@@ -26,29 +26,29 @@ from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import exclusive_lock, read_json, write_json
 from engine.base.options import check_options, flatten, load_config
-from engine.data.labels import identity, pack, paths_of, refuse_other, row_bytes
+from engine.data.labels import LABEL_BYTES, identity, pack, paths_of, refuse_other
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.runs.checkpoint import check_tokenizer, load_model
 
-# may differ when an interrupted run is continued
+# options that may change when an interrupted run is continued
 MAY_CHANGE = ("teacher", "dataset", "name", "batch_size", "device")
 
 
 @dataclass(frozen=True)
 class Options:
-    teacher: str = ""  # a run folder or checkpoint file, any head, or gpt2, gpt2-medium ...
+    teacher: str = ""  # a run folder or checkpoint file of any head, or gpt2, gpt2-medium ...
     dataset: str = ""  # a folder in data/, or the path of a folder with train.bin
-    name: str = ""  # of the labels; a data set can have any number of label sets
+    name: str = ""  # of the label set; a data set can have any number of them
     split: str = "train"  # train | val | test: labels of val and test are for evaluate.py --labels
-    k: Annotated[int, ">= 1"] = 8  # labels per position, 4 bytes each on the disk
-    # topk: the likeliest, renormalised | sample: draws of 1 / k each, in expectation the teacher
+    k: Annotated[int, ">= 1"] = 8  # labels per position, 4 bytes each on disk
+    # topk: the k likeliest, renormalised | sample: k draws of weight 1 / k, unbiased
     mode: Literal["topk", "sample"] = "topk"
-    share: Annotated[float, "> 0", "<= 1"] = 1.0  # share of the positions that get labels
+    share: Annotated[float, "> 0", "<= 1"] = 1.0  # share of the positions to label, at random
     max_tokens: Annotated[int, ">= 0"] = 0  # label only this many positions; 0: all
-    # positions labelled per window; 0: half the teacher's block_size; all of it is twice as fast
+    # positions to label per window; 0: half the teacher's block_size; all of it is twice as fast
     stride: Annotated[int, ">= 0"] = 0
-    batch_size: Annotated[int, ">= 1"] = 16  # windows at a time: speed and memory
-    seed: Annotated[int, ">= 0"] = 1337  # of share and sample
+    batch_size: Annotated[int, ">= 1"] = 16  # windows at a time; lower it to save memory
+    seed: Annotated[int, ">= 0"] = 1337  # for share and for sample
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
 
@@ -57,7 +57,7 @@ class Options:
 
 
 class Teacher:
-    """The model, the tokens that it labels, and the windows in which it reads them."""
+    """The model, the tokens to label, and the windows in which it reads them."""
 
     def __init__(self, options: Options):
         self.options = options
@@ -83,7 +83,7 @@ class Teacher:
         self.n_windows = 1 + math.ceil(unread / self.stride)
 
     def about(self) -> dict:
-        """What the labels depend on, for their description."""
+        """All that the labels depend on, for their description."""
         weights = hashlib.sha256()
         for tensor in self.model.state_dict().values():
             weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
@@ -98,7 +98,7 @@ class Teacher:
 
     @torch.no_grad()
     def label(self, windows: range) -> np.ndarray:
-        """The rows (n, 2, K) of the positions that these windows label."""
+        """The rows (n, 2, K) of all positions that these windows label."""
         begin = windows.start * self.stride
         length = (len(windows) - 1) * self.stride + self.block_size
         ids = self.file[begin : begin + length].astype(np.int64)
@@ -126,7 +126,7 @@ class Teacher:
         return rows
 
     def first_position(self, window: int) -> int:
-        """The first of the positions that a window labels: the last `stride` ones."""
+        """The first of the positions that a window labels, which are its last `stride` ones."""
         return window * self.stride + self.block_size - self.stride if window else 0
 
     def pick(self, hidden: torch.Tensor, uniforms: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -139,20 +139,21 @@ class Teacher:
             cumulative = log_probs.exp().cumsum(-1)
             ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
             ids = ids.clamp(max=self.n_ids - 1)
-            # an id that is drawn twice appears once, with the weight of two
+            # an id that is drawn twice appears once, with twice the weight
             is_same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
             weights = is_same.float().mean(-1) * ~is_same.tril(-1).any(-1)
         return ids.cpu().numpy(), weights.cpu().numpy()
 
 
 def write_labels(teacher: Teacher) -> Path:
-    """Label all windows that are not done yet. Rows are on the disk before they count as done, so
-    a killed run can be continued."""
+    """Label all windows that are not done yet; returns the path of the rows.
+
+    Rows are flushed to disk before they count as done, so a killed run can be continued."""
     file = teacher.file
     options = teacher.options
     path, description = paths_of(file, options.name)
     about = teacher.about() | identity(file)
-    row_size = row_bytes(options.k)
+    row_size = options.k * LABEL_BYTES
     busy = f"another process is writing {path}; wait for it, or give another --name"
     with exclusive_lock(path, busy), open(path, "r+b") as output:
         done = windows_done(path, description, about)
@@ -169,11 +170,11 @@ def write_labels(teacher: Teacher) -> Path:
 
 
 def windows_done(path: Path, description: Path, about: dict) -> int:
-    """The number of windows that an interrupted run has written; it must be of the same labels."""
+    """The number of windows that an interrupted run with the same options has written."""
     if description.is_file():
         found = read_json(description)
         advice = f"give another --name, or delete {path} and its .json"
-        refuse_other(about, found, f"{path} was made otherwise", advice)
+        refuse_other(about, found, f"{path} was made with other options", advice)
         return found["done"]
     if path.stat().st_size:
         raise UserError(f"{path} has no .json next to it; delete it, or give another --name")

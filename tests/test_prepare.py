@@ -1,4 +1,4 @@
-"""Preparing data: in threads, in bounded memory, killed at any instant, twice at once."""
+"""Preparing data: in threads, in bounded memory, interrupted at any point, twice at once."""
 
 import contextlib
 import hashlib
@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import engine.data.sources
 import engine.data.writer
 from engine.base.errors import UserError
 from engine.data.corpus import Options, prepare
@@ -43,7 +44,8 @@ def prepare_in(folder, corpus=with_a_tenth_for_val, **options) -> dict[str, str]
     return token_files(folder)
 
 
-def test_a_split_larger_than_a_shard_is_written_in_order_to_several(tmp_path):
+def test_documents_in_pieces_are_written_in_order_to_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.data.sources, "PIECE", 1000)
     texts = documents()
     prepare_in(tmp_path, lambda: train_only(texts))
     about = json.loads((tmp_path / "meta.json").read_text())["splits"]["train"]
@@ -228,7 +230,7 @@ def test_end_of_text_inside_a_text_stays_text(tmp_path, monkeypatch):
 
 def test_token_files_of_another_program_are_not_overwritten(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"abcd")
-    with pytest.raises(UserError, match=r"train\.bin .*--folder"):
+    with pytest.raises(UserError, match=r"train\.bin.*--folder"):
         prepare_in(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
 

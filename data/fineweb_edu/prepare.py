@@ -1,8 +1,8 @@
 """FineWeb-Edu with GPT-2's BPE, streamed from the Hub into files of 100 M tokens.
 
-# the sample of 10 B tokens: data/fineweb_edu, 20 GB
+# the sample of 10 B tokens, in data/fineweb_edu, 20 GB
 python data/fineweb_edu/prepare.py
-# data/fineweb_edu_100BT; 350BT, or all of it: --size=default
+# or 100 B, in data/fineweb_edu_100BT; also 350BT, or all of it: --size=default
 python data/fineweb_edu/prepare.py --size=100BT
 # from local copies of its .parquet files
 python data/fineweb_edu/prepare.py --source=FOLDER
@@ -23,7 +23,7 @@ from engine.data.splits import Corpus, with_val
 class Options(corpus.Options):
     # of the sample, in tokens; default: all 1.3 T
     size: Literal["10BT", "100BT", "350BT", "default"] = "10BT"
-    # share of the documents to draw for val: 10 M tokens of the 10 B
+    # share of the documents for val: 10 M of the 10 B tokens
     val_fraction: Fraction = 0.001
 
     @property

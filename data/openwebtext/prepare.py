@@ -1,6 +1,6 @@
 """OpenWebText with GPT-2's BPE: 8,013,769 documents, about 9 B tokens (18 GB).
 
-# streamed from the Hub, some 24 GB; a preparation that was killed continues
+# streamed from the Hub, about 24 GB; if killed, the same command continues
 python data/openwebtext/prepare.py
 # from local copies (.parquet, .jsonl, .txt)
 python data/openwebtext/prepare.py --source=FOLDER
@@ -15,14 +15,14 @@ from engine.base.options import Fraction
 from engine.data import corpus
 from engine.data.splits import Corpus, with_val
 
-# the main branch held a script, which datasets 4 and later refuse
+# the main branch has a script, which datasets 4 and later refuse
 HUB = "Skylion007/openwebtext@refs/pr/22"
 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
     name = "openwebtext"
-    val_fraction: Fraction = 0.0005  # share of the documents to draw for val; nanoGPT's
+    val_fraction: Fraction = 0.0005  # share of the documents for val; nanoGPT's
 
 
 def openwebtext(options: Options) -> Corpus:

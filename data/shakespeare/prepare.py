@@ -1,7 +1,7 @@
 """Tiny Shakespeare with GPT-2's BPE and nanoGPT's split: 301,966 / 36,059 tokens.
 
-python data/shakespeare/prepare.py                         # fetches input.txt, 1.1 MB
-python data/shakespeare/prepare.py --source=input.txt      # or takes yours
+python data/shakespeare/prepare.py                      # downloads input.txt, 1.1 MB
+python data/shakespeare/prepare.py --source=input.txt   # or uses yours
 """
 
 import sys
@@ -16,7 +16,7 @@ from engine.data import corpus
 @dataclass(frozen=True)
 class Options(corpus.Options):
     name = "shakespeare"
-    val_fraction: Fraction = 0.1  # how much of the text, from its end, is val
+    val_fraction: Fraction = 0.1  # share of the text, at its end, for val
 
 
 if __name__ == "__main__":

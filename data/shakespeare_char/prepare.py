@@ -1,7 +1,7 @@
-"""Tiny Shakespeare by characters, nanoGPT's split and ids: 1,003,854 / 111,540 of 65 kinds.
+"""Tiny Shakespeare by characters with nanoGPT's split and ids: 1,003,854 / 111,540 tokens, 65 ids.
 
-python data/shakespeare_char/prepare.py                         # fetches input.txt, 1.1 MB
-python data/shakespeare_char/prepare.py --source=input.txt      # or takes yours
+python data/shakespeare_char/prepare.py                      # downloads input.txt, 1.1 MB
+python data/shakespeare_char/prepare.py --source=input.txt   # or uses yours
 """
 
 import sys
@@ -16,9 +16,9 @@ from engine.data import corpus
 @dataclass(frozen=True)
 class Options(corpus.Options):
     name = "shakespeare_char"
-    # char, gpt2, bpe (learnt from the train split), byte, or the folder of a run or data set
+    # char, gpt2, bpe (trained on the train split), byte, or the folder of a run or data set
     tokenizer: str = "char"
-    val_fraction: Fraction = 0.1  # how much of the text, from its end, is val
+    val_fraction: Fraction = 0.1  # share of the text, at its end, for val
 
 
 if __name__ == "__main__":

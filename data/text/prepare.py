@@ -1,13 +1,13 @@
-r"""A data set from your own text. If a preparation is killed, the same command continues it.
+r"""Prepare a data set from your own text. If this is killed, the same command continues.
 
 python data/text/prepare.py --source=notes,book.txt,'more/*.txt' --name=mytext
 python data/text/prepare.py --source=speeches.txt --separator='\n\n\n' --tokenizer=bpe
 # from the Hugging Face Hub
 python data/text/prepare.py --source=hub:roneneldan/TinyStories --name=tinystories
 
-Then: python train.py --dataset=mytext. A document is a .txt, or each part of it between separators,
-a line of a .jsonl, or a row of a table. From 20 documents on, whole documents are drawn for val and
-test; with fewer, every document gives its end. The Hub's official splits stay what they are.
+Then: python train.py --dataset=mytext. A document is a .txt or a part of it between separators, a
+line of a .jsonl, or a row of a table. Of 20 or more documents, whole ones are drawn for val and
+test. Of fewer, the end of each becomes val and test. The Hub's official splits are kept.
 """
 
 import sys
@@ -21,19 +21,19 @@ from engine.data import corpus
 from engine.data.sources import find, hub
 from engine.data.splits import Corpus, draw_or_cut
 
-OFFICIAL = {"train": "train", "val": "validation", "test": "test"}  # ours: the Hub's
+OFFICIAL = {"train": "train", "val": "validation", "test": "test"}  # our names: the Hub's
 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    # files, folders and globs with commas between (.txt .jsonl .parquet .csv, also .gz),
+    # files, folders and globs, separated by commas (.txt .jsonl .parquet .csv, also .gz),
     # or hub:NAME
     source: str = ""
-    subset: str = ""  # of the Hub's data set
-    field: str = "text"  # where a .jsonl, a table or the Hub's data set has the text
-    # what stands between two documents of a .txt, e.g. '\n\n\n'; empty: it is one document
+    subset: str = ""  # of the data set on the Hub
+    field: str = "text"  # the field or column with the text: .jsonl, tables, the Hub
+    # divides a .txt into documents, e.g. '\n\n\n'; empty: it is one document
     separator: str = ""
-    # share of the documents, or of few documents' text, for val; 0: none
+    # share of the documents (of fewer than 20: of their text) for val; 0: none
     val_fraction: Fraction = 0.05
     test_fraction: Fraction = 0.05  # the same for test
     name: str = "mytext"  # the data set's name: data/<name>/
@@ -42,7 +42,7 @@ class Options(corpus.Options):
         super().__post_init__()
         is_plain = Path(self.name).name == self.name != ".."
         if not is_plain or (corpus.DATA_ROOT / self.name / "prepare.py").is_file():
-            advice = "give a plain name that no folder with a prepare.py has"
+            advice = "give a plain name other than those of the folders with a prepare.py"
             raise UserError(f"--name={self.name}: {advice}")
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError("--val_fraction and --test_fraction must leave something for train")
@@ -61,12 +61,12 @@ def own_text(options: Options) -> Corpus:
 
 
 def from_hub(options: Options, fractions: dict[str, float]) -> Corpus:
-    """The official splits of a data set of the Hub; those that it lacks are drawn from train."""
+    """The official splits of a data set on the Hub. Those that it lacks are drawn from train."""
     name = options.source.removeprefix("hub:")
     official = hub(name, options.subset, options.field)
     splits = {split: official[theirs] for split, theirs in OFFICIAL.items() if theirs in official}
     if "train" not in splits:
-        raise UserError(f"{name} has no train split, but {', '.join(official)}")
+        raise UserError(f"{name} has no train split, only {', '.join(official)}")
     drawn = {split: fractions[split] for split in fractions if split not in splits}
     return Corpus(splits, drawn)
 

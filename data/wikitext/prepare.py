@@ -24,18 +24,18 @@ from engine.data import corpus
 from engine.data.sources import hub_texts, one_line_errors, source_of
 from engine.data.splits import Corpus, with_val
 
-# our names of the splits, the files' and the Hub's
+# our name of each split: its name in files, its name on the Hub
 SPLITS = {"train": ("train", "train"), "val": ("valid", "validation"), "test": ("test", "test")}
 TITLE = re.compile(r" = [^=].* = \n")
 
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    # 103, or 2: the same val and test articles, a train split 50 times smaller
+    # 2 has the val and test articles of 103 and a train split 50 times smaller
     version: Literal["103", "2"] = "103"
     # a folder with wiki.train.raw, wiki.valid.raw, wiki.test.raw (or .tokens); empty: the Hub
     source: str = ""
-    train_articles: NonNegativeInt = 0  # the first so many of the train split; 0: all
+    train_articles: NonNegativeInt = 0  # use only the first ones of the train split; 0: all
 
     @property
     def name(self) -> str:
@@ -43,10 +43,10 @@ class Options(corpus.Options):
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """Cut lines (each with its newline) before the titles; joined, the articles are the lines.
+    """Cut lines (with their newlines) before each title. The articles contain all lines.
 
-    A title is between two blank lines, unlike table debris (" = Goals ; A = ") that looks like one.
-    So WikiText-2 has its published 600 / 60 / 60 articles.
+    A title is between two blank lines. Debris of tables (" = Goals ; A = ") looks like a title, but
+    is not. This gives WikiText-2 its published 600 / 60 / 60 articles.
     """
     article = []
     for line in lines:
@@ -67,7 +67,7 @@ def read_lines(options: Options, split: str) -> Iterator[str]:
     if not options.source:
         splits = hub_texts("Salesforce/wikitext", f"wikitext-{options.version}-raw-v1")
         for texts in splits[hub_name].values():
-            yield from (line or " \n" for line in texts())  # the Hub's blank lines are empty
+            yield from (line or " \n" for line in texts())  # on the Hub blank lines are empty
         return
     found = sorted(Path(options.source).glob(f"wiki.{name}.*"))
     if not found:

@@ -1,4 +1,4 @@
-"""Training batches: blocks of a split in a shuffled order that depends on (seed, i) only."""
+"""Training batches: blocks of a split, in a shuffled order that depends only on (seed, i)."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +12,12 @@ Batch = tuple[torch.Tensor, ...]
 
 
 class BlockOrder:
-    """Where block k of an epoch starts, in a split whose shards have these lengths.
+    """The shuffled order of a split's blocks. lengths: the numbers of tokens of its shards.
 
-    Each epoch takes the shards in a new order. It cuts a shard into consecutive blocks from a
-    random offset, visits each of these once, then turns to the next shard: a process reads from
-    few files at a time. No block crosses shards, and a shard too short for a block and its
-    target is left out.
+    An epoch visits the shards in random order, one after the other, so that a process reads only
+    a few files at a time. In each shard it cuts consecutive blocks from a random offset on and
+    visits them in random order. A block never crosses shards. A shard shorter than a block and
+    its last target is left out.
     """
 
     def __init__(self, lengths: list[int], block_size: int, seed: int):
@@ -25,7 +25,7 @@ class BlockOrder:
         self.block_size = block_size
         self.seed = seed
         self.begins = self.lengths.cumsum() - self.lengths
-        # one block fewer than fit, so that every offset is possible
+        # one block fewer than would fit, so that every offset is possible
         n_blocks = (self.lengths - 1) // block_size - 1
         self.blocks = n_blocks.clip(min=self.lengths > block_size)
         self.n_blocks = int(self.blocks.sum())
@@ -35,7 +35,7 @@ class BlockOrder:
         """The position of the first token of block k < n_blocks."""
         if epoch != self._epoch:
             n_shards = len(self.lengths)
-            # shards draw from the seeds (seed, epoch, shard), their order from the next one
+            # shard k uses the seed (seed, epoch, k); the order of the shards uses the next k
             rng = np.random.default_rng((self.seed, epoch, n_shards))
             self._shards = rng.permutation(n_shards)
             self._ends = self.blocks[self._shards].cumsum()
@@ -45,10 +45,10 @@ class BlockOrder:
         if place != self._place:
             self._place = place
             self._starts = self._shuffled(int(self._shards[place]))
-        return int(self._starts[k - self._ends[place]])  # a negative index: the last block is -1
+        return int(self._starts[k - self._ends[place]])  # negative: -1 is the last block
 
     def _shuffled(self, shard: int) -> np.ndarray:
-        """The starts of a shard's blocks in this epoch's order."""
+        """Where a shard's blocks start, in this epoch's order."""
         rng = np.random.default_rng((self.seed, self._epoch, shard))
         n = int(self.blocks[shard])
         slack = int(self.lengths[shard]) - 1 - n * self.block_size
@@ -57,12 +57,11 @@ class BlockOrder:
 
 
 class Batches:
-    """batches[i] -> (x, y), both (batch_size, block_size) int64: micro-batch i of an endless,
-    shuffled order.
+    """batches[i] -> (x, y), both (batch_size, block_size) int64: micro-batch i of endless epochs.
 
-    An epoch visits each block of the split once. Any process can produce any micro-batch, in any
-    order, after any restart. labels: a LabelFile of this split; then batches[i] is (x, ids,
-    weights), see its targets().
+    An epoch visits each block of the split once. Any process can read any micro-batch, in any
+    order and after any restart. With labels, a LabelFile of this split, batches[i] is
+    (x, ids, weights): see LabelFile.targets.
     """
 
     def __init__(self, file: TokenFile, batch_size: int, block_size: int, seed: int, labels=None):
@@ -81,7 +80,7 @@ class Batches:
         return x, *self.labels.targets(y, starts)
 
     def starts(self, i: int) -> np.ndarray:
-        """The positions (batch_size,) at which the blocks of micro-batch i start."""
+        """Where the blocks of micro-batch i start in the split, (batch_size,)."""
         first = i * self.batch_size
         starts = []
         for block in range(first, first + self.batch_size):
@@ -90,8 +89,7 @@ class Batches:
         return np.array(starts)
 
     def prefetched(self, numbers: Iterable[int], device: torch.device) -> Iterator[Batch]:
-        """These micro-batches on the device; a thread reads each one while the one before it is
-        used."""
+        """Yield these micro-batches on the device. While one is in use, a thread reads the next."""
         with ThreadPoolExecutor(1) as reader:
             ahead = None
             for i in numbers:
@@ -104,7 +102,7 @@ class Batches:
 
     def _read(self, i: int, device: torch.device) -> Batch:
         batch = self[i]
-        if device.type == "cuda":  # only from pinned memory does a GPU copy in the background
+        if device.type == "cuda":  # only pinned memory is copied in the background
             batch = tuple(tensor.pin_memory() for tensor in batch)
         return batch
 

@@ -1,4 +1,4 @@
-"""What the prepare scripts share: options, tokenizers, and prepare(), which can be killed."""
+"""What the prepare scripts share: options, tokenizers, and prepare(), which continues if killed."""
 
 import contextlib
 import hashlib
@@ -33,8 +33,8 @@ from engine.data.tokenizer import (
 )
 from engine.data.writer import OURS, install, read_journal, tokenise
 
-FORMAT = 1  # of what is written here; a new number prepares every data set again
-LEARN_FROM = 1_000_000  # documents of the train split that a BPE learns from, at most
+FORMAT = 1  # of the files written; a new number makes every data set be prepared again
+LEARN_FROM = 1_000_000  # train documents that a BPE is trained on, at most
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -43,21 +43,21 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass(frozen=True)
 class Options:
-    """The options of every prepare script, which may override a default."""
+    """The options of every prepare script. A script may change a default."""
 
-    source: str = ""  # local files or folders with the text, commas between; empty: fetch it
-    # gpt2, bpe (learnt from the train split), char, byte, or the folder of a run or data set
+    source: str = ""  # local files or folders with the text, separated by commas; empty: download
+    # gpt2, bpe (trained on the train split), char, byte, or the folder of a run or data set
     tokenizer: str = "gpt2"
-    # of a bpe, with its 256 bytes and end-of-text
+    # of a bpe, including the 256 bytes and end-of-text
     vocab_size: Annotated[int, ">= 257", "<= 1e6"] = 4096
-    # share of the train split's documents to draw for val; 0: the official val split
+    # share of the train documents that becomes val; 0: the official val split
     val_fraction: Annotated[float, ">= 0", "< 1"] = 0.0
-    # ids in a file; a split with more has several, train_000000.bin ...
+    # tokens per file; a longer split has several files, train_000000.bin ...
     shard_tokens: PositiveInt = 100_000_000
     num_proc: Annotated[int, ">= 0", "<= 1024"] = 0  # threads that tokenise; 0: one per processor
-    # text that is not UTF-8: strict refuses it, replace reads U+FFFD there
+    # for text that is not UTF-8: strict refuses it, replace puts U+FFFD in its place
     errors: Literal["strict", "replace"] = "strict"
-    folder: str = ""  # where the token files go; empty: data/<name>
+    folder: str = ""  # where to write the token files; empty: data/<name>
 
     def __post_init__(self):
         check_options(self)
@@ -74,9 +74,9 @@ def main(options_class: type, corpus: Callable[[Any], Corpus]) -> None:
 
 
 def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
-    """Write a data set, unless it is there, made with the same options from the same local files.
+    """Write a data set, unless it is there already: made with these options from these local files.
 
-    corpus: called if there is work to do. A preparation that was killed is continued."""
+    A preparation that was killed is continued. corpus: called only if there is text to read."""
     folder = Path(options.folder or DATA_ROOT / name)
     key = _key(options, name)
     work, lock = folder / f".preparing-{key}", folder / ".preparing.lock"
@@ -85,7 +85,7 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
         print(f"{folder} is ready; delete its meta.json to prepare it again")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another process prepares {folder}; wait for it, or give another --folder"
+    busy = f"another process is preparing {folder}; wait for it, or give another --folder"
     with exclusive_lock(lock, busy):
         try:
             if "meta" not in read_journal(work):
@@ -97,17 +97,17 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
                 shutil.rmtree(work, ignore_errors=True)
             lock.unlink()
             with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing is in it
+                folder.rmdir()  # unless it holds files
     for split, about in read_meta(folder)["splits"].items():
         print(f"{folder}, {split}: {about['tokens']:,} tokens, {about['documents']:,} documents")
 
 
 def _is_ready(folder: Path, key: str) -> bool:
-    """Whether a data set with this key is there with all its files."""
+    """Whether the folder has a data set with this key, with all its files."""
     others = [path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
     if others and not (folder / "meta.json").is_file():
         advice = "move it away, or give another --folder"
-        raise UserError(f"{folder} holds {min(others)} of another program; {advice}")
+        raise UserError(f"another program wrote {folder}/{min(others)}; {advice}")
     try:
         meta = read_meta(folder) or {}
         is_ours = meta.get("made_from") == key
@@ -117,7 +117,7 @@ def _is_ready(folder: Path, key: str) -> bool:
 
 
 def _key(options: Options, name: str) -> str:
-    """A hash of all that decides what is written."""
+    """A hash of everything that the files depend on."""
     is_local = options.source and not options.source.startswith("hub:")
     files = [os.path.abspath(path) for path in list_files(options.source)] if is_local else []
     stamps = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in files]
@@ -130,7 +130,7 @@ def _key(options: Options, name: str) -> str:
 
 
 def _write(options: Options, corpus: Corpus, work: Path, about: dict[str, str]) -> None:
-    """Everything that is to be installed, into the work folder."""
+    """Write all files into the work folder, ready to install."""
     is_resumed = (work / "meta.json").is_file()
     tokenizer = load_tokenizer(work) if is_resumed else make_tokenizer(options, corpus)
     n_threads = options.num_proc or os.cpu_count() or 1
@@ -138,7 +138,7 @@ def _write(options: Options, corpus: Corpus, work: Path, about: dict[str, str]) 
 
 
 def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that the options name. A BPE learns from train, characters cover all splits."""
+    """The tokenizer that the options name. A bpe is trained on train, char covers all splits."""
     kind = options.tokenizer
     if kind == "gpt2":
         return GPT2Tokenizer()
@@ -165,21 +165,21 @@ def tokenizer_in(folder: str) -> Tokenizer:
 
 
 def texts(options: Options, hub_name: str, subset: str = "") -> list[Source]:
-    """The local files that --source names, or else the train split of a data set of the Hub."""
+    """The local files that --source names, else the train split of a data set on the Hub."""
     if options.source:
         return find(options.source, errors=options.errors)
     return hub(hub_name, subset)["train"]
 
 
 def check_sha256(data: bytes, expected: str, what: str) -> bytes:
-    """The data, if it has this hash."""
+    """Return the data if it has this hash."""
     if hashlib.sha256(data).hexdigest() != expected:
-        raise UserError(f"{what} is another file or damaged: its sha256 is not {expected}")
+        raise UserError(f"{what} is damaged or another file: its sha256 is not {expected}")
     return data
 
 
 def tiny_shakespeare(options: Options) -> Corpus:
-    """Tiny Shakespeare from a local copy, or fetched; the end of the text is val."""
+    """Tiny Shakespeare, from a local copy or downloaded. The end of the text is val."""
     data = Path(options.source).read_bytes() if options.source else _fetch(SHAKESPEARE)
     what = f"{options.source or SHAKESPEARE} (for your own text use data/text/prepare.py)"
     text = check_sha256(data, SHAKESPEARE_SHA256, what).decode()
@@ -193,4 +193,4 @@ def _fetch(url: str) -> bytes:
             return response.read()
     except OSError as error:
         advice = "give a local copy with --source=PATH"
-        raise UserError(f"cannot fetch {url} ({error}); {advice}") from None
+        raise UserError(f"cannot download {url} ({error}); {advice}") from None

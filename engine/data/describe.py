@@ -1,4 +1,4 @@
-"""Say what a data folder holds, and check it: hashes, sizes and ids of all its files.
+"""Print what a data folder holds, and check the hashes, sizes and ids of all its files.
 
 python -m engine.data.describe data/wikitext
 """
@@ -38,14 +38,14 @@ def main() -> None:
 
 
 def check_files(file: TokenFile) -> list[str]:
-    """Read all files of a split; what is wrong with each damaged one."""
+    """Read all files of a split; returns a line for each damaged one."""
     problems = []
     begin = 0
     for shard in tqdm(file.shards, leave=False, disable=None):
         end = begin + len(shard)
         try:
             if shard.sha256 not in (None, sha256_of(shard.path)):
-                raise UserError(f"{shard.path} has another sha256 than meta.json says")
+                raise UserError(f"the sha256 of {shard.path} is not the one in meta.json")
             for position in range(begin, end, CHUNK):
                 file[position : min(position + CHUNK, end)]  # refuses ids outside the vocabulary
         except UserError as error:

@@ -1,7 +1,7 @@
-"""GPT-2's BPE, by tiktoken. A folder that has its tokens (gpt2.json) needs no network and no cache.
+"""GPT-2's BPE, by tiktoken. With a folder's gpt2.json it needs no network and no cache.
 
-gpt2.json lists the 50,256 tokens in the order of their ids, each byte written as GPT-2's
-printable stand-in for it.
+gpt2.json lists the 50,256 tokens in the order of their ids. Each byte is written as the printable
+character that GPT-2 uses for it.
 """
 
 import hashlib
@@ -14,14 +14,15 @@ import numpy as np
 from engine.base.errors import UserError
 from engine.base.files import atomic_write
 
-# how text is split before bytes are merged, as in tiktoken_ext/openai_public.py
+# splits text before bytes are merged; as in tiktoken_ext/openai_public.py
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of the tokens' lines
+SHA256 = (
+    "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of the tokens, one a line
+)
 
 
 class GPT2Tokenizer:
-    """GPT-2's 50,257 ids: its tokens (tiktoken fetches them if they are not given) and
-    end-of-text."""
+    """GPT-2's 50,257 ids. tokens: all but end-of-text; if none are given, tiktoken's."""
 
     kind, file, vocab_size, eot = "gpt2", "gpt2.json", 50257, 50256
 
@@ -39,23 +40,23 @@ class GPT2Tokenizer:
             self.bpe = tiktoken.get_encoding("gpt2")
         except OSError as error:  # requests' errors are OSErrors
             raise UserError(
-                f"tiktoken cannot fetch GPT-2's BPE ({type(error).__name__}); "
-                "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+                f"tiktoken cannot download GPT-2's BPE ({type(error).__name__}); "
+                "go online once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
             ) from error
 
     @classmethod
     def load(cls, folder: Path) -> "GPT2Tokenizer":
-        """From a folder's gpt2.json, or if it has none from tiktoken."""
+        """Load from a folder's gpt2.json; if there is none, from tiktoken."""
         path = Path(folder) / cls.file
         if not path.exists():
             return cls()
         try:
             tokens = json.loads(path.read_text(encoding="utf-8"))
-            if are_gpt2s(tokens):
+            if hashlib.sha256("\n".join(tokens).encode()).hexdigest() == SHA256:
                 return cls(tokens)
         except (ValueError, TypeError, RecursionError):
             pass
-        raise UserError(f"{path} is not GPT-2's BPE; delete it, and tiktoken fetches it again")
+        raise UserError(f"{path} is not GPT-2's BPE; delete it, and tiktoken downloads it again")
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, (n,) uint32."""
@@ -77,23 +78,14 @@ class GPT2Tokenizer:
         atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def are_gpt2s(tokens: Sequence[str]) -> bool:
-    return hashlib.sha256("\n".join(tokens).encode()).hexdigest() == SHA256
-
-
-def _stand_ins() -> list[str]:
-    """GPT-2's printable stand-in for each byte 0..255 (its bytes_to_unicode)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    code_points = {byte: byte for byte in printable}
-    code_points |= {byte: 256 + i for i, byte in enumerate(others)}
-    return [chr(code_points[byte]) for byte in range(256)]
-
-
-STAND_INS = _stand_ins()
-BYTES = {stand_in: byte for byte, stand_in in enumerate(STAND_INS)}
+# GPT-2's printable character for each byte (its bytes_to_unicode)
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+STAND_INS = {byte: chr(byte) for byte in PRINTABLE}
+STAND_INS |= {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+BYTES = {stand_in: byte for byte, stand_in in STAND_INS.items()}
 
 
 def to_bytes(token: str) -> bytes:
-    """The bytes of a token that is written with stand-ins; KeyError if a letter is none."""
+    """The bytes of a token written in GPT-2's printable characters; KeyError if one is not."""
     return bytes(BYTES[letter] for letter in token)

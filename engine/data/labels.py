@@ -1,11 +1,10 @@
-"""Teacher labels: K ids and weights for each position of a split. augmentation/teacher_labels.py
-makes them.
+"""Teacher labels: K ids and weights for each position of a split.
 
-<split>.<name>.labels lies next to <split>.bin: for each token a row (2, K) of little-endian
-uint16, the ids and their weights (as bits of float16). Row i labels the token after token i. Its
-weights sum to 1 and its ids differ; a row of zeros is a position without labels.
-<split>.<name>.labels.json holds what they were made from and how many windows are done.
-Positions that are not written yet are a hole in the file: they read as zeros and take no space.
+augmentation/teacher_labels.py writes them to <split>.<name>.labels, next to <split>.bin. Row i,
+(2, K) little-endian uint16, labels the token after token i: the ids, then their weights (the bits
+of float16). The ids of a row differ and its weights sum to 1. A row of zeros has no labels. Rows
+that are not written yet are a hole in the file, which reads as zeros and takes no space.
+<split>.<name>.labels.json records what the labels depend on and how many windows are done.
 """
 
 import hashlib
@@ -22,11 +21,11 @@ from engine.data.shards import Shard
 from engine.data.tokens import TokenFile
 
 MODES = ("soft", "set")
-UINT16 = np.dtype("<u2")
+LABEL_BYTES = 4  # an id of 2 bytes and a float16 weight
 
 
 def paths_of(file: TokenFile, name: str) -> tuple[Path, Path]:
-    """The paths of a label set: its rows, and their description."""
+    """The paths of a label set's rows and of its description."""
     if not re.fullmatch(r"[\w-]+", name, re.ASCII):
         raise UserError(f"{name!r} cannot name labels; use letters, digits, _ and -")
     path = file.path.with_name(f"{file.path.stem}.{name}.labels")
@@ -34,7 +33,7 @@ def paths_of(file: TokenFile, name: str) -> tuple[Path, Path]:
 
 
 def identity(file: TokenFile) -> dict:
-    """What labels belong to: these tokens, made by this tokenizer."""
+    """What a label set must match: the tokens and their tokenizer."""
     tokenizer = file.meta["tokenizer"] if file.meta else {"kind": "gpt2"}
     described = json.dumps(tokenizer, sort_keys=True).encode()
     return {
@@ -45,22 +44,19 @@ def identity(file: TokenFile) -> dict:
 
 
 def refuse_other(expected: dict, found: dict, what: str, advice: str) -> None:
-    """Compare descriptions, and name the first difference."""
+    """Compare two descriptions; raise a UserError that names the first difference."""
     for name, value in expected.items():
         if found.get(name) != value:
             there = str(found.get(name))[:16]
             here = str(value)[:16]
-            raise UserError(f"{what}: its {name} is {there}, here it is {here}; {advice}")
-
-
-def row_bytes(k: int) -> int:
-    return 2 * k * UINT16.itemsize
+            raise UserError(f"{what}: its {name} is {there}, not {here}; {advice}")
 
 
 def pack(ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """ids, weights (n, K) -> rows (n, 2, K) uint16; an id of weight 0 becomes 0."""
-    bits = weights.astype("<f2").view(UINT16)
-    return np.stack([np.where(bits > 0, ids, 0).astype(UINT16), bits], axis=1)
+    bits = weights.astype("<f2").view("<u2")
+    used_ids = np.where(bits > 0, ids, 0)
+    return np.stack([used_ids.astype("<u2"), bits], axis=1)
 
 
 def unpack(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,14 +67,14 @@ def unpack(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class LabelFile:
-    """A finished label set, for training.
+    """A complete label set, for training.
 
-    mode "soft": the teacher's distribution takes `weight` of a position's label, the true token
-    keeps the rest. The file holds how likely each of the K likeliest ids (topk) is among these
-    K, not how likely it is that the next token is one of them. So these labels are used only
-    where the true token is one of the K, which makes a label right in expectation: with weight
-    w, E_y[label_v] = (1 - w) p_v + w P(y in K) q(v | K), which is p_v if the teacher is right.
-    mode "set": the true token and all of the teacher's ids are labels of 1.
+    mode "soft": the label gives `weight` to the teacher's distribution and the rest to the true
+    token. Top-k labels hold the teacher's probabilities given that the next token is one of the
+    K ids, but not how likely that is. They are used only if the true token is one of the K. This
+    makes the label right in expectation: with weight w, E_y[label_v] =
+    (1 - w) p_v + w P(y in K) q(v | K), which is p_v if the teacher is right.
+    mode "set": the true token and all of the teacher's ids have the label 1.
     """
 
     def __init__(self, file: TokenFile, name: str, mode: str = "soft", weight: float = 0.5):
@@ -94,18 +90,18 @@ class LabelFile:
         done = self.about["done"] / self.about["windows"]
         if done < 1:
             raise UserError(f"{self.path} is {done:.0%} done; to finish it, {make}")
-        size = len(file) * row_bytes(self.about["k"])
+        size = len(file) * self.about["k"] * LABEL_BYTES
         if self.path.stat().st_size != size:
-            raise UserError(f"{self.path} does not have the size that its .json says; {again}")
-        self.shard = Shard(self.path, UINT16, 0, size)
+            raise UserError(f"{self.path} has another size than its .json says; {again}")
+        self.shard = Shard(self.path, np.dtype("<u2"), 0, size)
 
     @property
     def rows(self) -> np.ndarray:
-        """All rows (n, 2, K), mapped."""
+        """All rows (n, 2, K), mapped into memory."""
         return self.shard.map().reshape(-1, 2, self.about["k"])
 
     def check(self, vocab_size: int) -> None:
-        """Refuse a model whose vocabulary lacks ids that may be among the labels."""
+        """Refuse a model whose vocabulary is smaller than the labels'."""
         largest = self.about["vocab_size"] - 1
         if largest >= vocab_size:
             raise UserError(
@@ -114,9 +110,10 @@ class LabelFile:
             )
 
     def targets(self, y: torch.Tensor, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (B, T), the tokens after positions starts (B,) + 0 .. T - 1 -> ids (B, T, K + 1)
-        int64, the true one first, and label weights (B, T, K + 1) float32: soft ones sum to 1,
-        those of a set are 1 once for each member."""
+        """y (B, T): the true tokens after the positions starts (B,) + 0 .. T - 1.
+
+        Returns ids (B, T, K + 1) int64, the true one first, and weights (B, T, K + 1) float32.
+        Soft labels sum to 1. In a set each id has the weight 1 once."""
         rows = self.rows
         blocks = [rows[start : start + y.size(1)] for start in starts]
         ids, weights = unpack(np.stack(blocks))
@@ -135,6 +132,6 @@ class LabelFile:
                 is_used = (is_label & is_true).any(-1, keepdim=True)
             share = self.weight * is_used
             of_true = 1 - share
-            # float16 makes the total differ from 1 by some 1e-4
+            # in float16 the weights' sum differs from 1 by about 1e-4
             of_others = weights * (share / total.clamp(min=1e-6))
         return torch.cat([y, ids], -1), torch.cat([of_true, of_others], -1)

@@ -1,9 +1,9 @@
-"""Which files hold a split, and the format of each. engine/data/tokens.py reads them.
+"""Find the files of a split and the format of each. engine/data/tokens.py reads them.
 
-A split is <split>.bin or several shards. Our meta.json names them. Without it (nanoGPT's and
-llm.c's folders) the file names decide: [<prefix>_]<split>[_<digits>].bin. A file starts with
-llm.c's header (256 int32: magic number, version, number of tokens, ...) or with its first id.
-Nothing but sizes and headers is read, so thousands of shards open fast.
+A split is one file, <split>.bin, or several shards. Our meta.json lists them. Without it, as in
+nanoGPT's and llm.c's folders, they are found by name: [<prefix>_]<split>[_<digits>].bin. A file
+starts with llm.c's header (256 int32: magic number, version, number of tokens, ...) or with its
+first id. Only sizes and headers are read, so thousands of shards open fast.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ PAGE = 1 << 12
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of ids, after `header` bytes. sha256: as meta.json states it, or None."""
+    """A file of ids after `header` bytes. sha256: from meta.json, or None."""
 
     path: Path
     dtype: np.dtype
@@ -38,17 +38,16 @@ class Shard:
         return (self.size - self.header) // self.dtype.itemsize
 
     def map(self) -> np.ndarray:
-        """Its ids (n,), read-only. The pages that are read count as memory until the map is
-        dropped."""
+        """Its ids (n,), read-only. Pages that were read take memory until the map is freed."""
         if self.path.stat().st_size != self.size:
             raise UserError(
                 f"{self.path} changed while it was used; when it is complete, start again or resume"
             )
         mapped = np.memmap(self.path, self.dtype, "r", self.header, (len(self),))
-        return mapped.view(np.ndarray)  # whose slices are faster
+        return mapped.view(np.ndarray)  # slicing it is faster
 
     def fingerprint(self) -> str:
-        """A hash of its name, size, stated sha256, first and last page."""
+        """A hash of its name, size, sha256 in meta.json, first and last page."""
         with open(self.path, "rb", buffering=0) as file:
             first = file.read(PAGE)
             file.seek(max(0, self.size - PAGE))
@@ -58,8 +57,7 @@ class Shard:
 
 
 def find(folder: Path, split: str, meta: dict | None) -> list[Shard]:
-    """The files of a split in their order, with sizes and headers checked; an empty list if
-    there are none."""
+    """The files of a split in order, after a check of sizes and headers; [] if there are none."""
     meta = meta or {}
     dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
     if "splits" not in meta:
@@ -72,7 +70,7 @@ def find(folder: Path, split: str, meta: dict | None) -> list[Shard]:
 
 
 def splits_in(folder: Path) -> list[str]:
-    """The splits that a folder's token files belong to, by their names."""
+    """The splits of a folder, by the names of its token files."""
     return sorted({match[2] for match in _token_files(folder)})
 
 
@@ -82,37 +80,37 @@ def _token_files(folder: Path) -> list[re.Match]:
 
 
 def _find_by_name(folder: Path, split: str) -> list[Path]:
-    """The files that are named like the split's, in the order of their numbers."""
+    """The files with the split's name, in the order of their numbers."""
     found = [match for match in _token_files(folder) if match[2] == split]
     found.sort(key=lambda match: (int(match[3] or 0), match[0]))
     kinds = {(prefix, number is None) for prefix, _, number in map(re.Match.groups, found)}
     if len(kinds) > 1:
         names = ", ".join(match[0] for match in found[:3])
         raise UserError(
-            f"{folder} has {names}: which is the {split} split? keep only its files there"
+            f"{folder} has {names}: which is the {split} split? move the other files away"
         )
     return [folder / match[0] for match in found]
 
 
 def _stated(folder: Path, part: dict, dtype: np.dtype) -> Shard:
-    """A file that meta.json names; it holds ids only."""
+    """A file that meta.json lists; it has no header."""
     path = folder / part["file"]
     if not path.is_file():
-        raise UserError(f"{path} is missing, but meta.json names it; prepare it again")
+        raise UserError(f"{path} is missing, but meta.json lists it; prepare the data again")
     shard = _without_header(path, dtype, part.get("sha256"))
     stated = part.get("tokens", len(shard))
     if len(shard) != stated:
         raise UserError(
-            f"{path} holds {len(shard):,} tokens, but meta.json says {stated}; prepare it again"
+            f"{path} holds {len(shard):,} tokens, but meta.json says {stated}; prepare the data "
+            "again"
         )
     return shard
 
 
 def _with_header(path: Path, dtype: np.dtype) -> Shard:
-    """A file with llm.c's header, or of ids only.
+    """A file with or without llm.c's header.
 
-    The magic number, read as ids, is not in GPT-2's vocabulary: a damaged header is refused,
-    never read as ids."""
+    A damaged header is never read as ids: the magic number is not in GPT-2's vocabulary."""
     with open(path, "rb", buffering=0) as file:
         magic, version, n = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
     if magic != MAGIC:
@@ -121,7 +119,8 @@ def _with_header(path: Path, dtype: np.dtype) -> Shard:
     if n < 1 or version != 1 or size != HEADER + 2 * n:
         raise UserError(
             f"{path} is damaged or of another version: its header says version {version} and "
-            f"{n:,} tokens, it has {size:,} bytes; get it again, or write it with today's llm.c"
+            f"{n:,} tokens, but it has {size:,} bytes; download it again, or write it with "
+            "today's llm.c"
         )
     return Shard(path, np.dtype("<u2"), HEADER, size)
 
@@ -129,10 +128,13 @@ def _with_header(path: Path, dtype: np.dtype) -> Shard:
 def _without_header(path: Path, dtype: np.dtype, sha256: str | None = None) -> Shard:
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
-        raise UserError(f"{path} has {size} bytes: not whole {dtype.name} ids; prepare it again")
+        raise UserError(
+            f"{path} has {size} bytes, which is not a whole number of {dtype.name} ids; prepare "
+            "the data again"
+        )
     return Shard(path, dtype, 0, size, sha256)
 
 
 def joined(hashes: Iterable[str]) -> str:
-    """One sha256 for several files: of their hexadecimal hashes, one on each line."""
+    """One sha256 for several files: that of their hexadecimal hashes, one per line."""
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

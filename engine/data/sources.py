@@ -1,9 +1,9 @@
 """Where text comes from: local files, or a data set of the Hugging Face Hub.
 
 A Source is one file or one part of a data set. It is read in chunks of about 1 MB, so memory is
-bounded for any size. The datasets package reads the Hub only: it reads a .txt whole or line by
-line, and it infers a type for every field of a .jsonl, so that a field nobody asked for can stop
-it after a gigabyte.
+bounded at any size. The datasets package is used for the Hub only, for two reasons. It reads a
+.txt as a whole or line by line. It infers a type for every field of a .jsonl, so a field that is
+not needed can end the reading after a gigabyte.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from typing import NamedTuple, TextIO
 from engine.base.errors import UserError
 
 TEXT = (".txt", ".md", ".text", ".raw", ".tokens")
-PIECE = 1 << 20  # characters: cut a document at the first good place after so many
-CHUNK = 1 << 20  # characters of a text that are read at a time
-ROWS = 256  # rows of a .parquet that are read at a time
+PIECE = 1 << 20  # characters after which a document is cut at the next good place
+CHUNK = 1 << 20  # characters of a text to read at a time
+ROWS = 256  # rows of a .parquet to read at a time
 # A cut here changes no token: GPT-2's pattern always ends a token between a character and a space.
-# Python's \s is the \s of Rust and Oniguruma and a little more (\x1c to \x1f), never less.
+# Python's \s has all characters of Rust's and Oniguruma's \s, and \x1c to \x1f.
 GOOD_CUT = re.compile(r"\S(?=[ \n])")
 
 Chunks = Iterator[tuple[str, bool]]  # text, and whether a document ends after it
@@ -33,7 +33,7 @@ Pieces = Iterator[tuple[str, bool]]  # text, and whether a document starts with 
 
 
 class Source(NamedTuple):
-    """Documents that can be read again and again, always in the same pieces."""
+    """Documents. Each call of pieces() reads them again, in the same pieces."""
 
     name: str
     pieces: Callable[[], Pieces]
@@ -45,7 +45,7 @@ def source_of(name: str, documents: Callable[[], Iterable[str]]) -> Source:
 
 
 def split_documents(chunks: Chunks) -> Pieces:
-    """Cut documents where that changes no token, and leave out documents of whitespace."""
+    """Cut documents where that changes no token. Documents of whitespace are left out."""
     held, is_start = "", True
     for text, ends in chunks:
         held += text
@@ -66,26 +66,29 @@ def find(
     separator: str = "",
     errors: str = "strict",
 ) -> list[Source]:
-    """The files that --source names, in order."""
+    """The files that --source names, in order.
+
+    field: where a line or row has its text. separator: divides a text into documents."""
 
     def pieces(path: str) -> Pieces:
         with one_line_errors(path):
             if format_of(path) in TEXT:
-                yield from split_documents(_read_text(path, separator, errors))
+                chunks = _read_text(path, separator, errors)
             else:
                 texts = RECORDS[format_of(path)](path, field, errors)
-                yield from split_documents((text, True) for text in texts)
+                chunks = ((text, True) for text in texts)
+            yield from split_documents(chunks)
 
     sources = []
     for path in list_files(source):
         if format_of(path) not in KNOWN:
-            raise UserError(f"{path} has no known ending; {HELP}")
+            raise UserError(f"{path} has no known file extension; {HELP}")
         sources.append(Source(path, functools.partial(pieces, path)))
     return sources
 
 
 def list_files(source: str) -> list[str]:
-    """The files that a list of files, folders and globs names, each once."""
+    """The files in a comma-separated list of files, folders and globs, each once."""
     paths = {}
     for item in source.split(","):
         if os.path.isdir(item):
@@ -95,19 +98,19 @@ def list_files(source: str) -> list[str]:
             found = glob.glob(item, recursive=True) or [item]
         files = sorted(filter(os.path.isfile, found))
         if not files:
-            raise UserError(f"{item} does not exist, or holds no file to read; {HELP}")
+            raise UserError(f"{item} does not exist or has no files to read; {HELP}")
         for path in files:
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
 
 
 def format_of(path: str) -> str:
-    """The ending that names the format; .gz may follow it."""
+    """The file extension that names the format, without .gz."""
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
 def _open_text(path: str, errors: str) -> TextIO:
-    """A file's text with its line ends unchanged."""
+    """Open a text file so that its line endings stay as they are."""
     opener = gzip.open if path.lower().endswith(".gz") else open
     return opener(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n")
 
@@ -120,7 +123,7 @@ def _read_text(path: str, separator: str, errors: str) -> Chunks:
             if separator:
                 *documents, rest = rest.split(separator)
                 yield from ((document, True) for document in documents)
-            # the last characters may be the start of a separator
+            # keep what may be the start of a separator
             safe = max(0, len(rest) - max(0, len(separator) - 1))
             yield rest[:safe], False
             rest = rest[safe:]
@@ -134,7 +137,7 @@ def _read_json_lines(path: str, field: str, errors: str) -> Iterator[str]:
                 continue
             with one_line_errors(f"line {number:,}"):
                 text = _text_in(json.loads(line), field)
-                # JSON may hold half a surrogate pair, which is no text
+                # JSON may hold half a surrogate pair, which UTF-8 cannot encode
                 text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors)
             yield text
 
@@ -162,13 +165,13 @@ RECORDS = {
     ".csv": _read_csv,
 }
 KNOWN = (*TEXT, *RECORDS)
-HELP = f"known are {' '.join(KNOWN)}, and those with .gz after them"
+HELP = f"known are {' '.join(KNOWN)}, and these followed by .gz"
 
 
 def hub(name: str, subset: str = "", field: str = "text") -> dict[str, list[Source]]:
-    """The files of each split of a data set on the Hugging Face Hub, streamed: none stays on disk.
+    """The files of each split of a data set on the Hugging Face Hub, streamed without a local copy.
 
-    name: NAME or NAME@REVISION. In memory is a row group of a .parquet, mostly some MB."""
+    name: NAME or NAME@REVISION. Memory holds one row group of a .parquet, usually a few MB."""
     splits = hub_texts(name, subset, field)
     return {
         split: [source_of(title, texts) for title, texts in files.items()]
@@ -181,27 +184,28 @@ def hub_texts(
     subset: str = "",
     field: str = "text",
 ) -> dict[str, dict[str, Callable[[], Iterator[str]]]]:
-    """For each file of each split a function that returns all its texts, the empty ones too."""
+    """For each file of each split, a function that returns its texts, including empty ones."""
     path, _, revision = name.partition("@")
     splits = {}
     with one_line_errors(name):
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL)  # the last error says it all
+        datasets.logging.set_verbosity(logging.CRITICAL)  # the error that is raised says enough
         builder = datasets.load_dataset_builder(path, subset or None, revision=revision or None)
         for split, rows in builder.as_streaming_dataset().items():
             splits[split] = {}
             for i in range(rows.num_shards):
                 number = f"{i + 1}/{rows.num_shards}"
-                title = f"{name} {subset} {split} {number} {builder.hash}"  # hash: of its revision
+                # each revision has another hash
+                title = f"{name} {subset} {split} {number} {builder.hash}"
                 file = rows.shard(num_shards=rows.num_shards, index=i)
                 splits[split][title] = functools.partial(_column, file, field, title)
     return splits
 
 
 def _column(rows, field: str, title: str) -> Iterator[str]:
-    """One column of a data set of the datasets package."""
+    """The texts in one column of a data set of the datasets package."""
     with one_line_errors(title):
         if field in (rows.column_names or ()):
             rows = rows.select_columns([field])
@@ -210,24 +214,24 @@ def _column(rows, field: str, title: str) -> Iterator[str]:
 
 
 def _text_in(record: dict, field: str) -> str:
-    """The text in the field of a record; null is no text."""
+    """The text in a field of a record; empty for null."""
     if field not in record:
         found = ", ".join(map(str, record))[:200]
-        raise UserError(f"no field {field!r} but {found}; give --field=...")
+        raise UserError(f"no field {field!r}, only {found}; give --field=...")
     text = record[field]
     if not isinstance(text, str | None):
-        raise UserError(f"field {field!r} is no string but {type(text).__name__}")
+        raise UserError(f"field {field!r} is not a string but {type(text).__name__}")
     return text or ""
 
 
 @contextlib.contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file or data set is read into one line that names it."""
+    """Turn any error while reading a file or data set into one line that names it."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    except Exception as error:  # of six libraries, which have no base class in common
+    except Exception as error:  # six libraries raise errors without a common base class
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if isinstance(error, UnicodeError):
             reason += "; convert it to UTF-8, or give --errors=replace"

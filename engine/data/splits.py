@@ -1,4 +1,4 @@
-"""Choose each text's split: official splits, documents drawn from train, or the ends of a few."""
+"""Choose the split of each text: official splits, documents drawn from train, or their ends."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,13 +9,13 @@ from typing import NamedTuple
 from engine.data.sources import Pieces, Source, source_of
 
 SPLITS = ("train", "val", "test")
-ENOUGH_DOCUMENTS = 20  # to draw some of them
-GOLDEN = 11400714819323198485  # 2^64 / golden ratio: its multiples mod 2^64 lie evenly
+ENOUGH_DOCUMENTS = 20  # with fewer, the end of each becomes val and test
+GOLDEN = 11400714819323198485  # 2^64 / golden ratio: its multiples mod 2^64 are evenly spread
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sources of each split; fractions: the shares of train's documents for other splits."""
+    """The sources of each split. fractions: the shares of train documents to draw for others."""
 
     splits: Mapping[str, Sequence[Source]]
     fractions: Mapping[str, float] = field(default_factory=dict)
@@ -26,12 +26,12 @@ class Corpus:
 
     @property
     def names(self) -> list[str]:
-        """The names of its splits."""
+        """The names of its splits, drawn ones included."""
         return [name for name in SPLITS if name in {*self.splits, *self.fractions}]
 
 
 def in_memory(splits: Mapping[str, Sequence[str]]) -> dict[str, list[Source]]:
-    """A source for each split from its documents, unless they are empty."""
+    """A source for each split from its documents. Splits without text are left out."""
     return {
         split: [source_of(split, partial(iter, documents))]
         for split, documents in splits.items()
@@ -40,7 +40,7 @@ def in_memory(splits: Mapping[str, Sequence[str]]) -> dict[str, list[Source]]:
 
 
 def with_val(splits: Mapping[str, Sequence[Source]], fraction: float) -> Corpus:
-    """A corpus with a fraction of train's documents as val, or the official val if that is 0."""
+    """A corpus whose val is drawn from train, or the official val if fraction is 0."""
     if not fraction:
         return Corpus(splits)
     return Corpus({split: splits[split] for split in splits if split != "val"}, {"val": fraction})
@@ -49,14 +49,14 @@ def with_val(splits: Mapping[str, Sequence[Source]], fraction: float) -> Corpus:
 class Position(NamedTuple):
     """How far a corpus has been read."""
 
-    source: int = 0  # so many sources
-    piece: int = 0  # and so many pieces of the next one
-    documents: int = 0  # so many documents of the train sources
-    split: str = ""  # where the last of them went
+    source: int = 0  # number of sources that are done
+    piece: int = 0  # number of pieces of the next source that are done
+    documents: int = 0  # number of documents of the train sources that are done
+    split: str = ""  # the split of the last of them
 
 
 def walk(corpus: Corpus, start: Position) -> Iterator[tuple[str, str, bool, Position]]:
-    """The pieces after start: split, text, whether a document starts, the position after it."""
+    """The pieces after start: (split, text, whether a document starts, position after it)."""
     _, done, documents, split = start
     for i, (given, source) in enumerate(corpus.sources[start.source :], start.source):
         pieces = itertools.islice(source.pieces(), done, None)
@@ -71,7 +71,7 @@ def walk(corpus: Corpus, start: Position) -> Iterator[tuple[str, str, bool, Posi
 
 
 def draw(document: int, fractions: Mapping[str, float]) -> str:
-    """The split of a document from its number: of documents in a row each split has its share."""
+    """The split of document number `document`. Any run of documents has each split's share."""
     point = (document + 1) * GOLDEN % 2**64 / 2**64
     for split, fraction in fractions.items():
         if point < fraction:
@@ -84,7 +84,7 @@ def draw_or_cut(
     sources: Sequence[Source],
     fractions: Mapping[str, float],
 ) -> Corpus:
-    """Draw these fractions of the documents; of few documents cut off the end of each instead."""
+    """Draw these fractions of the documents, or if there are few, cut off the end of each."""
     lengths = []
     for text, is_start in _pieces(sources):
         if is_start:
@@ -110,7 +110,7 @@ def _stretch(
     low: float,
     high: float,
 ) -> Pieces:
-    """What lies between these shares of each document's length, cut between paragraphs."""
+    """The text between these shares of each document's length, cut between paragraphs."""
     number = -1
     for text, is_start in _pieces(sources):
         if is_start:

@@ -1,10 +1,9 @@
-"""Text <-> token ids. A folder's meta.json names its tokenizer; load_tokenizer(folder) gives it
-back.
+"""Text <-> token ids. load_tokenizer(folder) returns the tokenizer that a folder's meta.json names.
 
-Four kinds: GPT-2's BPE (gpt2_bpe.py), a BPE trained on the corpus, characters, bytes. All have
-vocab_size, eot (the end-of-text id, or None), encode, decode, token_bytes (the bytes of each
-id), describe (for meta.json) and save. encode never makes end-of-text: the string
-"<|endoftext|>" inside a text is text.
+There are four kinds: GPT-2's BPE (gpt2_bpe.py), a BPE trained on the corpus, characters, bytes.
+Each has vocab_size, eot (the end-of-text id, or None), encode, decode, token_bytes (the bytes of
+each id), describe (for meta.json) and save. encode never returns end-of-text: "<|endoftext|>"
+inside a text is encoded as text.
 """
 
 import codecs
@@ -26,13 +25,13 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class BPETokenizer:
-    """A byte-level BPE, kept as <folder>/tokenizer.json (the format of the tokenizers library)."""
+    """A byte-level BPE in <folder>/tokenizer.json, the format of the tokenizers library."""
 
     kind, file = "bpe", "tokenizer.json"
 
     def __init__(self, bpe):
         self.bpe = bpe
-        self.bpe.encode_special_tokens = True  # an end-of-text string inside the text stays text
+        self.bpe.encode_special_tokens = True  # "<|endoftext|>" in a text stays text
         self.vocab_size = bpe.get_vocab_size()
         self.eot = bpe.token_to_id(END_OF_TEXT)
 
@@ -60,13 +59,13 @@ class BPETokenizer:
             bpe = tokenizers.Tokenizer.from_file(str(path))
             if "ByteLevel" not in str(json.loads(bpe.to_str())["decoder"]):
                 raise ValueError("its tokens are not made of bytes")
-            bpe.no_truncation()  # transformers saves these settings too
+            bpe.no_truncation()  # settings that transformers saves too
             bpe.no_padding()
             tokenizer = cls(bpe)
             tokenizer.token_bytes()
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(
-                f"{path} is no byte-level BPE ({str(error)[:80]}); prepare or export it again"
+                f"{path} is no byte-level BPE ({str(error)[:80]}); prepare the data or export again"
             ) from None
         return tokenizer
 
@@ -88,7 +87,7 @@ class BPETokenizer:
 
 
 def byte_level(model):
-    """A tokenizers.Tokenizer of this BPE that splits text and joins tokens as GPT-2's does."""
+    """A tokenizers.Tokenizer of this BPE that splits text and joins tokens as GPT-2 does."""
     import tokenizers
 
     bpe = tokenizers.Tokenizer(model)
@@ -98,7 +97,7 @@ def byte_level(model):
 
 
 class CharTokenizer:
-    """One id per character, in the order of `chars`; eot=True adds an end-of-text id after them."""
+    """One id per character, in the order of `chars`. With eot, end-of-text is the last id."""
 
     kind = "char"
 
@@ -126,7 +125,7 @@ class CharTokenizer:
         return {"kind": self.kind, "chars": self.chars, "eot": self.eot is not None}
 
     def save(self, folder: Path) -> None:
-        """meta.json holds the characters."""
+        """Nothing to save: meta.json has the characters."""
 
 
 class ByteTokenizer:
@@ -148,7 +147,7 @@ class ByteTokenizer:
         return {"kind": self.kind}
 
     def save(self, folder: Path) -> None:
-        """There is nothing to save."""
+        """Nothing to save."""
 
 
 Tokenizer = GPT2Tokenizer | BPETokenizer | CharTokenizer | ByteTokenizer
@@ -156,13 +155,14 @@ Tokenizer = GPT2Tokenizer | BPETokenizer | CharTokenizer | ByteTokenizer
 
 @lru_cache(maxsize=4)  # GPT-2's take a tenth of a second
 def token_bytes_of(tokenizer: Tokenizer) -> list[bytes]:
-    """tokenizer.token_bytes(), made once."""
+    """tokenizer.token_bytes(), cached."""
     return tokenizer.token_bytes()
 
 
 def incremental_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """A function that takes the ids of a text one by one and returns the text of each. A
-    character that is split over several tokens is returned with the last of them."""
+    """A function that takes the ids of a text one by one and returns the text that each adds.
+
+    A character of several tokens is returned with the last of them."""
     token_bytes = token_bytes_of(tokenizer)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -173,15 +173,16 @@ def incremental_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that a folder names in meta.json or nanoGPT's meta.pkl, or that transformers
-    saved there; if there is none of these, GPT-2's BPE."""
+    """The tokenizer in a folder's meta.json, nanoGPT's meta.pkl or transformers' tokenizer.json.
+
+    Without any of these it is GPT-2's BPE."""
     folder = Path(folder)
     meta = read_meta(folder)
     if meta:
         about = meta["tokenizer"]
     else:
-        is_theirs = (folder / BPETokenizer.file).exists()
-        about = {"kind": "bpe" if is_theirs else "gpt2"}
+        has_bpe = (folder / BPETokenizer.file).exists()
+        about = {"kind": "bpe" if has_bpe else "gpt2"}
     kind = about.get("kind")
     if kind == "gpt2":
         return GPT2Tokenizer.load(folder)
@@ -195,13 +196,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder itself says what its tokens mean."""
+    """Whether the folder names its tokenizer."""
     names = ("meta.json", "meta.pkl", GPT2Tokenizer.file, BPETokenizer.file)
     return any((folder / name).exists() for name in names)
 
 
 def read_meta(folder: str | Path) -> dict | None:
-    """meta.json of a folder; nanoGPT's meta.pkl in the same form; None if there is neither."""
+    """A folder's meta.json, or nanoGPT's meta.pkl in the same form; None if it has neither."""
     path = Path(folder) / "meta.json"
     if not path.exists():
         path = path.with_name("meta.pkl")
@@ -209,12 +210,12 @@ def read_meta(folder: str | Path) -> dict | None:
     meta = read_json(path)
     is_good = isinstance(meta.get("vocab_size"), int) and isinstance(meta.get("tokenizer"), dict)
     if not is_good or meta.get("dtype", "uint16") not in ("uint16", "uint32"):
-        raise UserError(f"{path} does not describe a data set; prepare it again")
+        raise UserError(f"{path} does not describe a data set; prepare the data again")
     return meta
 
 
 def _read_meta_pkl(path: Path) -> dict:
-    """nanoGPT's character table. Without "itos" it has the vocabulary's size only, which is
+    """nanoGPT's character table. Without "itos" only the vocabulary's size is known, which is
     enough for training."""
     try:
         with open(path, "rb") as file:
@@ -231,7 +232,7 @@ def _read_meta_pkl(path: Path) -> dict:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers; refuses whatever would import or call anything."""
+    """Reads dicts, lists, strings and numbers. Refuses anything that would import or call."""
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}, refused")
+        raise pickle.UnpicklingError(f"refused to run {module}.{name}")

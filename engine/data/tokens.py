@@ -1,10 +1,9 @@
-"""Token files, read as one array per split. engine/data/writer.py writes them,
-engine/data/batches.py shuffles them.
+"""Token files, read as one array per split. writer.py writes them, batches.py shuffles them.
 
-A data set is a folder. <split>.bin, or several such files, hold the ids of all documents one
-after the other, little-endian uint16 (uint32 if the vocabulary needs it), with end-of-text
-between documents. meta.json names tokenizer, vocabulary, dtype, sizes and hashes. nanoGPT's
-folders (train.bin, val.bin, meta.pkl or no meta file) and llm.c's files work as they are.
+A data set is a folder. <split>.bin, or several shards, hold the ids of all documents, with
+end-of-text between documents, as little-endian uint16 (uint32 for a vocabulary that needs it).
+meta.json holds the tokenizer, vocabulary, dtype, sizes and hashes. nanoGPT's folders (train.bin,
+val.bin, meta.pkl or no meta file) and llm.c's files work unchanged.
 `python -m engine.data.describe FOLDER` checks the hashes.
 """
 
@@ -19,8 +18,8 @@ from engine.base.files import DATA_ROOT, sha256_of
 from engine.data.shards import Shard, find, joined, splits_in
 from engine.data.tokenizer import GPT2Tokenizer, read_meta
 
-CHUNK = 1 << 19  # ids that are counted at a time
-COUNT_ALL = 1 << 31  # a split of more ids is counted in N_CHUNKS evenly spaced chunks
+CHUNK = 1 << 19  # ids to count at a time
+COUNT_ALL = 1 << 31  # of a longer split, N_CHUNKS evenly spaced chunks are counted
 N_CHUNKS = 256
 
 
@@ -34,10 +33,10 @@ class TokenFile:
     """One split of a data set: the ids of one file or of many shards, as one array.
 
     file[begin:end] and file.rows(starts, length) read ids and check them against the vocabulary.
-    A file is mapped only while it is read, so memory stays flat and few files are open, however
-    many there are. path: names the split in messages; there is no such file if the split has
-    several. meta: the contents of meta.json or meta.pkl; None if nothing names the tokenizer,
-    which is then GPT-2's.
+    A shard is mapped only while it is read: memory stays flat and few files are open, however
+    many shards there are. path: the split's name in messages; several shards have no such file.
+    meta: the contents of meta.json or meta.pkl; None if there is neither. The tokenizer is then
+    GPT-2's.
     """
 
     def __init__(self, dataset: str | Path, split: str):
@@ -64,7 +63,7 @@ class TokenFile:
         return self.rows(np.array([begin]), max(0, end - begin))[0]
 
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(len(starts), length): the ids from each start on."""
+        """The ids from each start on, (len(starts), length)."""
         rows = np.empty((len(starts), length), self.dtype)
         for row, start in zip(rows, starts.tolist(), strict=True):
             self._read(start, row)
@@ -79,7 +78,7 @@ class TokenFile:
         return rows
 
     def _read(self, position: int, row: np.ndarray) -> None:
-        """Fill row with the ids from a position on."""
+        """Fill a row with the ids from a position on."""
         while len(row):
             shard, begin = self._locate(position)
             part = shard.map()[begin : begin + len(row)]
@@ -88,39 +87,38 @@ class TokenFile:
             position += len(part)
 
     def _locate(self, position: int) -> tuple[Shard, int]:
-        """The shard that holds a position of the split, and the position in that shard."""
+        """The shard with a position of the split, and the position in that shard."""
         k = self.ends.searchsorted(position, side="right")
         shard = self.shards[k]
         return shard, position - int(self.ends[k]) + len(shard)
 
     @property
     def vocab_size(self) -> int:
-        """The vocabulary that the folder's meta file states; without one it is GPT-2's, as in
+        """The size of the vocabulary in the folder's meta file; without one GPT-2's, as in
         nanoGPT."""
         return GPT2Tokenizer.vocab_size if self.meta is None else self.meta["vocab_size"]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the tokens in checkpoints: a hash of each file's name, size, stated hash,
-        first and last page."""
+        """Identifies the tokens in checkpoints: a hash of each shard's fingerprint."""
         return joined(shard.fingerprint() for shard in self.shards)
 
     @cached_property
     def sha256(self) -> str:
-        """The sha256 of the file, or that of its shards' sha256s: as meta.json states it, else
-        all bytes are read."""
+        """The sha256 of the file, or of its shards' sha256s. What meta.json lacks is computed."""
         hashes = [shard.sha256 or sha256_of(shard.path) for shard in self.shards]
         return hashes[0] if len(hashes) == 1 else joined(hashes)
 
     def matches(self, recorded: str) -> bool:
-        """Whether a checkpoint was trained on these tokens. recorded: their fingerprint. A
-        checkpoint of the first edition has their sha256, which is compared if it is stated, or
-        read in minutes."""
+        """Whether a checkpoint was trained on these tokens.
+
+        recorded: their fingerprint, or in a checkpoint of the first edition their sha256, which
+        takes minutes to compute if meta.json lacks it."""
         return recorded == self.fingerprint or recorded == self.sha256
 
     def check(self, vocab_size: int, block_size: int = 1) -> None:
-        """Refuse a split shorter than one block, and numbers of another type. From now on refuse
-        ids outside this vocabulary when they are read."""
+        """Refuse a split shorter than one block and numbers of another type. Sets the vocabulary
+        that ids are checked against when they are read."""
         longest = max(map(len, self.shards))
         if longest < block_size + 1:
             raise UserError(
@@ -132,9 +130,10 @@ class TokenFile:
             self._check_type()
 
     def _check_type(self) -> None:
-        """Refuse 32- and 64-bit integers, which look like 16-bit ids with zeros between them. A
-        text of one-character lines looks the same, so only GPT-2's ids are judged, where 0 is an
-        exclamation mark."""
+        """Refuse 32- and 64-bit integers, which look like 16-bit ids with zeros between them.
+
+        Lines of one character each look the same in a small vocabulary. So only GPT-2's ids are
+        checked, where 0 is an exclamation mark."""
         path = self.shards[0].path
         ids = np.array(self.shards[0].map()[: 1 << 15])
         low_halves, high_halves = ids[::2], ids[1::2]
@@ -145,8 +144,8 @@ class TokenFile:
             )
 
     def counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each id occurs, (vocab_size,) float64. A very large split is sampled: so
-        many tokens, from all over the text, give a frequency of 1e-5 to 3 %."""
+        """How often each id occurs, (vocab_size,) float64. A very large split is sampled, which
+        gives a frequency of 1e-5 to 3 %."""
         self.check(vocab_size)
         step = CHUNK
         end = len(self)
@@ -160,8 +159,7 @@ class TokenFile:
         return torch.from_numpy(counts.astype(np.float64))
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:
-        """How often each id occurs as a share of all, (vocab_size,) float64; half an occurrence
-        is added to each."""
+        """The share of each id, (vocab_size,) float64, with half an occurrence added to each."""
         counts = self.counts(vocab_size) + 0.5
         return counts / counts.sum()
 
@@ -169,8 +167,7 @@ class TokenFile:
 def gather(
     file: TokenFile, starts: np.ndarray, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, y (len(starts), block_size) int64: the blocks at `starts` and the same blocks one token
-    later."""
+    """x, y (len(starts), block_size) int64: the blocks at `starts`, and those one token later."""
     rows = torch.from_numpy(file.rows(starts, block_size + 1).astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 

@@ -1,4 +1,4 @@
-"""Read a split in windows of block_size tokens: all in their order, or some, evenly spaced."""
+"""Windows of block_size tokens that cover a split: all in order, or some, evenly spaced."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from engine.data.tokens import TokenFile, gather
 def eval_batches(
     file: TokenFile, block_size: int, batch_size: int, n_batches: int
 ) -> list[np.ndarray]:
-    """The block starts of the batches that training evaluates on, evenly spaced over the split."""
+    """Where the blocks start that training evaluates on, by batch; evenly spaced in the split."""
     n_blocks = max(1, (len(file) - 1) // block_size)
     n = min(n_blocks, n_batches * batch_size)
     starts = np.arange(n) * n_blocks // n * block_size
@@ -20,23 +20,23 @@ def eval_batches(
 
 
 class Windows(NamedTuple):
-    """A batch of windows of a split: x, y (B, T). In each the targets from `first` on count."""
+    """A batch of windows, x and y (B, T). In each of them the targets from `first` on count."""
 
     x: torch.Tensor
     y: torch.Tensor
     first: int
-    at: torch.Tensor  # (B, T - first), the positions of those targets in the split
+    at: torch.Tensor  # (B, T - first): the positions in the split of these targets
     labels: tuple[torch.Tensor, ...] = ()  # (B, T, K) each, from an engine.data.labels.LabelFile
 
 
 def windows(
     file: TokenFile, block_size: int, batch_size: int, limit: int = 0, stride: int = 0, labels=None
 ) -> Iterator[Windows]:
-    """Windows of block_size tokens that cover a split; every target counts once.
+    """Windows of block_size tokens that cover a split, so that every target counts once.
 
-    stride: the distance between two windows (0: block_size); of all but the first one only the last
-    `stride` targets count. The rest at the end is a shorter window in a batch of its own.
-    limit: only so many windows, evenly spaced."""
+    stride: the distance between windows (0: block_size). All targets of the first window count,
+    and the last `stride` of each other one. What remains at the end is a shorter window in a batch
+    of its own. limit: the number of windows to read, evenly spaced (0: all)."""
     stride = stride or block_size
     for starts, length in window_starts(len(file) - 1, block_size, batch_size, limit, stride):
         x, y = gather(file, starts, length)
@@ -49,7 +49,7 @@ def windows(
 def window_starts(
     n: int, block_size: int, batch_size: int, limit: int, stride: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """The starts of each batch of windows, and the windows' length, for n targets."""
+    """The starts and the length of each batch of windows over n targets."""
     n_full = (n - block_size) // stride + 1 if n >= block_size else 0
     n_taken = min(limit or n_full, n_full)
 
@@ -58,7 +58,7 @@ def window_starts(
 
     first = 0
     if stride < block_size and n_taken:
-        # overlapping windows: every target of the first one counts, so it is a batch of its own
+        # all targets of the first of overlapping windows count, so it is a batch of its own
         yield starts_of(0, 1), block_size
         first = 1
     for begin in range(first, n_taken, batch_size):

@@ -1,8 +1,9 @@
-"""Write token files: threads encode the documents of a corpus, and one writer fills files.
+"""Write token files: threads encode the documents of a corpus, and one writer fills the files.
 
-tokenise() fills files of shard_tokens ids in a work folder. Whenever a file is full, journal.json
-records how far the corpus has been read and each split been written. A preparation that was killed
-continues from there and ends with the same files. install() moves them into the data set's folder.
+tokenise() fills files of shard_tokens ids in a work folder. Each time that a file is full,
+journal.json records how much of the corpus has been read and how much of each split has been
+written. A preparation that was killed continues from there and ends with the same files. install()
+moves them into the data set's folder.
 """
 
 import os
@@ -23,26 +24,26 @@ from engine.data.shards import joined
 from engine.data.splits import SPLITS, Corpus, Position, walk
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 
-BATCH = 1 << 20  # characters that a thread gets at once, or one piece more
-# what a preparation may replace
+BATCH = 1 << 20  # characters that a thread encodes at once; the last piece may exceed it
+# the files that a preparation may replace
 OURS = re.compile(rf"({'|'.join(SPLITS)})(_\d+)?\.bin")
 
 
 class Encoded(NamedTuple):
     """What a batch adds to a split."""
 
-    ids: np.ndarray  # with an end-of-text before each document
-    documents: int  # so many start here
+    ids: np.ndarray  # with end-of-text before each document
+    documents: int  # number of documents that start here
     n_bytes: int  # of the text, in UTF-8
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
-    """The type of the ids in a file."""
+    """The type of the ids in the files."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 def encode(tokenizer: Tokenizer, pieces: list[tuple[str, bool]]) -> Encoded:
-    """Encode pieces: text, and whether a document starts with it."""
+    """Encode pieces: (text, whether a document starts with it)."""
     end_of_text = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.uint32)
     ids, documents, n_bytes = [], 0, 0
     for text, is_start in pieces:
@@ -60,9 +61,10 @@ def encode_all(
     folder: Path,
     n_threads: int,
 ) -> Iterator[tuple[Position, dict[str, Encoded]]]:
-    """Encode what lies after start, batch by batch, in order; yields the position after each.
+    """Encode the corpus after start, in order; yields each batch with the position after it.
 
-    folder: where each thread loads its own tokenizer. In a shared one they wait for each other."""
+    folder: each thread loads its own tokenizer from it. With a shared one they wait for each
+    other."""
     local = threading.local()
 
     def load() -> None:
@@ -93,9 +95,9 @@ def encode_all(
 
 
 class SplitWriter:
-    """Writes the files of one split, all but the last with shard_tokens ids.
+    """Writes the files of one split. All but the last have shard_tokens ids.
 
-    about: what has been written, as the journal has it; shards: the full files."""
+    about: what has been written so far, from the journal. shards: the full files."""
 
     def __init__(
         self,
@@ -114,12 +116,12 @@ class SplitWriter:
             "shards": [],
         }
         self.shards = self.about["shards"]
-        if self.n_open:  # ids after the journal's end are written again
+        if self.n_open:  # ids that the journal does not count are written again
             os.truncate(self.path, self.n_open * dtype_of(tokenizer).itemsize)
 
     @property
     def n_open(self) -> int:
-        """The ids in the file that is not full yet."""
+        """The number of ids in the file that is not full yet."""
         return self.about["tokens"] - len(self.shards) * self.shard_tokens
 
     @property
@@ -127,10 +129,10 @@ class SplitWriter:
         return self.folder / shard_name(self.split, len(self.shards))
 
     def write(self, encoded: Encoded) -> int:
-        """Append what a batch adds; returns how many files became full."""
+        """Append a batch; returns how many files became full."""
         ids, n_full = encoded.ids, len(self.shards)
         if self.eot is not None and not self.about["documents"]:
-            ids = ids[1:]  # nothing comes before the first document
+            ids = ids[1:]  # no end-of-text before the first document
         self.about["documents"] += encoded.documents
         self.about["bytes"] += encoded.n_bytes
         if self.eot is None and self.about["documents"] > 1:
@@ -175,11 +177,11 @@ def tokenise(
     n_threads: int,
     about: dict[str, str],
 ) -> None:
-    """Write a corpus' files into the work folder; the journal's last entry is their meta.json.
+    """Write the files of a corpus into the work folder. The journal ends with their meta.json.
 
-    about: what else meta.json says, such as the source."""
+    about: further entries of meta.json, such as the source."""
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
-    if not (work / "meta.json").is_file():  # it comes last: the tokenizer is complete
+    if not (work / "meta.json").is_file():  # written last: the tokenizer is complete
         work.mkdir(parents=True, exist_ok=True)
         tokenizer.save(work)
         write_json(work / "meta.json", meta)
@@ -209,16 +211,16 @@ def tokenise(
 
 
 def read_journal(work: Path) -> dict:
-    """What the last call left: how far it came, or once all is done the meta.json to install."""
+    """What has been done so far: the position in the corpus, or the meta.json to install."""
     path = work / "journal.json"
     return read_json(path) if path.is_file() else {}
 
 
 def install(work: Path, folder: Path) -> None:
-    """Move finished files into the data set's folder, in place of those of an earlier preparation.
+    """Move finished files into the data set's folder, in place of an earlier preparation's.
 
-    These go first: until all new files are there, a file is missing and the data set is refused.
-    The next call finds in the work folder what is still to be moved."""
+    The old files are deleted first. Until all new files are moved, one is missing and the data set
+    is refused. If this is interrupted, the next call moves the files that are left."""
     meta = read_journal(work)["meta"]
     moves = {}
     for split, about in meta["splits"].items():
