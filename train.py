@@ -75,7 +75,7 @@ class TrainConfig:
     # soft: the teacher shares in the true token's label | set: all are labels of 1 (sigmoid)
     label_mode: Literal[MODES] = "soft"
     label_weight: Fraction = 0.5  # soft: the teacher's share where there are labels, in [0, 1]
-    # micro-batches in a step, counted over all processes
+    # micro-batches in a step, over all processes; more and smaller ones if these do not divide it
     gradient_accumulation_steps: PositiveInt = 40
     # blocks in a micro-batch; lower it when memory runs out, and accumulate more
     batch_size: Annotated[int, ">= 1", "<= 1e6"] = 12
@@ -180,8 +180,10 @@ def train(
 ) -> GPT:
     """Train until max_iters and return the model; given: names of the options that the user set."""
     config, data, raw_model, state = prepare_run(config, given, processes)
-    n_micro, device = config.gradient_accumulation_steps, processes.device
-    distributed.check_accumulation(n_micro, processes.world_size)
+    device = processes.device
+    n_micro, batch_size = distributed.divide_step(
+        config.gradient_accumulation_steps, config.batch_size, processes.world_size
+    )
     cast, dtype = distributed.autocast(device, config.dtype)
     model = processes.wrap(raw_model, config.compile, config.sharding)
     betas = (config.beta1, config.beta2)
@@ -193,7 +195,7 @@ def train(
 
     block_size = config.model.block_size
     labels = training_labels(config, data["train"])
-    batches = Batches(data["train"], config.batch_size, block_size, config.seed, labels)
+    batches = Batches(data["train"], batch_size, block_size, config.seed, labels)
     my_micro_batches = processes.share(progress.step * n_micro, config.max_iters * n_micro)
     prefetched = batches.prefetched(my_micro_batches, device)
     val_batches = eval_batches(data["val"], block_size, config.batch_size, config.eval_iters)

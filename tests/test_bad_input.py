@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.base.distributed import Processes, autocast, check_accumulation
+from engine.base.distributed import autocast
 from engine.base.errors import UserError
 from engine.base.errors import run_main as run_script
 from engine.data.tokenizer import ByteTokenizer
@@ -355,25 +355,6 @@ def test_a_run_of_nothing_but_damaged_checkpoints_names_each_and_then_what_to_do
     assert exit_.value.code == 2 and "ckpt_00000002.pt is not a good checkpoint" in warning
     assert error.startswith("error: two_damaged/ckpt_00000001.pt is not a good checkpoint")
     assert "use another one" in error
-
-
-@pytest.mark.parametrize(("steps", "world_size"), [(40, 3), (5, 8), (7, 2)])
-def test_an_accumulation_that_processes_cannot_share_is_refused(steps, world_size):
-    with pytest.raises(UserError, match=f"= {steps} .* multiple of their number, {world_size}"):
-        check_accumulation(steps, world_size)
-
-
-@pytest.mark.parametrize(("steps", "world_size"), [(1, 1), (40, 8), (8, 8)])
-def test_an_accumulation_that_processes_share_evenly_passes_and_every_micro_batch_has_one_owner(
-    steps, world_size
-):
-    check_accumulation(steps, world_size)
-    shares = [
-        Processes(torch.device("cpu"), rank, world_size).share(0, steps)
-        for rank in range(world_size)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(micro for share in shares for micro in share) == list(range(steps))
 
 
 def test_auto_picks_a_dtype_that_exists():

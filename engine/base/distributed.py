@@ -168,13 +168,20 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def check_accumulation(gradient_accumulation_steps: int, world_size: int) -> None:
-    """Refuse an accumulation, counted over all processes, that these cannot share evenly."""
-    if gradient_accumulation_steps % world_size:
-        raise UserError(
-            f"gradient_accumulation_steps = {gradient_accumulation_steps} counts over all "
-            f"processes and must be a multiple of their number, {world_size}"
-        )
+def divide_step(n_micro: int, batch_size: int, world_size: int) -> tuple[int, int]:
+    """Divide a step of n_micro x batch_size blocks into at least n_micro micro-batches of equal
+    size, a multiple of world_size; returns (micro-batches, blocks in each).
+
+    The step keeps its blocks, so the number of processes changes nothing but rounding and noise."""
+    n_blocks = n_micro * batch_size
+    for n_parts in range(n_micro, n_blocks + 1):
+        if n_parts % world_size == 0 and n_blocks % n_parts == 0:
+            return n_parts, n_blocks // n_parts
+    nearest = max(1, round(n_micro / world_size)) * world_size
+    raise UserError(
+        f"{world_size} processes cannot share a step of {n_micro} x {batch_size} blocks evenly; "
+        f"use --gradient_accumulation_steps={nearest}"
+    )
 
 
 def autocast(device: torch.device, dtype: str) -> tuple[contextlib.AbstractContextManager, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.base.distributed import divide_step
 from engine.base.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,11 +49,14 @@ def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list
         parameters += " (the head shares the embedding)"
     if config.eval_only:
         return [title, parameters]
-    n_micro, block_size = config.gradient_accumulation_steps, config.model.block_size
-    n_tokens = n_micro * config.batch_size * block_size
+    block_size = config.model.block_size
+    n_micro, batch_size = divide_step(
+        config.gradient_accumulation_steps, config.batch_size, processes.world_size
+    )
+    n_tokens = n_micro * batch_size * block_size
     flops = n_tokens * model.flops_per_token()
     n_all = config.max_iters * n_tokens
-    micro_batches = f"{n_micro:,} x {config.batch_size} blocks of {block_size:,}"
+    micro_batches = f"{n_micro:,} x {batch_size} blocks of {block_size:,}"
     return [
         title,
         parameters,
