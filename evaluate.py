@@ -4,11 +4,11 @@
     python evaluate.py --out_dir=out/quickstart/bayes --n_samples=16 --ood_dataset=shakespeare
     python evaluate.py --out_dir=out/a+out/b+out/c            # an ensemble of three runs
 
-Every number comes from log_probs, the normalised distribution over the next token, over the whole
-split: consecutive blocks of block_size, each token predicted once. Each run gets
-eval_<split>.json, the comparison a folder with plots and report.html. `unigram` is what the
-training text's token frequencies alone reach. torchrun shares the work between processes; the
-results are the same.
+Every score comes from log_probs, the normalised distribution over the next token. The whole split
+is read in consecutive blocks of block_size, and each token is predicted once. Each run gets
+eval_<split>.json; the comparison gets a folder with plots and report.html. `unigram` predicts the
+token frequencies of the training text, whatever the context. torchrun shares the work between
+processes, with the same results.
 """
 
 import json
@@ -34,22 +34,23 @@ from engine.runs.logger import read_records
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    # runs (the newest checkpoint) or checkpoint files, with commas; gpt2* with --dataset; A+B
+    # runs (their newest checkpoint) or checkpoint files, separated by commas; A+B is an ensemble;
+    # gpt2* needs --dataset
     out_dir: str = "out"
     evaluation: EvaluationConfig = EvaluationConfig()
-    # folder of plots and report.html; default: report_<split> beside the first run; none
+    # folder for plots and report.html, or none; default: report_<split> next to the first run
     report: str = ""
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
 
     @property
     def sources(self) -> list[str]:
-        """The runs and ensembles, without repetitions."""
+        """The runs and ensembles, each once."""
         names = [name.rstrip("/") for name in self.out_dir.split(",")]
         return list(dict.fromkeys(filter(None, names)))
 
     @property
     def report_folder(self) -> Path:
-        """By default in the folder of a run, or beside the first of several."""
+        """By default in the run's folder, or next to the first of several runs."""
         home = result_file(self.sources[0], self).parent
         folder = home if len(self.sources) == 1 else home.parent
         return Path(self.report or folder / f"report_{self.evaluation.split}")
@@ -60,7 +61,7 @@ def main() -> None:
     check_outputs(config)
     with distributed.init(config.device, "auto") as processes:
         torch.backends.cuda.matmul.allow_tf32 = False  # init() allows it for training
-        # all are loaded, and refused if something is wrong, before hours go into the first
+        # find mistakes in all of them before the first evaluation, which may take hours
         runs = {}
         for name, source in short_names(config.sources).items():
             runs[name] = Evaluator(source, config.evaluation, processes)
@@ -68,9 +69,9 @@ def main() -> None:
 
 
 def check_outputs(config: EvaluateConfig) -> None:
-    """Check that all results can be written, each to a file of its own."""
+    """Check that all results can be written, each to its own file."""
     if not config.sources:
-        raise UserError("which runs? --out_dir=RUN or --out_dir=RUN,RUN")
+        raise UserError("which runs? give --out_dir=RUN or --out_dir=RUN,RUN")
     files = {}
     for source in config.sources:
         path = result_file(source, config)
@@ -78,7 +79,7 @@ def check_outputs(config: EvaluateConfig) -> None:
         if other != source:
             raise UserError(
                 f"{other} and {source} would both be written to {path}; "
-                "name each run once, and begin each ensemble with another run"
+                "name each run once, and start each ensemble with a different run"
             )
         check_writable(path.parent)
     if config.report != "none":
@@ -88,7 +89,7 @@ def check_outputs(config: EvaluateConfig) -> None:
 def compare(
     config: EvaluateConfig, runs: dict[str, Evaluator], processes: distributed.Processes
 ) -> None:
-    """Evaluate run by run, write the results of each, and report."""
+    """Evaluate one run after the other, write their results, and report."""
     rows, scores, texts = {}, {}, {}
     for name, run in runs.items():
         run.model.to(processes.device)
@@ -113,8 +114,9 @@ def compare(
 def report(
     config: EvaluateConfig, runs: dict[str, Evaluator], found: list[Table], rows: dict, texts: dict
 ) -> None:
-    """Print the comparison, and write it to a folder. rows: by name of the run; texts: for each
-    document its tokens as each run reads them."""
+    """Print the comparison and write it to a folder.
+
+    rows: by run name. texts: for each document, its tokens with each run's scores."""
     first, *_ = rows.values()
     title = "{dataset}, {split} split, {n_tokens:,} tokens, {n_units:,} bootstrap units ({unit})"
     title = title.format(**first)
@@ -128,7 +130,7 @@ def report(
     for name, run in runs.items():
         if len(run.members) == 1:
             curves[name] = read_records(folder_of(run.source) / "metrics.jsonl")
-    if not comparable(rows):  # plots would compare what the tables do not
+    if not comparable(rows):  # then the plots would mislead
         rows, curves = {}, {}
     settings = f"n_samples = {config.evaluation.n_samples}"
     write_report(folder, title, settings, found, rows, curves, texts)
@@ -136,7 +138,7 @@ def report(
 
 
 def result_file(source: str, config: EvaluateConfig) -> Path:
-    """Where the numbers of a run go: its folder, out/gpt2, or that of an ensemble's first run."""
+    """The file for a run's scores: in its folder, in out/gpt2, or with an ensemble's first run."""
     first, *others = members_of(source)
     folder = Path("out", first) if first in HUB else folder_of(first)
     name = f"eval_{config.evaluation.split}"

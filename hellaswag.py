@@ -1,13 +1,14 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings fits? Any head, by its log_probs.
+"""HellaSwag (Zellers et al. 2019): which of four endings fits? For any head, by its log_probs.
 
     python hellaswag.py --download               # the 10,042 validation items, into data/hellaswag
     python hellaswag.py --model=gpt2 --style=harness
     python hellaswag.py --out_dir=out/quickstart/bayes --limit=1000 --n_samples=16
 
-Two conventions, not to be compared with each other: completion is the raw ctx, then " " + ending;
-harness the text cleaned as in lm-evaluation-harness. acc takes the ending with the highest sum of
-log-probabilities; acc_norm divides it by the ending's tokens (completion) or characters (harness).
-aurc is the mean error rate by acc_norm over all shares of the answers, the most certain ones first.
+There are two styles, whose scores cannot be compared. completion reads the raw ctx, then " " + the
+ending; harness cleans the text as lm-evaluation-harness does. acc takes the ending with the highest
+sum of log-probabilities; acc_norm divides the sum by the number of the ending's tokens (completion)
+or characters (harness). aurc is the error rate of acc_norm's most certain answers, averaged over
+all numbers of answers.
 """
 
 import hashlib
@@ -37,14 +38,14 @@ ITEMS = DATA_ROOT / "hellaswag" / "hellaswag_val.jsonl"
 
 @dataclass(frozen=True)
 class HellaSwagConfig:
-    # the folder of the run to score (or of transformers); results go there
+    # the folder of a run, or of a transformers model; results go there
     out_dir: str = ""
-    # or gpt2 | gpt2-medium | gpt2-large | gpt2-xl; results go to out/<model>
+    # instead: gpt2 | gpt2-medium | gpt2-large | gpt2-xl; results go to out/<model>
     model: Literal[("", *HUB)] = ""
-    download: bool = False  # fetch the items into data/hellaswag first; alone: only that
+    download: bool = False  # download the items to data/hellaswag first; alone: only that
     source: str = ""  # the items, a JSONL file; default: those in data/hellaswag
     style: Literal["completion", "harness"] = "completion"  # of the text, see above
-    # so many items, the first ones (3,243 of ActivityNet, then 6,799 of WikiHow)
+    # only the first items (3,243 are from ActivityNet, then 6,799 from WikiHow)
     limit: PositiveInt | Literal["all"] = "all"
     batch_size: PositiveInt = 16  # items at a time: speed and memory
     # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def download() -> None:
-    """Fetch the items, unless they are there."""
+    """Download the items, unless they are there."""
     if not ITEMS.is_file():
         check_writable(ITEMS.parent)
         try:
@@ -84,7 +85,7 @@ def download() -> None:
                 data = response.read()
         except OSError as error:
             raise UserError(
-                f"cannot fetch {URL} ({error}); copy the file to {ITEMS}, or give it with --source"
+                f"cannot download {URL} ({error}); copy the file to {ITEMS}, or use --source=FILE"
             ) from None
         if hashlib.sha256(data).hexdigest() != SHA256:
             raise UserError(f"{URL} sent {len(data):,} bytes that are not the items; try again")
@@ -132,7 +133,7 @@ def score(
 
 
 def read_items(config: HellaSwagConfig) -> list[Item]:
-    """The items, prepared in their style; a line that is no item is named."""
+    """The items, prepared in the style of the options."""
     path = Path(config.source or ITEMS)
     if not path.is_file():
         raise UserError(
@@ -140,22 +141,22 @@ def read_items(config: HellaSwagConfig) -> list[Item]:
         )
     lines = [line for line in path.read_bytes().splitlines() if line.strip()]
     if not lines:
-        raise UserError(f"{path} holds no items: it should have a JSON object on each line")
+        raise UserError(f"{path} has no items; it must have a JSON object on each line")
     items = []
     n = len(lines) if config.limit == "all" else config.limit
     for number, line in enumerate(lines[:n], 1):
         try:
             items.append(prepare(json.loads(line), config.style))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, item {number} is no HellaSwag item: {error!r}") from None
+            raise UserError(f"{path}, item {number} is not a HellaSwag item: {error!r}") from None
     return items
 
 
 def prepare(record: dict, style: str) -> Item:
     """One item in this style."""
-    endings, label = record["endings"], int(record["label"])  # a text in the Hub's copy
+    endings, label = record["endings"], int(record["label"])  # a string in the Hub's copy
     if len(endings) != 4 or label not in range(4):
-        raise ValueError("it needs 4 endings and a label from 0 to 3")
+        raise ValueError("an item needs 4 endings and a label from 0 to 3")
     context, space = record["ctx"], " "
     if style == "harness":
         ctx_b = record["ctx_b"].capitalize()
@@ -168,7 +169,7 @@ def prepare(record: dict, style: str) -> Item:
 
 
 def clean(text: str) -> str:
-    """lm-evaluation-harness' preprocessing: WikiHow's marks in brackets are removed."""
+    """Remove WikiHow's marks in brackets, as lm-evaluation-harness does."""
     text = text.strip().replace(" [title]", ". ")
     text = re.sub(r"\[.*?\]", "", text)
     return text.replace("  ", " ")

@@ -1,12 +1,12 @@
-"""Continue a prompt with a trained model, any head; tokens appear as they are drawn.
+"""Continue a prompt with a trained model of any head. Tokens are printed as they are drawn.
 
     python sample.py --out_dir=out/quickstart/bayes --start="The old man" --show_uncertainty
     python sample.py --out_dir=out/quickstart/bayes --interactive
     python sample.py --init_from=gpt2-xl --prompts=prompts.txt --jsonl=texts.jsonl --stop='\\n\\n'
 
---show_uncertainty colours each token by the entropy of the prediction it was drawn from; with a
-Bayesian head it underlines tokens whose epistemic uncertainty (what the weights do not know) is
-high. --html has all numbers.
+--show_uncertainty colours each token by the entropy of the prediction it was drawn from. With a
+Bayesian head it also underlines tokens of high epistemic uncertainty, the part that comes from
+uncertain weights. --html shows all scores.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ class SampleConfig:
     out_dir: str = "out"  # with init_from=resume: the run, or one of its checkpoint files
     # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
     start: str = "\n"
-    prompts: str = ""  # a file of prompts: one in each line, or .jsonl with a field "prompt"
+    prompts: str = ""  # a file of prompts: one per line, or .jsonl with a field "prompt"
     # ask for prompts; an empty one continues the text, Ctrl-C ends a text, Ctrl-D ends all
     interactive: bool = False
     # continuations of each prompt; --interactive shows one
     num_samples: Annotated[int, ">= 1", "<= 1e6"] = 10
     sampling: Sampling = Sampling()
-    # colour the tokens by uncertainty, and write their scores with --jsonl
+    # colour the tokens by uncertainty; with --jsonl, write their scores
     show_uncertainty: bool = False
-    # write all texts to this page, coloured by uncertainty, with the scores under the pointer
+    # write all texts to this page, coloured by uncertainty; hover over a token for its scores
     html: str = ""
-    jsonl: str = ""  # write all texts to this file, a JSON object per line, not to the screen
+    jsonl: str = ""  # write all texts to this file, one JSON object per line; print nothing
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
-    # one compiled graph per token (on CUDA a CUDA graph): for long texts on a GPU
+    # compile the step of one token (on CUDA to a CUDA graph): faster for long texts on a GPU
     compile: bool = False
 
     def __post_init__(self):
@@ -94,7 +94,7 @@ def main() -> None:
                     line = record | {"sample": number} | as_record(text, config.show_uncertainty)
                     with open(config.jsonl, "a", encoding="utf-8") as file:
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    finally:  # what there is, also after an interrupt
+    finally:  # also after an interrupt, with the texts so far
         if config.html and scored:
             write_page(Path(config.html), f"Texts of {source}", str(config.sampling), "", scored)
 
@@ -102,7 +102,7 @@ def main() -> None:
 def generate(
     run: Run, prompt: ScoredText, sampling: Sampling, config: SampleConfig, screen: Screen
 ) -> list[Continuation]:
-    """Continue a prompt; the first text appears while it is drawn, the others when all are done."""
+    """Continue a prompt. Print the first text while it is drawn, the others when all are done."""
     shown_prompt = "" if config.interactive else prompt.text
     rule = "" if config.interactive else "---------------\n"
     uncertain = config.show_uncertainty or config.html != "" or sampling.abstain != "no"
@@ -124,7 +124,7 @@ def generate(
 
 
 def read_prompts(run: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]:
-    """The records and ids of the prompts, all checked before the first is used."""
+    """The records and ids of all prompts, checked before the first is used."""
     if config.prompts:
         lines = [line for line in read_text(config.prompts).split("\n") if line.strip()]
         if not lines:
@@ -147,7 +147,7 @@ def read_prompts(run: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]
 
 def ask_prompts(run: Run, previous: list[int]) -> Iterator[tuple[dict, list[int]]]:
     """Prompts from the keyboard; an empty one continues the previous text."""
-    with contextlib.suppress(ImportError):  # lines can then be edited
+    with contextlib.suppress(ImportError):  # for line editing
         import readline  # noqa: F401
     mark = "> " if sys.stdin.isatty() else ""
     while True:
@@ -156,7 +156,7 @@ def ask_prompts(run: Run, previous: list[int]) -> Iterator[tuple[dict, list[int]
             ids = list(previous) if previous and not prompt else run.encode(prompt)
         except EOFError:
             return
-        except KeyboardInterrupt:  # as in a shell: another line
+        except KeyboardInterrupt:  # ask again, as a shell does
             print()
         except (UserError, UnicodeDecodeError) as error:
             print(f"error: {error}", file=sys.stderr)

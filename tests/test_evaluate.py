@@ -202,11 +202,8 @@ def test_monte_carlo_dropout_repeats_itself_and_changes_the_prediction(runs):
     [
         ("softmax", {"continuations": 9, "prompt_tokens": 10**6}, "prompts"),
         ("softmax", {"labels": "none"}, "--name=none"),
-        ("softmax", {"ood_dataset": "no_test"}, "test.bin"),
         ("softmax", {"dataset": "characters"}, "tokenizer"),
         ("softmax", {"report": "data/meta.json/report"}, "written"),
-        ("softmax", {"limit": -1}, "limit"),
-        ("softmax", {"temperature": "nan"}, "temperature"),
         ("softmax", {"mc_dropout": True}, "n_samples"),
         ("softmax", {"mc_dropout": True, "n_samples": 3, "continuations": 4}, "dropout"),
         ("plain", {"mc_dropout": True, "n_samples": 4}, "dropout"),
@@ -225,8 +222,6 @@ def test_mistakes_end_in_one_line_before_the_evaluation(
         folders[name] = runs / name
     for name, folder in folders.items():
         (tmp_path / name).symlink_to(folder)
-    no_test = shutil.copytree(runs / "data", tmp_path / "no_test")
-    (no_test / "test.bin").unlink()
     argv = flags(out_dir=out_dir, device="cpu", **options)
     assert word in refused("evaluate.py", argv, tmp_path, monkeypatch, capsys)
 

@@ -146,7 +146,9 @@ def test_a_token_shows_its_numbers_and_the_likeliest_alternatives(tmp_path):
 def test_hostile_texts_and_names_stay_text(tmp_path, text):
     page = write(tmp_path, name=text, title=text)
     assert [token for token, _ in spans(page)][-len(HOSTILE) :] == HOSTILE
-    assert not re.search("<(script|svg|img|!--)", page.read_text().partition("<body>")[2])
+    head, _, body = page.read_text().partition("<body>")
+    assert not re.search("<(script|svg|img|!--)", body)
+    assert "Content-Security-Policy" in head and "default-src 'none'" in head
 
 
 def test_nan_leaves_the_page_whole(tmp_path):
@@ -197,25 +199,3 @@ def test_the_page_opens_offline_and_shows_a_tokens_numbers_on_a_click(browser, t
     token.click()
     shown = "return getComputedStyle(document.activeElement, '::after').content"
     assert "nll 3 nats" in browser.execute_script(shown)
-
-
-@pytest.mark.slow
-def test_a_script_in_the_page_is_not_run(browser, tmp_path):
-    page = write(tmp_path)
-    planted = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'></body>"
-    page.write_text(page.read_text().replace("</body>", planted))
-    browser.get(page.resolve().as_uri())
-    assert browser.execute_script("return window.hacked") is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [320, 1000])
-def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
-    lines = [["a_run_with_a_rather_long_name_" * 3, *["0.123456"] * 15]]
-    table = Table("wide", ["run", *["column"] * 15], lines)
-    texts = {"words" * 30: {"x": make_tokens(["word" * 9] * 30, True)}}
-    write_report(tmp_path, "t" * 90, "", [table], {"x": make_row()}, {}, texts)
-    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get((tmp_path / "report.html").resolve().as_uri())
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width

@@ -304,10 +304,8 @@ def test_a_terminal_gets_no_control_characters():
         ({"out_dir": "diverged"}, "finite"),
         ({"interactive": True, "jsonl": "new"}, "--jsonl"),
         ({"interactive": True, "num_samples": 1}, "--num_samples"),
-        ({"abstain": "maybe"}, "abstain"),
         ({"abstain": "stop"}, "--max_epistemic"),
         ({"abstain": "stop", "max_epistemic": 0.1, "out_dir": "softmax"}, "--abstain"),
-        ({"max_epistemic": -1}, "max_epistemic"),
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_is_written(

@@ -1,8 +1,8 @@
 """How varied is generated text? Self-BLEU and distinct-n of continuations.
 
-The prompt is not judged, only what follows it up to end-of-text. Words are separated by white
-space, whatever the tokenizer. These numbers depend on the amount of text: compare runs on the same
-prompts, lengths and settings.
+Only the text after the prompt counts, up to end-of-text. Words are separated by white space,
+whatever the tokenizer. The scores depend on the amount of text: compare runs on the same prompts,
+lengths and settings.
 """
 
 import numpy as np
@@ -20,9 +20,10 @@ BATCH_SIZE = 32  # continuations at a time
 
 
 def prompts(file: TokenFile, eot: int | None, n: int, length: int) -> torch.Tensor:
-    """(n, length) int64: the beginnings of n documents, evenly spaced over the split.
+    """(n, length) int64: the first tokens of n documents, evenly spaced over the split.
 
-    Where too few documents are longer than that, evenly spaced places; the same for every run."""
+    If too few documents are longer than that, the prompts start at evenly spaced positions. All
+    runs get the same prompts."""
     n_places = len(file) - length + 1
     if n_places < n:
         raise UserError(
@@ -64,9 +65,7 @@ def continuations(
 
 
 def diversity(texts: list[str]) -> dict[str, float | None]:
-    """All numbers of this module for some continuations.
-
-    None where a number is not defined, because there are too few words."""
+    """All scores of this module; None for a score that needs more words."""
     words = [text.split() for text in texts]
     result = {
         "n_texts": len(texts),
@@ -79,9 +78,10 @@ def diversity(texts: list[str]) -> dict[str, float | None]:
 
 
 def distinct(texts: list[list[str]], n: int) -> float | None:
-    """The share of distinct n-grams of words among those of all texts together (Li et al. 2016, A
-    Diversity-Promoting Objective Function for Neural Conversation Models). It falls with length.
-    """
+    """The number of distinct n-grams of words in all texts, divided by the number of n-grams (Li et
+    al. 2016, A Diversity-Promoting Objective Function for Neural Conversation Models).
+
+    It falls with the amount of text."""
     ngrams = []
     for text in texts:
         for i in range(len(text) - n + 1):
@@ -90,8 +90,10 @@ def distinct(texts: list[list[str]], n: int) -> float | None:
 
 
 def self_bleu(texts: list[str]) -> float | None:
-    """The mean BLEU-4 of each text against all the others (Zhu et al. 2018, Texygen), 0 to 100; low
-    is varied. sacrebleu's sentence BLEU; its time grows with the square of the number of texts."""
+    """The mean of sacrebleu's sentence BLEU-4 of each text against all others (Zhu et al. 2018,
+    Texygen), 0 to 100; low is varied.
+
+    The time grows with the square of the number of texts."""
     from sacrebleu.metrics import BLEU
 
     texts = [text for text in texts if text.strip()]

@@ -1,4 +1,4 @@
-"""How probable are several endings of one context? By any head's log_probs."""
+"""Score several endings of a context with any head, by its log_probs."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,7 +11,7 @@ from engine.data.tokenizer import Tokenizer
 from engine.eval.evaluation import row_chunks
 from heads.head import token_scores
 
-Item = tuple[list[int], list[list[int]]]  # token ids of a context, and of its endings (not empty)
+Item = tuple[list[int], list[list[int]]]  # token ids of a context and of its endings
 
 
 @torch.no_grad()
@@ -22,8 +22,7 @@ def score_endings(
     cast: AbstractContextManager | None = None,
     n_samples: int = 0,
 ) -> torch.Tensor:
-    """(N,) float64: for all endings of all items in their order, the sums of log p over their
-    tokens.
+    """Returns the sum of log p over each ending's tokens, (N,) float64, in the order of the items.
 
     A text that does not fit into block_size is cut from the left, as in lm-evaluation-harness."""
     model.eval()
@@ -49,7 +48,7 @@ def score_endings(
             row[start:end] = True
         owners = numbers[:, None].expand_as(is_ending)[is_ending]
         targets = y[is_ending].to(device)
-        seed_micro_batch(0, 0)  # all endings are judged under the same draws of the weights
+        seed_micro_batch(0, 0)  # all endings are scored under the same draws of the weights
         with cast or nullcontext():
             hiddens = model.hiddens(x.to(device), n_samples)
             hiddens = [hidden[is_ending.to(device)] for hidden in hiddens]
@@ -63,6 +62,6 @@ def score_endings(
 
 
 def encode(tokenizer: Tokenizer, context: str, endings: list[str]) -> Item:
-    """Context and endings are encoded separately: an item's contexts are the same tokens."""
+    """Encode context and endings separately, so that all endings follow the same tokens."""
     encoded = [tokenizer.encode(ending).tolist() for ending in endings]
     return tokenizer.encode(context).tolist(), encoded

@@ -16,13 +16,14 @@ from heads.draws import entropy, mixture
 from heads.weights import BayesLinear
 from model import GPT
 
-ALIKE = ("block_size", "vocab_size", "bayes_mlp")  # the last: as many hidden states of each
+# bayes_mlp: all members then return the same number of hidden states
+ALIKE = ("block_size", "vocab_size", "bayes_mlp")
 
 
 class Ensemble(nn.Module):
-    """Predicts as a GPT and its head do: hiddens(), then predict(). It does not generate."""
+    """Has the interface of a GPT and of its head: hiddens(), then predict(). It cannot generate."""
 
-    likelihood = None  # the mean of likelihoods is none of them
+    likelihood = None  # a mean over likelihoods is not one of them
 
     def __init__(self, members: list[GPT]):
         super().__init__()
@@ -41,7 +42,7 @@ class Ensemble(nn.Module):
         return self
 
     def hiddens(self, idx: torch.Tensor, n_samples: int = 0) -> list[torch.Tensor]:
-        """idx (B, T) -> the hidden states of all members, one after the other: see GPT.hiddens."""
+        """idx (B, T) -> the hidden states of all members, in order: see GPT.hiddens."""
         found = []
         for member in self.members:
             found += member.hiddens(idx, n_samples)
@@ -66,7 +67,7 @@ class Ensemble(nn.Module):
 
 
 def members_of(source: str) -> list[str]:
-    """The runs of a source: one, or several with + between them."""
+    """The runs of a source: one, or several separated by +."""
     if Path(source).exists():
         return [source]
     return source.split("+")
@@ -77,7 +78,7 @@ def load(source: str) -> tuple[GPT | Ensemble, str | None]:
     paths = members_of(source)
     distinct = {Path(path).resolve() for path in paths}
     if len(distinct) < len(paths):
-        raise UserError(f"{source} names a run twice; an ensemble is one of different runs")
+        raise UserError(f"{source} names a run twice; the runs of an ensemble must differ")
     checkpoints = [read_checkpoint(path) for path in paths]
     members = [checkpoint.model("cpu") for checkpoint in checkpoints]
     dataset = checkpoints[0].dataset

@@ -1,4 +1,4 @@
-"""Score a text with a model, token by token, in pieces that fit into memory."""
+"""Score a text with a model, token by token, in chunks that fit into memory."""
 
 import contextlib
 import itertools
@@ -13,8 +13,8 @@ from engine.eval.metrics import MetricAccumulator
 from engine.eval.texts import TextStats
 from heads.head import token_scores
 
-NOISE_GROUP = 64  # neighbouring tokens that share their draws of the output weights' noise
-# positions whose (n, V) log-probabilities exist at a time; a CPU's cache is small
+NOISE_GROUP = 64  # this many neighbouring tokens share their draws of the output weights' noise
+# number of positions whose log-probabilities (n, V) exist at a time; a CPU's cache is small
 CHUNK_ROWS = {"cpu": 64, "cuda": 1024, "mps": 1024}
 
 
@@ -27,10 +27,10 @@ def evaluate(
     n_samples: int = 0,
     text: TextStats | None = None,
 ) -> MetricAccumulator:
-    """The scores of all windows, which the processes share; the same on each.
+    """Score all windows. The processes share the work; each returns the same result.
 
-    With a text also unigram_nll, and its documents as units of the bootstrap; otherwise the units
-    are windows. See score_tokens for the names of the scores."""
+    With `text`, also unigram_nll, and the bootstrap resamples the units of the text (documents);
+    otherwise it resamples windows. The other scores: see score_tokens."""
     model.eval()
     scores = MetricAccumulator()
     for i, batch in enumerate(batches):
@@ -57,15 +57,17 @@ def evaluate(
 
 def check_n_samples(model: torch.nn.Module, n_samples: int, source: str) -> None:
     if model.config.bayes_mlp and n_samples < 0:
-        raise UserError(f"{source} has Bayesian MLPs, which need draws: give --n_samples=16, say")
+        raise UserError(
+            f"{source} has Bayesian MLPs, which need draws; add --n_samples=16, for example"
+        )
 
 
 def score_windows(
     model: torch.nn.Module, batch: Windows, device: torch.device, n_samples: int
 ) -> dict[str, torch.Tensor]:
-    """name -> (n,), the scores of the tokens that count.
+    """name -> (n,), the scores of the targets that count.
 
-    Draws are seeded by a group's place in the split, so that they do not depend on the batch."""
+    A group's position in the split seeds its draws, so they do not depend on the batch."""
     seed_micro_batch(0, 0)  # Bayesian hidden layers draw the same weights for all windows
     hiddens = model.hiddens(batch.x.to(device), n_samples)
     sizes = CHUNK_ROWS[device.type]
@@ -135,8 +137,9 @@ def set_scores(
 ) -> dict[str, torch.Tensor]:
     """How well scores (n, V) rank a set of ids (n, K), those with weights (n, K) above 0.
 
-    recall_at_k: the share of the set among the K best. lrap: label-ranking average precision, the
-    mean over members of the share of members among all that rank as high."""
+    recall_at_k: the share of the set that is among the K best ids. lrap, label-ranking average
+    precision: of the ids that rank at least as high as a member, the share that are members too;
+    the mean over the members."""
     of_ids = scores.gather(-1, ids)
     is_member = weights > 0
     size = is_member.sum(-1)

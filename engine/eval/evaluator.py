@@ -1,4 +1,4 @@
-"""All that evaluate.py measures of one run: scores, continuations, and coloured documents."""
+"""What evaluate.py measures of one run: scores, continuations, and scored documents."""
 
 import math
 from dataclasses import dataclass
@@ -29,9 +29,10 @@ SHOWN_TOKENS = 600  # of a document that the report colours
 class EvaluationConfig:
     split: str = "test"  # test | val | train
     dataset: str = ""  # another data set than the run's own (same tokenizer)
-    # out-of-domain text, the same split of this one: which uncertainty tells it from the run's own?
+    # a data set of out-of-domain (OOD) text: how well does each uncertainty detect it?
     ood_dataset: str = ""
-    # windows this far apart: more context for each token, more time; 0: block_size
+    # distance between windows; below block_size each token has more context, and it takes longer;
+    # 0: block_size
     stride: NonNegativeInt = 0
     batch_size: PositiveInt = 16  # windows at a time: speed and memory
     # this many windows, evenly spread over the split; 0: the whole split
@@ -42,7 +43,7 @@ class EvaluationConfig:
     mc_dropout: bool = False
     # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
     labels: str = ""
-    # also generate so many texts from prompts of the split: Self-BLEU, distinct-n
+    # also generate this many texts from prompts of the split: Self-BLEU, distinct-n
     continuations: NonNegativeInt = 0
     prompt_tokens: PositiveInt = 32  # of each prompt
     max_new_tokens: PositiveInt = 100  # of each continuation
@@ -54,7 +55,7 @@ class EvaluationConfig:
     def __post_init__(self):
         check_options(self)
         if self.mc_dropout and self.n_samples < 1:
-            raise UserError("mc_dropout averages passes: give --n_samples=16, say")
+            raise UserError("mc_dropout averages passes; add --n_samples=16, for example")
         if self.mc_dropout and self.continuations:
             raise UserError(
                 "continuations are generated without dropout; "
@@ -65,7 +66,7 @@ class EvaluationConfig:
 class Evaluator:
     """A run, an ensemble of runs, or GPT-2 by name, and the text to evaluate it on.
 
-    What cannot work is refused here, before hours go into other runs."""
+    The constructor finds mistakes before other runs are evaluated, which may take hours."""
 
     def __init__(self, source: str, config: EvaluationConfig, processes: Processes):
         self.source = source
@@ -84,11 +85,12 @@ class Evaluator:
         self.stride = config.stride or self.block_size
         if self.stride > self.block_size:
             raise UserError(
-                f"stride = {self.stride} leaves tokens out: {source} reads {self.block_size}"
+                f"stride = {self.stride} would skip tokens: {source} has "
+                f"block_size = {self.block_size}"
             )
         self.dataset = config.dataset or dataset
         if self.dataset is None:
-            raise UserError(f"{source} does not say what it was trained on; add --dataset=NAME")
+            raise UserError(f"{source} does not name its data set; add --dataset=NAME")
         self._open_texts()
 
     def _drop_out(self):
@@ -118,7 +120,7 @@ class Evaluator:
         if config.continuations:
             if len(self.members) > 1:
                 raise UserError(
-                    f"{self.source} is an ensemble, which does not generate; "
+                    f"{self.source} is an ensemble, which cannot generate text; "
                     "leave --continuations out"
                 )
             eot = self.tokenizer.eot
@@ -132,7 +134,7 @@ class Evaluator:
         return file
 
     def scores(self) -> tuple[dict, MetricAccumulator]:
-        """All numbers on the whole split, and what they were computed from."""
+        """All scores of the split, and the sums that they were computed from."""
         config = self.config
         eot = self.tokenizer.eot
         n_documents = 0
@@ -174,7 +176,7 @@ class Evaluator:
         return " + ".join(f"{head.weights} x {head.likelihood}" for head in heads)
 
     def continuations(self) -> tuple[dict, list[dict]]:
-        """How varied the generated text is, and with which settings; the prompts and texts."""
+        """Returns the diversity of generated texts with their settings, and the texts."""
         config = self.config
         names = ("max_new_tokens", "temperature", "top_k", "n_samples")
         settings = {name: getattr(config, name) for name in names}
@@ -206,6 +208,6 @@ class Evaluator:
             desc=f"{self.source}, {file.path}",
             total=math.ceil(n_windows / config.batch_size),
             leave=False,
-            disable=None if self.processes.is_main else True,  # None: if it is no terminal
+            disable=None if self.processes.is_main else True,  # None: only in a terminal
         )
         return evaluate(self.model, bar, self.processes, self.cast, self.n_samples, text)

@@ -17,8 +17,8 @@ def draw(
 ) -> Tensor:
     """log_probs (B, V) -> one token per row, (B, 1). First temperature, then top_k, then top_p.
 
-    Inverts the cumulative probabilities at a uniform number: a twentieth of the time of
-    torch.multinomial on a CPU.
+    It inverts the cumulative probabilities at a uniform number, which takes a twentieth of
+    torch.multinomial's time on a CPU.
     """
     if temperature < 1e-30:  # 0, or so small that the division would give nan
         return log_probs.argmax(-1, keepdim=True)
@@ -30,7 +30,8 @@ def draw(
     # relative to the likeliest token, whose logit stays finite at any temperature
     relative = log_probs - log_probs.amax(-1, keepdim=True)
     probs = (relative / temperature).softmax(-1)
-    # a float32 sum over the vocabulary is off by more than rare tokens have (MPS has no float64)
+    # the error of a float32 sum over the vocabulary exceeds the probability of rare tokens
+    # (MPS has no float64)
     on_mps = probs.device.type == "mps"
     dtype = torch.float32 if on_mps else torch.float64
     cumulative = probs.cumsum(-1, dtype=dtype)
@@ -65,7 +66,7 @@ def stream(
     top_p: float = 1.0,  # keep the likeliest tokens that together have this probability
     n_samples: int = 0,  # draws of the output weights per prediction; 0: their mean
     n_ids: int = 0,  # draw only ids below this (a padded vocabulary has more); 0: all
-    use_cache: bool = True,  # False reads the whole context again for every token
+    use_cache: bool = True,  # False: read the whole context again for every token
     uncertain: bool = False,  # yield the predictions too
 ) -> Iterator[tuple[Tensor, Prediction | None]]:
     """Prompts (B, T) -> each new token (B, 1) and, if uncertain, its prediction (B, 1, ...).
@@ -109,8 +110,8 @@ def stream(
 class OneToken:
     """A KVCache's tensor for one new token at `position`, a tensor (1,).
 
-    It shows the whole tensor with a mask over the empty part. So no shape changes from token to
-    token, and one compiled graph (a CUDA graph too) serves the whole text.
+    It returns the whole tensor and masks the empty part. So no shape changes from token to token,
+    and one compiled graph (or CUDA graph) serves the whole text.
     """
 
     def __init__(self, kv: Tensor, position: Tensor):
@@ -121,7 +122,7 @@ class OneToken:
         return self.position
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write k, v of the token. Returns all of the layer, and a mask (1, size)."""
+        """Write k, v of the token. Returns the layer's keys and values, and a mask (1, size)."""
         keys = self.kv[0, layer]
         values = self.kv[1, layer]
         keys.index_copy_(2, self.position, k)

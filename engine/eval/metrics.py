@@ -1,8 +1,8 @@
-"""Scores of predictions, accumulated token by token in memory that does not grow with the text.
+"""Scores of predictions, accumulated in memory that does not grow with the text.
 
-All that a MetricAccumulator holds adds up: sums, bins, counts of finely rounded values, and sums
-under a bootstrap's weights of documents. So any batch size and any number of processes have the
-same result, up to rounding.
+A MetricAccumulator holds only sums: sums of scores, counts by bin, counts of finely rounded values,
+and sums weighted by the bootstrap. So any batch size and any number of processes give the same
+result, up to rounding.
 """
 
 import numpy as np
@@ -20,16 +20,15 @@ EDGES = {  # of histograms, the same for all runs and texts
     "entropy": np.linspace(0, 12, 49),
     "mutual_information": np.geomspace(1e-5, 10, 61),
 }
-RANKED = (*EDGES, "nll")  # tokens are counted by these; by 1 - confidence, as that is uncertain
-# values are counted in 2^BITS bins for each power of two; within a bin they are ties
+RANKED = (*EDGES, "nll")  # tokens are ranked by these; for confidence, by 1 - confidence
+# values are counted in 2^BITS bins for each power of two; values in the same bin are ties
 MIN_EXPONENT, MAX_EXPONENT, BITS = -40, 8, 11
 N_FINE = (MAX_EXPONENT - MIN_EXPONENT) << BITS
 FIRST = (127 + MIN_EXPONENT) << BITS  # the upper bits of the float32 2^MIN_EXPONENT
-COVERAGES = np.arange(1, 101) / 100
 
 
 class MetricAccumulator:
-    """Sums over the tokens scored so far. parts: name -> float64; all of them add up."""
+    """Sums over the tokens scored so far. parts: name -> float64 sums."""
 
     def __init__(self):
         self.parts = {}
@@ -37,7 +36,9 @@ class MetricAccumulator:
         self.last_unit = -1
 
     def count_units(self, units: Tensor) -> None:
-        """units (B, T): what the bootstrap resamples, by number; of all batches, in their order."""
+        """units (B, T): the number of each token's unit, which the bootstrap resamples.
+
+        Call it for all batches, in order, also for those that other processes score."""
         continues = units[0, 0] == self.last_unit
         self.n_units += len(units.unique()) - int(continues)
         self.last_unit = units[-1, -1].item()
@@ -70,7 +71,7 @@ class MetricAccumulator:
         self.parts[name] = so_far + part.double()
 
     def _add_ranks(self, name, values, wrong, n_blocks):
-        """Count the tokens, the wrong ones, and the blocks by their uncertainty."""
+        """Count by uncertainty: the tokens, the wrong ones, and the blocks."""
         if name == "confidence":
             values = 1 - values
         token_bins = fine_bin(values)
@@ -89,7 +90,7 @@ class MetricAccumulator:
         self._add("replicates", weights.T @ sums)
 
     def join(self, processes: Processes) -> None:
-        """Add up the parts of all processes; the same on each."""
+        """Add up the parts of all processes; all of them get the result."""
         if processes.world_size == 1:
             return
         shapes = processes.broadcast({name: part.shape for name, part in self.parts.items()})
@@ -103,7 +104,7 @@ class MetricAccumulator:
         return mean.item()
 
     def result(self) -> dict:
-        """All scores, nats per token if they have a unit. `_se`: the bootstrap's standard error."""
+        """All scores; those with a unit are in nats per token. `_se`: bootstrap standard error."""
         result = {}
         for part in self.parts:
             kind, _, name = part.partition(" ")
@@ -121,7 +122,7 @@ class MetricAccumulator:
         return result | {"histograms": self.histograms()}
 
     def replicates(self) -> dict[str, Tensor]:
-        """name -> (N_REPLICATES,): the scores of as many resampled texts."""
+        """name -> (N_REPLICATES,): the score of each resampled text."""
         n_tokens, nll, *gaps = self.parts["replicates"].unbind(1)
         ece = torch.stack(gaps).abs().sum(0) / n_tokens
         return {"nll": nll / n_tokens, "ece": ece}
@@ -139,18 +140,14 @@ class MetricAccumulator:
         return {"ece": ece.item(), "calibration": bins}
 
     def selective_prediction(self) -> dict:
-        """The error rate of the most certain tokens, by each uncertainty, and its area."""
-        areas, risk = {}, {}
+        """The area under risk against coverage, by each uncertainty."""
+        areas = {}
         for name in self.uncertainties():
-            n = self.parts[f"token {name}"]
-            wrong = self.parts[f"wrong {name}"]
-            areas[name] = aurc(n, wrong)
-            risk[name] = risks(n, wrong)
-        curves = {"coverage": COVERAGES.tolist(), "risk": risk}
-        return {"aurc": areas, "risk_coverage": curves}
+            areas[name] = aurc(self.parts[f"token {name}"], self.parts[f"wrong {name}"])
+        return {"aurc": areas}
 
     def histograms(self) -> dict[str, dict]:
-        """The share of the tokens between each two edges; values beyond the ends count there."""
+        """The share of the tokens in each bin; values beyond the edges count in the last bins."""
         found = {}
         for name in self.uncertainties():
             counts = self.parts[f"histogram {name}"]
@@ -159,7 +156,7 @@ class MetricAccumulator:
         return found
 
     def uncertainties(self) -> list[str]:
-        """Those that this model has: point weights have no mutual information."""
+        """The uncertainties that this model has: point weights have no mutual information."""
         return [name for name in EDGES if f"token {name}" in self.parts]
 
 
@@ -173,10 +170,10 @@ def fine_bin(values: Tensor) -> Tensor:
 
 
 def bootstrap_weights(units: list[int]) -> Tensor:
-    """(len(units), N_REPLICATES): how often each unit is in each resampled text.
+    """(len(units), N_REPLICATES): how often each unit occurs in each resampled text.
 
     Poisson(1) is the bootstrap's multinomial without its fixed total (Hanley and MacGibbon 2006).
-    It depends on the unit's number alone, so two models are compared on the same texts."""
+    The weights depend on the unit's number alone, so all models are compared on the same texts."""
     draws = []
     for unit in units:
         generator = np.random.Generator(np.random.Philox(key=unit))
@@ -185,7 +182,7 @@ def bootstrap_weights(units: list[int]) -> Tensor:
 
 
 def spread(replicates: Tensor) -> float:
-    """The standard deviation, without resampled texts that happen to hold no unit."""
+    """The standard deviation, without the resampled texts that happen to be empty."""
     return replicates[replicates.isfinite()].std().item()
 
 
@@ -203,18 +200,10 @@ def aurc(n: Tensor, wrong: Tensor) -> float:
     return (areas.sum() / n.sum()).item()
 
 
-def risks(n: Tensor, wrong: Tensor) -> list[float]:
-    """The error rate of the most certain share of the tokens, for each of COVERAGES. See aurc."""
-    n_below = F.pad(n.cumsum(0), (1, 0))
-    wrong_below = F.pad(wrong.cumsum(0), (1, 0))
-    n_answered = COVERAGES * n.sum().item()
-    n_wrong = np.interp(n_answered, n_below, wrong_below)
-    return (n_wrong / n_answered).tolist()
-
-
 def auroc(in_domain: Tensor, ood: Tensor) -> float:
-    """The area under the ROC curve of telling out-of-domain text by its higher uncertainty, ties
-    counted half. in_domain, ood (N_FINE,): counts by uncertainty."""
+    """The area under the ROC curve of OOD detection by a higher uncertainty; ties count half.
+
+    in_domain, ood (N_FINE,): counts by uncertainty."""
     ood_below = ood.cumsum(0) - ood / 2
     n_pairs = in_domain.sum() * ood.sum()
     share_below = (in_domain @ ood_below) / n_pairs
@@ -222,7 +211,7 @@ def auroc(in_domain: Tensor, ood: Tensor) -> float:
 
 
 def out_of_domain(in_domain: MetricAccumulator, ood: MetricAccumulator) -> dict:
-    """How well each uncertainty tells OOD text, by token and by the mean over a block."""
+    """How well each uncertainty detects OOD text: by token, and by the mean over a block."""
     result = {
         "n_tokens": int(ood.parts["sum n_tokens"]),
         "nll": ood.mean("nll"),

@@ -1,7 +1,7 @@
 """Plots of a comparison: validation curves, calibration, uncertainty.
 
 Each ..._figure returns a matplotlib figure, or None if no run has the data for it. Figures are as
-wide as a README, 830 pixels. rows: what evaluate.py writes of each run, by the run's name.
+wide as GitHub shows a README, 830 pixels. rows: what evaluate.py writes for each run, by its name.
 """
 
 import math
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from engine.base.files import atomic_write
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without the pale yellow. Dashes
-# and markers differ too; as the three numbers have no common divisor, 84 runs look different.
+# Okabe and Ito's colours for the colour-blind, without the pale yellow. Dashes and markers vary
+# too; 7, 4 and 3 have no common divisor, so 84 runs look different.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 DASHES = ("-", "--", "-.", (0, (1, 1.5)))
 MARKERS = ("o", "s", "^")
@@ -34,7 +34,7 @@ STYLE = {
     "lines.markersize": 5,
 }
 styled = matplotlib.rc_context(STYLE)
-IN_DOMAIN, OUTSIDE = COLOURS[2], COLOURS[4]
+IN_DOMAIN, OOD = COLOURS[2], COLOURS[4]
 WIDTH = 8.3  # inches, of 100 pixels each
 SCORES = {  # key in eval_<split>.json -> its name in tables
     "confidence": "confidence",
@@ -48,11 +48,11 @@ def draw(
     rows: dict[str, dict],
     records: dict[str, list[dict]],
 ) -> dict[str, Path]:
-    """Write each plot that has data: name -> its PNG. The same data give the same bytes.
+    """Write the plots that have data; returns name -> PNG. The same data give the same bytes.
 
     records: the metrics.jsonl of each run that has one.
     """
-    curves = {}  # also of runs without records: a run looks the same in all plots
+    curves = {}  # also for runs without records, so that the others keep their colours
     for name in rows | records:
         curve = validation_curve(records.get(name, []))
         curves[name] = {0: curve} if curve else {}
@@ -81,9 +81,9 @@ def validation_curve(records: list[dict]) -> dict[int, float]:
 
 @styled
 def curves_figure(curves: dict[str, dict[int, dict[int, float]]]) -> Figure | None:
-    """Validation nll against tokens, and its difference to the first run's with the same seed.
+    """Validation nll by tokens, and its difference to the first run's nll with the same seed.
 
-    curves: name -> seed -> validation_curve(). A name without any keeps its look for later plots.
+    curves: name -> seed -> validation_curve(). A name without seeds still takes up a colour.
     """
     drawn = [name for name in curves if curves[name]]
     if not drawn:
@@ -109,7 +109,7 @@ def curves_figure(curves: dict[str, dict[int, dict[int, float]]]) -> Figure | No
 
 
 def plot_band(panel, curves: list[dict[int, float]], label: str) -> None:
-    """The mean of curves where all have a point, in a band from the least to the greatest."""
+    """The mean of the curves where all have a point, in a band from the lowest to the highest."""
     tokens = sorted(set.intersection(*map(set, curves))) if curves else []
     if not tokens:
         panel.plot([], [])
@@ -126,7 +126,7 @@ def plot_band(panel, curves: list[dict[int, float]], label: str) -> None:
 
 @styled
 def reliability_figure(rows: dict[str, dict]) -> Figure | None:
-    """A panel per run: accuracy against confidence with 95 % intervals; bars: share of tokens."""
+    """A panel per run: accuracy by confidence with 95 % intervals; bars: share of tokens."""
     if not rows:
         return None
     n_rows = math.ceil(len(rows) / 4)
@@ -161,7 +161,7 @@ def reliability_figure(rows: dict[str, dict]) -> Figure | None:
 
 @styled
 def uncertainty_figure(rows: dict[str, dict]) -> Figure | None:
-    """Histograms of each score (columns) of each run (rows), in its own domain and outside."""
+    """Histograms of each score (columns) of each run (rows), in domain and OOD."""
     if not rows:
         return None
     height = 0.8 + 1.4 * len(rows)
@@ -185,26 +185,26 @@ def uncertainty_figure(rows: dict[str, dict]) -> Figure | None:
 
 
 def plot_histograms(panel, row: dict, score: str) -> None:
-    """A score of a run: filled in its own domain, an outline outside."""
+    """A score of a run: filled bars in domain, an outline for OOD text."""
     plot_histogram(panel, row, score, "in domain", fill=True, color=IN_DOMAIN)
-    if outside := row.get("ood"):
-        plot_histogram(panel, outside, score, "outside", linewidth=1.5, color=OUTSIDE)
-        auroc = outside["auroc"][score]
+    if ood := row.get("ood"):
+        plot_histogram(panel, ood, score, "OOD", linewidth=1.5, color=OOD)
+        auroc = ood["auroc"][score]
         panel.set_title(f"AUROC: token {auroc['token']:.2f}, block {auroc['block']:.2f}")
 
 
-def plot_histogram(panel, row: dict, score: str, where: str, **style) -> None:
-    """The bins from the first to the last that is not in a thin tail."""
+def plot_histogram(panel, row: dict, score: str, domain: str, **style) -> None:
+    """A histogram without the thin tails on both sides."""
     share = np.array(row["histograms"][score]["share"])
     bins = np.flatnonzero(share >= share.max() / 200)
     first, last = bins[0], bins[-1]
     edges = row["histograms"][score]["edges"][first : last + 2]
-    label = f"{where}: {Path(row['dataset']).name}"
+    label = f"{domain}: {Path(row['dataset']).name}"
     panel.stairs(share[first : last + 1], edges, label=label, **style)
 
 
 def panels(n_rows: int, n_columns: int, height: float, **options):
-    """A figure and its axes (n_rows, n_columns), without pyplot, which keeps all figures."""
+    """A figure and its axes (n_rows, n_columns), without pyplot, which would keep it in memory."""
     width = WIDTH if n_columns > 1 else WIDTH / 2
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, squeeze=False, **options)

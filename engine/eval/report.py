@@ -1,7 +1,7 @@
 """A comparison of runs as one HTML file: tables, plots, and texts coloured by uncertainty.
 
-report.html is the page; this module fills in its $names. Everything in it is escaped, and its
-policy allows no script, so texts and names may hold anything.
+This module fills in the $names of report.html. It escapes all texts and names, and the page's
+Content Security Policy allows no script, so they may contain anything.
 """
 
 import base64
@@ -14,17 +14,16 @@ from engine.eval.scored_text import ScoredText, colour_scales, coloured_html
 from engine.eval.table import Table
 
 CAPTIONS = {  # how to read a plot
-    "val_nll": "Validation nll while training: lower is better; right: its difference to the "
-    "first run's.",
+    "val_nll": "Validation nll during training: lower is better. Right: the difference to the "
+    "first run.",
     "reliability": "Calibration: on the diagonal a prediction is right as often as its confidence "
-    "says, above it more often; with 95 % intervals. Bars: share of tokens.",
-    "uncertainty": "How certain the predictions are: the share of tokens at each value, outlined "
-    "for text from outside the run's domain. AUROC: how often text from outside is the less "
-    "certain one of a pair; 0.5 is chance.",
+    "says, above it more often. Error bars: 95 % intervals. Bars: share of tokens.",
+    "uncertainty": "Uncertainty of the predictions: the share of tokens at each value; outlined: "
+    "out-of-domain (OOD) text. AUROC: how often the OOD text of a pair is the less certain one; "
+    "0.5 is chance.",
 }
 
-
-Texts = dict[str, dict[str, ScoredText]]  # title -> run -> the text as this run scores it
+Texts = dict[str, dict[str, ScoredText]]  # title -> run -> the text with this run's scores
 
 
 def write_report(
@@ -36,8 +35,10 @@ def write_report(
     records: dict[str, list[dict]],
     texts: Texts,
 ) -> None:
-    """Write the plots and report.html. rows: what evaluate.py writes of each run, or nothing if
-    the runs cannot be compared; records: its metrics.jsonl."""
+    """Write the plots and report.html.
+
+    rows: what evaluate.py writes for each run, or {} if the runs cannot be compared. records: the
+    metrics.jsonl of each run."""
     from engine.eval.plots import draw  # takes half a second: matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def table_html(table: Table) -> str:
 
 
 def texts_html(texts: Texts) -> str:
-    """The texts of all runs, coloured by one scale."""
+    """The texts of all runs, coloured on the same scale."""
     scales = colour_scales(text for runs in texts.values() for text in runs.values())
     parts = ["<h2>Token by token</h2>"]
     for title, runs in texts.items():

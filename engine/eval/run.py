@@ -27,49 +27,52 @@ from heads import Prediction
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text is continued, and where it ends."""
+    """How to continue a text, and where to end it."""
 
     max_new_tokens: Annotated[int, ">= 1", "<= 1e6"] = 500  # length of each continuation, at most
-    # below 1: safer, above 1: wilder, 0: always the likeliest token
+    # below 1: more predictable, above 1: more varied, 0: always the likeliest token
     temperature: NonNegativeFloat = 0.8
     top_k: NonNegativeInt = 200  # draw from the k likeliest tokens; 0: from all
     # draw from the likeliest tokens that together have this probability
     top_p: Annotated[float, "> 0", "<= 1"] = 1.0
     # Bayesian heads: posterior draws averaged per token; 0: the mean weights; -1: all, not sampled
     n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
-    # end before this string, or before one of several with | between; \n: a line's end
+    # end the text before this string; | separates several strings; \n is the end of a line
     stop: str = ""
-    # no | mark | stop: mark tokens whose epistemic uncertainty is above the next, or stop before
+    # no | mark | stop: mark tokens with an epistemic uncertainty above max_epistemic, or end the
+    # text before the first of them
     abstain: Literal["no", "mark", "stop"] = "no"
-    # nats; --show_uncertainty and uncertainty() show what is usual for a run
+    # in nats; --show_uncertainty and uncertainty() show a run's usual values
     max_epistemic: NonNegativeFloat = 0.0
     seed: Seed = 1337  # the same seed, the same text
 
     def __post_init__(self):
         check_options(self)
         if not isinstance(self.stop, str):
-            raise UserError(f"stop = {self.stop!r} is not a string; put | between several")
+            raise UserError(f"stop = {self.stop!r} is not a string; separate several by |")
         if self.abstain != "no" and not self.max_epistemic:
-            raise UserError(f"abstain = {self.abstain!r} needs a limit: --max_epistemic=0.05, say")
+            raise UserError(
+                f"abstain = {self.abstain!r} needs a limit, for example --max_epistemic=0.05"
+            )
 
     @property
     def stops(self) -> list[str]:
-        parts = re.split(r"(<\|endoftext\|>)|\|", self.stop)  # not at the bars of <|endoftext|>
+        parts = re.split(r"(<\|endoftext\|>)|\|", self.stop)  # keeps <|endoftext|> whole
         return [text.replace("\\n", "\n").replace("\\t", "\t") for text in parts if text]
 
     def too_uncertain(self, token: Token) -> bool:
-        """Whether abstaining marks this token, or stops before it."""
+        """Whether abstaining marks this token or ends the text before it."""
         return self.abstain != "no" and (token.epistemic or 0.0) > self.max_epistemic
 
 
 @dataclass
 class Continuation:
-    """A growing text. Its last tokens are held back if a stop string may have begun in them."""
+    """A growing text. It holds back its last tokens while a stop string may begin in them."""
 
     sampling: Sampling
     tokens: ScoredText = field(default_factory=ScoredText)
     held: list[Token] = field(default_factory=list)
-    ended: str = ""  # why: length | stop | abstain
+    ended: str = ""  # the reason: length | stop | abstain
 
     @property
     def text(self) -> str:
@@ -96,7 +99,7 @@ class Continuation:
         self._release(n_chars)
 
     def _release(self, n_chars: int) -> None:
-        """Move the held tokens of the first n_chars to the text; at its end also a token's part."""
+        """Move the held tokens of the first n_chars to the text; at its end also a part of one."""
         while self.held:
             token = self.held[0]
             is_whole = n_chars >= len(token.text)
@@ -111,8 +114,8 @@ class Run:
     """A model and its tokenizer. A user's mistake raises engine.base.errors.UserError.
 
     source: a run folder, a checkpoint file (ours or nanoGPT's), a transformers folder, or
-    gpt2 ... gpt2-xl; device and dtype: as sample.py's options. All methods set torch's seed, so
-    that the same call gives the same answer.
+    gpt2 ... gpt2-xl. device and dtype: see sample.py's options. All methods set torch's seed, so
+    the same call returns the same result.
     """
 
     def __init__(self, source: str | Path, device: str = "auto", dtype: str = "auto"):
@@ -124,18 +127,18 @@ class Run:
         self.tokenizer = checkpoint.tokenizer()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, at least one: "" and "<|endoftext|>" begin a new document."""
+        """The ids of a prompt, at least one: "" and "<|endoftext|>" start a new document."""
         if text not in ("", "<|endoftext|>"):
             return self.tokenizer.encode(text).tolist()
         if self.tokenizer.eot is None:
-            raise UserError("this tokenizer has no end-of-text token; give some text to start with")
+            raise UserError("this tokenizer has no end-of-text token; the prompt must not be empty")
         return [self.tokenizer.eot]
 
     def check(self, sampling: Sampling) -> None:
-        """Refuse what this model cannot do."""
+        """Refuse options that need a Bayesian model if this one has point weights."""
         needs_bayes = sampling.abstain != "no" or sampling.n_samples
         if needs_bayes and not self.model.bayes_layers():
-            reason = "has point weights, which have no epistemic uncertainty and cannot be drawn"
+            reason = "has point weights, so no draws and no epistemic uncertainty"
             raise UserError(f"{self.source} {reason}; leave --abstain and --n_samples out")
 
     def generate_text(self, prompt: str = "", **options: float | str) -> str:
@@ -153,8 +156,8 @@ class Run:
     ) -> Iterator[list[Continuation]]:
         """Continue a prompt (text, or its ids) in one batch of num_samples texts.
 
-        Yields the same list after each token. uncertain: tokens have the scores of the prediction
-        that they were drawn from.
+        Yields the same list after each token. uncertain: the tokens carry the scores of the
+        predictions that they were drawn from.
         """
         self.check(sampling)
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
@@ -177,7 +180,7 @@ class Run:
             n_ids=self.tokenizer.vocab_size,
             uncertain=uncertain,
         )
-        # the caller's code runs between two tokens, and must not see our autocast
+        # between two tokens the caller's code runs, outside our autocast
         not_cast = torch.autocast(self.device.type, enabled=False)
         with self.cast:
             for new, prediction in steps:
@@ -208,9 +211,10 @@ class Run:
             return self.model.lm_head.predict(last, n_samples)
 
     def uncertainty(self, text: str, n_samples: int = 0) -> ScoredText:
-        """The text's tokens with their predictions (see scored_text.Token), as the beginning of a
-        document; if there is no end-of-text token, the first has none. n_samples: as in Sampling.
-        """
+        """Score a text as the start of a document: see scored_text.Token.
+
+        If the tokenizer has no end-of-text token, nothing predicts the first token. n_samples: as
+        in Sampling."""
         before = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
         ids = [*before, *self.tokenizer.encode(text).tolist()]
         with self.cast:

@@ -1,4 +1,4 @@
-"""A text with a model's prediction at each token: surprise, uncertainty, likeliest alternatives."""
+"""A text with a model's prediction of each token: nll, uncertainty, likeliest alternatives."""
 
 import html
 import math
@@ -22,9 +22,9 @@ COLOURINGS = ("epistemic", "nll")
 
 
 class Token(NamedTuple):
-    """A token and the prediction at its position, in nats; None if nothing predicted it."""
+    """A token and the scores of its prediction, in nats; None if nothing predicted it."""
 
-    text: str  # a character that is split over tokens is in the last of them
+    text: str  # the last token of a split character has the character, the others have ""
     id: int
     nll: float | None = None  # of this token
     total: float | None = None  # entropy of the prediction
@@ -34,7 +34,7 @@ class Token(NamedTuple):
 
 
 class ScoredText(list[Token]):
-    """Tokens in order. A notebook shows them coloured by epistemic uncertainty, else by nll."""
+    """Tokens in order. A notebook colours them by epistemic uncertainty, or else by nll."""
 
     @property
     def text(self) -> str:
@@ -53,8 +53,9 @@ class ScoredText(list[Token]):
 
 
 def colour_scales(texts: Iterable[ScoredText]) -> dict[str, float]:
-    """By colouring the value with the full colour: the 99th percentile over all texts, of what is
-    not 0."""
+    """The value that gets the full colour, for each colouring.
+
+    It is the 99th percentile, over all texts, of the values that are not 0."""
     tokens = [token for text in texts for token in text if token.nll is not None]
     scales = {}
     for name in COLOURINGS:
@@ -65,7 +66,7 @@ def colour_scales(texts: Iterable[ScoredText]) -> dict[str, float]:
 
 
 def coloured_html(text: ScoredText, scales: dict[str, float]) -> str:
-    """A <span> per token: the higher its value, the more orange; a tooltip with all its numbers.
+    """A <span> per token: the higher its value, the more orange; its tooltip has all scores.
 
     The value is the epistemic uncertainty; for point weights, which have none, the nll.
     """
@@ -84,7 +85,7 @@ def coloured_html(text: ScoredText, scales: dict[str, float]) -> str:
 
 
 def describe(token: Token) -> str:
-    """The token's numbers and the likeliest alternatives, a line each."""
+    """A token's scores and the likeliest alternatives, one per line."""
     if token.nll is None:
         return "given"
     lines = [f"{name} {getattr(token, name):.3g} nats" for name in NUMBERS]
@@ -94,7 +95,7 @@ def describe(token: Token) -> str:
 
 @lru_cache(maxsize=4)  # GPT-2's take a tenth of a second
 def names_of(tokenizer: Tokenizer) -> list[str]:
-    """The text that each id is shown as."""
+    """The text to show for each id."""
     names = [piece.decode(errors="replace") for piece in token_bytes_of(tokenizer)]
     if tokenizer.eot is not None:
         names[tokenizer.eot] = "<|endoftext|>"
@@ -123,9 +124,9 @@ def prediction_scores(
 def score_text(
     model: torch.nn.Module, tokenizer: Tokenizer, ids: np.ndarray, n_samples: int = 0
 ) -> ScoredText:
-    """ids (n,) -> their Tokens; the first has no prediction. Draws are the same each time.
+    """ids (n,) -> their Tokens; the first has no prediction. Each call uses the same draws.
 
-    After the first window each token has at least half a block before it.
+    After the first window each token has at least half a block of context.
     """
     model.eval()
     seed_micro_batch(0, 0)

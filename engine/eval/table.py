@@ -5,7 +5,7 @@ from typing import NamedTuple
 from engine.eval.metrics import MetricAccumulator, spread
 from engine.eval.validation import exp
 
-# title of a table -> name of a score -> head of its column: format
+# title of a table -> name of a score -> "column header: format"
 GROUPS = {
     "likelihood (nll in nats per token; vs first: ratio of perplexities; ±: standard error)": {
         "nll": "nll: .4f",
@@ -34,7 +34,7 @@ GROUPS = {
         "kl_weight": "kl_weight: g",
         "n_samples": "n_samples: d",
     },
-    "out-of-domain text against the run's own (AUROC of blocks and tokens)": {
+    "detection of out-of-domain (OOD) text (AUROC of blocks and tokens)": {
         "ood_auroc_nll_block": "nll AUROC blocks: .4f",
         "ood_auroc_nll_token": "nll AUROC tokens: .4f",
         "ood_auroc_entropy_block": "total AUROC blocks: .4f",
@@ -48,8 +48,8 @@ GROUPS = {
     },
 }
 OTHER_TEXTS = (
-    "these runs have other texts or tokenizers, or with --limit other windows: only bits per byte "
-    "can be compared, and for other texts not even those"
+    "the runs were evaluated on different texts, tokenizers or windows (--limit): compare bits per "
+    "byte alone, and only on the same text"
 )
 
 
@@ -60,7 +60,7 @@ class Table(NamedTuple):
 
 
 def tables(rows: dict[str, dict], scores: dict[str, MetricAccumulator]) -> list[Table]:
-    """The results by group, without columns that no run has. rows, scores: by name of the run."""
+    """The results by group, without columns that no run has. rows, scores: by run name."""
     if not comparable(rows):
         return [table_of(OTHER_TEXTS, {"bits_per_byte": "bits per byte: .4f"}, rows)]
     numbers = {name: flat(row) for name, row in rows.items()}
@@ -92,15 +92,15 @@ def comparable(rows: dict[str, dict]) -> bool:
 
 
 def ratio_se(scores: MetricAccumulator, first: MetricAccumulator) -> float:
-    """The standard error of the ratio of two perplexities, over the same resampled texts."""
+    """The standard error of the ratio of two perplexities on the same resampled texts."""
     differences = scores.replicates()["nll"] - first.replicates()["nll"]
     return spread(differences.clamp(max=700).exp())
 
 
 def table_of(title: str, columns: dict[str, str], numbers: dict[str, dict]) -> Table:
-    """columns: as in GROUPS. numbers: by name of the run.
+    """A table without empty columns (nothing, or 0 for all runs) and without empty lines.
 
-    Without columns that have nothing or 0 for all runs, and without runs that have nothing.
+    columns: see GROUPS. numbers: by run name.
     """
     found = [["run", *numbers]]
     for name, column in columns.items():
@@ -113,7 +113,7 @@ def table_of(title: str, columns: dict[str, str], numbers: dict[str, dict]) -> T
 
 
 def flat(row: dict, prefix: str = "") -> dict[str, float]:
-    """All numbers of nested dicts, their names joined by _; lists and texts are left out."""
+    """All numbers of nested dicts, their names joined by _; no lists, strings or booleans."""
     found = {}
     for name, value in row.items():
         if isinstance(value, dict):

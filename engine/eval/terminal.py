@@ -1,4 +1,4 @@
-"""Texts on a terminal while they are generated, coloured by the uncertainty of each token."""
+"""Print texts while they are generated, coloured by the uncertainty of each token."""
 
 import math
 import os
@@ -10,14 +10,16 @@ import numpy as np
 from engine.eval.run import Continuation, Sampling
 from engine.eval.scored_text import Token
 
-# effective number of tokens that the model hesitates between (exp of the entropy) -> colour
+# upper limit of the effective number of likely tokens (exp of the entropy) -> colour
 SHADES = {2: 40, 5: 148, 20: 220, 100: 208, math.inf: 196}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that control a terminal
 
 
 class Screen:
-    """Prints texts as they grow. coloured: colour tokens by entropy, underline high epistemic
-    uncertainty, if the output is a terminal that has colours."""
+    """Prints growing texts.
+
+    coloured: if the terminal has colours, colour tokens by entropy and underline those of high
+    epistemic uncertainty."""
 
     def __init__(self, out: TextIO, sampling: Sampling, coloured: bool):
         self.out = out
@@ -36,7 +38,7 @@ class Screen:
         self._print(self._styled(prompt))
 
     def show(self, text: Continuation) -> None:
-        """Print the tokens that are new."""
+        """Print the new tokens."""
         for token in text.tokens[self.n_shown :]:
             codes = []
             if self.coloured:
@@ -62,7 +64,7 @@ class Screen:
         self._print(rule)
 
     def _is_high(self, token: Token) -> bool:
-        """Above the limit; without one, in the highest tenth of the text so far."""
+        """Above the limit; without a limit, in the highest tenth of the text so far."""
         if self.sampling.abstain != "no":
             return self.sampling.too_uncertain(token)
         self.epistemic.append(token.epistemic)

@@ -1,4 +1,4 @@
-"""Statistics of a split, taken while it is read: bytes, words, documents, token frequencies."""
+"""Count the bytes, words and documents of a split while it is read; find its documents."""
 
 import codecs
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from engine.data.tokenizer import Tokenizer
 from engine.data.tokens import TokenFile
 
-STRETCH = 1024  # tokens, of a text without documents
+STRETCH = 1024  # tokens, the bootstrap's unit for a text of few documents
 FEW_DOCUMENTS = 20  # with fewer, the bootstrap resamples stretches
-SEARCHED = 1 << 26  # tokens of a split in which documents are looked for
+SEARCHED = 1 << 26  # documents are searched for in the first tokens of a split
 
 
 class TextStats:
-    """Counts of the tokens that read() has seen, in their order: bytes, words, documents.
+    """Counts the bytes, words and documents of the tokens given to read(), in order.
 
-    unit: what a bootstrap resamples. Documents; stretches of STRETCH tokens if the split has few
-    documents (neighbours depend on each other, so a standard error is then too small); windows if
-    only a part of the split is read."""
+    unit: what the bootstrap resamples. By default documents. If the split has few documents,
+    stretches of STRETCH tokens; neighbouring stretches depend on each other, so the standard error
+    is then too small. If only a part of the split is read, windows."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class TextStats:
         n_documents: int = 0,
         part: bool = False,
     ):
-        """frequencies: (V,), in the training text. part: only a part of the split is read."""
+        """frequencies: (V,), of the training text. part: only a part of the split is read."""
         self.log_frequencies = frequencies.log()
         self.eot = tokenizer.eot
         self.pieces = dict(enumerate(tokenizer.token_bytes()))
@@ -42,7 +42,7 @@ class TextStats:
         self._within_word = False
 
     def read(self, at: Tensor, ids: Tensor) -> Tensor:
-        """Count the next tokens: positions and ids (B, T) -> the number of the unit of each.
+        """Count the next tokens: positions and ids (B, T) -> the number of each token's unit.
 
         An end-of-text token belongs to the document that it ends."""
         self._count_text(ids.flatten().tolist())
@@ -56,7 +56,7 @@ class TextStats:
         return documents.view_as(ids)
 
     def _count_text(self, ids):
-        """Words are what white space separates (as WikiText counts them)."""
+        """White space separates words, as in WikiText's word counts."""
         data = b"".join(self.pieces.get(i, b"") for i in ids)
         self.n_bytes += len(data) - ids.count(self.eot)
         text = self._decoder.decode(data)
@@ -67,7 +67,7 @@ class TextStats:
 
 
 def document_bounds(file: TokenFile, eot: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The starts and ends of the documents in a split's first SEARCHED tokens; no empty ones."""
+    """The starts and ends of the non-empty documents in a split's first SEARCHED tokens."""
     ids = file[:SEARCHED]
     found = np.flatnonzero(ids == eot)
     starts = np.append(0, found + 1)
@@ -77,7 +77,7 @@ def document_bounds(file: TokenFile, eot: int | None) -> tuple[np.ndarray, np.nd
 
 
 def first_document(file: TokenFile, eot: int | None, n_tokens: int) -> np.ndarray:
-    """The first n_tokens ids, or fewer, of the first document."""
+    """The first document, at most n_tokens ids of it."""
     starts, ends = document_bounds(file, eot)
     start = starts[0]
     return file[start : min(start + n_tokens, ends[0])]

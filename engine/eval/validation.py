@@ -1,4 +1,4 @@
-"""What training measures on the validation split: a few sums over fixed batches."""
+"""The evaluation during training: nll, calibration and loss on fixed validation batches."""
 
 import math
 
@@ -19,20 +19,20 @@ def mean_loss(
     processes: Processes,
     cast,
 ) -> dict[str, float]:
-    """The means over all tokens of the batches, which the processes share; the same on each.
+    """The means over all tokens of the batches. The processes share them; all get the result.
 
-    val_nll (nats of the true next token), val_perplexity and val_ece (of the likeliest token) use
-    the mean weights. val_loss is what training minimises, except for dropout, soft labels and the
-    noise of Bayesian MLPs."""
+    val_nll (nats per token), val_perplexity and val_ece (of the likeliest token) use the mean
+    weights. val_loss is what training minimises, but without dropout, soft labels and the noise of
+    Bayesian MLPs."""
     model.eval()
     totals = 0.0
     n = len(batches)
     world_size = processes.world_size
     n_rounds = math.ceil(n / world_size)
-    # every process takes part in every round: a sharded model's forward pass needs all of them
+    # every process takes part in every round, because a sharded model's forward pass needs all
     for i in range(processes.rank, n_rounds * world_size, world_size):
         x, y = gather(file, batches[i % n], model.config.block_size)
-        seed_micro_batch(0, i)  # estimators that sample see the same noise in every evaluation
+        seed_micro_batch(0, i)  # estimators that sample use the same noise in every evaluation
         with cast:
             loss, scores = model.scores(x.to(processes.device), y.to(processes.device))
         nll, confidence, correct = (column.cpu().double() for column in scores)
@@ -57,10 +57,10 @@ def mean_loss(
 
 
 def bins_of(confidence: torch.Tensor) -> torch.Tensor:
-    """(n,) -> which of N_BINS equally wide bins each falls into; NaN falls into one of them too."""
+    """(n,) -> the bin of each, of N_BINS equally wide ones; NaN falls into one of them too."""
     return (confidence * N_BINS).long().clamp(0, N_BINS - 1)
 
 
 def exp(nll: float) -> float:
-    """The perplexity; at most what JSON can hold."""
+    """The perplexity, limited so that it is finite in JSON."""
     return math.exp(min(nll, 700.0))
