@@ -25,7 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import exclusive_lock, read_json, write_json
-from engine.base.options import check_options, flatten, load_config
+from engine.base.options import (
+    NonNegativeInt,
+    PositiveInt,
+    check_options,
+    flatten,
+    load_config,
+)
 from engine.data.labels import LABEL_BYTES, identity, pack, paths_of, refuse_other
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.runs.checkpoint import check_tokenizer, load_model
@@ -40,15 +46,15 @@ class Options:
     dataset: str = ""  # a folder in data/, or the path of a folder with train.bin
     name: str = ""  # of the label set; a data set can have any number of them
     split: str = "train"  # train | val | test: labels of val and test are for evaluate.py --labels
-    k: Annotated[int, ">= 1"] = 8  # labels per position, 4 bytes each on disk
+    k: PositiveInt = 8  # labels per position, 4 bytes each on disk
     # topk: the k likeliest, renormalised | sample: k draws of weight 1 / k, unbiased
     mode: Literal["topk", "sample"] = "topk"
     share: Annotated[float, "> 0", "<= 1"] = 1.0  # share of the positions to label, at random
-    max_tokens: Annotated[int, ">= 0"] = 0  # label only this many positions; 0: all
+    max_tokens: NonNegativeInt = 0  # label only this many positions; 0: all
     # positions to label per window; 0: half the teacher's block_size; all of it is twice as fast
-    stride: Annotated[int, ">= 0"] = 0
-    batch_size: Annotated[int, ">= 1"] = 16  # windows at a time; lower it to save memory
-    seed: Annotated[int, ">= 0"] = 1337  # for share and for sample
+    stride: NonNegativeInt = 0
+    batch_size: PositiveInt = 16  # windows at a time; lower it to save memory
+    seed: NonNegativeInt = 1337  # for share and for sample
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
 
@@ -78,7 +84,8 @@ class Teacher:
             raise UserError(f"stride = {options.stride} is above {self.block_size}, the block_size")
         self.stride = options.stride or max(1, self.block_size // 2)
         # nothing follows the last token
-        self.n_positions = min(options.max_tokens or len(self.file), len(self.file) - 1)
+        n_targets = len(self.file) - 1
+        self.n_positions = min(options.max_tokens or n_targets, n_targets)
         unread = max(0, self.n_positions - self.block_size)
         self.n_windows = 1 + math.ceil(unread / self.stride)
 
@@ -90,11 +97,12 @@ class Teacher:
         about = flatten(self.options)
         for name in MAY_CHANGE:
             del about[name]
-        about["dtype"] = self.dtype
-        about["teacher_sha256"] = weights.hexdigest()
-        about["vocab_size"] = self.n_ids
-        about["windows"] = self.n_windows
-        return about
+        return about | {
+            "dtype": self.dtype,
+            "teacher_sha256": weights.hexdigest(),
+            "vocab_size": self.n_ids,
+            "windows": self.n_windows,
+        }
 
     @torch.no_grad()
     def label(self, windows: range) -> np.ndarray:
@@ -141,7 +149,8 @@ class Teacher:
             ids = ids.clamp(max=self.n_ids - 1)
             # an id that is drawn twice appears once, with twice the weight
             is_same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
-            weights = is_same.float().mean(-1) * ~is_same.tril(-1).any(-1)
+            is_repeat = is_same.tril(-1).any(-1)
+            weights = is_same.float().mean(-1) * ~is_repeat
         return ids.cpu().numpy(), weights.cpu().numpy()
 
 

@@ -102,7 +102,7 @@ def test_ids_take_two_bytes_if_they_fit_and_else_four(tmp_path, tokenizer, n_byt
     assert ids.tolist() == tokenizer.encode("sea").tolist()
 
 
-def test_meta_json_holds_counts_bytes_and_hashes(tmp_path):
+def test_meta_json_holds_counts_and_hashes(tmp_path):
     meta = write_dataset(tmp_path, {"train": ["été", "", "b"], "val": ["c"]}, ByteTokenizer())
     data = (tmp_path / "train.bin").read_bytes()
     # end-of-text between documents, not at either end
@@ -111,7 +111,6 @@ def test_meta_json_holds_counts_bytes_and_hashes(tmp_path):
     assert meta["splits"]["train"] == {
         "documents": 2,
         "tokens": 7,
-        "bytes": 6,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
 

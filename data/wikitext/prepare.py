@@ -25,7 +25,11 @@ from engine.data.sources import hub_texts, one_line_errors, source_of
 from engine.data.splits import Corpus, with_val
 
 # our name of each split: its name in files, its name on the Hub
-SPLITS = {"train": ("train", "train"), "val": ("valid", "validation"), "test": ("test", "test")}
+SPLITS = {
+    "train": ("train", "train"),
+    "val": ("valid", "validation"),
+    "test": ("test", "test"),
+}
 TITLE = re.compile(r" = [^=].* = \n")
 
 
@@ -51,7 +55,8 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     article = []
     for line in lines:
         article.append(line)
-        if line.strip() or len(article) < 2 or not TITLE.fullmatch(article[-2]):
+        follows_title = len(article) > 1 and TITLE.fullmatch(article[-2])
+        if line.strip() or not follows_title:
             continue
         before = article[:-2]
         follows_blank = not before or not before[-1].strip()

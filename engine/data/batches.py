@@ -64,7 +64,14 @@ class Batches:
     (x, ids, weights): see LabelFile.targets.
     """
 
-    def __init__(self, file: TokenFile, batch_size: int, block_size: int, seed: int, labels=None):
+    def __init__(
+        self,
+        file: TokenFile,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        labels=None,
+    ):
         self.file = file
         self.batch_size = batch_size
         self.block_size = block_size

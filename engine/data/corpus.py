@@ -119,14 +119,17 @@ def _is_ready(folder: Path, key: str) -> bool:
 def _key(options: Options, name: str) -> str:
     """A hash of everything that the files depend on."""
     is_local = options.source and not options.source.startswith("hub:")
-    files = [os.path.abspath(path) for path in list_files(options.source)] if is_local else []
-    stamps = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in files]
+    stamps = []
+    for path in list_files(options.source) if is_local else []:
+        stat = os.stat(path)
+        stamps.append(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}")
     asked = asdict(options)
     del asked["num_proc"], asked["folder"]
     asked |= {"format": FORMAT, "name": name, "source": sorted(stamps) or options.source}
     if options.tokenizer not in KINDS:
         asked["tokenizer"] = tokenizer_in(options.tokenizer).describe()
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(asked, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _write(options: Options, corpus: Corpus, work: Path, about: dict[str, str]) -> None:
@@ -184,7 +187,11 @@ def tiny_shakespeare(options: Options) -> Corpus:
     what = f"{options.source or SHAKESPEARE} (for your own text use data/text/prepare.py)"
     text = check_sha256(data, SHAKESPEARE_SHA256, what).decode()
     cut = int((1 - options.val_fraction) * len(text))
-    return Corpus(in_memory({"train": [text[:cut]], "val": [text[cut:]]}))
+    splits = {
+        "train": [text[:cut]],
+        "val": [text[cut:]],
+    }
+    return Corpus(in_memory(splits))
 
 
 def _fetch(url: str) -> bytes:

@@ -72,7 +72,9 @@ class GPT2Tokenizer:
         return {"kind": self.kind}
 
     def save(self, folder: Path) -> None:
-        tokens = ["".join(STAND_INS[byte] for byte in token) for token in self.token_bytes()[:-1]]
+        tokens = []
+        for token in self.token_bytes()[:-1]:
+            tokens.append("".join(STAND_INS[byte] for byte in token))
         text = json.dumps(tokens, ensure_ascii=False)
         path = Path(folder) / self.file
         atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

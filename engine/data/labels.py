@@ -77,7 +77,13 @@ class LabelFile:
     mode "set": the true token and all of the teacher's ids have the label 1.
     """
 
-    def __init__(self, file: TokenFile, name: str, mode: str = "soft", weight: float = 0.5):
+    def __init__(
+        self,
+        file: TokenFile,
+        name: str,
+        mode: str = "soft",
+        weight: float = 0.5,
+    ):
         self.path, description = paths_of(file, name)
         self.mode = mode
         self.weight = weight
@@ -117,7 +123,8 @@ class LabelFile:
         rows = self.rows
         blocks = [rows[start : start + y.size(1)] for start in starts]
         ids, weights = unpack(np.stack(blocks))
-        if ids.max() >= self.about["vocab_size"] or not ((weights >= 0) & (weights <= 1)).all():
+        are_weights = (weights >= 0) & (weights <= 1)
+        if ids.max() >= self.about["vocab_size"] or not are_weights.all():
             raise UserError(f"{self.path} is damaged; delete it and its .json, and make it again")
         y = y.unsqueeze(-1)
         total = weights.sum(-1, keepdim=True)
@@ -134,4 +141,6 @@ class LabelFile:
             of_true = 1 - share
             # in float16 the weights' sum differs from 1 by about 1e-4
             of_others = weights * (share / total.clamp(min=1e-6))
-        return torch.cat([y, ids], -1), torch.cat([of_true, of_others], -1)
+        all_ids = torch.cat([y, ids], -1)
+        all_weights = torch.cat([of_true, of_others], -1)
+        return all_ids, all_weights

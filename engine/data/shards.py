@@ -83,7 +83,7 @@ def _find_by_name(folder: Path, split: str) -> list[Path]:
     """The files with the split's name, in the order of their numbers."""
     found = [match for match in _token_files(folder) if match[2] == split]
     found.sort(key=lambda match: (int(match[3] or 0), match[0]))
-    kinds = {(prefix, number is None) for prefix, _, number in map(re.Match.groups, found)}
+    kinds = {(match[1], match[3] is None) for match in found}
     if len(kinds) > 1:
         names = ", ".join(match[0] for match in found[:3])
         raise UserError(
@@ -112,7 +112,8 @@ def _with_header(path: Path, dtype: np.dtype) -> Shard:
 
     A damaged header is never read as ids: the magic number is not in GPT-2's vocabulary."""
     with open(path, "rb", buffering=0) as file:
-        magic, version, n = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
+        start = file.read(12).ljust(12, b"\0")
+    magic, version, n = struct.unpack("<3i", start)
     if magic != MAGIC:
         return _without_header(path, dtype)
     size = path.stat().st_size

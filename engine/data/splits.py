@@ -43,7 +43,8 @@ def with_val(splits: Mapping[str, Sequence[Source]], fraction: float) -> Corpus:
     """A corpus whose val is drawn from train, or the official val if fraction is 0."""
     if not fraction:
         return Corpus(splits)
-    return Corpus({split: splits[split] for split in splits if split != "val"}, {"val": fraction})
+    others = {split: splits[split] for split in splits if split != "val"}
+    return Corpus(others, {"val": fraction})
 
 
 class Position(NamedTuple):
@@ -93,7 +94,8 @@ def draw_or_cut(
             return Corpus({"train": sources}, fractions)
         lengths[-1] += len(text)
     splits, low = {}, 0.0
-    for split, share in {"train": 1 - sum(fractions.values()), **fractions}.items():
+    shares = {"train": 1 - sum(fractions.values()), **fractions}
+    for split, share in shares.items():
         high = low + share
         splits[split] = [Source(split, partial(_stretch, sources, lengths, low, high))]
         low = high

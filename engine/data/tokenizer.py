@@ -70,7 +70,8 @@ class BPETokenizer:
         return tokenizer
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        encoding = self.bpe.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -80,7 +81,8 @@ class BPETokenizer:
         return [b"" if i == self.eot else to_bytes(token) for i, token in enumerate(tokens)]
 
     def describe(self) -> dict:
-        return {"kind": self.kind, "sha256": hashlib.sha256(self.bpe.to_str().encode()).hexdigest()}
+        data = self.bpe.to_str().encode()
+        return {"kind": self.kind, "sha256": hashlib.sha256(data).hexdigest()}
 
     def save(self, folder: Path) -> None:
         self.bpe.save(str(Path(folder) / self.file))
@@ -119,7 +121,8 @@ class CharTokenizer:
         return "".join(END_OF_TEXT if i == self.eot else self.chars[i] for i in ids)
 
     def token_bytes(self) -> list[bytes]:
-        return [char.encode() for char in self.chars] + [b""] * (self.eot is not None)
+        characters = [char.encode() for char in self.chars]
+        return characters if self.eot is None else [*characters, b""]
 
     def describe(self) -> dict:
         return {"kind": self.kind, "chars": self.chars, "eot": self.eot is not None}

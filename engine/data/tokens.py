@@ -35,8 +35,8 @@ class TokenFile:
     file[begin:end] and file.rows(starts, length) read ids and check them against the vocabulary.
     A shard is mapped only while it is read: memory stays flat and few files are open, however
     many shards there are. path: the split's name in messages; several shards have no such file.
-    meta: the contents of meta.json or meta.pkl; None if there is neither. The tokenizer is then
-    GPT-2's.
+    meta: the contents of meta.json or meta.pkl; None if there is neither. The vocabulary is then
+    GPT-2's, as in nanoGPT.
     """
 
     def __init__(self, dataset: str | Path, split: str):
@@ -48,6 +48,7 @@ class TokenFile:
             raise UserError(f"{self.path} is missing; {_how_to_get(folder)}")
         self.dtype = self.shards[0].dtype
         self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.vocab_size = self.meta["vocab_size"] if self.meta else GPT2Tokenizer.vocab_size
         self.max_vocab_size = self.vocab_size  # check() sets the model's
 
     def __len__(self) -> int:
@@ -92,12 +93,6 @@ class TokenFile:
         shard = self.shards[k]
         return shard, position - int(self.ends[k]) + len(shard)
 
-    @property
-    def vocab_size(self) -> int:
-        """The size of the vocabulary in the folder's meta file; without one GPT-2's, as in
-        nanoGPT."""
-        return GPT2Tokenizer.vocab_size if self.meta is None else self.meta["vocab_size"]
-
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the tokens in checkpoints: a hash of each shard's fingerprint."""
@@ -137,7 +132,8 @@ class TokenFile:
         path = self.shards[0].path
         ids = np.array(self.shards[0].map()[: 1 << 15])
         low_halves, high_halves = ids[::2], ids[1::2]
-        if len(ids) >= 128 and not high_halves.any() and (low_halves > 0).mean() > 0.25:
+        looks_wider = not high_halves.any() and (low_halves > 0).mean() > 0.25
+        if len(ids) >= 128 and looks_wider:
             raise UserError(
                 f"{path} holds int32 or int64 numbers, not uint16 ids; convert it with numpy: "
                 "ids.astype('uint16').tofile(NEW_FILE)"

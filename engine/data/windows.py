@@ -30,7 +30,12 @@ class Windows(NamedTuple):
 
 
 def windows(
-    file: TokenFile, block_size: int, batch_size: int, limit: int = 0, stride: int = 0, labels=None
+    file: TokenFile,
+    block_size: int,
+    batch_size: int,
+    limit: int = 0,
+    stride: int = 0,
+    labels=None,
 ) -> Iterator[Windows]:
     """Windows of block_size tokens that cover a split, so that every target counts once.
 

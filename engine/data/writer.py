@@ -13,8 +13,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,13 +28,8 @@ BATCH = 1 << 20  # characters that a thread encodes at once; the last piece may 
 # the files that a preparation may replace
 OURS = re.compile(rf"({'|'.join(SPLITS)})(_\d+)?\.bin")
 
-
-class Encoded(NamedTuple):
-    """What a batch adds to a split."""
-
-    ids: np.ndarray  # with end-of-text before each document
-    documents: int  # number of documents that start here
-    n_bytes: int  # of the text, in UTF-8
+# ids with end-of-text before each document, and the number of documents that start in them
+Encoded = tuple[np.ndarray, int]
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
@@ -45,14 +40,14 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype:
 def encode(tokenizer: Tokenizer, pieces: list[tuple[str, bool]]) -> Encoded:
     """Encode pieces: (text, whether a document starts with it)."""
     end_of_text = np.array([] if tokenizer.eot is None else [tokenizer.eot], np.uint32)
-    ids, documents, n_bytes = [], 0, 0
+    ids = []
+    n_documents = 0
     for text, is_start in pieces:
         if is_start:
             ids.append(end_of_text)
         ids.append(tokenizer.encode(text))
-        documents += is_start
-        n_bytes += len(text.encode())
-    return Encoded(np.concatenate(ids).astype(dtype_of(tokenizer)), documents, n_bytes)
+        n_documents += is_start
+    return np.concatenate(ids).astype(dtype_of(tokenizer)), n_documents
 
 
 def encode_all(
@@ -94,30 +89,20 @@ def encode_all(
             yield done, future.result()
 
 
+@dataclass
 class SplitWriter:
-    """Writes the files of one split. All but the last have shard_tokens ids.
+    """Writes the files of one split. All but the last have shard_tokens ids."""
 
-    about: what has been written so far, from the journal. shards: the full files."""
+    folder: Path
+    split: str
+    tokenizer: Tokenizer
+    shard_tokens: int
+    about: dict  # what has been written so far, as the journal records it
 
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        tokenizer: Tokenizer,
-        shard_tokens: int,
-        about: dict | None,
-    ):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.eot = tokenizer.eot
-        self.about = about or {
-            "documents": 0,
-            "tokens": 0,
-            "bytes": 0,
-            "shards": [],
-        }
-        self.shards = self.about["shards"]
+    def __post_init__(self):
+        self.shards = self.about["shards"]  # the full files
         if self.n_open:  # ids that the journal does not count are written again
-            os.truncate(self.path, self.n_open * dtype_of(tokenizer).itemsize)
+            os.truncate(self.path, self.n_open * dtype_of(self.tokenizer).itemsize)
 
     @property
     def n_open(self) -> int:
@@ -130,12 +115,13 @@ class SplitWriter:
 
     def write(self, encoded: Encoded) -> int:
         """Append a batch; returns how many files became full."""
-        ids, n_full = encoded.ids, len(self.shards)
-        if self.eot is not None and not self.about["documents"]:
+        ids, n_documents = encoded
+        n_full = len(self.shards)
+        has_eot = self.tokenizer.eot is not None
+        if has_eot and not self.about["documents"]:
             ids = ids[1:]  # no end-of-text before the first document
-        self.about["documents"] += encoded.documents
-        self.about["bytes"] += encoded.n_bytes
-        if self.eot is None and self.about["documents"] > 1:
+        self.about["documents"] += n_documents
+        if not has_eot and self.about["documents"] > 1:
             raise UserError("several documents need a tokenizer with an end-of-text token")
         while len(ids):
             part = ids[: self.shard_tokens - self.n_open]
@@ -192,8 +178,10 @@ def tokenise(
     start = Position(*journal.get("position", ()))
     writers = {}
     for split in corpus.names:
-        about_split = journal.get("splits", {}).get(split)
-        writers[split] = SplitWriter(work, split, tokenizer, shard_tokens, about_split)
+        written = {"documents": 0, "tokens": 0, "shards": []}
+        if journal:
+            written = journal["splits"][split]
+        writers[split] = SplitWriter(work, split, tokenizer, shard_tokens, written)
     for position, encoded in encode_all(corpus, start, work, n_threads):
         n_closed = sum(writers[split].write(batch) for split, batch in encoded.items())
         if n_closed:
