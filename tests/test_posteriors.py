@@ -8,7 +8,6 @@ import pytest
 import scipy.optimize
 import torch
 import torchbnn
-from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
@@ -17,9 +16,9 @@ from engine.base.optim import make_optimizer
 from engine.runs.checkpoint import load_model
 from heads import Head, HeadConfig
 from heads.weights import BayesLayer, BayesLinear
-from model import GPT
 from tests.helpers import (
     assert_close_in_norm,
+    assert_near,
     assert_same_loss,
     compiling,
     records,
@@ -33,15 +32,16 @@ from tests.test_head_options import slow_noise
 from tests.test_heads import C, V, batch, every_likelihood, slow_nll
 
 
-def tokens(*shape: int) -> Tensor:
+def tokens(*shape):
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(1))
 
 
-def slow_kl(layer: BayesLinear, prior_std: float) -> Tensor:
+def slow_kl(layer, prior_std):
     """By torch.distributions, in float64."""
     mean = layer.weight.double()
     std = layer.log_std.double().exp().expand_as(mean)
-    return kl_divergence(Normal(mean, std), Normal(layer.config.prior_mean, prior_std)).sum()
+    prior = Normal(layer.config.prior_mean, prior_std)
+    return kl_divergence(Normal(mean, std), prior).sum()
 
 
 # the posterior, its prior and its KL
@@ -49,15 +49,24 @@ def slow_kl(layer: BayesLinear, prior_std: float) -> Tensor:
 
 @pytest.mark.parametrize(
     ("posterior", "prior_mean", "prior_std"),
-    [("row", 0.0, 0.05), ("full", -0.3, 0.7), ("torchbnn", 1.5, 0.1)],
+    [
+        ("row", 0.0, 0.05),
+        ("full", -0.3, 0.7),
+        ("torchbnn", 1.5, 0.1),
+    ],
 )
 def test_kl_and_its_gradients_are_those_of_torch_distributions(posterior, prior_mean, prior_std):
     head = tiny_head("bayes", posterior=posterior, prior_mean=prior_mean, prior_std=prior_std)
-    assert_same_loss(head.weights.kl(), slow_kl(head.weights, prior_std), head.parameters())
+    slow = slow_kl(head.weights, prior_std)
+    assert_same_loss(head.weights.kl(), slow, head.parameters())
 
 
 @pytest.mark.parametrize(
-    ("posterior", "compiled"), [("row", False), pytest.param("full", True, marks=pytest.mark.slow)]
+    ("posterior", "compiled"),
+    [
+        ("row", False),
+        pytest.param("full", True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_kl_is_float64s_at_gpt2s_size(posterior, compiled):
     """A single fp32 norm of all weights makes it 91,000 nats too small, on a CPU."""
@@ -66,7 +75,8 @@ def test_the_kl_is_float64s_at_gpt2s_size(posterior, compiled):
     layer = BayesLinear(config, 50304, 768).requires_grad_(False)
     layer.log_std += 0.3 * torch.randn_like(layer.log_std)
     log_std = layer.log_std.double()
-    second_moment = layer.weight.double().square().mean() + torch.exp(2 * log_std).mean()
+    mean_square = layer.weight.double().square().mean()
+    second_moment = mean_square + torch.exp(2 * log_std).mean()
     log_ratio = 2 * (log_std.mean() - math.log(0.03))
     expected = 0.5 * layer.weight.numel() * (second_moment / 0.03**2 - 1 - log_ratio)
     if compiled:
@@ -102,14 +112,15 @@ def test_float16_autocast_does_not_lose_the_variance_of_narrow_posteriors(poster
     with torch.autocast("cpu", torch.float16):
         found = head.weights.variance(x).double()
         epistemic = head.predict(x).epistemic
-    torch.testing.assert_close(found, x.double().square() @ variances.T, rtol=1e-4, atol=0)
+    expected = x.double().square() @ variances.T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert (epistemic > 0).all()
 
 
 # torchbnn: its layer's state, and the layer itself as a posterior
 
 
-def torchbnn_layer(head: Head, prior_mean: float, prior_std: float) -> torchbnn.BayesLinear:
+def torchbnn_layer(head, prior_mean, prior_std):
     layer = torchbnn.BayesLinear(prior_mean, prior_std, C, V, bias=False)
     layer.load_state_dict(head.weights.to_torchbnn())
     return layer
@@ -176,7 +187,7 @@ def test_a_models_loss_is_its_data_loss_plus_ramp_times_kl_weight_times_kl_per_t
         # each layer has an empirical prior of its own
         std = layer.second_moment().sqrt().item() if prior_std == "empirical" else prior_std
         kl += slow_kl(layer, std).item()
-    assert float(model.kl()) == pytest.approx(kl, rel=1e-5)
+    assert torch.as_tensor(model.kl()).item() == pytest.approx(kl, rel=1e-5)
     data_loss = model.lm_head.data_loss(model.hidden(idx), idx).item()
     for ramp in (0.0, 0.4):
         model.lm_head.kl_ramp.fill_(ramp)
@@ -217,7 +228,7 @@ def test_a_hidden_layer_adds_its_estimators_noise_in_training_alone(posterior, e
     torch.testing.assert_close(found, mean + noise)
 
 
-def noisy_gpt(weights: str, **options) -> GPT:
+def noisy_gpt(weights, **options):
     """A model with Bayesian MLPs, whose noise matters."""
     model = tiny_gpt(weights, std=0.3, bayes_mlp=True, **options).requires_grad_(False)
     for layer in model.bayes_layers():
@@ -225,7 +236,7 @@ def noisy_gpt(weights: str, **options) -> GPT:
     return model
 
 
-def with_drawn_mlps(model: GPT) -> GPT:
+def with_drawn_mlps(model):
     """A copy whose MLPs' weights are a draw from their posteriors."""
     drawn = copy.deepcopy(model)
     for layer in drawn.bayes_layers():
@@ -235,7 +246,11 @@ def with_drawn_mlps(model: GPT) -> GPT:
 
 
 @pytest.mark.parametrize(
-    ("weights", "posterior", "estimator"), [("bayes", "row", "bound"), ("point", "full", "sample")]
+    ("weights", "posterior", "estimator"),
+    [
+        ("bayes", "row", "bound"),
+        ("point", "full", "sample"),
+    ],
 )
 def test_each_draw_of_a_prediction_has_matrices_that_all_its_positions_share(
     weights, posterior, estimator
@@ -250,10 +265,11 @@ def test_each_draw_of_a_prediction_has_matrices_that_all_its_positions_share(
     for hidden in [with_drawn_mlps(model).hidden(idx) for _ in range(3)]:
         logits = head.logits(hidden)
         if weights == "bayes":
-            logits = logits + head.weights.variance(hidden).sqrt() * torch.randn(1, V)
+            std = head.weights.variance(hidden).sqrt()
+            logits = logits + std * torch.randn(1, V)
         log_probs.append(head.likelihood.log_probs(logits))
     expected = torch.stack(log_probs).logsumexp(0) - math.log(3)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert_near(found, expected, 1e-4)
     assert (found - model.log_probs(idx)).abs().max() > 0.1
     assert len(model.hiddens(idx, 0)) == 1
 
@@ -301,13 +317,17 @@ def test_mlps_made_bayesian_start_around_their_weights_and_leave_the_heads_poste
     for ours, theirs in zip(model.transformer.h, old.transformer.h, strict=True):
         layer = ours.mlp.c_fc
         assert torch.equal(layer.weight, theirs.mlp.c_fc.weight)
-        std = (1 / layer.weight.square().mean() + 300 / 0.5).rsqrt()
-        torch.testing.assert_close(layer.log_std.exp(), std.expand_as(layer.log_std))
+        precision = 1 / layer.weight.square().mean() + 300 / 0.5
+        std = precision.rsqrt().expand_as(layer.log_std)
+        torch.testing.assert_close(layer.log_std.exp(), std)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"posterior": "torchbnn", "prior_std": 0.1}, {"likelihood": "sigmoid", "bayes_mlp": True}],
+    [
+        {"posterior": "torchbnn", "prior_std": 0.1},
+        {"likelihood": "sigmoid", "bayes_mlp": True},
+    ],
     ids=str,
 )
 def test_a_compiled_model_has_the_gradients_of_the_eager_one(options):
