@@ -3,10 +3,10 @@
     python export.py --out_dir=out/quickstart/softmax --to=softmax_gpt2
     python export.py --out_dir=out/quickstart/bayes --to=bayes_gpt2 --approximate
 
-Softmax heads on point weights are exported exactly, with their bias per token
-(engine/gpt2/exporting.py). GPT-2 cannot represent a posterior or a sigmoid: with --approximate they
-are left out. The written folder is read back and compared with the original before it gets its
-name; README.md has the scores of both on the validation split.
+Softmax heads with point weights are exported exactly, with their bias per token
+(engine/gpt2/exporting.py). GPT-2 cannot represent a posterior or a sigmoid: --approximate leaves
+them out. The new folder is read back and compared with the original before it gets its name. Its
+README.md has the scores of both on the validation split.
 """
 
 import sys
@@ -33,17 +33,19 @@ from engine.gpt2.exporting import (
 from engine.runs.checkpoint import check_tokenizer, load_model, read_checkpoint
 from model import GPT
 
-N_TOKENS = 20_480  # of the validation split: the same for both models, so few show a difference
-TOLERANCE = 1e-4  # nats by which log-probabilities of an exact export may differ
+N_TOKENS = (
+    20_480  # of the validation split; a few are enough, because both models get the same ones
+)
+TOLERANCE = 1e-4  # largest allowed difference of log-probabilities of an exact export, in nats
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    # a run (its newest checkpoint), a checkpoint file, nanoGPT's or transformers' folder, gpt2*
+    # a run (its newest checkpoint), a checkpoint file, a folder of nanoGPT or transformers, gpt2*
     out_dir: str = "out"
-    to: str = ""  # the folder to make; one that has files is never touched
+    to: str = ""  # the new folder; a folder with files is never changed
     approximate: bool = False  # export the nearest GPT-2 if GPT-2 cannot represent the model
-    dataset: str = ""  # measure on another data set than the run's own (same tokenizer)
+    dataset: str = ""  # measure on this data set instead of the run's (same tokenizer)
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto; for the measurement
 
 
@@ -57,13 +59,13 @@ def main() -> None:
     if unsupported and not config.approximate:
         raise UserError(
             f"GPT-2 cannot represent {' or '.join(unsupported)} of {source}; "
-            "to export the nearest GPT-2, with the difference measured, add --approximate"
+            "--approximate exports the nearest GPT-2 and measures the difference"
         )
     tokenizer = checkpoint.tokenizer()
     file = validation_split(config, checkpoint.dataset, model)
     if unsupported and file is None:
         raise UserError(
-            "--approximate measures the difference, and the run's data set is not here; "
+            "--approximate measures the difference, but the run's data set is not here; "
             "add --dataset=NAME"
         )
 
@@ -88,18 +90,18 @@ def main() -> None:
 
 
 def new_path(to: str) -> Path:
-    """Check that a new folder can be made there."""
+    """Check that a new folder can be made at this path."""
     if not to:
-        raise UserError("where to? --to=FOLDER, a new one")
-    path = Path(to).resolve()  # the target of a link
+        raise UserError("give --to=FOLDER, a new folder")
+    path = Path(to).resolve()  # follows links
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{to} exists already, and is never written over; give another --to")
+        raise UserError(f"{to} exists and is never overwritten; give another --to")
     check_writable(path.parent)
     return path
 
 
 def validation_split(config: ExportConfig, own: str | None, model: GPT) -> TokenFile | None:
-    """Of the data set that the options name, or of the run's own if that is on this machine."""
+    """The split of --dataset, or of the run's own data set if it is on this machine."""
     dataset = config.dataset or own
     if not dataset or not config.dataset and "val" not in splits_in(dataset_folder(dataset)):
         return None
@@ -119,7 +121,7 @@ def largest_difference(model: GPT, exported: GPT) -> float:
 
 
 def nll_table(model: GPT, exported: GPT, file: TokenFile) -> str:
-    """Markdown: the nlls of the original and of the export, on the same tokens."""
+    """A Markdown table: the nlls of the original and of the export on the same tokens."""
     processes = Processes(model.transformer.wte.weight.device)
     block_size = model.config.block_size
     batches = list(windows(file, block_size, 8, limit=max(1, N_TOKENS // block_size)))

@@ -1,12 +1,13 @@
-"""How fast text is generated: with and without the cache, with posterior draws, by transformers.
+"""Speed of text generation: with and without the cache, with posterior draws, by transformers.
 
     python bench/generate.py                     4 layers of 256; a few minutes on two CPU cores
     python bench/generate.py --scale=gpt2 --rounds=3
     python bench/generate.py --scale=gpt2 --steps=compiled          on a GPU, with CUDA graphs
 
-Random weights, sampling at temperature 0.8 from the 200 likeliest tokens. Ours runs in bfloat16 if
-the machine multiplies it fast, as sample.py does; transformers' model and the case beside it run in
-float32. A text that averages 16 posterior draws per token is compared with one of a single draw.
+The weights are random; sampling is at temperature 0.8 from the 200 likeliest tokens. Our models run
+in bfloat16 where the machine multiplies it fast, as in sample.py. transformers' model and our
+softmax_float32 run in float32. A text that averages 16 posterior draws per token is compared with
+one that uses a single draw.
 """
 
 import sys

@@ -1,13 +1,12 @@
 """The head alone, forward and backward, against the plain fp32 linear + cross-entropy.
 
-    python bench/heads.py                            all cases, malloc as training sets it
-    python bench/heads.py --malloc=default           malloc as glibc has it
+    python bench/heads.py                            all cases, with training's malloc setting
+    python bench/heads.py --malloc=default           with glibc's
     python bench/heads.py --scale=gpu                32 blocks of 1024 of GPT-2 124M
     python bench/heads.py --cases softmax sigmoid --rounds=5
 
-The project's heads are compiled; _bf16 is under autocast. The others are what users write, eager
-and in fp32: a one-hot target for the sigmoids, torchbnn's layer with its KL for the Bayesian
-weights.
+Our heads are compiled; those that end in _bf16 run under autocast. The others are what users write,
+eager and in fp32: a one-hot target for sigmoids, torchbnn's layer and KL for Bayesian weights.
 """
 
 import sys
@@ -66,7 +65,7 @@ SHAPES = {
 
 
 def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[[], None]:
-    """One forward and backward pass; it drops the gradients at its end."""
+    """Returns a function of one forward and backward pass, which frees the gradients."""
     torch.manual_seed(0)
     device = pick_device("auto")
     x = torch.randn(8, n_tokens // 8, n_embd, device=device, requires_grad=True)
@@ -92,8 +91,10 @@ def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[
 
 
 class PlainHead(nn.Module):
-    """A head as users write it. kind: plain (cross-entropy), dense_bce (a one-hot target), or
-    torchbnn (its layer and its KL)."""
+    """A head as users write it.
+
+    kind: plain (cross-entropy), dense_bce (a one-hot target), or torchbnn (its layer and KL).
+    """
 
     def __init__(self, kind: str, vocab_size: int, n_embd: int):
         super().__init__()

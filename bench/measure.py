@@ -1,9 +1,9 @@
 """Measure cases in turns: medians and spreads over rounds.
 
 A machine's speed drifts, so the ratio of two cases is the median over rounds of their ratio within
-a round. On a CPU, cases whose memory counts have a process each, because what a process did before
-changes what it needs later. A case is a function without arguments; prepare(case, **shapes) of its
-module makes it.
+a round. On a CPU each case whose memory is measured has its own process, because earlier work of a
+process changes how much memory it needs later. A case is a function without arguments, made by
+prepare(case, **shapes) of its module.
 """
 
 import argparse
@@ -30,7 +30,7 @@ RESULTS = ROOT / "bench" / "results.jsonl"  # or $BENCH_RESULTS
 
 
 def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case in each round, after one round that does not count."""
+    """Seconds of each case in each round, after one round that is not counted."""
     seconds = {name: [] for name in cases}
     for counts in [False] + [True] * rounds:
         for name, case in cases.items():
@@ -44,7 +44,7 @@ def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def peak_memory(case: Callable[[], object]) -> int:
-    """Bytes that one call needs beyond what was there before it."""
+    """Bytes that one call allocates at its peak, beyond those allocated before it."""
     gc.collect()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -52,7 +52,7 @@ def peak_memory(case: Callable[[], object]) -> int:
         case()
         return torch.cuda.max_memory_allocated() - before
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory would hide what this call needs
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory would hide allocations of this call
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
     case()
@@ -60,7 +60,7 @@ def peak_memory(case: Callable[[], object]) -> int:
 
 
 def memory_of(case: Callable[[], object]) -> int:
-    """The peak memory of a call, and what the case holds between two calls."""
+    """The peak memory of a call plus the memory that the case holds between calls."""
     if hasattr(case, "memory"):
         return case.memory()
     held = case.held() if hasattr(case, "held") else 0
@@ -68,7 +68,7 @@ def memory_of(case: Callable[[], object]) -> int:
 
 
 def status(name: str) -> int:
-    """A number of bytes in /proc/self/status."""
+    """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
@@ -80,9 +80,9 @@ def compare(
     rounds: int,
     shapes: Mapping[str, int],
 ) -> None:
-    """Report time and peak memory of cases that bench/<bench>.py prepares.
+    """Report time and peak memory of the cases of bench/<bench>.py.
 
-    allocators: case -> its setting of malloc: default or tuned.
+    allocators: case -> its malloc setting, default or tuned.
     """
     make = prepared if torch.cuda.is_available() else InProcess
     cases = {}
@@ -101,14 +101,14 @@ def compare(
 
 
 def prepared(module: str, name: str, allocator: str, shapes: Mapping[str, int]) -> Callable:
-    torch.backends.cuda.matmul.allow_tf32 = True  # as training has it
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     if allocator == "tuned":
         keep_memory()
     return importlib.import_module(module).prepare(name, **shapes)
 
 
 class InProcess:
-    """A prepared case in a process of its own."""
+    """A prepared case in its own process."""
 
     def __init__(self, *setup):
         spawn = multiprocessing.get_context("spawn")
@@ -135,8 +135,8 @@ def _memory() -> int:
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile for a function that a process compiles for many models."""
-    torch._dynamo.config.recompile_limit = 64  # beyond the limit, 8 by default, it runs eager
+    """torch.compile for a function that one process compiles for many models."""
+    torch._dynamo.config.recompile_limit = 64  # beyond the limit (default 8) it would run eagerly
     return torch.compile(function, dynamic=False)
 
 
@@ -147,9 +147,9 @@ def report(
     shapes: Mapping[str, int],
     columns: Mapping[str, dict] | None = None,
 ) -> None:
-    """Print each case's median time and its ratio to the baseline with its middle half.
+    """Print the median time of each case, and its ratio to the baseline with the middle half.
 
-    Appends a record of each case but the baseline to the results. columns: case -> more fields.
+    Appends a record for each case except the baseline to the results. columns: case -> more fields.
     """
     print(f"\n{bench}: ratios to {baseline}; {shapes}")
     for name, times in seconds.items():
@@ -181,26 +181,27 @@ def report(
 
 
 def arguments(description: str, cases: Iterable[str] = (), **options) -> argparse.Namespace:
-    """The command line. cases: the names that --cases takes; options: the choices of further
-    ones, the default first, or () for any text."""
+    """Parse the command line.
+
+    cases: the names that --cases takes; options: the choices of further options, default first.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of all cases in turns")
     parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE", default=[])
     for name, choices in options.items():
-        default = choices[0] if choices else ""
-        parser.add_argument(f"--{name}", choices=choices or None, default=default)
+        parser.add_argument(f"--{name}", choices=choices, default=choices[0])
     args = parser.parse_args()
     args.rounds = max(2, args.rounds)
     if args.quick:
         args.rounds = 2
         args.scale = "quick"
-        os.environ.setdefault("BENCH_RESULTS", os.devnull)  # says nothing about speed
+        os.environ.setdefault("BENCH_RESULTS", os.devnull)  # its speed means nothing
     return args
 
 
 def machine() -> str:
-    """The GPU, or the CPU with its number of cores and best matrix unit."""
+    """The name of the GPU, or the number of CPU cores and the best matrix unit."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""A whole training step: each head against our softmax, and against what users write.
+"""A whole training step: our heads and what users write, against our softmax.
 
     python bench/step.py                        4 layers of 256, V = 50304 (small)
     python bench/step.py --scale=char           6 layers of 384 on 65 characters
@@ -6,8 +6,8 @@
     python bench/step.py --scale=study          config/train_wikitext2_8k.py
     python bench/step.py --scale=gpu            124M, 32 blocks of 1024
 
-Our steps run as training with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned
-allocator. What users write is eager fp32 with AdamW's and malloc's defaults.
+Our steps run as in training with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned
+allocator. What users write is eager fp32 with the defaults of AdamW and malloc.
 """
 
 import sys
@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 USERS = ("plain", "transformers", "torchbnn", "dense_bce")
 VARIED = ("dropout", "muon")
 CASES = (*OURS, *VARIED, *USERS)
-OF_SCALE = {  # those of gpt2 fit into 24 GiB together
+OF_SCALE = {  # together the cases of gpt2 fit into 24 GiB
     "quick": CASES,
     "small": (*OURS, *USERS),
     "char": (*OURS, "muon", "plain", "transformers"),
@@ -60,13 +60,13 @@ def shapes_of(scale: str) -> dict[str, int]:
 
 
 class PlainGPT(torch.nn.Module):
-    """A GPT in the way of nanoGPT: model.py's backbone under a PlainHead of that kind."""
+    """A GPT like nanoGPT's: the backbone of model.py under a PlainHead of this kind."""
 
     def __init__(self, kind: str, config: GPTConfig):
         super().__init__()
         self.backbone = GPT(config)
         self.head = PlainHead(kind, config.vocab_size, config.n_embd)
-        if kind != "torchbnn":  # its weights are a pair, which the embedding is not
+        if kind != "torchbnn":  # the embedding cannot share its two weights
             self.head.linear.weight = self.backbone.transformer.wte.weight
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class PlainGPT(torch.nn.Module):
 
 @dataclass
 class Step:
-    """A training step, always on the same batch."""
+    """A training step on a fixed batch."""
 
     model: torch.nn.Module
     loss_of: Callable[[], torch.Tensor]
@@ -91,7 +91,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def held(self) -> int:
-        """Bytes of the weights and the optimizer's state, which exist between two steps."""
+        """Bytes of the weights and the optimizer's state, which live between steps."""
         tensors = list(self.model.parameters())
         for state in self.optimizer.state.values():
             tensors += state.values()
@@ -129,7 +129,7 @@ def prepare(case: str, batch_size: int, **shape: int) -> Step:
 
 
 def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
-    """transformers' GPT-2 in training mode, without dropout; no token ends a text."""
+    """transformers' GPT-2 in training mode, without dropout and without an end-of-text token."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -142,7 +142,7 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
         **shape,
     )
     model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"  # its default, without the warning
+    model.loss_type = "ForCausalLM"  # the default, set to avoid a warning
     return model.train()
 
 

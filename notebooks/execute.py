@@ -1,7 +1,7 @@
-"""Run notebooks and keep what they show: .venv/bin/python notebooks/execute.py notebooks/*.ipynb
+"""Run notebooks and keep their outputs: .venv/bin/python notebooks/execute.py notebooks/*.ipynb
 
-Kernels start in a notebook's folder, as Jupyter's do. Neither times nor versions are kept, so that
-a second run of the same numbers leaves the same file.
+Kernels start in the folder of the notebook, as in Jupyter. Times and versions are not kept, so a
+second run with the same numbers leaves the same file.
 """
 
 import sys
@@ -12,8 +12,10 @@ from nbclient import NotebookClient
 
 
 def execute(path: Path, **parameters) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run; parameters: values in the place of those in its cell
-    of that tag. Raises nbclient.exceptions.CellExecutionError where a cell fails.
+    """Run a notebook and return it with its outputs.
+
+    parameters: replace those in the cell with this tag. A cell that fails raises
+    nbclient.exceptions.CellExecutionError.
     """
     notebook = nbformat.read(path, as_version=4)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))

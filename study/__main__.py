@@ -1,17 +1,17 @@
-"""The study: what do smoothed, Bayesian and sigmoid heads buy, and what do they cost?
+"""The study: what do smoothed, Bayesian and sigmoid heads gain, and what do they cost?
 
     make study WIKITEXT=FOLDER SOTU=FILE JOBS=2       # prepares the data, then: python -m study
 
-Variants (config/rows/) at scales (config/), with equal tokens, batches and seeds for all variants
-of a scale; study/variants.py lists them, training_logs/README.md has method and results. Where
-variants are tuned, each gets the same number of trials of full length: learning rates, then
-another value of its knob at the best one. The validation split decides; all trials are listed in
-training_logs/<study>/tuning.jsonl, one that diverges with an infinite nll. The best trial is the
-run of the first seed. Each run leaves its records in training_logs/<study>/<variant>-seed<k>/;
-weights stay in out/study.
+It trains variants (config/rows/) at scales (config/). All variants of a scale have equal tokens,
+batches and seeds. study/variants.py lists them; training_logs/README.md has the method and the
+results. A tuned variant gets the same number of full-length trials as all others: learning rates,
+then another value of one option at the best rate. The validation split decides.
+training_logs/<study>/tuning.jsonl lists all trials; one that diverges has an infinite nll. The best
+trial is the run of the first seed. Each run leaves its records in
+training_logs/<study>/<variant>-seed<k>/; weights stay in out/study.
 
-After a kill, the same command resumes. A run in training_logs/ and a trial in tuning.jsonl are not
-repeated: after a change of config files delete them, and the weights in out/study.
+After a kill, the same command resumes. It does not repeat a run in training_logs/ or a trial in
+tuning.jsonl: after a change of config files delete these, and the weights in out/study.
 """
 
 import json
@@ -38,17 +38,17 @@ from study.variants import AVERAGED, KNOBS, SEEDS, STUDIES
 ROOT = Path(__file__).resolve().parents[1]
 ENSEMBLE = f"eval_test_ensemble_of_{len(SEEDS)}.json"
 AVERAGE = "eval_test_averaged.json"
-# of a run, in its folder of training_logs/
+# the files of a run in training_logs/
 RECORDS = ("metrics.jsonl", "config.json", "eval_val.json", "eval_test.json", AVERAGE)
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2"  # which, in this order
-    rows: str = ""  # only these variants, with commas: "bayes,sigmoid_taught"
-    # to try it out, all in out/tried (delete that first): "--max_iters=20 --compile=False"
+    studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2"  # in this order
+    rows: str = ""  # only these variants, separated by commas: "bayes,sigmoid_taught"
+    # for a trial of the study in out/tried (delete it first): "--max_iters=20 --compile=False"
     train_flags: str = ""
-    # runs at a time, each with its share of the processors
+    # runs at the same time, each with its share of the processors
     jobs: Annotated[int, ">= 1", "<= 64"] = 1
 
     def __post_init__(self):
@@ -56,8 +56,11 @@ class StudyConfig:
 
 
 class Scripts:
-    """Runs scripts in several threads. After an error or an interrupt it ends those that run, which
-    save a checkpoint, and starts no more."""
+    """Runs scripts in several threads.
+
+    After an error or an interrupt it ends the running scripts, which save a checkpoint, and starts
+    no more.
+    """
 
     def __init__(self, n_threads: int):
         self.n_threads = n_threads
@@ -68,7 +71,7 @@ class Scripts:
         self.environment = os.environ | {"OMP_NUM_THREADS": str(n_processors)}
 
     def run(self, log: Path, *arguments: str) -> None:
-        """Run a script with its output in a file."""
+        """Run a script and append its output to a file."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out, self.lock:
             if self.stopped:
@@ -86,7 +89,7 @@ class Scripts:
             raise error(f"{arguments[0]} ended with exit code {code}, see {log}: {last_line}")
 
     def together(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """Call jobs, which run scripts, in several threads."""
+        """Call the jobs, which run scripts, in several threads."""
         with ThreadPoolExecutor(self.n_threads) as pool:
             try:
                 for future in as_completed([pool.submit(job) for job in jobs]):
@@ -107,7 +110,7 @@ class Runner:
         self.config = config
         self.scripts = scripts
         self.out = Path("out/tried" if config.train_flags else "out/study", name)
-        # what is tried out is no result
+        # a trial of the study is not a result
         self.logs = Path("out/tried/logs" if config.train_flags else "training_logs", name)
 
     def run(self, variants: list[str]) -> None:
@@ -122,7 +125,7 @@ class Runner:
             self.scripts.together([partial(self.finish, variant) for variant in distilled])
 
     def kept(self, variant: str, seed: int) -> Path:
-        """The folder of a run's records."""
+        """The folder with the records of a run."""
         return self.logs / f"{variant}-seed{seed}"
 
     def is_kept(self, variant: str) -> bool:
@@ -132,7 +135,7 @@ class Runner:
     def finish(self, variant: str) -> None:
         """Tune a variant, train and evaluate it with each seed, and keep the records."""
         plain = variant.removesuffix(DISTILLED)
-        foreign = f"--ood_dataset={self.study.foreign}"
+        ood = f"--ood_dataset={self.study.ood}"
         for seed in self.study.seeds(variant):
             kept = self.kept(variant, seed)
             if kept.is_dir():
@@ -141,18 +144,18 @@ class Runner:
             flags = [*self.tune(plain), *labels]
             folder = self.train(plain, seed, flags)
             if plain in AVERAGED and not (folder / AVERAGE).is_file():
-                self.evaluate(folder, "test", foreign, *AVERAGED[plain])
+                self.evaluate(folder, "test", ood, *AVERAGED[plain])
                 (folder / "eval_test.json").rename(folder / AVERAGE)
             self.evaluate(folder, "val")
             texts = ["--continuations=100"] if seed == SEEDS[0] else []
-            self.evaluate(folder, "test", foreign, *texts)
+            self.evaluate(folder, "test", ood, *texts)
             with new_folder(kept) as new:
                 for path in folder.iterdir():
                     if path.name in RECORDS:
                         shutil.copy(path, new)
 
     def train(self, variant: str, seed: int, flags: list[str]) -> Path:
-        """Train a run, resume it, or find it complete; returns its folder."""
+        """Train or resume a run unless it is complete; returns its folder."""
         changes = [flag.lstrip("-") for flag in flags]
         name = "_".join([variant, *changes])
         folder = self.out / f"{name}-seed{seed}"
@@ -163,7 +166,7 @@ class Runner:
         return folder
 
     def evaluate(self, folder: Path, split: str, *flags: str) -> dict:
-        """The numbers of a split, evaluated unless they are there."""
+        """The numbers of a split; evaluates it if they are missing."""
         path = folder / f"eval_{split}.json"
         if not path.is_file():
             where = [f"--out_dir={folder}", f"--split={split}", "--report=none"]
@@ -171,7 +174,7 @@ class Runner:
         return read_json(path)
 
     def tune(self, variant: str) -> list[str]:
-        """The flags that the validation split prefers."""
+        """The flags with the lowest nll on the validation split."""
         study = self.study
         if study.tuned_as:
             return Runner(study.tuned_as, self.config, self.scripts).tune(variant)
@@ -184,7 +187,7 @@ class Runner:
         return min(best, last, key=lambda trial: trial["val_nll"])["flags"]
 
     def trial(self, variant: str, flags: list[str]) -> dict:
-        """A trial with its nll on the whole validation split, infinite if training diverges."""
+        """A trial and its nll on the whole validation split; inf if training diverges."""
         path = self.logs / "tuning.jsonl"
         for trial in read_json_lines(path):
             if (trial["row"], trial["flags"]) == (variant, flags):
@@ -201,19 +204,19 @@ class Runner:
         return trial
 
     def make_labels(self) -> None:
-        """The teacher's labels: its 16 likeliest tokens at each position of the train split."""
+        """Store the teacher's 16 likeliest tokens at each position of the train split."""
         teacher = self.train("softmax", SEEDS[0], self.tune("softmax"))
         flags = [f"--teacher={teacher}", f"--dataset={self.study.dataset}"]
         flags += ["--name=study", "--k=16"]
         self.scripts.run(teacher / "labels.log", "augmentation/teacher_labels.py", *flags)
 
     def evaluate_ensemble(self, kept: Path) -> None:
-        """Evaluate softmax's runs as an ensemble; its numbers lie beside the first seed's."""
+        """Evaluate the runs of softmax as an ensemble; kept: the file for its numbers."""
         best = self.tune("softmax")
         folders = [self.train("softmax", seed, best) for seed in SEEDS]
         members = "+".join(map(str, folders))
         flags = [f"--out_dir={members}", "--split=test", "--report=none"]
-        flags.append(f"--ood_dataset={self.study.foreign}")
+        flags.append(f"--ood_dataset={self.study.ood}")
         self.scripts.run(folders[0] / "evaluate.log", "evaluate.py", *flags)
         write_text(kept, (folders[0] / ENSEMBLE).read_text())
 
@@ -226,7 +229,7 @@ def check_names(option: str, given: Iterable[str], known: Collection[str]) -> No
 
 def main() -> None:
     config, _ = load_config(StudyConfig, sys.argv[1:])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the scripts that run, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the running scripts
     os.chdir(ROOT)
     studies = config.studies.split(",")
     check_names("studies", studies, STUDIES)

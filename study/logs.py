@@ -1,6 +1,6 @@
-"""Read a study's folder: the numbers and curves of each variant, by seed.
+"""Read a study's folder: the numbers and validation curves of each variant, by seed.
 
-A run is training_logs/<study>/<variant>-seed<k>/ with eval_test.json, and if it has them
+A run is training_logs/<study>/<variant>-seed<k>/ with eval_test.json. It may also have
 metrics.jsonl, config.json, and eval_test<kind>.json for each of KINDS.
 """
 
@@ -15,11 +15,11 @@ from engine.eval.table import flat
 from engine.runs.logger import read_records
 
 DISTILLED = "_taught"  # ends the names of variants that learn from a teacher's labels
-LABELS = {  # of variants, in their order
+LABELS = {  # of variants, in the order of the tables
     "softmax": "softmax",
     "softmax_again": "softmax, trained again",
     "softmax_two_epochs": "softmax, twice the tokens",
-    "softmax_taught_everywhere": "softmax, taught at every position",
+    "softmax_taught_everywhere": "softmax, distilled at every position",
     "smooth_05": "smooth, ε = 0.05",
     "smooth": "smooth, ε = 0.1",
     "bayes": "Bayes",
@@ -33,7 +33,7 @@ LABELS = {  # of variants, in their order
     "bayes_sigmoid_weighted": "Bayes + sigmoid weighted",
     "dropout": "softmax, dropout",
 }
-# options that a label names: the value that is not worth it, and the weights or likelihood that
+# options that a label names: the value that it leaves out, and the weights or likelihood that
 # have the option
 NAMED = {
     "kl_weight": (1, "bayes"),
@@ -63,8 +63,8 @@ class Variant:
 def read(study: Path) -> dict[str, Variant]:
     """All variants of a study's folder in order; the kind of evaluation ends the name.
 
-    Their `ratio` is the perplexity relative to softmax's of the same seed; an ensemble's, which
-    has no seed of its own, relative to the mean of softmax's.
+    `ratio` is the perplexity relative to softmax's of the same seed. An ensemble has no seed of
+    its own: its ratio is relative to the mean of softmax's seeds.
     """
     found: dict[str, Variant] = {}
     for name, seed, folder in runs_of(study):
@@ -104,16 +104,23 @@ def runs_of(study: Path) -> list[tuple[str, int, Path]]:
 
 
 def place(name: str) -> tuple:
-    """Sorts variants as in LABELS, a distilled one after its own, unknown ones last."""
+    """Sorts variants as in LABELS, a distilled one after its plain one, unknown ones last."""
     known = list(LABELS)
     plain = name.removesuffix(DISTILLED)
     return known.index(plain) if plain in known else len(known), plain, name != plain
 
 
+def without_kind(name: str) -> str:
+    """The variant of a name of read(), without the kind of its evaluation."""
+    for kind in KINDS:
+        name = name.removesuffix(kind)
+    return name
+
+
 def label_of(name: str, config: dict) -> str:
     """The label of a variant of read(), with options of its config.json."""
-    kind = next(kind for kind in reversed(KINDS) if name.endswith(kind))
-    variant = name.removesuffix(kind)
+    variant = without_kind(name)
+    kind = name.removeprefix(variant)
     plain = variant.removesuffix(DISTILLED)
     label = LABELS.get(plain, plain)
     head = f"{config.get('weights')} {config.get('likelihood')}"
@@ -123,5 +130,5 @@ def label_of(name: str, config: dict) -> str:
         if part_of_head in head and value != usual:
             label = f"{label.removesuffix(f', {option}')}, {option} {value:g}"
     if variant != plain:
-        label += ", taught"
+        label += ", distilled"
     return label + KINDS[kind]

@@ -1,4 +1,4 @@
-"""The plots of a study: its variants beside each other, their curves, calibration, uncertainty."""
+"""The plots of a study: a summary of its variants, curves, calibration, uncertainty."""
 
 import textwrap
 from pathlib import Path
@@ -18,12 +18,12 @@ from engine.eval.plots import (
 )
 from study.logs import Variant, read
 
-# variants with a curve; more would be a tangle
+# variants with a curve; more would not be readable
 DRAWN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid", "bayes_sigmoid_weighted")
 
 
 def figures(study: Path) -> dict[str, Figure]:
-    """By file name; calibration and uncertainty are those of the first seeds."""
+    """The figures by file name; calibration and uncertainty come from the first seeds."""
     variants = read(study)
     if "softmax" not in variants:
         return {}
@@ -33,20 +33,20 @@ def figures(study: Path) -> dict[str, Figure]:
             row = read_json(study / f"{name}-seed{min(variant.seeds)}" / "eval_test.json")
             rows[variant.label] = row
     calibrated = {label: row for label, row in rows.items() if "calibration" in row}
-    foreign = {}
+    ood = {}
     for label, row in rows.items():
-        # of those with point weights one is enough
-        if "ood" in row and (not foreign or "aleatoric" in row):
-            foreign[label] = row
+        # one variant with point weights is enough
+        if "ood" in row and (not ood or "aleatoric" in row):
+            ood[label] = row
     curves = {}
-    for name in DRAWN:  # a missing one keeps its look
+    for name in DRAWN:  # a missing variant keeps its colour
         variant = variants.get(name, Variant(name))
         curves[variant.label] = variant.curves
     found = {
         "summary": summary_figure(variants),
         "val_nll": curves_figure(curves),
         "reliability": reliability_figure(calibrated),
-        "uncertainty": uncertainty_figure(foreign),
+        "uncertainty": uncertainty_figure(ood),
     }
     return {name: figure for name, figure in found.items() if figure}
 
@@ -69,13 +69,13 @@ def summary_figure(variants: dict[str, Variant]) -> Figure:
     ratios.set_yticks(range(len(variants)), labels, fontsize=7)
     ratios.set_ylim(len(variants) - 0.5, -0.5)
     ratios.set_xlabel("test perplexity / softmax's")
-    errors.set_xscale("log")  # from thousandths to tenths
+    errors.set_xscale("log")  # the values range from thousandths to tenths
     errors.set_xlabel("expected calibration error")
     return figure
 
 
 def family(name: str) -> int:
-    """The index of a variant's colour: the last one in DRAWN that its name begins with."""
+    """The index of a variant's colour: the last name in DRAWN with which its own name begins."""
     found = len(DRAWN)
     for i, drawn in enumerate(DRAWN):
         if name.startswith(drawn):

@@ -1,51 +1,43 @@
-"""A study's tables and plots from its logs alone: means over seeds, and how far seeds differ.
+"""The tables and plots of the studies, from their logs: means and deviations over seeds.
 
-    # the tables of all pages that ask for one, the plots in training_logs/<study>/
+    # rewrites the tables of all pages, and the plots in training_logs/<study>/
     python -m study.summary
 
-A page asks for a table with <!-- table: STUDY KIND --> ... <!-- end -->. KIND is brief, summary,
-prediction, uncertainty or tuning; or beside, for several studies with + between their names.
-A run that you add as training_logs/<study>/<variant>-seed<k>/, with metrics.jsonl and
-eval_test.json, appears in the tables too.
+A page asks for a table with <!-- table: STUDY KIND --> ... <!-- end -->. KIND is a key of SHORT or
+COLUMNS, or tuning. A run that you add as training_logs/<study>/<variant>-seed<k>/, with
+metrics.jsonl and eval_test.json, appears in the tables too.
 """
 
 import math
 import re
-from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
 from engine.base.errors import UserError, run_main
-from engine.base.files import atomic_write, read_json, read_json_lines
+from engine.base.files import atomic_write, read_json_lines
 from engine.eval.plots import save
-from study.logs import LABELS, Variant, label_of, place, read
-from study.plots import figures
+from study.logs import LABELS, Variant, label_of, place, read, without_kind
+from study.plots import DRAWN, figures
 
 ROOT = Path(__file__).resolve().parents[1]
-LOGS, BENCH = ROOT / "training_logs", ROOT / "bench/results.jsonl"
+LOGS = ROOT / "training_logs"
 PAGES = [ROOT / "README.md", *sorted(LOGS.rglob("README.md")), *sorted(ROOT.glob("docs/*.md"))]
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->).*?(<!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
-# variants whose step costs the same as that of another, which bench/step.py measures
-MEASURED_AS = {
-    "smooth_05": "smooth",
-    "sigmoid_weighted": "sigmoid",
-    "bayes_sigmoid_weighted": "bayes_sigmoid",
-}
-COLUMNS = {  # kind of table -> number -> head of its column: format, ± for the deviation over seeds
+# kind of table -> number -> head of its column: format, ± if the deviation over seeds is shown
+SHORT = {  # only the variants of DRAWN, under labels without options
+    "brief": {
+        "perplexity": "perplexity: .2f",
+        "ratio": "vs softmax: .3f",
+        "ece": "ECE: .4f",
+        "training_seconds": "training (s): .0f",
+    },
     "summary": {
-        "n_seeds": "seeds: .0f",
-        "nll": "nll: .3f ±",
         "perplexity": "perplexity: .2f",
         "ratio": "vs softmax: .3f ±",
         "ece": "ECE: .4f ±",
-        "brier": "Brier: .4f",
-        "aurc_confidence": "AURC: .4f",
-        "ood_auroc_entropy_block": "foreign text: .3f ±",
-        "continuations_self_bleu": "Self-BLEU: .2f",
-        "continuations_distinct_4": "Distinct-4: .3f",
-        "time_ratio": "time of a step: .2f",
-        "memory_ratio": "memory: .2f",
     },
+}
+COLUMNS = {
     "prediction": {
         "n_seeds": "seeds: .0f",
         "nll": "nll: .3f ±",
@@ -60,7 +52,7 @@ COLUMNS = {  # kind of table -> number -> head of its column: format, ± for the
         "aurc_confidence": "AURC: .4f",
     },
     "uncertainty": {
-        "ood_auroc_nll_block": "foreign text by nll: .3f",
+        "ood_auroc_nll_block": "OOD by nll: .3f",
         "ood_auroc_entropy_block": "by total: .3f ±",
         "ood_auroc_mutual_information_block": "by epistemic: .3f ±",
         "ood_auroc_entropy_token": "token by total: .3f",
@@ -70,33 +62,31 @@ COLUMNS = {  # kind of table -> number -> head of its column: format, ± for the
         "aurc_mutual_information": "AURC by epistemic: .4f",
         "log_sum_sigma": "ln Σσ: +.4f",
     },
+    "texts": {
+        "continuations_self_bleu": "Self-BLEU: .2f",
+        "continuations_distinct_4": "Distinct-4: .3f",
+    },
 }
-BRIEF = {
-    "perplexity": "perplexity: .2f",
-    "ratio": "vs softmax: .3f",
-    "ece": "ECE: .4f",
-    "training_seconds": "training (s): .0f",
-}
-BESIDE = {"ratio": "vs softmax: .3f ±", "ece": "ECE: .4f ±"}
 
 
 def table(study: Path, kind: str) -> str:
     """A table of a study in Markdown; ± is the standard deviation over seeds."""
-    others = {"brief": brief, "tuning": tuning, "beside": beside}
-    if kind in others:
-        return others[kind](study)
-    if kind not in COLUMNS:
-        kinds = ", ".join([*COLUMNS, *others])
+    if kind == "tuning":
+        return tuning(study)
+    columns = (SHORT | COLUMNS).get(kind)
+    if not columns:
+        kinds = ", ".join([*SHORT, *COLUMNS, "tuning"])
         raise UserError(f"a table of kind {kind!r} is none of: {kinds}")
     variants = read(study)
-    measured = costs(study)
-    for name, variant in variants.items():
-        for numbers in variant.seeds.values():
-            numbers |= measured.get(MEASURED_AS.get(name, name), {})
     lines = []
-    for variant in (unigram(variants), *variants.values()):
-        lines.append([variant.label, *cells(variant, COLUMNS[kind])])
-    heads = [column.split(": ")[0] for column in COLUMNS[kind].values()]
+    if kind in SHORT:
+        for name, variant in variants.items():
+            if without_kind(name) in DRAWN:
+                lines.append([label_of(name, {}), *cells(variant, columns)])
+    else:
+        for variant in (unigram(variants), *variants.values()):
+            lines.append([variant.label, *cells(variant, columns)])
+    heads = [column.split(": ")[0] for column in columns.values()]
     return markdown(["head", *heads], lines)
 
 
@@ -130,7 +120,7 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def unigram(variants: dict[str, Variant]) -> Variant:
-    """What the training text's token frequencies alone reach."""
+    """The scores of a prediction by the training text's token frequencies alone."""
     label = "unigram frequencies"
     nlls = [nll for variant in variants.values() for nll in variant.values("unigram_nll")]
     if not nlls:
@@ -140,30 +130,6 @@ def unigram(variants: dict[str, Variant]) -> Variant:
         softmax = mean(variants["softmax"].values("nll"))
         numbers["ratio"] = math.exp(nlls[0] - softmax)
     return Variant(label, {0: numbers})
-
-
-def brief(study: Path) -> str:
-    """The columns of BRIEF for each variant, whose label leaves out the values of options."""
-    variants = read(study)
-    lines = [[label_of(name, {}), *cells(variants[name], BRIEF)] for name in variants]
-    return markdown(["head", *(column.split(": ")[0] for column in BRIEF.values())], lines)
-
-
-def beside(studies: Path) -> str:
-    """Perplexity relative to softmax's, and ECE, of the variants that at least two studies have
-    (the names of the studies with + between them)."""
-    names = studies.name.split("+")
-    found = [read(studies.with_name(name)) for name in names]
-    counts = Counter(variant for variants in found for variant in variants)
-    lines = []
-    for variant in counts:
-        if counts[variant] > 1:
-            line = [label_of(variant, {})]
-            for variants in found:
-                line += cells(variants.get(variant, Variant("")), BESIDE)
-            lines.append(line)
-    heads = [column.split(": ")[0] for column in BESIDE.values()]
-    return markdown(["head", *(f"{name}: {head}" for name in names for head in heads)], lines)
 
 
 def tuning(study: Path) -> str:
@@ -185,34 +151,6 @@ def tuning(study: Path) -> str:
     return markdown(["head", *numbers], lines)
 
 
-def costs(study: Path) -> dict[str, dict[str, float]]:
-    """time_ratio and memory_ratio of a training step, relative to softmax's, by case.
-
-    From the latest records of bench/step.py for the study's size, all of one machine.
-    """
-    configs = sorted(study.glob("softmax-seed*/config.json"))
-    if not configs:
-        return {}
-    size = size_of(read_json(configs[0]))
-    records = []
-    for record in read_json_lines(BENCH):
-        is_step = record["bench"] == "step" and record["baseline"] == "softmax"
-        if is_step and size_of(record["shapes"]) == size:
-            records.append(record)
-    found = {}
-    for record in records:
-        if record["machine"] == records[-1]["machine"]:
-            found["softmax"] = {"time_ratio": 1.0, "memory_ratio": 1.0}
-            found[record["case"]] = {name: record[name] for name in found["softmax"]}
-    return found
-
-
-def size_of(options: dict) -> tuple:
-    """What a step's cost depends on; vocabularies are padded to a multiple of 64."""
-    shape = [options.get(name, 0) for name in ("n_layer", "n_embd", "block_size", "vocab_size")]
-    return *shape[:-1], -(-shape[-1] // 64)
-
-
 def fill(page: str) -> str:
     """The text of a page with new tables."""
     return MARKED.sub(fill_marker, page)
@@ -221,9 +159,8 @@ def fill(page: str) -> str:
 def fill_marker(match: re.Match) -> str:
     marker, asked, end = match.groups()
     study, _, kind = asked.rpartition(" ")
-    for name in study.split("+"):
-        if not name or not (LOGS / name).is_dir():
-            raise UserError(f"{marker}: there is no study {name!r} in {LOGS}")
+    if not study or not (LOGS / study).is_dir():
+        raise UserError(f"{marker}: there is no study {study!r} in {LOGS}")
     if not end:
         raise UserError(f"{marker} has no <!-- end --> after it")
     if not (lines := table(LOGS / study, kind)):

@@ -1,14 +1,20 @@
-"""What the study trains: variants (config/rows/) at scales (config/), their seeds and tuning."""
+"""The runs of the study: variants (config/rows/) at scales (config/), their seeds and tuning."""
 
 from dataclasses import dataclass, field
 
 from study.logs import DISTILLED
 
-SEEDS = (1337, 1338, 1339, 1340)  # softmax's runs make an ensemble, too
-MAIN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid_weighted")  # have several seeds
+SEEDS = (1337, 1338, 1339, 1340)  # the runs of softmax also form an ensemble
+MAIN = (
+    "softmax",
+    "smooth",
+    "bayes",
+    "sigmoid",
+    "bayes_sigmoid_weighted",
+)  # the variants with several seeds
 SIGMOIDS = ("sigmoid", "sigmoid_regularised", "sigmoid_weighted", "bayes_sigmoid_weighted")
-PAPER = ("softmax", "smooth_05", "smooth", "bayes", *SIGMOIDS)  # in the order of its table
-KNOBS = {  # what the last trial changes; of all other variants weight_decay
+PAPER = ("softmax", "smooth_05", "smooth", "bayes", *SIGMOIDS)  # in the order of the paper's table
+KNOBS = {  # the option that the last trial changes; weight_decay for all other variants
     "bayes": "kl_weight",
     "bayes_sigmoid_weighted": "kl_weight",
     "sigmoid_regularised": "sum_penalty",
@@ -22,7 +28,7 @@ OTHER_VALUES = {
     "dropout": 0.05,
     "weight_decay": 0.3,
 }
-# flags of a second evaluation, averaged over more than the mean of the weights
+# flags of a second evaluation, averaged over draws instead of by the mean weights
 AVERAGED = {
     "bayes": ["--n_samples=-1"],
     "bayes_sigmoid_weighted": ["--n_samples=-1"],
@@ -32,19 +38,19 @@ AVERAGED = {
 
 @dataclass(frozen=True)
 class Study:
-    """A scale, its variants, and how they are tuned."""
+    """A scale, its variants, and their tuning."""
 
     scale: str  # config/<scale>.py
-    dataset: str  # the scale's; the Makefile prepares it
-    foreign: str  # data set of the other kind, in the scale's tokens
+    dataset: str  # of the scale; the Makefile prepares it
+    ood: str  # the OOD data set, in the scale's tokens
     variants: tuple[str, ...] = PAPER
-    rates: tuple[float, ...] = ()  # learning rates to try; none: see tuned_as
-    knobs: dict[str, float] = field(default_factory=dict)  # the last trial's value, by knob
-    tuned_as: str = ""  # the study whose choice is taken; "" without rates: the config files'
-    # variants also trained on the labels of a teacher, which is this study's softmax
+    rates: tuple[float, ...] = ()  # learning rates to try; if empty, see tuned_as
+    knobs: dict[str, float] = field(default_factory=dict)  # option -> the last trial's value
+    tuned_as: str = ""  # take the choices of this study; "" and no rates: those of the config files
+    # variants also trained on the labels of a teacher, the softmax of this study
     distilled: tuple[str, ...] = ()
-    n_seeds: int = 1  # of the main variants; several for all others would double the hours
-    ensemble: bool = False  # of softmax's runs
+    n_seeds: int = 1  # of the main variants; more for the others would double the time
+    ensemble: bool = False  # of the runs of softmax
 
     def all_variants(self) -> list[str]:
         return [*self.variants, *(variant + DISTILLED for variant in self.distilled)]
@@ -71,7 +77,7 @@ STUDIES = {
         "sotu_by_wikitext2_8k",
         variants=(*PAPER, "dropout"),
         rates=(2e-3, 1e-3, 5e-4),
-        knobs=OTHER_VALUES | {"dropout": 0.2},  # kl_weight 0.3 was tried first, and stays listed
+        knobs=OTHER_VALUES | {"dropout": 0.2},  # kl_weight 0.3 was tried first and remains listed
         n_seeds=4,
         ensemble=True,
     ),

@@ -294,13 +294,13 @@ CASES = [
     ),
     ("evaluate.py", [*EVALUATE, "--out_dir=,"], "which runs"),
     # exports
-    ("export.py", ["--out_dir=run", "--device=cpu"], "where to? --to=FOLDER, a new one"),
+    ("export.py", ["--out_dir=run", "--device=cpu"], "--to=FOLDER"),
     (
         "export.py",
         [*EXPORT, "--to=run"],
-        "run exists already, and is never written over; give another --to",
+        "run exists and is never overwritten; give another --to",
     ),
-    ("export.py", [*EXPORT, "--to=text.txt"], "text.txt exists already"),
+    ("export.py", [*EXPORT, "--to=text.txt"], "text.txt exists"),
     (
         "export.py",
         [*EXPORT, "--to=text.txt/new"],

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: its shape, its score, what is missing."""
+"""The README.md of an exported model: its shape, its scores, and what GPT-2 could not represent."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,8 @@ model = GPT2LMHeadModel.from_pretrained("{name}")
 def model_card(name: str, model: GPT, about: dict, found: str) -> str:
     """Markdown for the Hugging Face Hub.
 
-    model: as it was trained; about: what its checkpoint says; found: how the export compares.
+    model: the trained model; about: its checkpoint's description; found: the comparison with the
+    export.
     """
     training = f" for {about['step']:,} steps" if "step" in about else ""
     if dataset := about.get("config", {}).get("dataset"):
@@ -39,7 +40,7 @@ def model_card(name: str, model: GPT, about: dict, found: str) -> str:
 
 
 def comparison(unsupported: Sequence[str], difference: float) -> str:
-    """unsupported: what GPT-2 cannot represent of the model; difference: of log-probabilities."""
+    """unsupported: from unsupported_features(); difference: the largest of log-probabilities."""
     if not unsupported:
         return f"The export is exact: log-probabilities differ by at most {difference:.1e} nats."
     lines = ["The export is approximate. GPT-2 cannot represent:", ""]

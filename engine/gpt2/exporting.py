@@ -1,9 +1,9 @@
 """Write a model as transformers' GPT-2: its tensors, config.json and tokenizer files.
 
-GPT-2 has no bias per token, but the output weights can hold it exactly. The normalized z of a
-LayerNorm sums to 0 over its C entries, so z + 1 has the mean 1, and adding c_v / C to all weights
-of token v adds c_v to its logit for every z. With the last norm's weight g and bias b moved into
-the output weights W, and 1 in the place of both,
+GPT-2 has no bias per token, but its output weights can represent one exactly. The C entries of a
+LayerNorm's normalized z sum to 0, so z + 1 has mean 1, and adding c_v / C to all weights of token v
+adds c_v to its logit for every z. We move the last norm's weight g and bias b into the output
+weights W and replace both by 1:
 
     W (g z + b) + bias = W' (z + 1),    W'_v = W_v g + c_v / C,    c = bias + W (b - g)
 
@@ -28,25 +28,23 @@ EOT = "<|endoftext|>"
 
 
 def unsupported_features(model: GPT) -> list[str]:
-    """What GPT-2 cannot represent of the model; empty if the export is exact."""
+    """The parts of the model that GPT-2 cannot represent; empty if the export is exact."""
     features = []
     if model.bayes_layers():
-        features.append("the posterior of weights (their means stay)")
+        features.append("the posterior of weights (the export has their means)")
     name = model.config.head.likelihood
     likelihood = model.lm_head.likelihood
     if not likelihood.is_softmax:
         if likelihood.logit_offset is None:
-            raise UserError(
-                f"a softmax of the logits of a {name} head predicts something else; no GPT-2"
-            )
-        features.append(f"the {name} likelihood (a softmax of its logits stays)")
+            raise UserError(f"GPT-2 cannot represent a {name} head, whose prediction is no softmax")
+        features.append(f"the {name} likelihood (the export has a softmax of its logits)")
     return features
 
 
 def nearest_gpt2(model: GPT) -> GPT:
-    """The mean weights under a softmax head, with biases everywhere.
+    """A GPT with the mean weights, a softmax head, and biases everywhere.
 
-    A sigmoid's logits serve a softmax as they are: pos_weight raises all of them alike (see
+    A softmax can use a sigmoid's logits unchanged: pos_weight shifts all of them equally (see
     Head.convert_likelihood).
     """
     state = model.state_dict()
@@ -63,7 +61,7 @@ def nearest_gpt2(model: GPT) -> GPT:
 
 
 def transformers_tensors(gpt2: GPT) -> dict[str, torch.Tensor]:
-    """The tensors of a nearest_gpt2 by transformers' names; tied output weights are stored once."""
+    """The tensors of a nearest_gpt2() under transformers' names; tied weights are stored once."""
     tensors = {}
     for name, tensor in gpt2.state_dict().items():
         tensor = tensor.detach().cpu()
@@ -85,14 +83,15 @@ def transformers_tensors(gpt2: GPT) -> dict[str, torch.Tensor]:
 def with_bias(
     weight: torch.Tensor, bias: torch.Tensor, g: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
-    """W' (V, C) of the formula above, for weight (V, C), bias (V,), g and b (C,)."""
+    """W' (V, C) in the formula of the module; weight: (V, C), bias: (V,), g and b: (C,)."""
     c = bias + weight @ (b - g)
     return weight * g + (c / weight.size(1)).unsqueeze(1)
 
 
 def write_model(folder: Path, gpt2: GPT, eot: int | None) -> None:
-    """config.json, generation_config.json and model.safetensors; eot: the id that ends a text, None
-    if none does.
+    """Write config.json, generation_config.json and model.safetensors.
+
+    eot: the id that ends a text, or None.
     """
     from safetensors.torch import save_file
 
@@ -120,15 +119,17 @@ def write_model(folder: Path, gpt2: GPT, eot: int | None) -> None:
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", special_ids)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / WEIGHTS)  # save_file lets only the owner read
+    shutil.copymode(
+        folder / "config.json", folder / WEIGHTS
+    )  # save_file makes it readable only by the owner
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
-    """tokenizer.json and tokenizer_config.json for transformers; meta.json, and what it needs, for
-    this repository.
+    """Write tokenizer.json and tokenizer_config.json for transformers, and meta.json with the files
+    that it needs for this repository.
     """
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json unchanged
         "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would embed token_type_ids
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
@@ -146,8 +147,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
 
 
 def transformers_tokenizer(tokenizer: Tokenizer):
-    """The tokenizers.Tokenizer that gives the same ids. Like all of transformers' tokenizers, it
-    encodes the string <|endoftext|> as that token, which ours never do.
+    """A tokenizers.Tokenizer that gives the same ids.
+
+    Like all tokenizers of transformers, it encodes the string <|endoftext|> as the special token.
+    Ours never do.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as TransformersTokenizer
@@ -157,7 +160,7 @@ def transformers_tokenizer(tokenizer: Tokenizer):
     if isinstance(tokenizer, CharTokenizer):
         names = tokenizer.chars + [EOT] * (tokenizer.eot is not None)
         ids = {name: i for i, name in enumerate(names)}
-        # no unknown token: a character that is not in the table is an error, as it is here
+        # without an unknown token a character outside the table is an error, as in CharTokenizer
         made = TransformersTokenizer(models.WordLevel(ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
@@ -173,9 +176,9 @@ def transformers_tokenizer(tokenizer: Tokenizer):
 
 
 def merges_of(tokens: list[str]) -> list[tuple[str, str]]:
-    """The merges of a BPE, from its tokens in the order of their ranks, the 256 bytes first.
+    """The merges of a BPE whose tokens are in the order of their ranks, the 256 bytes first.
 
-    Merging a token's bytes by the ranks below its own leaves the two parts that it was made of.
+    Merging the bytes of a token with the ranks below its own ends at the two parts of its merge.
     """
     rank = {token: i for i, token in enumerate(tokens)}
     merges = []

@@ -16,14 +16,17 @@ HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # names the files of weights that are in several
-# transformers stores these as (in, out), the transpose of nn.Linear's
+INDEX = "model.safetensors.index.json"  # lists the weight files if there are several
+# transformers stores these weights as (in, out), the transpose of nn.Linear's
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which old versions saved
+MASKS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+)  # causal masks, which old versions of transformers saved
 EMBEDDING = "transformer.wte.weight"
 OUTPUT = "lm_head.weights.weight"
 POSITIONS = "transformer.wpe.weight"
-FIXED = {  # options of transformers that change the function; model.py has GPT-2's own
+FIXED = {  # options that change what the model computes; model.py has GPT-2's values
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -35,7 +38,7 @@ FIXED = {  # options of transformers that change the function; model.py has GPT-
 
 
 def is_transformers(folder: Path) -> bool:
-    """Whether transformers saved a model in this folder, complete or not."""
+    """Whether the folder holds a model saved by transformers, complete or not."""
     config = folder / "config.json"
     if config.is_file() and '"model_type"' in config.read_text(errors="replace"):
         return True
@@ -43,9 +46,7 @@ def is_transformers(folder: Path) -> bool:
 
 
 def from_transformers(source: str | Path) -> tuple[dict, dict]:
-    """Read a GPT-2 of the Hugging Face Hub by name (see HUB) or a folder that transformers
-    saved.
-    """
+    """Read a GPT-2 from the Hugging Face Hub (a name in HUB), or a folder saved by transformers."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -69,7 +70,7 @@ def from_transformers(source: str | Path) -> tuple[dict, dict]:
     if output is None:
         if config.get("tie_word_embeddings") is False:
             raise UserError(
-                f"{source} has no lm_head.weight, which its config.json does not tie to wte.weight"
+                f"{source} has no lm_head.weight, and its config.json does not tie it to wte.weight"
             )
         output = state[EMBEDDING]
     state[OUTPUT] = output
@@ -77,7 +78,7 @@ def from_transformers(source: str | Path) -> tuple[dict, dict]:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """config.json and the files of the weights."""
+    """The paths of config.json and of the weight files."""
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
@@ -85,7 +86,7 @@ def _files_of(folder: Path) -> list[Path]:
     for path in paths:
         if not path.is_file():
             raise UserError(
-                f"{path} is missing; a pytorch_model.bin, which can run code, must be converted: "
+                f"{path} is missing; convert a pytorch_model.bin, which could run code, with "
                 'python -c "from transformers import GPT2LMHeadModel as M; '
                 f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
             )
@@ -100,18 +101,16 @@ def _hub_files(name: str) -> list[str]:
     except OSError as error:  # its network and not-found errors are OSErrors
         raise UserError(
             f"cannot fetch {name} from the Hugging Face Hub ({type(error).__name__}); "
-            "go online once, or give a folder that transformers saved"
+            "go online once, or name a folder saved by transformers"
         ) from error
 
 
 def _shape_of(config: dict, path: str | Path) -> dict:
-    """The options of GPTConfig that a config.json determines; refuses a model that is not GPT-2."""
+    """The options of GPTConfig that a config.json determines; refuses all models but GPT-2."""
     for name, expected in FIXED.items():
         found = config.get(name, None if name == "model_type" else expected)
         if found != expected:
-            raise UserError(
-                f"{path} has {name} = {found!r}; this model is GPT-2, which has {expected!r}"
-            )
+            raise UserError(f"{path} has {name} = {found!r}; GPT-2 has {expected!r}")
     sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
     _require(config, sizes, path)
     shape = {name: config[name] for name in sizes}
@@ -119,7 +118,7 @@ def _shape_of(config: dict, path: str | Path) -> dict:
 
 
 def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
-    """The contents of a nanoGPT ckpt.pt."""
+    """checkpoint: the contents of a nanoGPT ckpt.pt."""
     options = checkpoint["model_args"]
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
     _require(options, names, "the checkpoint")
@@ -134,17 +133,17 @@ def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
             state[OUTPUT if name == "lm_head.weight" else name] = tensor
     _require(state, (EMBEDDING, OUTPUT, POSITIONS), "the checkpoint")
     warn(
-        "nanoGPT's GELU is exact, model.py has GPT-2's tanh approximation: "
+        "nanoGPT uses the exact GELU, model.py GPT-2's tanh approximation: "
         "predictions differ in the third or fourth digit"
     )
     return shape, state
 
 
 def load_state(model: torch.nn.Module, state: dict) -> list[str]:
-    """Load a state_dict whose head may differ and whose block_size may be longer.
+    """Load a state_dict from a model whose head may differ and whose block_size may be larger.
 
-    Returns the names of the parameters that keep their initial values: only a bias of the head or
-    the widths of a posterior may.
+    Returns the names of the parameters that keep their initial values. Only the head's bias and
+    the standard deviations of a posterior may be among them.
     """
     _require(state, (EMBEDDING, OUTPUT, POSITIONS), "the checkpoint")
     ours, state = model.state_dict(), dict(state)
@@ -157,7 +156,7 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
         if name == POSITIONS:
             state[name] = tensor[: model.config.block_size]
         if name.endswith(".log_std") and name in ours and tensor.size(1) == 1:
-            state[name] = tensor.expand_as(ours[name])  # a std per row is a full posterior too
+            state[name] = tensor.expand_as(ours[name])  # one std per row, as a full posterior
         found = state[name].shape
         if name in ours and ours[name].shape != found:
             hint = "; add --posterior=full" if name.endswith(".log_std") else ""
@@ -167,12 +166,12 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
             )
     if model.config.head.tie_head and not torch.equal(state[EMBEDDING], state[OUTPUT]):
         raise UserError(
-            "the checkpoint's output weights are not its token embedding; add --tie_head=False"
+            "the checkpoint's output weights differ from its token embedding; add --tie_head=False"
         )
     if "lm_head.bias" in state and "lm_head.bias" not in ours:
         raise UserError(
-            "the checkpoint's head has a bias per token, which logit_bias = 'none' would lose; "
-            "leave that out, or add --logit_bias=unigram, which keeps it"
+            "the checkpoint's head has a bias per token, which logit_bias = 'none' would drop; "
+            "leave out that option, or keep the bias with --logit_bias=unigram"
         )
     missing, unexpected = model.load_state_dict(state, strict=False)
     for name in (*missing, *unexpected):
