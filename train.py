@@ -36,6 +36,7 @@ from engine.data.batches import Batches
 from engine.data.labels import MODES
 from engine.data.windows import eval_batches
 from engine.eval.validation import mean_loss
+from engine.runs.fit import fit_posterior
 from engine.runs.saver import Saver
 from engine.runs.start import describe_run, open_run, prepare_run, training_labels
 from model import GPT, GPTConfig
@@ -115,6 +116,11 @@ class TrainConfig:
         if self.sharding == "fsdp" and self.optimizer == "muon":
             raise UserError(
                 "optimizer = 'muon' needs whole matrices, and fsdp shards them; use --sharding=none"
+            )
+        if self.sharding == "fsdp" and self.model.head.posterior == "kron":
+            raise UserError(
+                "posterior = 'kron' needs whole weights, and fsdp shards them; train with "
+                "--posterior=row, then fit it: --init_from=RUN --max_iters=0 --posterior=kron"
             )
         has_sets = self.labels and self.model.head.likelihood == "sigmoid"
         if self.label_mode == "set" and not has_sets:
@@ -217,6 +223,9 @@ def train(
                 log.evaluation(scores)
                 patience_steps = config.patience * config.eval_interval
                 is_last |= 0 < patience_steps <= step - progress.best_step
+            if is_last and config.model.head.posterior == "kron" and not config.eval_only:
+                log.say(fit_posterior(raw_model, data, processes, cast))
+                saver.saved_step = -1  # this step is saved again: its posterior has changed
             is_save_step = is_last or step % (config.save_interval or config.eval_interval) == 0
             should_save = improved or (is_save_step and config.always_save_checkpoint)
             if should_save and not config.eval_only:

@@ -25,8 +25,9 @@ class HeadConfig:
     pos_weight: Annotated[float, ">= 1e-6", "<= 1e6"] = 1.0
     # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
     sum_penalty: NonNegativeFloat = 0.0
-    # bayes: row (a std per token, almost free) | full (per weight) | torchbnn (its own layer)
-    posterior: Literal["row", "full", "torchbnn"] = "row"
+    # bayes: row (a std per token, almost free) | kron (and a covariance of the columns, fitted
+    # after training) | full (a std per weight) | torchbnn (its own layer)
+    posterior: Literal["row", "kron", "full", "torchbnn"] = "row"
     # bayes: bound (no sampling) | local (noise on each logit) | sample (a matrix per micro-batch)
     estimator: Literal["bound", "local", "sample"] = "bound"
     # bayes: mean of the prior N(prior_mean, prior_std^2) of every weight

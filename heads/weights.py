@@ -6,6 +6,7 @@ x (..., C), weight (V, C).
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -71,9 +72,12 @@ class BayesLinear(PointLinear):
             raise UserError("Bayesian weights need n_data, the number of training tokens")
         self.config = config
         self.samples_logits = config.estimator == "local"
-        n_stds = 1 if config.posterior == "row" else n_embd
+        n_stds = 1 if config.posterior in ("row", "kron") else n_embd
         log_std = torch.empty(vocab_size, n_stds)
         self.log_std = nn.Parameter(log_std)
+        # L of the columns' covariance U = L @ L.T, whose trace is C; None: U is the identity
+        factor = torch.eye(n_embd) if config.posterior == "kron" else None
+        self.register_buffer("column_factor", factor)
         uniform = torch.full((vocab_size,), 1 / vocab_size)
         self.init_from_frequencies(uniform)
 
@@ -128,7 +132,7 @@ class BayesLinear(PointLinear):
     @torch._disable_dynamo
     def draw(self) -> Tensor:
         """A draw of the weights' deviation from their mean, (V, C) (Bayes by Backprop)."""
-        return _Draw.apply(self.weight, self.log_std)
+        return _Draw.apply(self.weight, self.log_std, self.column_factor)
 
     def mean_square(self) -> Tensor:
         """The mean of (weight - prior_mean)^2.
@@ -156,6 +160,8 @@ class BayesLinear(PointLinear):
         n = self.weight.numel()
         second_moment = self.second_moment()
         log_variance = 2 * self.log_std.mean()
+        if self.column_factor is not None:  # ln det U, for each weight
+            log_variance = log_variance + 2 * self.column_factor.diagonal().log().mean()
         if self.config.prior_std == "empirical":
             log_ratio = second_moment.log() - log_variance
             return 0.5 * n * log_ratio
@@ -180,6 +186,26 @@ class BayesLinear(PointLinear):
         precision = 1 / prior_variance + data_precision.to(self.log_std)
         log_std = -0.5 * precision.log()
         self.log_std.copy_(log_std.unsqueeze(1))
+
+    @torch.no_grad()
+    def fit_columns(
+        self, second_moment: Tensor, frequencies: Tensor, damping: float, scale: float
+    ) -> None:
+        """Laplace approximation of a kron posterior around the current weights, from the hidden
+        states of the training text (Ritter et al. 2018, with one variance per token).
+
+        second_moment (C, C): E[x x^T], float64. U is c (second_moment + damping)^-1 with trace C;
+        damping is relative to the mean eigenvalue. Then std_v^2 = scale / (1 / prior_variance + N
+        f_v c / kl_weight).
+        """
+        n_embd = len(second_moment)
+        identity = torch.eye(n_embd, dtype=second_moment.dtype)
+        mean_eigenvalue = second_moment.diagonal().mean()
+        inverse = torch.linalg.inv(second_moment + damping * mean_eigenvalue * identity)
+        c = n_embd / inverse.trace()
+        self.column_factor.copy_(torch.linalg.cholesky(c * inverse))
+        self.init_from_frequencies(frequencies * c.item())
+        self.log_std += math.log(scale) / 2
 
     def to_torchbnn(self) -> dict[str, Tensor]:
         """The state_dict of a torchbnn.BayesLinear(..., bias=False) with this posterior."""
@@ -207,9 +233,13 @@ class BayesLinear(PointLinear):
         """fp32 (..., K) and (V, K), whose product is the variance of the logits.
 
         K = C for a full posterior: the squares of x. K = 1 for one std per token: their mean,
-        because their sum would overflow in float16.
+        because their sum would overflow in float16. Kron takes the squares of L.T x.
         """
-        squares = to_float32(x).square()
+        x = to_float32(x)
+        if self.column_factor is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                x = x @ self.column_factor
+        squares = x.square()
         variances = torch.exp(2 * self.log_std)
         if self.log_std.size(1) > 1:
             return squares, variances
@@ -218,12 +248,16 @@ class BayesLinear(PointLinear):
 
 
 class _Draw(torch.autograd.Function):
-    """std * eps. Keeps one (V, C) tensor for backward: it is its own derivative by log_std."""
+    """std * eps @ L.T. Keeps one (V, C) tensor: it is its own derivative by log_std."""
 
     @staticmethod
-    def forward(ctx, weight, log_std):
+    def forward(ctx, weight, log_std, column_factor):
         std = torch.exp(log_std)
-        noise = torch.randn_like(weight).mul_(std)
+        noise = torch.randn_like(weight)
+        if column_factor is not None:
+            with torch.autocast(noise.device.type, enabled=False):
+                noise = noise @ column_factor.T
+        noise.mul_(std)
         ctx.save_for_backward(noise)
         ctx.shape = log_std.shape
         return noise
@@ -232,7 +266,7 @@ class _Draw(torch.autograd.Function):
     def backward(ctx, gradient):
         (noise,) = ctx.saved_tensors
         by_log_std = gradient * noise
-        return None, by_log_std.sum_to_size(ctx.shape)
+        return None, by_log_std.sum_to_size(ctx.shape), None
 
 
 class TorchBNNLinear(BayesLinear):
@@ -282,6 +316,8 @@ class BayesLayer(BayesLinear):
     """
 
     def __init__(self, config: HeadConfig, n_in: int, n_out: int, bias: bool):
+        if config.posterior == "kron":  # that is fitted to the states before the head
+            config = replace(config, posterior="row")
         super().__init__(config, n_out, n_in)
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.sampling = False

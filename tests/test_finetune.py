@@ -18,6 +18,7 @@ from engine.base.errors import UserError
 from engine.base.options import load_config
 from engine.data.tokens import TokenFile, gather
 from engine.runs import checkpoint
+from engine.runs.checkpoint import read_checkpoint
 from engine.runs.finetune import from_weights
 from heads import HeadConfig
 from heads.likelihoods import linear_fit
@@ -65,7 +66,7 @@ def started(data, source, **options):
     file = TokenFile(data, "train")
     head = replace(config.model.head, n_data=len(file))
     config = replace(config, model=replace(config.model, head=head))
-    return from_weights(config, str(source), file, options.keys()).eval()
+    return from_weights(config, read_checkpoint(str(source)), file, options.keys()).eval()
 
 
 def scores(model, data) -> tuple[float, float]:

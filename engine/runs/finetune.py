@@ -1,29 +1,29 @@
 """Start a model from the weights of another: a run, nanoGPT's, or OpenAI's GPT-2; with any head."""
 
+import contextlib
 from collections.abc import Set
 from dataclasses import replace
 
 import torch
 
 from engine.base.errors import UserError, warn
-from engine.data.tokens import TokenFile, dataset_folder, gather
-from engine.data.windows import eval_batches
+from engine.data.tokens import TokenFile, dataset_folder
 from engine.gpt2.loading import load_state
-from engine.runs.checkpoint import check_tokenizer, read_checkpoint
+from engine.runs.checkpoint import Checkpoint, check_tokenizer
+from engine.runs.fit import states
 from model import GPT, GPTConfig
 
 BACKBONE = ("n_layer", "n_head", "n_embd", "bias", "qkv_bias", "vocab_size")
 POSITIONS = 4096  # of the training text, to fit one likelihood's logits to another's
 
 
-def from_weights(config, source: str, file: TokenFile, given: Set[str]) -> GPT:
-    """A model with these options and the weights of `source`. If the heads allow it, it predicts
+def from_weights(config, old: Checkpoint, file: TokenFile, given: Set[str]) -> GPT:
+    """A model with these options and the weights of `old`. If the heads allow it, it predicts
     under its mean weights what that one does.
 
     file: the training split. given: the names of the options that the user set.
     """
-    check_tokenizer(source, dataset_folder(config.dataset))
-    old = read_checkpoint(source)
+    check_tokenizer(old.source, dataset_folder(config.dataset))
     head = config.model.head
     if "lm_head.bias" in old.weights and head.logit_bias == "auto":
         head = replace(head, logit_bias="unigram")  # keep the bias
@@ -32,11 +32,11 @@ def from_weights(config, source: str, file: TokenFile, given: Set[str]) -> GPT:
     model = GPT(on_backbone(old.config, replace(config.model, head=head), given))
     file.check(model.config.vocab_size)
 
-    new = load_state(model, old.weights)  # the names of parameters that `source` does not have
+    new = load_state(model, old.weights)  # the names of parameters that `old` does not have
     lost = old.weights.keys() - model.state_dict().keys()
     if any(name.endswith(".log_std") for name in lost):
         warn(
-            f"of the posterior of {source} only the means are kept; "
+            f"of the posterior of {old.source} only the means are kept; "
             "--weights=bayes, --bayes_mlp keep its widths"
         )
     with torch.no_grad():
@@ -52,16 +52,9 @@ def from_weights(config, source: str, file: TokenFile, given: Set[str]) -> GPT:
 
 
 def hidden_states(model: GPT, file: TokenFile) -> torch.Tensor:
-    """(n, C): hidden states at about POSITIONS positions of a split, in evenly spaced blocks."""
-    block_size = model.config.block_size
-    n_blocks = max(1, POSITIONS // block_size)
-    hidden = []
-    model.eval()
-    for starts in eval_batches(file, block_size, 1, n_blocks):
-        x, _ = gather(file, starts, block_size)
-        hidden.append(model.hidden(x)[0])
-    model.train()
-    return torch.cat(hidden)
+    """(n, C): hidden states at about POSITIONS positions of a split."""
+    found = states(model, file, POSITIONS, contextlib.nullcontext())
+    return torch.cat([hidden for hidden, _ in found])
 
 
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:

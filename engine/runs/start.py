@@ -18,6 +18,7 @@ from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
 from engine.runs.banner import banner, code_line, earlier_starts, environment, this_start
 from engine.runs.finetune import from_weights
+from engine.runs.fit import check_text
 from engine.runs.logger import Logger, forget_after
 from model import GPT
 
@@ -51,6 +52,10 @@ def prepare_run(config, given: Set[str], processes: Processes):
             f"{out_dir} already holds a run; add --init_from=resume, or give another --out_dir"
         )
 
+    if init_from not in ("scratch", "resume"):
+        old = checkpoint.read_checkpoint(init_from)
+        if old.dataset and "dataset" not in given:  # the run's own data
+            config = replace(config, dataset=old.dataset)
     data = {split: TokenFile(config.dataset, split) for split in ("train", "val")}
     if state:
         check_data(data, state, out_dir)
@@ -65,9 +70,11 @@ def prepare_run(config, given: Set[str], processes: Processes):
             model = GPT(replace(config.model, vocab_size=vocab_size))
             model.lm_head.init_from_frequencies(data["train"].frequencies(vocab_size))
         else:
-            model = from_weights(config, init_from, data["train"], given)
+            model = from_weights(config, old, data["train"], given)
 
     config = replace(config, model=model.config)
+    if config.model.head.posterior == "kron":
+        check_text(config.model.n_embd, data["train"])
     for file in data.values():
         file.check(config.model.vocab_size, config.model.block_size)
     return config, data, model, state

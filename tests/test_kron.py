@@ -1,0 +1,166 @@
+"""The kron posterior: a matrix normal, against torch.distributions; its fit, against formulas."""
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from engine.base import distributed
+from engine.base.errors import UserError
+from engine.base.options import load_config
+from engine.data.tokens import TokenFile
+from engine.runs.checkpoint import load_model
+from heads import Head, HeadConfig
+from tests.helpers import flags, records, run, scores_of, write_nanogpt
+from train import TrainConfig, train
+
+V, C = 7, 5
+
+
+def kron_head(likelihood: str = "categorical", **options) -> Head:
+    """A head with a covariance of the columns far from the identity, its trace C."""
+    torch.manual_seed(0)
+    options = {"posterior": "kron", "n_data": 1000} | options
+    head = Head(HeadConfig("bayes", likelihood, **options), V, C)
+    with torch.no_grad():
+        head.weights.weight.normal_()
+        head.weights.log_std.normal_(-1, 0.3)
+        root = torch.randn(C, C, dtype=torch.float64)
+        covariance = root @ root.T + 0.1 * torch.eye(C)
+        covariance *= C / covariance.trace()
+        head.weights.column_factor.copy_(torch.linalg.cholesky(covariance))
+    return head
+
+
+def as_normal(head: Head) -> MultivariateNormal:
+    """The posterior of all V * C weights, row by row."""
+    weights = head.weights
+    factor = weights.column_factor.double()
+    variances = torch.exp(2 * weights.log_std.double()).squeeze(1)
+    covariance = torch.kron(variances.diag(), factor @ factor.T)
+    return MultivariateNormal(weights.weight.double().flatten(), covariance)
+
+
+def test_variance_of_the_logits_is_that_of_the_matrix_normal():
+    head, x = kron_head(), torch.randn(4, C)
+    covariance = as_normal(head).covariance_matrix
+    for i in range(4):
+        rows = torch.kron(torch.eye(V), x[i : i + 1]).double()
+        expected = (rows @ covariance @ rows.T).diagonal()
+        assert torch.allclose(head.weights.variance(x[i]).double(), expected, rtol=1e-5)
+    shares = torch.rand(4, V)
+    by_hand = (shares * head.weights.variance(x)).sum(-1)
+    assert torch.allclose(head.weights.weighted_variance(x, shares), by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prior_std", [0.7, "empirical"])
+def test_kl_is_that_of_torch_distributions(prior_std):
+    head = kron_head(prior_std=prior_std)
+    posterior = as_normal(head)
+    second_moment = posterior.mean.square().mean() + posterior.variance.mean()
+    variance = second_moment if prior_std == "empirical" else torch.tensor(prior_std**2)
+    prior = MultivariateNormal(torch.zeros(V * C).double(), variance * torch.eye(V * C).double())
+    expected = kl_divergence(posterior, prior).item()
+    assert head.weights.kl().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_draws_have_the_covariance_of_the_matrix_normal():
+    head = kron_head()
+    draws = torch.stack([head.weights.draw().flatten() for _ in range(20000)]).double()
+    expected = as_normal(head).covariance_matrix
+    assert (draws.T @ draws / len(draws) - expected).abs().max() < 0.03 * expected.max()
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "sigmoid"])
+def test_the_bound_is_the_loss_at_logits_raised_by_half_their_variance(likelihood):
+    head, x = kron_head(likelihood, kl_weight=0.0), torch.randn(1, 6, C, requires_grad=True)
+    targets = torch.randint(V, (1, 6))
+    loss = head.loss(x, targets)
+    raised = head.logits(x) + head.weights.variance(x) / 2
+    at_labels = head.logits(x).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    expected = (head.likelihood.normaliser(raised) - at_labels).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, x)
+    (by_hand,) = torch.autograd.grad(expected, x)
+    assert torch.allclose(gradient, by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_samples", [-1, 400])
+def test_averages_agree_with_draws_of_whole_matrices(n_samples):
+    head, x = kron_head(), torch.randn(3, C)
+    head.weights.log_std.data -= 1.5
+    posterior = as_normal(head)
+    torch.manual_seed(1)
+    logits = posterior.sample((20000,)).view(-1, V, C) @ x.double().T
+    expected = logits.softmax(1).mean(0).T
+    found = head.log_probs(x, n_samples).exp().double()
+    assert (found - expected).abs().max() < 0.03
+
+
+def test_fitted_columns_are_the_inverse_second_moment_and_rows_laplaces():
+    head = kron_head(kl_weight=0.5, prior_std=0.3)
+    x = torch.randn(300, C, dtype=torch.float64) @ torch.randn(C, C, dtype=torch.float64)
+    second_moment = x.T @ x / len(x)
+    frequencies = torch.rand(V)
+    head.weights.fit_columns(second_moment, frequencies, damping=0.01, scale=2.0)
+    damped = second_moment + 0.01 * second_moment.trace() / C * torch.eye(C)
+    inverse = np.linalg.inv(damped.numpy())
+    c = C / np.trace(inverse)
+    factor = head.weights.column_factor.double()
+    assert np.allclose(factor @ factor.T, c * inverse, rtol=1e-4, atol=1e-6)
+    variances = 2.0 / (1 / 0.3**2 + 1000 * frequencies.numpy() * c / 0.5)
+    assert np.allclose(
+        torch.exp(2 * head.weights.log_std).squeeze(1).detach(), variances, rtol=1e-4
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(words_data, trained, tmp_path_factory):
+    """likelihood -> the folder of a kron posterior fitted to a run with point weights."""
+    folders = {}
+    for likelihood in ("categorical", "sigmoid"):
+        folders[likelihood] = tmp_path_factory.mktemp(likelihood)
+        options = {"weights": "bayes", "likelihood": likelihood, "posterior": "kron"}
+        options |= {"init_from": trained("point", likelihood), "max_iters": 0, "dtype": "float32"}
+        argv = flags(**options, out_dir=folders[likelihood])  # no dataset: the run's own
+        config, given = load_config(TrainConfig, argv)
+        with distributed.init("cpu", "auto") as processes:
+            train(config, processes, given)
+    return folders
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "sigmoid"])
+def test_a_posterior_fitted_to_a_run_predicts_what_the_run_does(
+    likelihood, fitted, trained, words_data
+):
+    test = TokenFile(str(words_data), "test")
+    before = scores_of(load_model(trained("point", likelihood)), test)
+    model = load_model(fitted[likelihood])
+    after = scores_of(model, test)
+    assert after["nll"] == pytest.approx(before["nll"], abs=1e-6)
+    assert after["mutual_information"] > 0
+    factor = model.lm_head.weights.column_factor
+    assert (factor @ factor.T).trace().item() == pytest.approx(32, rel=1e-5)
+    assert not torch.allclose(factor, torch.eye(32), atol=0.1)
+
+
+def test_a_bayesian_training_ends_with_the_fit_and_resumes_with_it(words_data, tmp_path):
+    options = {"weights": "bayes", "posterior": "kron", "max_iters": 6, "lr_decay_iters": 12}
+    run(words_data, tmp_path, **options)
+    saved = load_model(tmp_path).lm_head.weights.column_factor
+    assert not torch.equal(saved, torch.eye(32))
+    run(words_data, tmp_path, init_from="resume", max_iters=12)
+    assert not torch.equal(load_model(tmp_path).lm_head.weights.column_factor, saved)
+    assert [record["step"] for record in records(tmp_path, "loss")] == list(range(1, 13))
+
+
+def test_too_little_text_for_a_fit_is_refused(trained, words_data, tmp_path):
+    ids = np.arange(200) % 20
+    folder = write_nanogpt(tmp_path / "few", {"train": ids, "val": ids})
+    with pytest.raises(UserError, match=str(20 * 32)):
+        run(folder, tmp_path / "out", weights="bayes", posterior="kron", max_iters=2)
+
+
+def test_shards_are_refused():
+    with pytest.raises(UserError, match="fsdp"):
+        load_config(TrainConfig, ["--weights=bayes", "--posterior=kron", "--sharding=fsdp"])
