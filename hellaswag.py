@@ -11,11 +11,9 @@ or characters (harness). aurc is the error rate of acc_norm's most certain answe
 all numbers of answers.
 """
 
-import hashlib
 import json
 import re
 import sys
-import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -26,6 +24,7 @@ from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import DATA_ROOT, atomic_write, check_writable, write_json
 from engine.base.options import PositiveInt, check_options, load_config
+from engine.data.corpus import check_sha256, fetch
 from engine.eval.endings import encode, score_endings
 from engine.eval.evaluation import check_n_samples
 from engine.gpt2.loading import HUB
@@ -80,15 +79,7 @@ def download() -> None:
     """Download the items, unless they are there."""
     if not ITEMS.is_file():
         check_writable(ITEMS.parent)
-        try:
-            with urllib.request.urlopen(URL, timeout=60) as response:
-                data = response.read()
-        except OSError as error:
-            raise UserError(
-                f"cannot download {URL} ({error}); copy the file to {ITEMS}, or use --source=FILE"
-            ) from None
-        if hashlib.sha256(data).hexdigest() != SHA256:
-            raise UserError(f"{URL} sent {len(data):,} bytes that are not the items; try again")
+        data = check_sha256(fetch(URL), SHA256, URL)
         ITEMS.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(ITEMS, lambda temporary: temporary.write_bytes(data))
     print(f"items: {ITEMS}")

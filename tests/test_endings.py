@@ -47,17 +47,3 @@ def test_draws_do_not_depend_on_the_batch():
     model = tiny_gpt("bayes", std=0.3, bayes_mlp=True)
     first, second = (score_endings(model, ITEMS, size, n_samples=3) for size in (2, 20))
     torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
-
-
-def test_few_positions_have_their_log_probs_at_a_time(monkeypatch):
-    model = tiny_gpt(std=0.3)
-    log_probs = model.lm_head.log_probs
-    n_rows = []
-
-    def spy(hiddens, n_samples):
-        n_rows.append(len(hiddens[0]))
-        return log_probs(hiddens, n_samples)
-
-    monkeypatch.setattr(model.lm_head, "log_probs", spy)
-    score_endings(model, [([1, 2, 3], [[4, 5, 6, 7, 8]] * 4)] * 40, 64)
-    assert sum(n_rows) == 800 and max(n_rows) <= 64

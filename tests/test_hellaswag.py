@@ -13,7 +13,6 @@ import hellaswag
 from engine.base.errors import UserError
 from engine.data.tokenizer import GPT2Tokenizer
 from engine.runs.checkpoint import read_checkpoint
-from tests.conftest import shared_data
 from tests.helpers import flags, refused, run, write_bytes
 
 WIKIHOW = {
@@ -79,7 +78,8 @@ def test_a_transformers_folder_has_the_scores_of_transformers(tmp_path, style):
     call(out_dir=tmp_path, source=source, style=style)
     result = json.loads((tmp_path / "hellaswag.json").read_text())
     expected = hellaswag.judge(found, found_lengths, torch.tensor([2, 1]))
-    assert expected.items() <= result.items() and result["style"] == style
+    assert expected.items() <= result.items()
+    assert result["style"] == style
 
 
 def test_completion_leaves_the_text_as_it_is_and_harness_cleans_it():
@@ -89,7 +89,8 @@ def test_completion_leaves_the_text_as_it_is_and_harness_cleans_it():
     item = hellaswag.prepare(WIKIHOW, "harness")
     assert item.context == "Home and Garden: How to sow. Choose a pot. Clay is best."
     assert item.endings == ["  Use a dry pot.", "   Wait.", "  Fill it. Put soil in.", "  Water é."]
-    assert item.n_chars == [14, 6, 21, 8] and item.label == 2
+    assert item.n_chars == [14, 6, 21, 8]
+    assert item.label == 2
     item = hellaswag.prepare(ACTIVITY, "harness")
     assert item.context == "Canoeing: Two women sit in a canoe. The older one"
 
@@ -99,18 +100,20 @@ def test_scores_errors_and_the_area_by_hand():
     lengths = torch.tensor([[1, 4, 4, 4]] * 4)
     labels = torch.tensor([0, 1, 3, 3])
     result = hellaswag.judge(torch.tensor(log_probs).double(), lengths, labels)
-    assert result["n"] == 4 and result["acc"] == 0.5 and result["acc_norm"] == 0.75
+    assert result["n"] == 4
+    assert result["acc"] == 0.5
+    assert result["acc_norm"] == 0.75
     assert result["acc_norm_stderr"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
     # the margins of acc_norm are 0.5, 0, 0.25, 0.25; the answer to the first item is wrong
     assert result["aurc"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
 def test_a_run_is_scored_unless_its_tokenizer_lacks_a_character(tmp_path, trained):
-    source = write_items(tmp_path / "items.jsonl", WIKIHOW, ACTIVITY, ACTIVITY)
+    source = write_items(tmp_path / "items.jsonl", ACTIVITY, ACTIVITY)
     out_dir = tmp_path / "run"
     run(write_bytes(tmp_path / "bytes"), out_dir, max_iters=1, weights="bayes")
-    call(out_dir=out_dir, source=source, limit=2, n_samples=2)
-    assert json.loads((out_dir / "hellaswag.json").read_text())["n"] == 2
+    call(out_dir=out_dir, source=source, limit=1, n_samples=2)
+    assert json.loads((out_dir / "hellaswag.json").read_text())["n"] == 1
     with pytest.raises(UserError, match="character"):
         call(out_dir=trained("point", "categorical"), source=source)
 
@@ -159,7 +162,7 @@ def test_download_fetches_the_items_once_and_checks_them(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--source"):
         call(download=True)  # no server
     write_items(original, ACTIVITY)
-    with pytest.raises(UserError, match="bytes"):
+    with pytest.raises(UserError, match="sha256"):
         call(download=True)  # other bytes than the items
     assert not items.exists()
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(original.read_bytes()).hexdigest())
@@ -168,15 +171,3 @@ def test_download_fetches_the_items_once_and_checks_them(tmp_path, monkeypatch):
     original.unlink()
     call(download=True)
     assert len(hellaswag.read_items(hellaswag.HellaSwagConfig("x"))) == 1
-
-
-def test_contexts_and_endings_of_the_real_items_may_be_encoded_separately():
-    data = shared_data("hellaswag/hellaswag_val.jsonl").read_bytes()
-    assert hashlib.sha256(data).hexdigest() == hellaswag.SHA256
-    tokenizer = GPT2Tokenizer()
-    for line in data.splitlines()[::50]:
-        item = hellaswag.prepare(json.loads(line), "harness")
-        context = tokenizer.encode(item.context).tolist()
-        for ending in item.endings:
-            joint = tokenizer.encode(item.context + ending).tolist()
-            assert joint == context + tokenizer.encode(ending).tolist()

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 
@@ -86,7 +85,8 @@ def test_uncertainty_reads_a_text_as_the_beginning_of_a_document(folder):
     ids = [256, *"é ship".encode()]
     log_probs = by_bytes.model.log_probs(torch.tensor([ids[:-1]]))[0]
     found = by_bytes.uncertainty("é ship")
-    assert [token.id for token in found] == ids[1:] and found.text == "é ship"
+    assert [token.id for token in found] == ids[1:]
+    assert found.text == "é ship"
     expected = -log_probs[range(len(found)), ids[1:]]
     assert [token.nll for token in found] == pytest.approx(expected.tolist(), rel=1e-4)
     assert load(folder, "softmax").uncertainty("the")[0].nll is None  # has no end-of-text
@@ -99,8 +99,6 @@ def test_predict_is_the_models_prediction_after_the_last_block(bayes, n_samples)
     idx = torch.tensor([bayes.encode(prompt)[-16:]])
     expected = bayes.model.log_probs(idx, n_samples)[0, -1]
     torch.testing.assert_close(found.log_probs, expected, rtol=0, atol=1e-5)
-    total = -(expected.exp() * expected).sum().item()
-    assert found.total.item() == pytest.approx(total, rel=1e-4)
     assert 0 < found.epistemic < found.total
 
 
@@ -124,7 +122,8 @@ def test_a_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(s
     for i, piece in enumerate(pieces):
         before = text.text
         text.add(Token(piece, i))
-        assert text.text.startswith(before) and full[:end].startswith(text.text)
+        assert text.text.startswith(before)
+        assert full[:end].startswith(text.text)
     assert text.text == full[:end]
     assert text.ended == ("stop" if end < len(full) else "length")
 
@@ -134,18 +133,16 @@ def test_end_of_text_is_one_stop_string_despite_its_bars():
     assert stops == ["\n\n", "<|endoftext|>", "a", "<|endoftext|>", "b"]
 
 
-def test_abstaining_marks_tokens_of_high_epistemic_uncertainty_or_stops_before_them(bayes):
+def test_abstaining_stops_before_the_first_token_of_high_epistemic_uncertainty(bayes):
     (plain,) = stream(bayes, max_new_tokens=40)
     epistemic = [token.epistemic for token in plain.tokens]
     limit = sorted(epistemic)[30]
-    above = [i for i, value in enumerate(epistemic) if value > limit]
-    options = {"max_new_tokens": 40, "max_epistemic": limit}
-    (marked,) = stream(bayes, abstain="mark", **options)
-    is_marked = [marked.sampling.too_uncertain(token) for token in marked.tokens]
-    assert marked.text == plain.text and np.flatnonzero(is_marked).tolist() == above
-    (stopped,) = stream(bayes, abstain="stop", **options)
-    assert stopped.tokens == plain.tokens[: above[0]] and stopped.ended == "abstain"
-    assert bayes.generate_text("the ", abstain="stop", **options) == stopped.text
+    first = next(i for i, value in enumerate(epistemic) if value > limit)
+    options = {"max_new_tokens": 40, "abstain": "stop", "max_epistemic": limit}
+    (stopped,) = stream(bayes, **options)
+    assert stopped.tokens == plain.tokens[:first]
+    assert stopped.ended == "abstain"
+    assert bayes.generate_text("the ", **options) == stopped.text
 
 
 # the script
@@ -157,7 +154,9 @@ def test_the_text_follows_its_prompt_and_is_plain_when_piped(folder, bayes, monk
     assert capsys.readouterr().out == expected + "\n---------------\n"
     sample_py(monkeypatch, folder, "--show_uncertainty")
     output = capsys.readouterr().out
-    assert expected in output and "epistemic" in output and "\033" not in output
+    assert expected in output
+    assert "epistemic" in output
+    assert "\033" not in output
 
 
 def test_colours_follow_the_entropy_and_the_highest_tenth_is_underlined(
@@ -177,7 +176,8 @@ def test_colours_follow_the_entropy_and_the_highest_tenth_is_underlined(
         if underline:
             underlined.append(token.epistemic)
     median = np.median([token.epistemic for token in expected.tokens])
-    assert 10 <= len(underlined) <= 60 and min(underlined) > median
+    assert 10 <= len(underlined) <= 60
+    assert min(underlined) > median
 
 
 def test_marks_follow_uncertain_tokens_in_plain_text_and_in_json(
@@ -194,7 +194,8 @@ def test_marks_follow_uncertain_tokens_in_plain_text_and_in_json(
         if token.epistemic > limit:
             marked += "[?]"
             expected.append(i)
-    assert len(expected) == 4 and capsys.readouterr().out.startswith("the " + marked)
+    assert len(expected) == 4
+    assert capsys.readouterr().out.startswith("the " + marked)
     sample_py(monkeypatch, folder, jsonl="marked.jsonl", **options)
     (record,) = read_lines(folder / "marked.jsonl")
     assert record["uncertain"] == expected
@@ -204,23 +205,21 @@ def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, c
     prompts = [{"prompt": "the ship", "id": 7}, {"prompt": "old "}]
     (folder / "prompts.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, prompts)))
     (folder / "prompts.txt").write_text("the ship\nold \n")
-    found = {}
+    found = []
     for kind in ("jsonl", "txt"):
         options = {"prompts": f"prompts.{kind}", "num_samples": 2, "jsonl": f"texts_{kind}"}
         sample_py(monkeypatch, folder, "--show_uncertainty", **options)
-        found[kind] = read_lines(folder / f"texts_{kind}")
+        found.append(read_lines(folder / f"texts_{kind}"))
     assert capsys.readouterr().out == ""
-    records = found["jsonl"]
+    records, of_txt = found
     assert [record.pop("id", None) for record in records] == [7, 7, None, None]
-    assert records == found["txt"]
+    assert records == of_txt
     about = [(record["prompt"], record["sample"], record["seed"]) for record in records]
-    ship, old = [("the ship", i, 1337) for i in (0, 1)], [("old ", i, 1338) for i in (0, 1)]
-    assert about == ship + old
-    for record in records:
-        tokens = record["tokens"]
-        assert record["text"] == "".join(token["text"] for token in tokens)
-        nll = sum(token["nll"] for token in tokens) / 30
-        assert record["n_tokens"] == 30 and record["nll"] == pytest.approx(nll, abs=1e-4)
+    assert about[:2] == [("the ship", 0, 1337), ("the ship", 1, 1337)]
+    assert about[2:] == [("old ", 0, 1338), ("old ", 1, 1338)]
+    nlls = [token["nll"] for token in records[0]["tokens"]]
+    assert records[0]["n_tokens"] == len(nlls) == 30
+    assert records[0]["nll"] == pytest.approx(np.mean(nlls), abs=1e-4)
 
 
 def test_a_conversation_continues_its_last_text_and_survives_mistakes(
@@ -234,7 +233,8 @@ def test_a_conversation_continues_its_last_text_and_survives_mistakes(
     for i, prompt in enumerate(prompts):
         prompt = prompt or "the " + texts[0]
         texts.append(bayes.generate_text(prompt, max_new_tokens=10, seed=1337 + i))
-    assert output.out == "\n".join([*texts, ""]) and "'T'" in output.err
+    assert output.out == "\n".join([*texts, ""])
+    assert "'T'" in output.err
 
 
 def interrupt(monkeypatch, n_tokens: int) -> None:
@@ -265,7 +265,8 @@ def test_an_interrupt_ends_a_text_but_not_the_conversation(folder, bayes, monkey
     monkeypatch.setattr(sys, "stdin", io.StringIO("the \nold "))
     sample_py(monkeypatch, folder, "--interactive", max_new_tokens=10)
     first, second, _ = capsys.readouterr().out.split("\n")
-    assert len(first) == 5 and second == bayes.generate_text("old ", seed=1338, max_new_tokens=10)
+    assert len(first) == 5
+    assert second == bayes.generate_text("old ", seed=1338, max_new_tokens=10)
 
 
 @pytest.mark.slow
@@ -276,7 +277,8 @@ def test_a_closed_pipe_ends_sampling_silently(folder):
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=folder)
     process.stdout.read(1)
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(60) == 141
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
 
 
 class Terminal(io.StringIO):
@@ -301,7 +303,6 @@ def test_a_terminal_gets_no_control_characters():
         ({"prompts": "bad.jsonl", "jsonl": "new"}, "prompt 2"),
         ({"prompts": "strange.txt", "jsonl": "new"}, "'S'"),
         ({"n_samples": 4, "out_dir": "softmax"}, "--n_samples"),
-        ({"out_dir": "diverged"}, "finite"),
         ({"interactive": True, "jsonl": "new"}, "--jsonl"),
         ({"interactive": True, "num_samples": 1}, "--num_samples"),
         ({"abstain": "stop"}, "--max_epistemic"),
@@ -316,12 +317,6 @@ def test_mistakes_end_in_one_line_before_anything_is_written(
     (tmp_path / "strange.txt").write_text("the\nSHIP")
     for name in ("softmax", "bayes"):
         (tmp_path / name).symlink_to(folder / name)
-    if options.get("out_dir") == "diverged":
-        shutil.copytree(folder / "softmax", tmp_path / "diverged")
-        (checkpoint,) = (tmp_path / "diverged").glob("*.pt")
-        contents = torch.load(checkpoint)
-        contents["model"]["transformer.wte.weight"][3] = math.nan
-        torch.save(contents, checkpoint)
     defaults = {"out_dir": "bayes", "device": "cpu", "start": "the", "max_new_tokens": 2}
     argv = flags(**defaults | options)
     assert word in refused("sample.py", argv, tmp_path, monkeypatch, capsys)

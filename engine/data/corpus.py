@@ -183,7 +183,7 @@ def check_sha256(data: bytes, expected: str, what: str) -> bytes:
 
 def tiny_shakespeare(options: Options) -> Corpus:
     """Tiny Shakespeare, from a local copy or downloaded. The end of the text is val."""
-    data = Path(options.source).read_bytes() if options.source else _fetch(SHAKESPEARE)
+    data = Path(options.source).read_bytes() if options.source else fetch(SHAKESPEARE)
     what = f"{options.source or SHAKESPEARE} (for your own text use data/text/prepare.py)"
     text = check_sha256(data, SHAKESPEARE_SHA256, what).decode()
     cut = int((1 - options.val_fraction) * len(text))
@@ -194,7 +194,8 @@ def tiny_shakespeare(options: Options) -> Corpus:
     return Corpus(in_memory(splits))
 
 
-def _fetch(url: str) -> bytes:
+def fetch(url: str) -> bytes:
+    """Download a file."""
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             return response.read()
