@@ -1,6 +1,5 @@
 """data/*/prepare.py: from text to token files."""
 
-import json
 import runpy
 import subprocess
 import sys
@@ -274,16 +273,6 @@ def test_openwebtext_and_fineweb_edu_name_their_hub_data_set(refusal, monkeypatc
         (fineweb, "sample-10BT"),
         (fineweb, "sample-100BT"),
     ]
-
-
-@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-def test_openwebtext_and_fineweb_edu_are_read_from_local_copies(name, tmp_path, prepare):
-    lines = [json.dumps({"text": f"Page {i} of the web."}) for i in range(4000)]
-    (tmp_path / "part.jsonl").write_text("\n".join(lines))
-    prepare(name, tmp_path, f"--source={tmp_path}/part.jsonl", "--tokenizer=byte")
-    splits = TokenFile(tmp_path, "train").meta["splits"]
-    assert 0 < splits["val"]["documents"] <= 6
-    assert splits["train"]["documents"] + splits["val"]["documents"] == 4000
 
 
 def test_shakespeare_char_has_nanogpts_ids(tmp_path, prepare):
