@@ -1,5 +1,6 @@
 """One exception for a user's mistakes, and the one place that turns it into a line on stderr."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -44,6 +45,10 @@ def run_main(main: Callable[[], object]) -> None:
     """Run a script's main() and end the process. A UserError, OSError or lack of memory is one line
     and exit code 2, a diverged training 3, a signal 128 + its number.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a character that the terminal's encoding lacks is printed as \\u...
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         _exit(0)
