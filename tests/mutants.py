@@ -5,7 +5,7 @@
 
 tests/mutants.json has two parts. "mutants" are the faults; the old text of each must occur exactly
 once in its file. "tests" are the test files to run, by the path that a faulty file begins with. A
-fault is caught if one of them fails. That they pass without a fault is not checked here.
+fault is caught if one of them fails, and passes without the fault.
 """
 
 import argparse
@@ -63,22 +63,34 @@ def tests_of(file: str, tests: dict[str, str]) -> list[str]:
 
 
 def first_failure(mutant: dict[str, str], tests: list[str]) -> str:
-    """The line of pytest that names the first failing test; empty if all pass."""
+    """The first test that fails with the fault; empty if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy_tracked_files(Path(folder))
+        path = Path(folder, mutant["file"])
+        correct = path.read_text(encoding="utf-8")
+        path.write_text(mutated(mutant), encoding="utf-8")
+        failed = failure(folder, tests)
+        path.write_text(correct, encoding="utf-8")
+        if failed and failure(folder, [failed]):
+            raise SystemExit(f"{failed} fails without a fault, too")
+    return failed
+
+
+def failure(folder: str, arguments: list[str]) -> str:
+    """The first test that fails in this copy of the repository; empty if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "", "-p", "no:cacheprovider"]
     shared_data = os.environ.get("SHARED_DATA") or str(ROOT.parent / "shared" / "data")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SHARED_DATA": shared_data}
-    with tempfile.TemporaryDirectory() as folder:
-        copy_tracked_files(Path(folder))
-        Path(folder, mutant["file"]).write_text(mutated(mutant), encoding="utf-8")
-        result = subprocess.run(
-            [*command, *tests], cwd=folder, env=environment, capture_output=True, text=True
-        )
+    result = subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
     if result.returncode == PASSED:
         return ""
-    if result.returncode != FAILED:
-        raise SystemExit(f"{mutant['fault']!r}: pytest did not run\n{result.stdout[-2000:]}")
-    lines = result.stdout.splitlines()
-    return next(line for line in lines if line.startswith(("FAILED ", "ERROR ")))
+    if result.returncode == FAILED:
+        for line in result.stdout.splitlines():
+            if line.startswith(("FAILED ", "ERROR ")):
+                return line.partition(" ")[2].partition(" - ")[0]
+    raise SystemExit(f"pytest did not run\n{result.stdout[-2000:]}")
 
 
 def copy_tracked_files(folder: Path) -> None:
