@@ -124,13 +124,59 @@ def test_documents_of_whitespace_alone_are_left_out_and_nothing_else(small, tmp_
     assert documents_of(find(write(tmp_path / "none.jsonl", ""))) == []
 
 
-def test_a_text_is_read_whole_with_its_line_ends_whatever_the_chunks(small, monkeypatch, tmp_path):
+def test_a_text_is_read_whole_as_python_reads_it_whatever_the_chunks(small, monkeypatch, tmp_path):
     for text in ODD_TEXTS:
-        text += "\r\n\r\x00\nend\x85"
-        (source,) = find(write(tmp_path / "a.txt", text))
-        for chunk in (2, 16, 1000):
+        path = write(tmp_path / "a.txt", (text + "\r\n\r\nend\x85").replace("\x00", ""))
+        with open(path, encoding="utf-8") as file:
+            expected = pieces_of(file.read())
+        (source,) = find(path)
+        for chunk in (4, 16, 1000):
             monkeypatch.setattr(sources, "CHUNK", chunk)
-            assert list(source.pieces()) == pieces_of(text)
+            assert list(source.pieces()) == expected
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_a_separator_divides_texts_of_every_kind_of_line_end(line_end, tmp_path, capsys):
+    path = write(tmp_path / "a.txt", line_end.join(["one", "", "two", "three"]))
+    assert documents_of(find(path, separator="\n\n")) == ["one", "two\nthree"]
+    assert capsys.readouterr().err == ""
+    documents_of(find(path, separator="|"))
+    assert "'|'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_byte_order_mark_names_the_encoding(encoding, tmp_path):
+    path = write(tmp_path / "a.txt", "naïve 東京".encode(encoding))
+    assert documents_of(find(path)) == ["naïve 東京"]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Le café est fermé, à côté", "cp1252"),
+        ("数据在哪里 are the data", "gb18030"),
+        ("plain", "utf-16-le"),
+    ],
+)
+def test_another_encoding_is_named_in_the_error_and_read_on_request(text, encoding, tmp_path):
+    path = write(tmp_path / "a.txt", text.encode(encoding))
+    assert f"likely {encoding}" in (message := file_refused(path)) or f"={encoding}" in message
+    assert documents_of(find(path, encoding=encoding)) == [text]
+
+
+@pytest.mark.parametrize("data", [b"PK\x03\x04\x14\x00", b"\x7fELF\x02\x00\x00"])
+def test_binary_files_named_txt_are_refused(data, tmp_path):
+    file_refused(write(tmp_path / "a.txt", data))
+
+
+def test_fields_in_fields_and_pairs_of_fields_are_text(tmp_path):
+    rows = [{"data": {"text": "one"}, "prompt": "2 + 2 =", "completion": " 4"}]
+    for name in ("a.json", "a.jsonl"):
+        path = write(tmp_path / name, json.dumps(rows if name == "a.json" else rows[0]))
+        assert documents_of(find(path, field="data.text")) == ["one"]
+        assert documents_of(find(path, field="prompt,completion")) == ["2 + 2 = 4"]
+    path = write(tmp_path / "a.tsv", "id\tbody\n1\ta, b\n")
+    assert documents_of(find(path, field="body")) == ["a, b"]
 
 
 def test_a_compressed_file_may_have_several_streams(tmp_path):
@@ -174,7 +220,7 @@ def test_each_row_of_a_table_is_a_document(small, tmp_path):
 
 def test_files_folders_and_globs_are_read_in_order_each_once(tmp_path, monkeypatch):
     read = ("b.txt", "a.md", "sub/c.text", "sub/deep/d.TXT.gz", "e.raw")
-    for name in (*read, ".hidden.txt", ".git/f.txt", "g.py", "h.json"):
+    for name in (*read, ".hidden.txt", ".git/f.txt", "g.py", "h.yaml"):
         write(tmp_path / "in" / name, Path(name).name)
     os.symlink(tmp_path / "in" / "sub", tmp_path / "in" / "sub" / "deep" / "circle")
     os.symlink(tmp_path / "in" / "b.txt", tmp_path / "in" / "link.txt")
@@ -236,9 +282,9 @@ def test_a_compressed_file_that_is_cut_short_or_something_else_is_refused(tmp_pa
 
 def test_a_source_that_names_no_text_is_refused(tmp_path):
     write(tmp_path / "empty" / ".hidden.txt", "x")
-    write(tmp_path / "a.json", "{}")
+    write(tmp_path / "a.yaml", "{}")
     os.mkfifo(tmp_path / "fifo.txt")
-    for name in ("none.txt", "*.md", "empty", "fifo.txt", "a.json"):
+    for name in ("none.txt", "*.md", "empty", "fifo.txt", "a.yaml"):
         message = file_refused(f"{tmp_path}/{name}")
         assert name in message and ".parquet" in message  # among the known endings
 

@@ -26,11 +26,12 @@ OFFICIAL = {"train": "train", "val": "validation", "test": "test"}  # our names:
 
 @dataclass(frozen=True)
 class Options(corpus.Options):
-    # files, folders and globs, separated by commas (.txt .jsonl .parquet .csv, also .gz),
-    # or hub:NAME
+    # files, folders and globs, separated by commas, or hub:NAME
+    # (.txt .json .jsonl .parquet .csv .tsv, also .gz)
     source: str = ""
     subset: str = ""  # of the data set on the Hub
-    field: str = "text"  # the field or column with the text: .jsonl, tables, the Hub
+    # the field or column with the text: "text", "data.text", "prompt,completion"
+    field: str = "text"
     # divides a .txt into documents, e.g. '\n\n\n'; empty: it is one document
     separator: str = ""
     # share of the documents (of fewer than 20: of their text) for val; 0: none
@@ -55,8 +56,8 @@ def own_text(options: Options) -> Corpus:
     fractions = {split: fraction for split, fraction in fractions.items() if fraction}
     if options.source.startswith("hub:"):
         return from_hub(options, fractions)
-    separator = options.separator.replace("\\n", "\n").replace("\\t", "\t")
-    sources = find(options.source, options.field, separator, options.errors)
+    separator = options.separator.replace("\\r", "").replace("\\n", "\n").replace("\\t", "\t")
+    sources = find(options.source, options.field, separator, options.errors, options.encoding)
     return draw_or_cut(sources, fractions)
 
 

@@ -47,7 +47,7 @@ def run_main(main: Callable[[], object]) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a character that the terminal's encoding lacks is printed as \\u...
+            # characters that the terminal lacks are printed as escapes
             stream.reconfigure(errors="backslashreplace")
     try:
         main()

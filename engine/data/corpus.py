@@ -57,6 +57,7 @@ class Options:
     num_proc: Annotated[int, ">= 0", "<= 1024"] = 0  # threads that tokenise; 0: one per processor
     # for text that is not UTF-8: strict refuses it, replace puts U+FFFD in its place
     errors: Literal["strict", "replace"] = "strict"
+    encoding: str = ""  # of the source's text; empty: UTF-8, or what a byte-order mark says
     folder: str = ""  # where to write the token files; empty: data/<name>
 
     def __post_init__(self):
@@ -170,7 +171,7 @@ def tokenizer_in(folder: str) -> Tokenizer:
 def texts(options: Options, hub_name: str, subset: str = "") -> list[Source]:
     """The local files that --source names, else the train split of a data set on the Hub."""
     if options.source:
-        return find(options.source, errors=options.errors)
+        return find(options.source, errors=options.errors, encoding=options.encoding)
     return hub(hub_name, subset)["train"]
 
 

@@ -6,6 +6,7 @@ bounded at any size. The datasets package is used for the Hub only, for two reas
 not needed can end the reading after a gigabyte.
 """
 
+import codecs
 import contextlib
 import csv
 import functools
@@ -18,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TextIO
 
-from engine.base.errors import UserError
+from engine.base.errors import UserError, warn
 
 TEXT = (".txt", ".md", ".text", ".raw", ".tokens")
 PIECE = 1 << 20  # characters after which a document is cut at the next good place
@@ -65,17 +66,20 @@ def find(
     field: str = "text",
     separator: str = "",
     errors: str = "strict",
+    encoding: str = "",
 ) -> list[Source]:
     """The files that --source names, in order.
 
-    field: where a line or row has its text. separator: divides a text into documents."""
+    field: where a line or row has its text: a name, data.text for a field in a field, or several
+    with commas, joined. separator: divides a text into documents. encoding: empty: UTF-8, or what a
+    byte-order mark says."""
 
     def pieces(path: str) -> Pieces:
         with one_line_errors(path):
             if format_of(path) in TEXT:
-                chunks = _read_text(path, separator, errors)
+                chunks = _read_text(path, separator, errors, encoding)
             else:
-                texts = RECORDS[format_of(path)](path, field, errors)
+                texts = RECORDS[format_of(path)](path, field, errors, encoding)
                 chunks = ((text, True) for text in texts)
             yield from split_documents(chunks)
 
@@ -109,29 +113,56 @@ def format_of(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
-def _open_text(path: str, errors: str) -> TextIO:
-    """Open a text file so that its line endings stay as they are."""
+def _open_text(path: str, errors: str, encoding: str, newline: str | None = None) -> TextIO:
+    """Open a text file; by default, every kind of line end is read as a newline."""
     opener = gzip.open if path.lower().endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n")
+    with opener(path, "rb") as file:
+        start = file.read(CHUNK)
+    if start.startswith(b"PK\x03\x04"):
+        raise UserError("this is a zip archive; unpack it first")
+    if not encoding and start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    if not encoding and b"\0" in start:
+        raise UserError("it has NUL bytes, so it is no text, or give --encoding=utf-16-le")
+    return opener(path, "rt", encoding=encoding or "utf-8-sig", errors=errors, newline=newline)
 
 
-def _read_text(path: str, separator: str, errors: str) -> Chunks:
-    rest = ""
-    with _open_text(path, errors) as file:
+def likely_encoding(text: bytes) -> str:
+    """A guess for text that is not UTF-8: Chinese has its high bytes in pairs."""
+    pairs = len(re.findall(rb"[\x81-\xfe]{2}", text))
+    single = len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", text))
+    return "gb18030" if pairs > single else "cp1252"
+
+
+def _read_text(path: str, separator: str, errors: str, encoding: str) -> Chunks:
+    rest, has_separator = "", not separator
+    with _open_text(path, errors, encoding) as file:
         while chunk := file.read(CHUNK):
             rest += chunk
             if separator:
                 *documents, rest = rest.split(separator)
+                has_separator |= bool(documents)
                 yield from ((document, True) for document in documents)
             # keep what may be the start of a separator
             safe = max(0, len(rest) - max(0, len(separator) - 1))
             yield rest[:safe], False
             rest = rest[safe:]
     yield rest, True
+    if not has_separator:
+        warn(f"{path} does not have the separator {separator!r}: it is one document")
 
 
-def _read_json_lines(path: str, field: str, errors: str) -> Iterator[str]:
-    with _open_text(path, errors) as file:
+def _read_json(path: str, field: str, errors: str, encoding: str) -> Iterator[str]:
+    with _open_text(path, errors, encoding) as file:
+        records = json.load(file)
+    if not isinstance(records, list):
+        raise UserError("it holds no list of records; one record per line is a .jsonl")
+    for record in records:
+        yield _text_in(record, field)
+
+
+def _read_json_lines(path: str, field: str, errors: str, encoding: str) -> Iterator[str]:
+    with _open_text(path, errors, encoding) as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
                 continue
@@ -142,14 +173,15 @@ def _read_json_lines(path: str, field: str, errors: str) -> Iterator[str]:
             yield text
 
 
-def _read_csv(path: str, field: str, errors: str) -> Iterator[str]:
+def _read_csv(path: str, field: str, errors: str, encoding: str) -> Iterator[str]:
     csv.field_size_limit(1 << 30)
-    with _open_text(path, errors) as file:
-        for row in csv.DictReader(file):
+    delimiter = "\t" if format_of(path) == ".tsv" else ","
+    with _open_text(path, errors, encoding, newline="") as file:
+        for row in csv.DictReader(file, delimiter=delimiter):
             yield _text_in(row, field)
 
 
-def _read_parquet(path: str, field: str, _: str) -> Iterator[str]:
+def _read_parquet(path: str, field: str, *_) -> Iterator[str]:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
@@ -160,9 +192,11 @@ def _read_parquet(path: str, field: str, _: str) -> Iterator[str]:
 
 
 RECORDS = {
+    ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }
 KNOWN = (*TEXT, *RECORDS)
 HELP = f"known are {' '.join(KNOWN)}, and these followed by .gz"
@@ -214,7 +248,13 @@ def _column(rows, field: str, title: str) -> Iterator[str]:
 
 
 def _text_in(record: dict, field: str) -> str:
-    """The text in a field of a record; empty for null."""
+    """The text in a field of a record, or in several; empty for null."""
+    if field not in record and "," in field:
+        return "".join(_text_in(record, name) for name in field.split(","))
+    if field not in record and "." in field:
+        outer, _, inner = field.partition(".")
+        if isinstance(record.get(outer), dict):
+            return _text_in(record[outer], inner)
     if field not in record:
         found = ", ".join(map(str, record))[:200]
         raise UserError(f"no field {field!r}, only {found}; give --field=...")
@@ -234,5 +274,8 @@ def one_line_errors(name: str) -> Iterator[None]:
     except Exception as error:  # six libraries raise errors without a common base class
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if isinstance(error, UnicodeError):
-            reason += "; convert it to UTF-8, or give --errors=replace"
+            reason += "; "
+            if isinstance(error, UnicodeDecodeError):
+                reason += f"give --encoding, likely {likely_encoding(error.object)}, or "
+            reason += "--errors=replace"
         raise UserError(f"{name}: {reason}") from None
