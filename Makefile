@@ -110,10 +110,10 @@ bench: .venv/.installed-dev
 	$(PY) bench/generate.py $(FLAGS)
 
 reliability: .venv/.installed-dev
-	$(PY) -m tests.faults --kills=100 --corruptions=40 --signals=50 --preparations=50
+	$(PY) -m tests.faults --one_process=150
 
 soak: .venv/.installed-dev
-	$(PY) -m tests.faults --soak=3600
+	$(PY) -m tests.faults --two_processes=500
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

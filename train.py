@@ -1,4 +1,4 @@
-"""Train a GPT. This file is the loop. On its own it trains the softmax baseline; train_bayes.py,
+"""Train a GPT. This file is the loop. By itself it trains the softmax baseline; train_bayes.py,
 train_sigmoid.py and the others set another head.
 
     # one process, CPU or GPU
@@ -6,20 +6,22 @@ train_sigmoid.py and the others set another head.
     # one machine with 8 GPUs
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-Data, dropout and noise of micro-batch i depend on (seed, i) alone. So evaluating or logging more
-often never changes training, and a resumed run, or one on more processes, repeats the run of a
-single process.
+Data, dropout and noise of micro-batch i depend only on (seed, i). So evaluating or logging more
+often does not change training. A resumed run repeats the uninterrupted one, and several processes
+repeat the run of a single process.
 """
 
 import math
 import sys
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
 from engine.base import distributed
+from engine.base.distributed import Processes
 from engine.base.errors import Diverged, UserError, run_main
 from engine.base.optim import make_optimizer, set_learning_rate
 from engine.base.options import (
@@ -32,86 +34,86 @@ from engine.base.options import (
     load_config,
 )
 from engine.base.sharding import clip_gradients
-from engine.data.batches import Batches
+from engine.data.batches import Batch, Batches
 from engine.data.labels import MODES
+from engine.data.tokens import TokenFile
 from engine.data.windows import eval_batches
 from engine.eval.validation import mean_loss
 from engine.runs.fit import fit_posterior
 from engine.runs.saver import Saver
-from engine.runs.start import describe_run, open_run, prepare_run, training_labels
+from engine.runs.start import open_run, prepare_run, training_labels
 from model import GPT, GPTConfig
 
-MAX_SKIPPED = 25  # steps in a row; float16's loss scale comes from 65536 to 1 in 16
+MAX_SKIPPED = 25  # steps in a row; float16's loss scale falls from 65536 to 1 in 16
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Names, meanings and defaults are nanoGPT's wherever nanoGPT has the option."""
+    """Options that nanoGPT has keep its names, meanings and defaults."""
 
     out_dir: str = "out"  # the run's folder: checkpoints, metrics.jsonl, config.json
     eval_interval: PositiveInt = 2000  # steps between evaluations; the last step always has one
     log_interval: PositiveInt = 1  # steps between training records
     # batches of the validation split in an evaluation, the same ones each time
     eval_iters: PositiveInt = 200
-    eval_only: bool = False  # evaluate once and end
-    # end after so many eval_intervals without a lower validation nll (early stop); 0: at max_iters
+    eval_only: bool = False  # evaluate once and exit
+    # early stopping after this many eval_intervals without a lower validation nll; 0: never
     patience: NonNegativeInt = 0
-    # False: save only when the validation nll is the lowest yet
+    # False: save only when the validation nll is the lowest so far
     always_save_checkpoint: bool = True
-    save_interval: NonNegativeInt = 0  # steps between checkpoints; 0: as eval_interval
+    save_interval: NonNegativeInt = 0  # steps between checkpoints; 0: eval_interval
     # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
     init_from: str = "scratch"
-    # no longer needed: an option that is given on resuming wins
-    allow_change: str = ""
     seed: Seed = 1337  # of weights, data order, dropout and noise
-    # log to Weights & Biases as well (offline without an account); val/ compares heads there
+    # also log to Weights & Biases (offline without an account); its val/ charts compare heads
     wandb_log: bool = False
-    wandb_project: str = "owt"  # project name there
-    # run name there; empty: out_dir (nanoGPT's default, gpt2, would name all heads alike)
+    wandb_project: str = "owt"  # project name in Weights & Biases
+    # run name there; empty: out_dir (nanoGPT's default, gpt2, would give all heads one name)
     wandb_run_name: str = ""
     # a folder in data/, or the path of a folder with train.bin and val.bin
     dataset: str = "openwebtext"
-    # teacher labels to train on, by their --name in augmentation/teacher_labels.py
+    # teacher labels to train on: their --name in augmentation/teacher_labels.py
     labels: str = ""
-    # soft: the teacher shares in the true token's label | set: all are labels of 1 (sigmoid)
+    # soft: mix the teacher's into the true token's label | set: each id is a label of 1 (sigmoid)
     label_mode: Literal[MODES] = "soft"
-    label_weight: Fraction = 0.5  # soft: the teacher's share where there are labels, in [0, 1]
-    # micro-batches in a step, over all processes; more and smaller ones if these do not divide it
+    label_weight: Fraction = 0.5  # soft: the teacher's part of a label, in [0, 1]
+    # micro-batches in a step, over all processes; more and smaller ones if needed to share them
     gradient_accumulation_steps: PositiveInt = 40
-    # blocks in a micro-batch; lower it when memory runs out, and accumulate more
+    # blocks in a micro-batch; when memory runs out, lower it and accumulate more
     batch_size: Annotated[int, ">= 1", "<= 1e6"] = 12
     model: GPTConfig = GPTConfig()
-    # adamw | muon: Muon for the matrices in the blocks, AdamW for the rest; fewer steps do as much
+    # adamw | muon: Muon for the matrices in the blocks, AdamW for the rest; it needs fewer steps
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: NonNegativeFloat = 6e-4  # peak; small models take more: 1e-3 and above
-    max_iters: NonNegativeInt = 600000  # steps in all
-    weight_decay: NonNegativeFloat = 1e-1  # on matrices and embeddings alone
-    beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # AdamW's memory of the gradient
-    # AdamW's memory of its square; 0.99 where a step has few tokens
+    max_iters: NonNegativeInt = 600000  # steps of the run
+    weight_decay: NonNegativeFloat = 1e-1  # on matrices and embeddings only
+    beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # AdamW's decay of the gradient's average
+    # AdamW's decay of the squared gradient's average; 0.99 if a step has few tokens
     beta2: Annotated[float, ">= 0", "< 1"] = 0.95
-    grad_clip: NonNegativeFloat = 1.0  # clip the gradient's norm; 0 does not
+    grad_clip: NonNegativeFloat = 1.0  # clip the gradient's norm to this; 0: do not clip
     decay_lr: bool = True  # False: a constant learning rate
     # steps of linear warm-up, of the learning rate and of a Bayesian head's KL
     warmup_iters: NonNegativeInt = 2000
-    lr_decay_iters: NonNegativeInt = 0  # steps to decay over; 0: max_iters
-    min_lr: NonNegativeFloat = 6e-5  # where the cosine ends; about learning_rate / 10
-    # none: each process has all weights (DDP) | fsdp: in pieces over all processes (fully_shard)
+    lr_decay_iters: NonNegativeInt = 0  # step at which the decay ends; 0: max_iters
+    min_lr: NonNegativeFloat = 6e-5  # at the end of the decay; about learning_rate / 10
+    # none: each process has all weights (DDP) | fsdp: each has a part of them (fully_shard)
     sharding: Literal["none", "fsdp"] = "none"
-    # seconds without progress after which a process shows its stacks and ends; 0: never
+    # seconds without progress after which a process prints its stacks and exits; 0: never
     hang_timeout: NonNegativeFloat = 600.0
     # of torch.distributed: nccl | gloo | auto: nccl on CUDA, else gloo
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto: the best there is
-    # float32 | bfloat16 | float16 | auto: bfloat16 where the hardware is fast at it
+    device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto: the best available
+    # float32 | bfloat16 | float16 | auto: bfloat16 if the hardware is fast at it
     dtype: str = "auto"
-    # torch.compile: starts a minute later; on a CPU it pays at 50,000 ids
+    # torch.compile: the first step takes a minute longer; on a CPU it pays at 50,000 ids
     compile: bool = torch.cuda.is_available()
 
     def __post_init__(self):
         check_options(self)
         if self.sharding == "fsdp" and self.dtype == "float16":
             raise UserError(
-                "dtype = 'float16' needs a loss scale, and shards have none; use --dtype=bfloat16"
+                "dtype = 'float16' needs a loss scale, which sharding does not support; "
+                "use --dtype=bfloat16"
             )
         if self.sharding == "fsdp" and self.optimizer == "muon":
             raise UserError(
@@ -131,11 +133,11 @@ class TrainConfig:
 
 @dataclass
 class Progress:
-    """How far a run has come: what a checkpoint holds besides the model and the optimiser."""
+    """How far a run is. A checkpoint holds these fields, the model and the optimizer."""
 
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # of training, without evaluations and checkpoints
+    seconds: float = 0.0  # of training, without evaluation and checkpoints
     best_val_nll: float = math.inf
     best_step: int = 0
     skipped: int = 0  # steps without an update, because the loss or the gradient was not finite
@@ -153,25 +155,31 @@ class Progress:
             self.best_val_nll, self.best_step = scores["val_nll"], self.step
         return is_best
 
+    def is_stale(self, patience_steps: int) -> bool:
+        """Whether the best evaluation is at least this many steps ago; 0: never."""
+        return 0 < patience_steps <= self.step - self.best_step
+
     def advance(self, n_tokens: int, is_finite: bool) -> None:
-        """Count a step of n_tokens, which is skipped if its loss or gradient was not finite."""
+        """Count a step of n_tokens. It was skipped if its loss or gradient was not finite."""
         self.step += 1
         self.tokens += n_tokens
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
 
     def check_skipped(self) -> None:
-        """End the run when too many steps in a row were skipped: later ones would be, too."""
+        """End the run after MAX_SKIPPED skipped steps in a row: it would skip later ones, too."""
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise Diverged(
                 f"{MAX_SKIPPED} steps in a row were skipped up to step {self.step}: the loss or "
-                "the gradient is not finite; resume from the last checkpoint with a lower rate, "
-                "--init_from=resume --learning_rate=..., or start again with another --dtype"
+                "the gradient is not finite; resume from the last checkpoint with a lower rate "
+                "(--init_from=resume --learning_rate=...), or start again with another --dtype"
             )
 
 
 def main(**fixed: str) -> None:
-    """Train with the options of the command line; fixed: what a script like train_bayes.py sets."""
+    """Train with the options of the command line.
+
+    fixed: options that a script like train_bayes.py sets itself."""
 
     def train_from_command_line():
         config, given = load_config(TrainConfig, sys.argv[1:], fixed)
@@ -181,38 +189,37 @@ def main(**fixed: str) -> None:
     run_main(train_from_command_line)
 
 
-def train(
-    config: TrainConfig, processes: distributed.Processes, given: Set[str] = frozenset()
-) -> GPT:
-    """Train until max_iters and return the model; given: names of the options that the user set."""
-    config, data, raw_model, state = prepare_run(config, given, processes)
-    device = processes.device
+def open_batches(
+    config: TrainConfig, data: dict[str, TokenFile], processes: Processes, progress: Progress
+) -> tuple[int, Iterator[Batch], list[np.ndarray]]:
+    """Returns the number of micro-batches in a step, those of this process from the next step to
+    the last, and the block starts of the batches that each evaluation reads.
+    """
+    batch_size, block_size = config.batch_size, config.model.block_size
+    val_batches = eval_batches(data["val"], block_size, batch_size, config.eval_iters)
     n_micro, batch_size = distributed.divide_step(
-        config.gradient_accumulation_steps, config.batch_size, processes.world_size
+        config.gradient_accumulation_steps, batch_size, processes.world_size
     )
-    cast, dtype = distributed.autocast(device, config.dtype)
-    model = processes.wrap(raw_model, config.compile, config.sharding)
-    betas = (config.beta1, config.beta2)
-    optimizer = make_optimizer(
-        raw_model, config.learning_rate, betas, config.weight_decay, config.optimizer
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-
-    block_size = config.model.block_size
     labels = training_labels(config, data["train"])
     batches = Batches(data["train"], batch_size, block_size, config.seed, labels)
-    my_micro_batches = processes.share(progress.step * n_micro, config.max_iters * n_micro)
-    prefetched = batches.prefetched(my_micro_batches, device)
-    val_batches = eval_batches(data["val"], block_size, config.batch_size, config.eval_iters)
-    run_info = describe_run(config, data)
-    saver = Saver(processes, progress, raw_model, optimizer, scaler, run_info)
-    saver.restore(state)
-    run = open_run(config, data, processes, raw_model, dtype, progress)
+    numbers = processes.share(progress.step * n_micro, config.max_iters * n_micro)
+    return n_micro, batches.prefetched(numbers, processes.device), val_batches
 
-    with run as log, processes.watch.watching(), saver:
+
+def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset()) -> GPT:
+    """Train until max_iters and return the model; given: names of the options that the user set."""
+    config, data, raw_model, state = prepare_run(config, given, processes)
+    cast, dtype = distributed.autocast(processes.device, config.dtype)
+    model = processes.wrap(raw_model, config.compile, config.sharding)
+    name, betas = config.optimizer, (config.beta1, config.beta2)
+    optimizer = make_optimizer(raw_model, config.learning_rate, betas, config.weight_decay, name)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == "float16")
+    progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
+    n_micro, batches, val_batches = open_batches(config, data, processes, progress)
+    saver = Saver(config, data, processes, progress, raw_model, optimizer, scaler)
+    saver.restore(state)
+    with open_run(config, data, processes, raw_model, dtype, progress) as log, saver:
         for step in range(progress.step, config.max_iters + 1):
-            # the KL of a Bayesian head warms up with the learning rate
             raw_model.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
             is_last = step == config.max_iters or config.eval_only
             improved = False
@@ -221,8 +228,7 @@ def train(
                     scores = mean_loss(raw_model, val_batches, data["val"], processes, cast)
                 improved = progress.improves(scores)
                 log.evaluation(scores)
-                patience_steps = config.patience * config.eval_interval
-                is_last |= 0 < patience_steps <= step - progress.best_step
+                is_last |= progress.is_stale(config.patience * config.eval_interval)
             if is_last and config.model.head.posterior == "kron" and not config.eval_only:
                 log.say(fit_posterior(raw_model, data, processes, cast))
                 saver.saved_step = -1  # this step is saved again: its posterior has changed
@@ -235,15 +241,15 @@ def train(
                 break
 
             lr = set_learning_rate(optimizer, step, config)
-            loss = torch.zeros(1, device=device)
+            loss = torch.zeros(1, device=processes.device)
             for micro_batch in processes.micro_batches(model, step * n_micro, (step + 1) * n_micro):
                 distributed.seed_micro_batch(config.seed, micro_batch)
                 with cast:
-                    micro_loss = model(*next(prefetched))
-                # gradients are averaged over the processes, so each divides by its own share
+                    micro_loss = model(*next(batches))
+                # DDP averages gradients over processes, so divide by this process's share
                 scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
                 loss += micro_loss.detach() / n_micro
-            # after this, all processes finish the step or none: a signal interrupts here, if at all
+            # a signal interrupts all processes here or none: either all finish the step or none
             (loss,) = processes.all_reduce(loss)
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(raw_model.parameters(), config.grad_clip)

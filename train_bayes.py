@@ -1,6 +1,6 @@
 """Bayes-GPT: a Gaussian posterior over the output weights, softmax likelihood.
 
-The loop and all options are train.py's, the head is in heads/.
+The loop and the options are in train.py, the head is in heads/.
 
 python train_bayes.py config/quickstart.py
 torchrun --standalone --nproc_per_node=8 train_bayes.py config/train_gpt2.py

@@ -1,6 +1,6 @@
 """Bayes-Sig-GPT: a Gaussian posterior over the output weights, a Bernoulli per token.
 
-The loop and all options are train.py's, the head is in heads/.
+The loop and the options are in train.py, the head is in heads/.
 
 python train_bayes_sigmoid.py config/quickstart.py
 torchrun --standalone --nproc_per_node=8 train_bayes_sigmoid.py config/train_gpt2.py

@@ -1,6 +1,6 @@
 """Smooth-GPT: softmax trained on smoothed targets.
 
-The loop and all options are train.py's, the head is in heads/.
+The loop and the options are in train.py, the head is in heads/.
 
 python train_smooth.py config/quickstart.py
 torchrun --standalone --nproc_per_node=8 train_smooth.py config/train_gpt2.py

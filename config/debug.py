@@ -1,7 +1,7 @@
-# Does everything work? A tiny GPT on the quick start's books with every part of a run in it:
-# evaluations, checkpoints, records. Its 60 steps of 256 tokens (15,360 tokens) are no language
+# Checks whether everything works: a tiny GPT on the quick start's books, with all parts of a run
+# (evaluations, checkpoints, records). 60 steps of 256 tokens (15,360 tokens) do not make a language
 # model: expect a validation nll near 6.33 (measured). 14 s on two busy CPU cores (measured), start
-# and end included; an estimated 0.04 GB of memory beside the libraries.
+# and end included; 0.04 GB of memory besides the libraries (estimated).
 #     python data/quickstart/prepare.py
 #     python train.py config/debug.py
 dataset = "quickstart"

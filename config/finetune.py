@@ -1,11 +1,10 @@
 # Fine-tune on your own text, with any head, from a run of ours, nanoGPT's or OpenAI's GPT-2.
 #     python data/text/prepare.py --source=mine.txt --name=mine --tokenizer=gpt2
 #     python train_bayes.py config/finetune.py --init_from=gpt2 --dataset=mine --out_dir=out/mine
-# (from a run of ours: --tokenizer=RUN and --init_from=RUN). Step 0 has the validation nll of the
-# original, nearly so for a sigmoid head on softmax weights. The run ends after three evaluations
-# without a lower nll; the newest checkpoint in its folder is the best. At most 2000 steps of 8,192
-# tokens from GPT-2 124M: an estimated 2 minutes on an A100, 5 GB of memory (not run by us from
-# GPT-2).
+# From a run of ours: --tokenizer=RUN and --init_from=RUN. Step 0 has the validation nll of the
+# original, or nearly so for a sigmoid head on softmax weights. The run ends after three evaluations
+# without a lower nll; then the newest checkpoint in its folder is the best. At most 2000 steps of
+# 8,192 tokens. From GPT-2 124M: 2 minutes on an A100 and 5 GB of memory (estimated, not run by us).
 out_dir = "out/finetune"
 init_from = "gpt2"
 dataset = "mytext"
@@ -13,13 +12,13 @@ batch_size = 4
 gradient_accumulation_steps = 2
 dropout = 0.1
 
-# a tenth of the rate of the first training: OpenAI's GPT-2 had 6e-4, quickstart.py has 4e-3
+# a tenth of the rate of pretraining, which is 6e-4 for GPT-2 and 4e-3 in quickstart.py
 learning_rate = 5e-5
 warmup_iters = 20
 decay_lr = False
 max_iters = 2000
 weight_decay = 0.01
-kl_weight = 0.1  # a tempered posterior: few tokens would hardly move a full one
+kl_weight = 0.1  # temper the posterior: without that, few tokens hardly move it
 
 log_interval = 10
 eval_interval = 20

@@ -1,8 +1,8 @@
 # OpenAI's GPT-2 XL on Shakespeare, nanoGPT's recipe: 20 steps of 32,768 tokens. Not run by us, so
-# no validation nll to expect; an estimated minute or two on an A100, and 35 GB of memory (from gpt2
-# or gpt2-medium a small GPU will do). The weights come from the Hugging Face Hub, or a folder that
-# transformers saved: --init_from=FOLDER. The newest checkpoint in the folder is the best. Any
-# head will do.
+# there is no validation nll to expect. A minute or two on an A100 and 35 GB of memory (estimated);
+# gpt2 and gpt2-medium fit on a small GPU. The weights come from the Hugging Face Hub, or from a
+# folder that transformers saved: --init_from=FOLDER. The newest checkpoint in the folder is the
+# best. Any head works.
 #     python data/shakespeare/prepare.py
 #     python train.py config/finetune_shakespeare.py
 #     python sample.py --out_dir=out-shakespeare

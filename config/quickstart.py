@@ -1,5 +1,5 @@
-# What `make run` trains, five times with five heads: a small GPT on four books (data/quickstart),
-# one epoch: 720 steps of 2,048 tokens, 1.47 M tokens in all. Expect a validation nll of 4.28 to
+# `make run` trains this five times, once for each head: a small GPT on four books (data/quickstart)
+# for one epoch, 720 steps of 2,048 tokens, 1.47 M tokens in all. Expect a validation nll of 4.28 to
 # 4.35 by head (measured, training_logs/quickstart; unigram: 6.4) after a minute on two CPU cores
 # (measured: 50 to 57 s of training); 0.57 GB of memory (measured, the whole process).
 #     python data/quickstart/prepare.py
@@ -24,6 +24,6 @@ eval_iters = 25
 log_interval = 40
 compile = False  # at this size compiling takes longer than it saves
 
-# the same start for all heads; a tempered posterior, because 1.5 M tokens are few
+# all heads start from token frequencies; the posterior is tempered, because 1.5 M tokens are few
 logit_bias = "unigram"
 kl_weight = 0.1

@@ -1,8 +1,8 @@
 # GPT-2 124M on FineWeb-Edu's sample of 10 B tokens, one epoch: 19073 steps of 524,288 tokens,
-# 10.0 B in all. Batch, rate and warm-up are build-nanogpt's (0.5 M tokens and 6e-4 at this size are
-# GPT-3's: Brown et al. 2020, table 2.1). Not run by us, so no validation nll to expect. At 40 % of
-# the bf16 peak an estimated 19 hours on one A100 or 6 on one H200. Estimated memory for each
-# process: 10 GB.
+# 10.0 B in all. Batch size, learning rate and warm-up are build-nanogpt's; GPT-3 also has 0.5 M
+# tokens and 6e-4 at this size (Brown et al. 2020, table 2.1). Not run by us, so there is no
+# validation nll to expect. At 40 % of the bf16 peak, 19 hours on one A100 or 6 on one H200
+# (estimated). 10 GB of memory for each process (estimated).
 #     python data/fineweb_edu/prepare.py
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fineweb_edu.py
 dataset = "fineweb_edu"

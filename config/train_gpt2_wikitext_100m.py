@@ -1,6 +1,6 @@
 # GPT-2 124M on WikiText-103 (118 M tokens), 4 epochs: 900 steps of 524,288 tokens, 472 M in all.
-# Not run by us, so no validation nll to expect. At 40 % of the bf16 peak an estimated 54 minutes on
-# one A100 or 17 on one H200. Estimated memory for each process: 10 GB.
+# Not run by us, so there is no validation nll to expect. At 40 % of the bf16 peak, 54 minutes on
+# one A100 or 17 on one H200 (estimated). 10 GB of memory for each process (estimated).
 #     python data/wikitext/prepare.py
 #     python train.py config/train_gpt2_wikitext_100m.py
 #     python train.py config/train_gpt2_wikitext_100m.py config/rows/bayes.py \
@@ -18,7 +18,7 @@ max_iters = 900
 warmup_iters = 90
 
 eval_interval = 56  # a quarter of an epoch
-eval_iters = 14  # of 16 blocks: all of the 215 k tokens of the validation split
+eval_iters = 14  # of 16 blocks: all 215 k tokens of the validation split
 log_interval = 10
 
-logit_bias = "unigram"  # the same start for all heads
+logit_bias = "unigram"  # all heads start from token frequencies

@@ -1,6 +1,7 @@
-# Sig-GPT 124M on WikiText-103: as train_gpt2_wikitext_100m.py, 900 steps of 524,288 tokens, 472 M
-# in all, with a Bernoulli for each token. Not run by us, so no validation nll to expect. An
-# estimated 54 minutes on one A100 or 17 on one H200, and 10 GB of memory for each process.
+# Sig-GPT 124M on WikiText-103: train_gpt2_wikitext_100m.py (900 steps of 524,288 tokens,
+# 472 M in all) with a Bernoulli for each token.
+# Not run by us, so there is no validation nll to expect. 54 minutes on one A100 or 17 on one H200,
+# and 10 GB of memory for each process (estimated).
 #     python data/wikitext/prepare.py
 #     torchrun train_sigmoid.py config/train_sigmoid_gpt2_wikitext_100m.py
 from config.rows.sigmoid import *

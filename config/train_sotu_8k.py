@@ -1,7 +1,7 @@
-# The State of the Union addresses, a BPE of 8,192 learnt on them (1.97 M tokens), one epoch for the
-# model of train_wikitext2_8k.py: 963 steps of 2,048 tokens, 1.97 M in all; the study's second
-# corpus. 6 minutes of steps (measured, one thread of a CPU without AMX, beside another run), the
-# same memory.
+# The second corpus of the study: the State of the Union addresses with a BPE of 8,192 trained on
+# them (1.97 M tokens), one epoch for the model of train_wikitext2_8k.py, 963 steps of 2,048 tokens,
+# 1.97 M in all. 6 minutes of steps (measured, one thread of a CPU without AMX, next to another
+# run), and as much memory.
 #     python data/text/prepare.py --source=sotu.txt --separator='\n\n' --name=sotu_8k \
 #         --tokenizer=bpe --vocab_size=8192
 #     python train.py config/train_sotu_8k.py config/rows/bayes.py --out_dir=out/sotu_8k/bayes

@@ -1,7 +1,7 @@
-# WikiText-2, a BPE of 8,192 learnt on it (2.70 M tokens), one epoch for a small GPT: 1316 steps of
-# 2,048 tokens, 2.70 M in all; the study's first regime (training_logs/README.md). 4 minutes of
-# steps on one thread of a CPU with AMX, 10 without, beside another run; 0.8 GB of memory (measured,
-# the whole process of softmax and smooth).
+# The first regime of the study (training_logs/README.md): WikiText-2 with a BPE of 8,192 trained on
+# it (2.70 M tokens), one epoch for a small GPT, 1316 steps of 2,048 tokens, 2.70 M in all. 4
+# minutes of steps on one thread of a CPU with AMX or 10 without, next to another run (measured);
+# 0.8 GB of memory (measured, the whole process of softmax and smooth).
 #     python data/wikitext/prepare.py --version=2 --tokenizer=bpe --vocab_size=8192 \
 #         --folder=data/wikitext2_8k
 #     python train.py config/train_wikitext2_8k.py config/rows/bayes.py \
@@ -15,7 +15,7 @@ n_embd = 192
 
 batch_size = 8
 gradient_accumulation_steps = 1
-learning_rate = 2e-3  # what most rows chose of 4e-3, 2e-3 and 1e-3
+learning_rate = 2e-3  # the best of 4e-3, 2e-3 and 1e-3 for most rows
 min_lr = 2e-4
 beta2 = 0.99
 max_iters = 1316
@@ -26,4 +26,4 @@ eval_iters = 40
 log_interval = 20
 compile = True
 
-logit_bias = "unigram"  # the same start for all heads
+logit_bias = "unigram"  # all heads start from token frequencies

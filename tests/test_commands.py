@@ -11,11 +11,9 @@ import runpy
 import shlex
 import subprocess
 
-import pytest
-
 from engine.base.options import load_config
 from tests.helpers import ROOT
-from tests.test_rows import fixed_by
+from tests.test_config import FIXED
 
 TRACKED = subprocess.run(
     ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -23,100 +21,71 @@ TRACKED = subprocess.run(
 # what a reader adds: a config file, the head of docs/heads.md, the data set of docs/data.md
 PLACEHOLDERS = {"mine.py", "config/mine.py", "--likelihood=softcap", "data/enwik8/prepare.py"}
 COMMAND = re.compile(r"\b(?:python3?|torchrun|sbatch|\$\(PY\)) ([^\n`|]*)")
-OPTIONS = {  # script -> the class of its options, where that is not called Options
-    "train.py": "TrainConfig",
-    "sample.py": "SampleConfig",
-    "evaluate.py": "EvaluateConfig",
-    "hellaswag.py": "HellaSwagConfig",
-    "export.py": "ExportConfig",
-    "study/__main__.py": "StudyConfig",
-}
+# parts of a line that are no arguments: a remark, a comment, [optional], the next command
+REMARKS = re.compile(r"(?<=\S) {2,}(?!--)\S.*| #.*|\[.*?\]|[;)].*")
 
 
-@functools.cache
 def documentation() -> dict[str, str]:
     """File -> its text that may hold commands."""
     found = {}
     for path in TRACKED:
+        text = (ROOT / path).read_text() if path.endswith((".md", ".py", "Makefile")) else ""
+        if path.endswith(".py"):
+            comments = "\n".join(re.findall(r"^#[ ]?(.*)$", text, re.MULTILINE))
+            text = comments + "\n" + (ast.get_docstring(ast.parse(text)) or "")
         is_log = path.startswith("training_logs/") and path.count("/") > 1
-        if not is_log and (path.endswith(".md") or path == "Makefile"):
-            found[path] = (ROOT / path).read_text()
-        elif path.endswith(".py") and not path.startswith("tests/"):
-            source = (ROOT / path).read_text()
-            comments = "\n".join(re.findall(r"^#[ ]?(.*)$", source, re.MULTILINE))
-            found[path] = comments + "\n" + (ast.get_docstring(ast.parse(source)) or "")
+        if text and not is_log and not path.startswith("tests/"):
+            found[path] = re.sub(r"\\\n\s*", " ", text)
     return found
 
 
-def commands(text: str) -> list[list[str]]:
-    """The words of each command that runs a Python file or module."""
-    found = []
-    for command in COMMAND.findall(re.sub(r"\\\n\s*", " ", text)):
-        command = re.sub(r"(?<=\S) {2,}(?!--)\S.*| #.*|\[.*?\]|[;)].*", "", command)
-        try:
-            words = shlex.split(command)
-        except ValueError:  # an apostrophe of the text that follows
-            words = command.split()
-        starts = [i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"]
-        if starts and "-c" not in words[: starts[0]]:
-            found.append(words[starts[0] :])
-    return found
+def split(command: str) -> list[str]:
+    command = REMARKS.sub("", command)
+    try:
+        return shlex.split(command)
+    except ValueError:  # an apostrophe of the text that follows
+        return command.split()
 
 
 def arguments(words: list[str]) -> list[str]:
     """Config files and flags of a command, up to the text that follows it."""
     found = []
-    for before, word in zip(words, words[1:], strict=False):
+    before = ""
+    for word in words:
         is_value = before.startswith("--") and "=" not in before
-        if word.startswith("--") or word.endswith(".py") or is_value:
-            found.append(word.rstrip(".,:"))
-        else:
+        if not (word.startswith("--") or word.endswith(".py") or is_value):
             break
+        before = word.rstrip(".,:")
+        if before not in PLACEHOLDERS | {"--help"} and "$" not in before:
+            found.append(before)
     return found
 
 
-@pytest.mark.parametrize("page", documentation())
-def test_commands_name_files_and_options_that_exist(page, monkeypatch):
+def test_commands_name_files_and_options_that_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for script, *rest in commands(documentation()[page]):
-        if script == "-m":
-            module = rest.pop(0).replace(".", "/")
-            names = [f"{module}.py", f"{module}/__main__.py"]
-            script = next((name for name in names if name in TRACKED), "")
-            assert script or "/" not in module and module not in ("study", "tests"), module
-            if not script:
-                continue  # another package's: pip, pytest, venv
-        if script not in PLACEHOLDERS:
-            assert script in TRACKED, script
-            check_options(script, arguments([script, *rest]))
-
-
-def check_options(script: str, argv: list[str]) -> None:
-    argv = [word for word in argv if word not in PLACEHOLDERS | {"--help"} and "$" not in word]
-    if script.startswith("bench/"):
-        known = {"quick", "rounds", "cases"} | set(re.findall(r"(\w+)=", read(script)))
-        options = [word for word in argv if word.startswith("--")]
-        assert {word[2:].partition("=")[0] for word in options} <= known
-        return
-    is_train = re.fullmatch(r"train\w*\.py", script)
-    if options := options_of("train.py" if is_train else script):
-        load_config(options, argv, fixed_by(script) if is_train else None)
+    for page, text in documentation().items():
+        for command in COMMAND.findall(text):
+            words = split(command.replace("-m study ", "study/__main__.py "))
+            scripts = [word for word in words if word.endswith(".py")]
+            if "-c" in words or "-m" in words or not scripts or scripts[0] in PLACEHOLDERS:
+                continue
+            script = scripts[0]
+            assert script in TRACKED, f"{page}: {command}"
+            if options := options_of("train.py" if script in FIXED else script):
+                argv = arguments(words[words.index(script) + 1 :])
+                load_config(options, argv, FIXED.get(script))
 
 
 @functools.cache
 def options_of(script: str) -> type | None:
-    name = OPTIONS.get(script, "Options")
-    if f"class {name}" not in read(script):
-        return None
-    return runpy.run_path(script, run_name="documented")[name]
-
-
-def read(path: str) -> str:
-    return (ROOT / path).read_text()
+    """The dataclass of a script's options."""
+    source = (ROOT / script).read_text()
+    name = re.search(r"load_config\((\w+)|class Options", source)
+    return runpy.run_path(script)[name[1] or "Options"] if name else None
 
 
 def test_documented_targets_are_in_the_makefile():
-    targets = set(re.findall(r"^(\w+):", read("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page, text in documentation().items():
-        named = re.findall(r"(?:^ {4}|`)make ([a-z]+)", text, re.MULTILINE)
+        named = re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, re.MULTILINE)
         assert set(named) <= targets, page

@@ -1,6 +1,7 @@
 """A resumed run repeats the uninterrupted one bit for bit."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -124,23 +125,24 @@ def test_a_folder_of_the_first_edition_resumes_bit_for_bit(words_data, whole, ha
     assert same_weights(run(words_data, half, **LONG, init_from="resume"), whole[0])
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
-    words_data, whole, half, capsys, damage
+    words_data, whole, half, capsys
 ):
     path = half / NEWEST
-    contents = bytearray(path.read_bytes())
-    middle = len(contents) // 2
-    if damage == "cut":
-        del contents[middle:]
-    else:
-        contents[middle] ^= 255
-    path.write_bytes(contents)
+    contents = path.read_bytes()
+    rng = random.Random(0)
+    n_damaged = 0
+    for i in range(40):
+        at = rng.randrange(len(contents))
+        flipped = bytes([contents[at] ^ 1 << rng.randrange(8)])
+        path.write_bytes(contents[:at] + (b"" if i % 2 else flipped + contents[at + 1 :]))
+        step = checkpoint.read_newest(half)["step"]
+        warning = capsys.readouterr().err
+        n_damaged += step == 3
+        # a bit between the parts of the file changes nothing that is read
+        assert (step == 3) == (str(path) in warning) and warning.count("\n") <= 1
+    assert n_damaged > 35 and step == 3
     assert same_weights(run(words_data, half, **LONG, init_from="resume"), whole[0])
-    warning = capsys.readouterr().err
-    assert str(path) in warning and warning.count("\n") == 1
-    starts = json.loads((half / "config.json").read_text())["starts"]
-    assert starts[-1]["step"] == 3
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_a_signal_after_the_first_step_interrupts_at_the_next_heartbeat(capfd):
     watch, before = Watch(), signal.getsignal(signal.SIGTERM)
     processes = Processes(torch.device("cpu"), watch=watch)
     with watch.watching():
-        assert signal.getsignal(signal.SIGTERM) == before  # nothing to save yet
+        assert signal.getsignal(signal.SIGTERM) == before  # there is nothing to save yet
         watch.catch_signals()
         processes.heartbeat()
         os.kill(os.getpid(), signal.SIGTERM)

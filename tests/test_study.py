@@ -1,4 +1,4 @@
-"""python -m study on a tiny study: interrupted, resumed, complete. tests/test_rows.py has the
+"""python -m study on a tiny study: interrupted, resumed, complete. tests/test_configs.py has the
 variants.
 """
 

@@ -48,11 +48,19 @@ def nanogpt_learning_rate(step: int) -> float:
 
 @every_head
 def test_training_is_a_plain_loop_with_adamw(words_data, tmp_path, weights, likelihood):
-    options = {"weights": weights, "likelihood": likelihood, "dropout": 0.1, "grad_clip": 0.5}
-    options |= {"gradient_accumulation_steps": 2, "weight_decay": 0.5, "beta2": 0.95}
-    options |= {"warmup_iters": 2, "lr_decay_iters": 4}
+    options = {
+        "weights": weights,
+        "likelihood": likelihood,
+        "dropout": 0.1,
+        "grad_clip": 0.5 if likelihood == "sigmoid" else 0.0,
+        "gradient_accumulation_steps": 2,
+        "weight_decay": 0.5,
+        "warmup_iters": 2,
+        "lr_decay_iters": 4,
+        "seed": 7,
+    }
     model = run(words_data, tmp_path / "start", **options, max_iters=0).train()
-    batches = Batches(TokenFile(words_data, "train"), TINY["batch_size"], 16, seed=1337)
+    batches = Batches(TokenFile(words_data, "train"), TINY["batch_size"], 16, seed=7)
     groups = {0.0: [], 0.5: []}  # weight decay -> parameters
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and not name.endswith("log_std")
@@ -61,6 +69,7 @@ def test_training_is_a_plain_loop_with_adamw(words_data, tmp_path, weights, like
         [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
         betas=(0.9, 0.95),
     )
+    max_norm = options["grad_clip"] or math.inf
     expected = []
     for step in range(6):
         for group in optimizer.param_groups:
@@ -68,10 +77,10 @@ def test_training_is_a_plain_loop_with_adamw(words_data, tmp_path, weights, like
         model.lm_head.kl_ramp.fill_(min(1, (step + 1) / 3))
         loss = 0.0
         for micro_batch in (2 * step, 2 * step + 1):
-            distributed.seed_micro_batch(1337, micro_batch)
+            distributed.seed_micro_batch(7, micro_batch)
             loss += model(*batches[micro_batch]) / 2
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         optimizer.zero_grad()
         expected.append((loss.item(), norm.item(), nanogpt_learning_rate(step)))
@@ -81,11 +90,6 @@ def test_training_is_a_plain_loop_with_adamw(words_data, tmp_path, weights, like
     for record, values in zip(found, expected, strict=True):
         assert [record[key] for key in ("loss", "grad_norm", "lr")] == pytest.approx(values, 1e-4)
     assert difference(model, trained) < 1e-5
-
-
-def test_without_decay_lr_the_learning_rate_is_constant(words_data, tmp_path):
-    run(words_data, tmp_path, max_iters=5, decay_lr=False)
-    assert {record["lr"] for record in records(tmp_path, "loss")} == {1e-2}
 
 
 def test_training_records_hold_the_contract(plain):
@@ -100,28 +104,39 @@ def test_training_records_hold_the_contract(plain):
 
 
 def test_evaluations_come_at_their_interval_and_at_the_last_step(words_data, tmp_path):
-    run(words_data, tmp_path, max_iters=7, eval_interval=3, log_interval=3)
+    options = {
+        "decay_lr": False,
+        "eval_interval": 3,
+        "log_interval": 3,
+    }
+    run(words_data, tmp_path, max_iters=7, **options)
     found = records(tmp_path, "val_nll")
     assert [record["step"] for record in found] == [0, 3, 6, 7]
     keys = {"step", "tokens", "val_nll", "val_perplexity", "val_ece", "val_loss"}
     assert all(keys <= record.keys() for record in found)
-    assert [record["step"] for record in records(tmp_path, "loss")] == [3, 6]
+    losses = records(tmp_path, "loss")
+    assert [record["step"] for record in losses] == [3, 6]
+    assert {record["lr"] for record in losses} == {1e-2}  # constant without decay_lr
 
 
 def test_evaluating_logging_and_saving_more_often_change_nothing(words_data, tmp_path):
-    options = {"dropout": 0.1, "weights": "bayes", "max_iters": 12}
+    options = {
+        "dropout": 0.1,
+        "weights": "bayes",
+        "max_iters": 12,
+    }
     rarely = {"eval_interval": 100, "log_interval": 100}
-    often = {"eval_interval": 1, "log_interval": 1, "save_interval": 2, "eval_iters": 3}
+    often = {
+        "eval_interval": 1,
+        "log_interval": 1,
+        "save_interval": 2,
+        "eval_iters": 3,
+    }
     models = [
         run(words_data, tmp_path / "rarely", **options | rarely),
         run(words_data, tmp_path / "often", **options | often),
     ]
     assert same_weights(*models)
-
-
-def test_another_seed_gives_another_model(words_data, plain, tmp_path):
-    other = run(words_data, tmp_path, seed=1)
-    assert difference(other, checkpoint.load_model(plain)) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -226,7 +241,11 @@ def test_eval_only_evaluates_once_and_saves_nothing(words_data, plain, tmp_path)
 
 def test_eval_only_on_a_run_leaves_its_records_alone(words_data, tmp_path):
     run(words_data, tmp_path, max_iters=4, eval_interval=4)
-    longer = {"max_iters": 6, "eval_interval": 100, "always_save_checkpoint": False}
+    longer = {
+        "max_iters": 6,
+        "eval_interval": 100,
+        "always_save_checkpoint": False,
+    }
     run(words_data, tmp_path, **longer, init_from="resume")
     # as after a run whose last evaluations were no improvement
     (tmp_path / "ckpt_00000006.pt").unlink(missing_ok=True)
@@ -236,7 +255,12 @@ def test_eval_only_on_a_run_leaves_its_records_alone(words_data, tmp_path):
 
 
 def test_divergence_ends_in_one_line_and_is_not_saved(words_data, tmp_path):
-    options = {"learning_rate": 1e3, "grad_clip": 0, "eval_interval": 4, "warmup_iters": 0}
+    options = {
+        "learning_rate": 1e3,
+        "grad_clip": 0,
+        "eval_interval": 4,
+        "warmup_iters": 0,
+    }
     with pytest.raises(UserError, match="--learning_rate"):
         run(words_data, tmp_path, **options)
     assert not list(tmp_path.glob("*.pt"))

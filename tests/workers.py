@@ -1,12 +1,13 @@
 """What the tests run as two processes: torchrun tests/workers.py CASES DATA FOLDER.
 
-A failed claim ends a process."""
+A failed assertion ends a process."""
 
 import math
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import train
@@ -23,8 +24,6 @@ SHORT = TINY | {
     "eval_interval": 3,
     "eval_iters": 3,
     "warmup_iters": 2,
-}
-SHORT |= {
     "n_layer": 2,
     "dropout": 0.1,
     "gradient_accumulation_steps": 4,
@@ -34,77 +33,99 @@ SHORT |= {
 
 
 def trained(processes, data: str, out_dir: Path, **options) -> GPT:
-    config, given = load_config(
-        train.TrainConfig, flags(**SHORT | {"dataset": data, "out_dir": out_dir} | options)
-    )
+    options = SHORT | {"dataset": data, "out_dir": out_dir} | options
+    config, given = load_config(train.TrainConfig, flags(**options))
     train.train(config, processes, given)
     return checkpoint.load_model(out_dir)
 
 
-def losses(out_dir: Path) -> list[float]:
-    return [
-        record[key] for key in ("loss", "val_nll", "val_ece") for record in records(out_dir, key)
-    ]
+def check_same_scores(a: Path, b: Path) -> None:
+    """Two runs agree to rounding, which Adam amplifies in the gradients of the first steps."""
+    for key in ("loss", "grad_norm", "val_nll", "val_perplexity", "val_ece", "val_loss"):
+        values = [[record[key] for record in records(folder, key)] for folder in (a, b)]
+        tolerance = 1e-3 if key == "grad_norm" else 1e-5
+        assert values[0] == pytest.approx(values[1], tolerance, tolerance), (key, a)
 
 
 def heads(processes, data: str, folder: Path) -> None:
-    """Of every head: halves are the whole bit for bit, sharded or not, and both have the same
-    losses.
-    """
+    """For every head, two halves are the whole bit for bit, and sharding changes nothing."""
     for weights, likelihood in HEADS:
-        name = folder / f"{weights}_{likelihood}"
-        for sharding in ("none", "fsdp"):
-            options = {"weights": weights, "likelihood": likelihood, "sharding": sharding}
-            whole = trained(processes, data, name / sharding, **options)
-            trained(processes, data, name / f"{sharding}_parts", **options | {"max_iters": 3})
-            parts = trained(
-                processes, data, name / f"{sharding}_parts", **options, init_from="resume"
-            )
-            assert same_weights(whole, parts), (name, sharding)
-            state = checkpoint.read_newest(name / sharding)["model"]
-            tied = (state["transformer.wte.weight"], state["lm_head.weights.weight"])
-            assert tied[0].data_ptr() == tied[1].data_ptr(), "the file has two copies"
-        apart = [
-            abs(a - b) for a, b in zip(*(losses(name / s) for s in ("none", "fsdp")), strict=True)
-        ]
-        assert len(apart) == 12 and max(apart) < 1e-6, (name, apart)
-    mixed = trained(processes, data, folder / "mlp", bayes_mlp=True, max_iters=3, sharding="fsdp")
-    mixed = trained(
-        processes, data, folder / "mlp", bayes_mlp=True, init_from="resume", sharding="none"
-    )
-    assert difference(mixed, trained(processes, data, folder / "mlp_none", bayes_mlp=True)) < 1e-5
+        head = {"weights": weights, "likelihood": likelihood}
+        whole = folder / f"{weights}-{likelihood}"
+        models = {
+            sharding: trained(processes, data, whole / sharding, **head, sharding=sharding)
+            for sharding in ("none", "fsdp")
+        }
+        check_same_scores(whole / "none", whole / "fsdp")
+        sharding = "none" if likelihood == "smooth" else "fsdp"
+        head |= {"sharding": sharding}
+        trained(processes, data, whole / "halves", **head, max_iters=3)
+        halves = trained(processes, data, whole / "halves", **head, init_from="resume")
+        assert same_weights(models[sharding], halves), head
+        state = checkpoint.read_newest(whole / sharding)["model"]
+        embedding, output = state["transformer.wte.weight"], state["lm_head.weights.weight"]
+        assert embedding.data_ptr() == output.data_ptr(), "the file has tied weights twice"
+
+
+def elastic(processes, data: str, folder: Path) -> None:
+    """Resume what one process began."""
+    trained(processes, data, folder / "elastic", init_from="resume", sharding="fsdp")
+
+
+def bayes_mlp(processes, data: str, folder: Path) -> None:
+    whole = trained(processes, data, folder / "mlp", bayes_mlp=True)
+    mixed = folder / "mlp_mixed"
+    trained(processes, data, mixed, bayes_mlp=True, max_iters=3, sharding="fsdp")
+    resumed = trained(processes, data, mixed, bayes_mlp=True, init_from="resume", sharding="none")
+    assert difference(whole, resumed) < 1e-5
+
+
+def patience(processes, data: str, folder: Path) -> None:
+    """Both processes stop when the validation nll does not fall."""
+    stale = {
+        "learning_rate": 0,
+        "min_lr": 0,
+        "eval_interval": 1,
+        "patience": 2,
+    }
+    trained(processes, data, folder / "stale", **stale)
+    steps = [record["step"] for record in records(folder / "stale", "val_nll")]
+    assert steps == [0, 1, 2]
 
 
 def nan(processes, data: str, folder: Path) -> None:
-    """A loss that is not a number on one process alone is left out by both, and a run of them
-    ends.
+    """Both processes skip a step whose loss or gradient is not finite on one of them, and a run
+    of nothing but such steps ends.
     """
-    forward, calls = GPT.forward, {"n": 0, "bad": {7, 9}}
+    forward, calls = GPT.forward, {"n": 0}
+    bad_loss, bad_gradient = {7}, {9}  # steps 4 and 5
 
     def sometimes(self, *args):
         calls["n"] += 1
-        bad = processes.rank == 1 and calls["n"] in calls["bad"]
-        return forward(self, *args) * (math.nan if bad else 1.0)
+        loss = forward(self, *args)
+        if processes.rank == 1 and calls["n"] in bad_loss:
+            return loss * math.nan
+        if processes.rank == 1 and calls["n"] in bad_gradient:
+            return loss + 0 * (self.transformer.wte.weight.sum() * 0).sqrt()  # 0 * infinity
+        return loss
 
     GPT.forward = sometimes
     model = trained(processes, data, folder / "some", max_iters=8)
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    assert [r["step"] for r in records(folder / "some", "skipped_loss")] == [4, 5]
-    assert (
-        records(folder / "some", "loss")[-1]["skipped"] == 2
-        and records(folder / "some", "val_nll")[-1]["step"] == 8
-    )
-    calls["bad"] = range(10**9)
+    skipped = [record["step"] for record in records(folder / "some", "skipped_loss")]
+    assert skipped == [4, 5] and records(folder / "some", "loss")[-1]["skipped"] == 2
+    assert records(folder / "some", "val_nll")[-1]["step"] == 8
+    bad_loss = range(10**9)
     try:
         trained(processes, data, folder / "all", max_iters=100, eval_interval=100)
     except Diverged as error:
-        assert f"{train.MAX_SKIPPED} steps in a row were skipped" in str(
-            error
-        ) and "--learning_rate" in str(error)
-        if processes.is_main:  # who writes the records
-            assert records(folder / "all", "skipped")[-1]["step"] == train.MAX_SKIPPED
+        assert "--learning_rate" in str(error)
+        if processes.is_main:  # it writes the records
+            last = records(folder / "all", "skipped")[-1]
+            assert last["step"] == train.MAX_SKIPPED
     else:
-        raise AssertionError("a run without any update went on")
+        raise AssertionError("a run without any update continued")
+    GPT.forward = forward
 
 
 def hang(processes, data: str, folder: Path) -> None:
@@ -124,7 +145,7 @@ def hang(processes, data: str, folder: Path) -> None:
 def main() -> None:
     cases, data, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    hang_timeout = 20 if cases == "hang" else 600
+    hang_timeout = 15 if cases == "hang" else 600
     with distributed.init("cpu", "auto", hang_timeout) as processes:
         for case in cases.split(","):
             globals()[case](processes, data, Path(folder))

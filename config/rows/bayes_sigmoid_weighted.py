@@ -1,4 +1,4 @@
-# Bayesian output weights, the posterior tempered as in bayes.py, and a weighted sigmoid.
+# Bayesian output weights with the tempered posterior of bayes.py, and a weighted sigmoid.
 weights = "bayes"
 likelihood = "sigmoid"
 kl_weight = 0.1

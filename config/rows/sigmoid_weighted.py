@@ -1,3 +1,3 @@
-# Sigmoid, the true token's term weighted.
+# Sigmoid with a weight on the true token's term.
 likelihood = "sigmoid"
 pos_weight = 2.0

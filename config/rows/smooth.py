@@ -1,3 +1,3 @@
-# Label smoothing with the paper's second epsilon.
+# Label smoothing, the second epsilon of the paper.
 likelihood = "smooth"
 label_smoothing = 0.1

@@ -1,3 +1,3 @@
-# Label smoothing with the paper's first epsilon.
+# Label smoothing, the first epsilon of the paper.
 likelihood = "smooth"
 label_smoothing = 0.05

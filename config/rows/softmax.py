@@ -1,2 +1,2 @@
-# Softmax, trained with the cross-entropy: what the other rows are compared with.
+# Softmax trained with the cross-entropy: the baseline.
 likelihood = "categorical"

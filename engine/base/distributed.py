@@ -1,4 +1,4 @@
-"""Processes: one without torchrun, several under it. The model and the loop see no difference."""
+"""Processes: one, or several under torchrun. Model and loop are the same for both."""
 
 import contextlib
 import ctypes
@@ -35,7 +35,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and its peers."""
+    """This process among the others of a run."""
 
     device: torch.device
     rank: int = 0
@@ -47,11 +47,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, first: int, end: int) -> range:
-        """Which micro-batches from number first to end, exclusive, this process does."""
+        """The micro-batches of this process among those from first to end (exclusive)."""
         return range(first + self.rank, end, self.world_size)
 
     def wrap(self, model: torch.nn.Module, compile: bool, sharding: str) -> torch.nn.Module:
-        """Return the model on this device, with gradients averaged over all processes in backward.
+        """Return the model on this device. Its backward averages gradients over all processes.
 
         fsdp shards in place: parameters become DTensors.
         """
@@ -67,11 +67,11 @@ class Processes:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         ddp_model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        ddp_model.broadcast_buffers = False  # as an argument it is deprecated since torch 2.13
+        ddp_model.broadcast_buffers = False  # torch 2.13 deprecates it as an argument
         return ddp_model
 
     def micro_batches(self, model: torch.nn.Module, first: int, end: int) -> Iterator[int]:
-        """This process's micro-batches of a step; backward averages gradients in the last alone."""
+        """This process's micro-batches of a step. Backward averages gradients only in the last."""
         numbers = self.share(first, end)
         for number in numbers:
             self.heartbeat()
@@ -83,13 +83,13 @@ class Processes:
             yield number
 
     def heartbeat(self) -> None:
-        """Restart the hang timer; a single process ends here if a signal asked for it."""
+        """Restart the hang timer; after a signal, a single process raises Interrupted."""
         self.watch.beat()
         if self.world_size == 1 and self.watch.signum:
             raise Interrupted(self.watch.signum)
 
     def all_reduce(self, values: torch.Tensor) -> list[float]:
-        """Sum values (n,) over all processes; after a signal to one, all raise Interrupted."""
+        """Sum values (n,) over all processes. After a signal to one, all raise Interrupted."""
         self.heartbeat()
         if self.world_size == 1:
             return values.tolist()
@@ -101,7 +101,7 @@ class Processes:
         return values
 
     def broadcast(self, value: object) -> object:
-        """The first process's value, on all."""
+        """Returns the value of the main process on all processes."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
@@ -114,13 +114,13 @@ class Processes:
 
 @contextlib.contextmanager
 def init(device: str, backend: str, hang_timeout: float = 0.0):
-    """Join the processes that torchrun started, or be the only one; yields Processes.
+    """Join the processes that torchrun started, or be the only one. Yields Processes.
 
     hang_timeout: seconds without progress, in a collective or in the loop, after which a process
-    ends; 0: never.
+    exits; 0: never.
     """
     keep_memory()
-    # for what autocast leaves in float32, as nanoGPT does
+    # for matrix products that autocast leaves in float32; nanoGPT does the same
     torch.backends.cuda.matmul.allow_tf32 = True
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     watch = Watch(rank == 0, hang_timeout)
@@ -133,25 +133,25 @@ def init(device: str, backend: str, hang_timeout: float = 0.0):
         torch.cuda.set_device(picked)
     if backend == "auto":
         backend = "nccl" if picked.type == "cuda" else "gloo"
-    # the hang timer fires first and shows the stacks; this timeout is for the time before the loop
+    # in the loop the hang timer fires first and prints the stacks; before it, this timeout does
     timeout = timedelta(seconds=hang_timeout + 60) if hang_timeout else timedelta(days=365)
     try:
         store = _fresh_store(rank, world_size, timeout)
         dist.init_process_group(
             backend, timeout=timeout, store=store, rank=rank, world_size=world_size
         )
-    except (RuntimeError, ValueError) as error:  # no such host, a port in use, no MASTER_ADDR
+    except (RuntimeError, ValueError) as error:  # unknown host, port in use, no MASTER_ADDR
         raise UserError(
             f"cannot join the other processes ({str(error)[:200]}); "
             "start with torchrun, and without CUDA use --backend=gloo"
         ) from None
     yield Processes(picked, rank, world_size, watch)
-    # not after an error: it would wait for peers that wait for this process
+    # not after an error: it would wait for processes that wait for this one
     dist.destroy_process_group()
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch.device of "auto" (the best there is), "cpu", "cuda", "cuda:1" or "mps"."""
+    """The torch.device of "auto" (the best available), "cpu", "cuda", "cuda:1" or "mps"."""
     n_gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if n_gpus else "mps" if has_mps else "cpu")
@@ -162,17 +162,17 @@ def pick_device(device: str) -> torch.device:
         picked = None
     if picked is None or (picked.index or 0) >= n_found.get(picked.type, 0):
         raise UserError(
-            f"device = {device!r} is not there: this machine has {n_gpus} CUDA devices; "
+            f"device = {device!r} is not available: this machine has {n_gpus} CUDA devices; "
             "use --device=auto, cpu, cuda, cuda:N or mps"
         )
     return picked
 
 
 def divide_step(n_micro: int, batch_size: int, world_size: int) -> tuple[int, int]:
-    """Divide a step of n_micro x batch_size blocks into at least n_micro micro-batches of equal
-    size, a multiple of world_size; returns (micro-batches, blocks in each).
+    """Divide a step of n_micro x batch_size blocks into at least n_micro equal micro-batches, whose
+    number is a multiple of world_size. Returns (micro-batches, blocks in each).
 
-    The step keeps its blocks, so the number of processes changes nothing but rounding and noise."""
+    The step keeps its blocks, so the number of processes changes only rounding and noise."""
     n_blocks = n_micro * batch_size
     for n_parts in range(n_micro, n_blocks + 1):
         if n_parts % world_size == 0 and n_blocks % n_parts == 0:
@@ -185,10 +185,9 @@ def divide_step(n_micro: int, batch_size: int, world_size: int) -> tuple[int, in
 
 
 def autocast(device: torch.device, dtype: str) -> tuple[contextlib.AbstractContextManager, str]:
-    """The autocast context of dtype = auto | float32 | bfloat16 | float16, and the name of the
-    dtype that it uses.
+    """The autocast context of dtype = auto | float32 | bfloat16 | float16, and its dtype's name.
 
-    auto: bfloat16 if the hardware multiplies it fast, else float16 on CUDA, else float32.
+    auto: bfloat16 if the hardware is fast at it, else float16 on CUDA, else float32.
     """
     if dtype == "auto" and device.type == "cuda":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -203,13 +202,13 @@ def autocast(device: torch.device, dtype: str) -> tuple[contextlib.AbstractConte
 
 
 def seed_micro_batch(seed: int, micro_batch: int) -> None:
-    """Make dropout and noise of a micro-batch a function of (seed, micro_batch) alone."""
+    """Make dropout and noise of a micro-batch depend only on (seed, micro_batch)."""
     mixed = seed * 0x9E3779B97F4A7C15 + micro_batch * 0xBF58476D1CE4E5B9 + 1
     torch.manual_seed(mixed % (1 << 63))
 
 
 def peak_flops(device: torch.device) -> float:
-    """The dense bf16 peak of the device in FLOP/s; nan if unknown."""
+    """The device's dense bf16 peak in FLOP/s; nan if unknown."""
     if device.type != "cuda":
         return math.nan
     name = torch.cuda.get_device_name(device)
@@ -217,14 +216,14 @@ def peak_flops(device: torch.device) -> float:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Check that torch.compile finds a C++ compiler, which it needs on a CPU."""
+    """Check that the C++ compiler that torch.compile needs on a CPU is installed."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not shutil.which(compiler):
         raise UserError(f"compile = True needs {compiler}; install it, or use --compile=False")
 
 
 def keep_memory() -> None:
-    """Have malloc keep large freed blocks: by default each step page-faults its tensors again."""
+    """Make malloc keep large freed blocks: by default every step page-faults its tensors again."""
     if sys.platform == "linux":
         mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
         mallopt(m_mmap_max, 0)
@@ -232,12 +231,12 @@ def keep_memory() -> None:
 
 
 def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """The store in which the processes find each other, under a prefix of its own for each start.
+    """The store in which the processes find each other, with a new prefix for each start.
 
     torchrun keeps one store over restarts, so a process may read the address of a killed one
     (PyTorch issue 135712; the restart count differs between machines). So each process announces a
-    random name, rank 0 publishes the names that it read, and all use rank 0's as prefix once the
-    others have found theirs among them.
+    random name and rank 0 publishes the names that it read. Once all others have found theirs, the
+    prefix is rank 0's name.
     """
     store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     name = uuid.uuid4().hex

@@ -1,40 +1,32 @@
-"""One exception for a user's mistakes, and the one place that turns it into a line on stderr."""
+"""The exception for a user's mistakes, and the function that prints it as one line on stderr."""
 
 import io
 import os
 import sys
 from collections.abc import Callable
 
-# what CUDA and a CPU's allocator say; torch has an exception of its own for CUDA alone
+# in the messages of CUDA and of the CPU's allocator; torch has an exception only for CUDA
 NO_MEMORY = ("out of memory", "can't allocate memory")
-# what gloo, NCCL and the store say when the process at the other end is gone
-LOST_PEER = (
-    "onnection closed by peer",
-    "onnection reset by peer",
-    "Broken pipe",
-    "ncclRemoteError",
-    "NCCL communicator was aborted",
-)
 
 
 class UserError(Exception):
-    """A mistake that the user can correct; the message is one line that says how."""
+    """A mistake that the user can correct. The message is one line that says how."""
 
     exit_code = 2
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows instead of a traceback (IPython calls this method)."""
+        """The lines that a notebook shows instead of a traceback; IPython calls this."""
         return [f"error: {self}"]
 
 
 class Diverged(UserError):
-    """Training has failed; a study continues with its other runs."""
+    """Training diverged. A study continues with its other runs."""
 
     exit_code = 3
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the training to end, and all processes have agreed to."""
+    """A signal asked the run to end, and all processes agreed."""
 
     def __init__(self, signum: int):
         super().__init__(f"interrupted by signal {signum}")
@@ -42,8 +34,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a script's main() and end the process. A UserError, OSError or lack of memory is one line
-    and exit code 2, a diverged training 3, a signal 128 + its number.
+    """Run a script's main() and exit.
+
+    A UserError, an OSError or a lack of memory prints one line and exits with 2, a diverged run
+    with 3, a signal with 128 + its number.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -52,7 +46,7 @@ def run_main(main: Callable[[], object]) -> None:
     try:
         main()
         _exit(0)
-    except BrokenPipeError:  # `| head` has seen enough; flushing at the end must not fail
+    except BrokenPipeError:  # `| head` has ended; flushing stdout at exit must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as after SIGPIPE
     except (UserError, OSError) as error:
@@ -70,14 +64,11 @@ def run_main(main: Callable[[], object]) -> None:
             advice = "lower --batch_size, --block_size or the size of the model"
             _print_error(f"error: out of memory ({reason}); {advice}")
             sys.exit(2)
-        if _has_peers() and any(words in text for words in LOST_PEER):
-            _print_error(f"error: lost another process ({reason}); its own message says why")
-            sys.exit(1)
         raise
 
 
 def warn(message: str) -> None:
-    """Print a warning, once for all processes."""
+    """Print a warning, on the main process only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr)
 
@@ -87,8 +78,8 @@ def _has_peers() -> bool:
 
 
 def _exit(code: int) -> None:
-    """End. One process of several does so at once: gloo's threads may abort an interpreter that
-    shuts down (seen once in some hundred runs).
+    """Exit. With several processes exit at once: gloo's threads may abort an interpreter that shuts
+    down (seen once in some hundred runs).
     """
     if _has_peers():
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Atomic files, JSON, and folders with one writer."""
+"""Atomic writes, JSON, and locks."""
 
 import contextlib
 import hashlib
@@ -14,9 +14,8 @@ DATA_ROOT = Path(__file__).resolve().parents[2] / "data"
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file at once: write(temporary) makes it next to the old one, and it takes the name
-    once it is on the disk. A process killed at any instant, or a failure, leaves the old file or
-    the new one.
+    """Replace a file atomically: write(temporary) writes a new one, which is renamed once it is on
+    the disk. Whenever the process fails or is killed, the old file or the new one is there.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,8 +30,9 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` once the block is done and it is on the disk.
-    A failure leaves nothing; what a killed process left is removed by the next one."""
+    """A temporary folder that is renamed to `path` at the end of the block, once it is on the disk.
+
+    A failure leaves nothing. The next call removes the folder that a killed process left."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The objects in a file with one on each line; none if there is no file."""
+    """The objects in a file with one on each line; none if the file does not exist."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     objects = []
     for number, line in enumerate(lines, 1):
@@ -72,7 +72,7 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def parse_json(text: bytes, what: str) -> dict:
-    """The object in a JSON text; a UserError that `what` is damaged if it holds none."""
+    """The object in a JSON text; a UserError that names `what` if there is none."""
     try:
         value = json.loads(text)
         if not isinstance(value, dict):
@@ -83,14 +83,13 @@ def parse_json(text: bytes, what: str) -> dict:
 
 
 def check_writable(folder: Path) -> None:
-    """Check before the work that the output folder, which may not exist yet, is writable."""
+    """Check that the output folder, which may not exist yet, is writable."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} cannot be written to; copy the run, or name another folder")
+        raise UserError(f"{folder} is not writable; copy the run, or give another folder")
 
 
 def sha256_of(path: Path) -> str:
-    """The file's sha256."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -109,9 +108,9 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock on the file, making it if needed; UserError(busy) if another process has it.
+    """Hold a lock on the file, which is made if needed; UserError(busy) if another process has it.
 
-    The system releases it when the process ends, however that happens."""
+    The system releases the lock whenever the process ends."""
     with open(path, "a") as file:
         try:
             import fcntl
@@ -119,9 +118,9 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
-        except (ImportError, OSError) as error:  # Windows; a file system mounted without locks
-            warn(f"cannot lock {path} ({error}): a second process could use this folder too")
+        except (ImportError, OSError) as error:  # Windows; a file system without locks
+            warn(f"cannot lock {path} ({error}): another process could use this folder, too")
         is_current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         if not is_current:
-            raise UserError(busy)  # its holder has removed it meanwhile
+            raise UserError(busy)  # the process that held the lock has deleted the file
         yield

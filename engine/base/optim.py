@@ -1,4 +1,4 @@
-"""Parameter groups, the optimiser and the learning-rate schedule."""
+"""Parameter groups, the optimizer and the learning-rate schedule."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Joint(torch.optim.Optimizer):
-    """Optimizers of different parameters as one: their groups and their state together."""
+    """Several optimizers of different parameters as one, with common groups and state."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -16,7 +16,7 @@ class Joint(torch.optim.Optimizer):
         first = 0
         for optimizer in self.optimizers:
             end = first + len(optimizer.param_groups)
-            # shared here, because loading a checkpoint replaces both
+            # set in each step, because loading a checkpoint replaces both
             optimizer.param_groups = self.param_groups[first:end]
             optimizer.state = self.state
             optimizer.step()
@@ -72,7 +72,7 @@ def learning_rate_at(step: int, config) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> float:
-    """Give the optimiser the learning rate of this step, and return it."""
+    """Set the learning rate of this step, and return it."""
     lr = learning_rate_at(step, config)
     for group in optimizer.param_groups:
         group["lr"] = lr

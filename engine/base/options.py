@@ -3,8 +3,8 @@
     @dataclass(frozen=True)
     class TrainConfig:
         batch_size: PositiveInt = 12  # blocks in a micro-batch
-        sharding: Literal["none", "fsdp"] = "none"  # where the parameters lie
-        beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # AdamW's memory of the gradient
+        sharding: Literal["none", "fsdp"] = "none"  # whether processes share the parameters
+        beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # AdamW's decay of the gradient's average
         model: GPTConfig = GPTConfig()  # nested options have flat names: --n_layer=6
 
         def __post_init__(self):
@@ -12,8 +12,8 @@
 
     config, given = load_config(TrainConfig, sys.argv[1:])  # config/a.py --n_layer=6 --compile
 
-A config file is ordinary Python, run in a namespace of its own; the plain values it leaves behind
-are its options.
+A config file is ordinary Python. It runs in its own namespace, and the plain values in that are
+its options.
 """
 
 import ast
@@ -44,11 +44,11 @@ COMPARISONS = {
     "<": operator.lt,
 }
 TRUTH_VALUES = ("True", "False", "true", "false", "0", "1")
-WRONG = (ValueError, TypeError, SyntaxError, OverflowError)  # what a conversion raises
+WRONG = (ValueError, TypeError, SyntaxError, OverflowError)  # a conversion raises one of these
 
 
 def check_options(options: Any) -> None:
-    """Refuse values outside the ranges and choices that the fields of a dataclass declare."""
+    """Refuse values outside the ranges and choices that a dataclass declares for its fields."""
     for name, kind in get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
         if problem := _problem(value, kind):
@@ -56,7 +56,7 @@ def check_options(options: Any) -> None:
 
 
 def _problem(value: Any, kind: Any) -> str:
-    """Why a value is outside the range or choices of its field's type; "" if it is not."""
+    """How a value violates its field's range or choices; "" if it does not."""
     if get_origin(kind) is Union:  # of a number and words: float | Literal["auto"]
         number, words = get_args(kind)
         kind = words if isinstance(value, str) else number
@@ -75,8 +75,8 @@ def load_config(
 ) -> tuple[Any, set[str]]:
     """The options of a script, and the names of those that the user gave.
 
-    argv: config files and flags, of which later ones win. fixed: options that the script itself
-    sets, which the user may not change. --help prints every option and exits.
+    argv: config files and flags; later ones win. fixed: options that the script sets itself and
+    that the user may not change. --help prints every option and exits.
     """
     fixed = fixed or {}
     options = flat_fields(cls)
@@ -99,7 +99,7 @@ def load_config(
 
 
 def flat_fields(cls: type) -> dict[str, Any]:
-    """Option name -> its type, nested dataclasses flattened."""
+    """Option name -> its type, with nested dataclasses flattened."""
     fields = {}
     for name, kind in get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -110,7 +110,7 @@ def flat_fields(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass with these flat values, which fill nested dataclasses, too."""
+    """The dataclass with these flat values, some of which belong to nested dataclasses."""
     arguments = {}
     for name, kind in get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -121,7 +121,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """The opposite of build: every option's value under its flat name."""
+    """The inverse of build: flat option name -> value."""
     values = {}
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
@@ -132,7 +132,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
-    """Every option, its default and the comment beside it in the source."""
+    """Print every option with its default and its comment in the source."""
     script = Path(sys.argv[0]).name
     print(f"usage: python {script} [config/file.py ...] [--option=value ...]\n")
     if script_doc := inspect.getdoc(sys.modules["__main__"]):
@@ -144,12 +144,12 @@ def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Flat option name -> the comment at the end of its line, or else on the lines above it."""
+    """Flat option name -> the comment at the end of its line, or on the lines above it."""
     found = {}
     for kind in get_type_hints(cls).values():
         if dataclasses.is_dataclass(kind):
             found |= _comments(kind)
-    # a class after its bases: its own comment wins
+    # base classes first: the comment of the class itself wins
     source = "".join(inspect.getsource(base) for base in cls.__mro__[-2::-1])
     field = re.compile(r"((?:^    #.*\n)*)^    (\w+): (?:.*#\s*(.*))?", re.MULTILINE)
     for above, name, beside in field.findall(source):
@@ -160,7 +160,7 @@ def _comments(cls: type) -> dict[str, str]:
 def _split_arguments(
     argv: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[list[Path], list[tuple[str, str]]]:
-    """--key=value, --key value, --key alone for a truth value; everything else is a config file."""
+    """Flags are --key=value, --key value, or --key for True; all else are config files."""
     files, flags, rest = [], [], list(argv)
     while rest:
         argument = rest.pop(0)
@@ -181,7 +181,7 @@ def _split_arguments(
 
 
 def _run_config_file(path: Path) -> dict[str, Any]:
-    """The plain values that a config file sets: no modules, no functions, no name that begins
+    """The plain values that a config file sets, without modules, functions and names that begin
     with an underscore.
     """
     if not path.is_file():
@@ -189,7 +189,7 @@ def _run_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path} does not exist{hint}")
     try:
         names = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:  # it is the user's program and may raise anything
+    except (Exception, SystemExit) as error:  # a user's program may raise anything
         raise UserError(f"config file {path}: {type(error).__name__}: {error}") from None
     values = {}
     for name, value in names.items():
@@ -200,11 +200,11 @@ def _run_config_file(path: Path) -> dict[str, Any]:
 
 
 def _checked(options: Mapping[str, Any], name: str, value: Any, where: str) -> Any:
-    """The value in the option's type; refuse unknown names and wrong types.
+    """The value in the option's type. Refuses unknown names and wrong types.
 
-    where: what stands before the name in a message, "--" for a flag, whose value is text."""
+    where: the text before the name in a message; "--" for a flag, whose value is text."""
     if name not in options:
-        advice = "see --help" if where == "--" else "begin a helper's name with an underscore"
+        advice = "see --help" if where == "--" else "start the name of a helper with an underscore"
         hint = _did_you_mean(name, options) or f"; {advice}"
         raise UserError(f"{where}{name} is not an option{hint}")
     try:
@@ -233,7 +233,7 @@ def _convert(value: Any, wanted: Any, is_text: bool) -> Any:
         return value
     if is_text:
         value = ast.literal_eval(value.capitalize() if value in TRUTH_VALUES else value)
-    # Python counts True as 1, an int option does not
+    # in Python True == 1, but True is no value of an int option
     fits = value in (True, False) if wanted is bool else not isinstance(value, bool)
     if not fits or wanted(value) != value:
         raise TypeError

@@ -1,8 +1,8 @@
 """Sharded training (PyTorch's fully_shard), and full copies of the state for checkpoints.
 
-torch.distributed.checkpoint.state_dict has helpers for this, which do not fit: on a CPU they return
-the live tensors, not copies; tied weights become two tensors when their shards are gathered; an
-optimizer that has not stepped yet is made to step; and importing them takes a second.
+The helpers of torch.distributed.checkpoint.state_dict do not fit. On a CPU they return the live
+tensors, not copies. When they gather shards, tied weights become two tensors. They call step() on
+an optimizer that has not stepped yet. Importing them takes a second.
 """
 
 import math
@@ -26,9 +26,9 @@ def shard(model: torch.nn.Module, device_type: str, world_size: int) -> None:
 
 
 def full_copy(state: dict, keep: bool = True) -> dict:
-    """Copy every tensor of a nested dict to the CPU; gather sharded ones from all processes.
+    """Copy every tensor of a nested dict to the CPU, and gather sharded ones from all processes.
 
-    A tensor that occurs twice (tied weights) is copied once. keep=False: gather, but copy nothing.
+    A tensor that occurs twice (tied weights) is copied once. keep=False: gather without copying.
     """
     copies = {}
 
@@ -48,7 +48,7 @@ def full_copy(state: dict, keep: bool = True) -> dict:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimizer's state, sharded as the parameters are. Its options stay as they are."""
+    """Load an optimizer's state, sharded like the parameters. Its options do not change."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in state["state"].items():
@@ -71,7 +71,7 @@ def _shard_like(parameter: torch.nn.Parameter, full: torch.Tensor) -> torch.Tens
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
-    """Clip the gradients to max_norm over all processes (0: do not); returns the norm before."""
+    """Clip the gradients' norm to max_norm (0: do not clip). Returns the norm before that."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()

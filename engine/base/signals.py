@@ -1,6 +1,4 @@
-"""End a training loop in an orderly way when a signal asks for it, and end it with a traceback when
-it hangs.
-"""
+"""End a training loop cleanly after a signal, and with a traceback when it hangs."""
 
 import contextlib
 import faulthandler
@@ -11,15 +9,15 @@ import time
 from collections.abc import Iterator
 
 SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)]
-# a scheduler and torchrun may both pass on the same signal: within so many seconds it counts once
+# a scheduler and torchrun may both pass on a signal: within this time it counts once
 ECHO_SECONDS = 1.0
 
 
 class Watch:
-    """signum: the signal that asked the loop to save and end, 0 without one.
+    """signum: the signal that asked the loop to save and end; 0: none.
 
     hang_timeout: seconds without beat() after which the process prints the stacks of its threads
-    and ends; 0: never.
+    and exits; 0: never.
     """
 
     def __init__(self, is_main: bool = True, hang_timeout: float = 0.0):
@@ -29,21 +27,22 @@ class Watch:
     def beat(self) -> None:
         """Restart the hang timer. It needs no GIL: it fires even if the main thread is in C++."""
         now = time.monotonic()
-        if self.hang_timeout and now > self.armed_at + 1.0:  # it costs 50 microseconds
+        if self.hang_timeout and now > self.armed_at + 1.0:  # restarting costs 50 microseconds
             self.armed_at = now
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=sys.__stderr__)
 
     def catch_signals(self) -> None:
-        """Let signals set signum, from the first step on: before it, there is nothing to save."""
+        """Make signals set signum. Call it after a step: before, there is nothing to save."""
         for signum in SIGNALS:
             is_ignored = signal.getsignal(signum) == signal.SIG_IGN
-            # a script's background jobs start with SIGINT ignored; nohup is taken at its word
+            # background jobs of a script start with SIGINT ignored; other signals may be ignored
+            # on purpose, as nohup does with SIGHUP
             if signum == signal.SIGINT or not is_ignored:
                 signal.signal(signum, self._handle)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Around the loop: restore the signal handlers and stop the hang timer at its end."""
+        """Around the loop: at its end, restore the signal handlers and stop the hang timer."""
         self.signum = 0
         handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
         try:
@@ -60,12 +59,12 @@ class Watch:
         if not self.signum:
             self.signum, self.received_at = signum, time.monotonic()
             if self.is_main:
-                _print(f"{name}: saving a checkpoint; a second signal ends at once")
+                _print(f"{name}: saving a checkpoint; a second signal exits at once")
         elif time.monotonic() > self.received_at + ECHO_SECONDS:
-            _print(f"{name} again: ended at once, the last checkpoint is untouched")
+            _print(f"{name} again: exiting at once; the last checkpoint is unchanged")
             os._exit(128 + signum)
 
 
 def _print(message: str) -> None:
-    # not print(): a handler may interrupt a print() of the main thread, which holds its lock
+    # not print(): the handler may interrupt a print() of the main thread, which holds a lock
     os.write(2, f"{message}\n".encode())

@@ -114,6 +114,9 @@ def _shape_of(config: dict, path: str | Path) -> dict:
     sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
     _require(config, sizes, path)
     shape = {name: config[name] for name in sizes}
+    for name, size in shape.items():
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{path} has {name} = {size!r}; it must be a positive integer")
     return shape | {"block_size": shape.pop("n_positions"), "bias": True}
 
 

@@ -1,4 +1,4 @@
-"""What a run is: the lines that it prints first, and the code, versions and machine that
+"""Describe a run: the lines that it prints first, and the code, versions and machine that
 config.json records.
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def count_parameters(model) -> dict[str, int]:
-    """Parameters of the backbone, of the head (with a tied embedding), of all posteriors' stds."""
+    """Parameters of the backbone, the head (with a tied embedding) and the posteriors' stds."""
     of_head = {id(p) for p in model.lm_head.parameters()}
     counts = {"backbone": 0, "head": 0, "posterior": 0}
     for name, p in model.named_parameters():
@@ -32,7 +32,7 @@ def count_parameters(model) -> dict[str, int]:
 def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list[str]:
     """The lines that a run prints first: head, parameters, size of a step, length of the run.
 
-    n_data: training tokens; step: the first one to do."""
+    n_data: training tokens; step: the next step."""
     head, counts = config.model.head, count_parameters(model)
     how = "compiled" if config.compile else "eager"
     title = f"{config.out_dir}: {head.weights} x {head.likelihood} head, {dtype}, {how}, "
@@ -67,25 +67,23 @@ def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list
 
 
 def environment() -> dict[str, str]:
-    """What a result depends on besides the options: code ("-dirty": uncommitted changes),
-    versions, machine.
+    """Code ("-dirty": with uncommitted changes), versions and machine: besides the options, results
+    depend on these.
     """
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     return {
         "commit": _git("describe", "--always", "--dirty").strip() or "unknown",
         "torch": torch.__version__,
         "numpy": np.__version__,
-        **cuda,
+        "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": str(os.cpu_count()),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
 def this_start(processes, step: int) -> dict:
-    """What config.json records of each start of a run: its step, code, command and machine."""
+    """The record of a start of a run in config.json: step, code, command and machine."""
     return {
         "step": step,
         **environment(),
@@ -97,20 +95,19 @@ def this_start(processes, step: int) -> dict:
 
 
 def earlier_starts(out_dir: Path) -> list[dict]:
-    """What config.json records of the starts so far; older versions recorded none."""
+    """The starts so far, from config.json; older versions recorded none."""
     path = out_dir / "config.json"
     return read_json(path).get("starts", []) if path.is_file() else []
 
 
 def code_line(start: dict) -> str:
-    """The line on commit and versions."""
-    names = [name for name in ("torch", "numpy", "cuda", "python") if name in start]
-    versions = ", ".join(f"{name} {start[name]}" for name in names)
+    """The line with commit and versions."""
+    versions = ", ".join(f"{name} {start[name]}" for name in ("torch", "numpy", "python"))
     return f"  code         {start['commit']}, {versions}"
 
 
 def _git(*arguments: str) -> str:
-    """The output of git in this repository; "" without git, or in an unpacked copy of the files."""
+    """The output of git in this repository; "" if git or the repository is missing."""
     command = ["git", f"--git-dir={ROOT / '.git'}", *arguments]
     with contextlib.suppress(OSError):
         return subprocess.run(command, cwd=ROOT, capture_output=True).stdout.decode(

@@ -1,6 +1,6 @@
 """Checkpoints: <out_dir>/ckpt_<step>.pt, and other trained models that load like one.
 
-A checkpoint holds tensors and plain values, and is loaded without running any code a file may hold.
+A checkpoint holds tensors and plain values. Loading it runs no code.
 """
 
 import pickle
@@ -30,7 +30,7 @@ class Checkpoint:
     source: str | Path
     config: GPTConfig
     weights: dict[str, torch.Tensor]
-    about: dict  # the rest of the file: the run's options, step ...; {} if it has none
+    about: dict  # the rest of the file: the run's options, step ...; may be {}
 
     def model(self, device: torch.device | str = "cpu") -> GPT:
         """The model, ready to predict."""
@@ -40,18 +40,18 @@ class Checkpoint:
 
     @property
     def dataset(self) -> str | None:
-        """The data set that it was trained on, if known."""
+        """The data set that the model was trained on, if known."""
         return self.about.get("config", {}).get("dataset")
 
     def tokenizer_folder(self) -> Path:
-        """The folder that has its tokenizer."""
+        """The folder with its tokenizer."""
         folder = folder_of(self.source)
         if self.dataset and not has_tokenizer(folder):  # nanoGPT keeps it with the data
             return dataset_folder(self.dataset)
         return folder
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer; GPT-2's if no file names another."""
+        """The model's tokenizer: GPT-2's, unless a file names another."""
         tokenizer, vocab_size = load_tokenizer(self.tokenizer_folder()), self.config.vocab_size
         if tokenizer.vocab_size > vocab_size:
             raise UserError(
@@ -66,28 +66,28 @@ def name_of(step: int) -> str:
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; or else nanoGPT's ckpt.pt."""
+    """The checkpoints of a run, oldest first; without any, nanoGPT's ckpt.pt."""
     ours = Path(out_dir).glob("ckpt_" + 8 * "[0-9]" + ".pt")
     return sorted(ours) or list(Path(out_dir).glob("ckpt.pt"))
 
 
 def read(path: Path) -> dict:
-    """The contents of a checkpoint file. A damaged file is refused, and one that would run code."""
+    """The contents of a checkpoint file. Refuses a damaged file and one that would run code."""
     try:
         check_crc(path)  # torch.load ignores it
         state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and isinstance(state.get("model"), dict):
             return state
         reason = "it holds no model"
-    except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
+    except Exception as error:  # with a damaged file, the unpickler may raise anything
         reason = str(error).split("\n")[0][:120]
-        if isinstance(error, pickle.UnpicklingError):  # torch advises to trust the file
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to trust the file
             reason = "it holds more than tensors and plain values"
     raise UserError(f"{path} is not a good checkpoint: {reason}; use another one, or train again")
 
 
 def check_crc(path: Path) -> None:
-    """Check a zip archive against the checksums that were taken in writing."""
+    """Check a zip archive against its checksums."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -125,7 +125,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
             config = build(GPTConfig, state["model_config"])
             return Checkpoint(source, config, state["model"], about)
         if "model_args" not in state:
-            raise UserError(f"{source} is neither a checkpoint of ours nor one of nanoGPT's")
+            raise UserError(f"{source} is neither our checkpoint nor nanoGPT's")
         shape, weights = from_nanogpt(state)
     else:
         choices = f"a run folder, a checkpoint file, or one of: {', '.join(HUB)}"
@@ -145,7 +145,7 @@ def folder_of(source: str | Path) -> Path:
 
 
 def check_tokenizer(source: str | Path, dataset: Path) -> None:
-    """Refuse data with another tokenizer than the model was trained with, if both are known."""
+    """Refuse data with a tokenizer other than the model's, if both are known."""
     folder, theirs = folder_of(source), read_meta(dataset)
     ours = GPT2_META if str(source) in HUB else read_meta(folder)
     if theirs and ours:
@@ -156,15 +156,15 @@ def check_tokenizer(source: str | Path, dataset: Path) -> None:
         return
     if not same:
         raise UserError(
-            f"{source} was trained with another tokenizer than {dataset} has; "
-            "prepare the data with that of the model (--tokenizer)"
+            f"{source} was trained with another tokenizer than {dataset}; "
+            "prepare the data with the model's tokenizer (--tokenizer)"
         )
 
 
 def copy_tokenizer(dataset: Path, meta: dict | None, out_dir: Path) -> None:
-    """Write a data set's tokenizer to a run, so that the run's folder is enough to sample from.
+    """Copy a data set's tokenizer to a run's folder, which is then enough to sample from.
 
-    meta: what describes the data set; None for GPT-2's tokens.
+    meta: the data set's meta.json; None for GPT-2's tokens.
     """
     if meta:
         write_json(out_dir / "meta.json", meta)

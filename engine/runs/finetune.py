@@ -1,4 +1,4 @@
-"""Start a model from the weights of another: a run, nanoGPT's, or OpenAI's GPT-2; with any head."""
+"""Start a model with any head from trained weights: a run's, nanoGPT's or OpenAI's GPT-2."""
 
 import contextlib
 from collections.abc import Set
@@ -14,12 +14,12 @@ from engine.runs.fit import states
 from model import GPT, GPTConfig
 
 BACKBONE = ("n_layer", "n_head", "n_embd", "bias", "qkv_bias", "vocab_size")
-POSITIONS = 4096  # of the training text, to fit one likelihood's logits to another's
+POSITIONS = 4096  # of the training text, on which one likelihood's logits are fitted to another's
 
 
 def from_weights(config, old: Checkpoint, file: TokenFile, given: Set[str]) -> GPT:
-    """A model with these options and the weights of `old`. If the heads allow it, it predicts
-    under its mean weights what that one does.
+    """A model with these options and the weights of `old`. With its mean weights it makes the same
+    predictions, as far as the heads allow.
 
     file: the training split. given: the names of the options that the user set.
     """
@@ -32,38 +32,38 @@ def from_weights(config, old: Checkpoint, file: TokenFile, given: Set[str]) -> G
     model = GPT(on_backbone(old.config, replace(config.model, head=head), given))
     file.check(model.config.vocab_size)
 
-    new = load_state(model, old.weights)  # the names of parameters that `old` does not have
+    new = load_state(model, old.weights)  # names of the parameters that `old` does not have
     lost = old.weights.keys() - model.state_dict().keys()
     if any(name.endswith(".log_std") for name in lost):
         warn(
-            f"of the posterior of {old.source} only the means are kept; "
-            "--weights=bayes, --bayes_mlp keep its widths"
+            f"only the means of the posterior of {old.source} are kept; "
+            "--weights=bayes or --bayes_mlp keeps its widths"
         )
     with torch.no_grad():
-        if "lm_head.bias" in new:  # trained weights know the frequencies of tokens already
+        if "lm_head.bias" in new:  # trained weights already know the token frequencies
             model.lm_head.bias.zero_()
         shift = model.lm_head.convert_likelihood(
             old.config.head, lambda: hidden_states(model, file)
         )
-        if head.tie_head:  # the shift of the token embedding, undone in the positions'
+        if head.tie_head:  # the token embedding has shifted; the position embedding undoes it
             model.transformer.wpe.weight += shift
     model.init_posteriors(file.frequencies(model.config.vocab_size), only=new)
     return model
 
 
 def hidden_states(model: GPT, file: TokenFile) -> torch.Tensor:
-    """(n, C): hidden states at about POSITIONS positions of a split."""
+    """Hidden states (n, C) at about POSITIONS positions of a split."""
     found = states(model, file, POSITIONS, contextlib.nullcontext())
     return torch.cat([hidden for hidden, _ in found])
 
 
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:
-    """`wanted` (dropout, head ...) with the sizes of `shape`. Refuse given sizes that differ."""
+    """`wanted` (dropout, head ...) with the sizes of `shape`. Refuses given sizes that differ."""
     sizes = {name: getattr(shape, name) for name in BACKBONE}
     sizes["block_size"] = min(wanted.block_size, shape.block_size)
     for name, size in sizes.items():
         if name in given and getattr(wanted, name) != size:
             raise UserError(
-                f"{name} = {getattr(wanted, name)}, but the weights to start from have {size}"
+                f"{name} = {getattr(wanted, name)}, but the weights in --init_from have {size}"
             )
     return replace(wanted, **sizes)

@@ -1,4 +1,4 @@
-"""What a run reports: one line on screen, the same record as JSON, and wandb if asked."""
+"""Report a run: each record is a line on screen, a line of JSON and, if asked, goes to wandb."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from engine.base.distributed import Processes, peak_flops
 from engine.base.errors import UserError
 from engine.base.files import write_text
 
-# a record's fields as wandb groups them; all others are train/. val/ compares heads; objective/
-# does not: it is what a head minimises, in a unit of its own
+# a record's fields -> their names in wandb; all others begin with train/. val/ compares heads.
+# objective/ does not: it is the loss that a head minimises, in its own unit
 CHARTS = {
     "step": "step",
     "tokens": "tokens",
@@ -30,7 +31,7 @@ CHARTS = {
 
 
 class Logger:
-    """Writes records of the main process; on the others it only keeps time, in progress.seconds."""
+    """Writes records on the main process; on the others it only counts progress.seconds."""
 
     def __init__(
         self,
@@ -52,17 +53,15 @@ class Logger:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training and must not count as its time."""
+        """The time in this block does not count as training."""
         self._count_seconds()
         yield
         self.clock = time.perf_counter()
 
     def training(self, loss: float, lr: float, grad_norm: float) -> None:
-        """Write a training record: the loss of the last step, the speed of all steps since the
-        record before.
+        """Write a training record: the loss of the last step, the speed since the last record.
 
-        The speed is of training alone; the time left includes evaluations and checkpoints at their
-        rate so far.
+        The speed is of training only. The time left includes evaluations and checkpoints.
         """
         self._count_seconds()
         step, seconds = self.progress.step, self.progress.seconds
@@ -73,7 +72,7 @@ class Logger:
             self.say(f"  memory       {n_gb:.2f} GB at the peak so far")
         self.last_step, self.last_seconds = step, seconds
         seconds_per_step = (self.clock - self.start_time) / (step - self.start_step)
-        left = f"{clock_time((self.max_iters - step) * seconds_per_step)} left"
+        left = timedelta(seconds=int((self.max_iters - step) * seconds_per_step))
         record = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
         line = f"loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.2f} | {speed:,.0f} tokens/s"
         mfu = speed * self.flops_per_token / self.peak_flops
@@ -82,7 +81,7 @@ class Logger:
             line += f" | mfu {mfu:.1%}"
         if self.progress.skipped:
             record["skipped"] = self.progress.skipped
-        self._write(record, f"{line} | {left}")
+        self._write(record, f"{line} | {left} left")
 
     def skipped(self, loss: float, grad_norm: float) -> None:
         """Write a record of a step without an update."""
@@ -104,7 +103,7 @@ class Logger:
         if self.is_main:
             try:
                 print(text, flush=True)
-            except BrokenPipeError:  # the reader of a pipe has ended; the records go on in the file
+            except BrokenPipeError:  # the reader of a pipe has ended; training continues
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def start_wandb(self, out_dir: Path, **options) -> None:
@@ -121,9 +120,9 @@ class Logger:
                 self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
                 for group in ("train", "val", "objective"):
                     self.wandb.define_metric(f"{group}/*", step_metric="tokens")
-                for record in read_records(self.path):  # what wandb lacks of a resumed run
+                for record in read_records(self.path):  # a resumed run may have more than wandb
                     self._chart(record)
-        # an unreachable service takes a minute, which is not training
+        # waiting for an unreachable service takes a minute, which is not training
         self.start_time = self.clock = time.perf_counter()
 
     def close(self) -> None:
@@ -147,7 +146,7 @@ class Logger:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path} ({error.strerror}); make room and resume the run"
+                f"cannot write {self.path} ({error.strerror}); free some space and resume the run"
             ) from None
         self.say(f"step {progress.step:>{len(str(self.max_iters))}}/{self.max_iters} | {line}")
         if self.wandb is not None:
@@ -155,7 +154,7 @@ class Logger:
                 self._chart(record)
 
     def _chart(self, record: dict) -> None:
-        """Send a record to wandb, unless it has a later step: its steps cannot go back."""
+        """Send a record to wandb, unless wandb has a later one: its steps cannot decrease."""
         if record["step"] >= self.next_step:
             self.next_step = record["step"]
             charts = {CHARTS.get(name, f"train/{name}"): value for name, value in record.items()}
@@ -163,28 +162,23 @@ class Logger:
 
     @contextlib.contextmanager
     def _wandb_may_fail(self) -> Iterator[None]:
-        """A failure of the service is reported once and never stops training."""
+        """A failure of wandb prints one warning and does not stop training."""
         try:
             yield
         except Exception as error:
             self.wandb = None
-            self.say(f"warning: wandb fails ({type(error).__name__}: {error}); training without it")
+            self.say(f"warning: training without wandb ({type(error).__name__}: {error})")
 
 
 def has_account() -> bool:
-    """Whether wandb can log in without asking: a key in the environment or in ~/.netrc."""
+    """Whether there is a key for wandb in the environment or in ~/.netrc."""
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     in_netrc = netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
     return in_netrc or "WANDB_API_KEY" in os.environ
 
 
-def clock_time(seconds: float) -> str:
-    """h:mm:ss"""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
 def read_records(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; ignores damaged lines, as a killed run may leave one."""
+    """The records of a metrics.jsonl. Ignores damaged lines, which a killed run may leave."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
@@ -195,7 +189,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop what a resumed run will write again: later records, and the evaluation of this step."""
+    """Drop the records that a resumed run writes again: later ones, and this step's evaluation."""
     kept = []
     for record in read_records(path):
         if record["step"] < step or (record["step"] == step and "val_nll" not in record):

@@ -1,4 +1,4 @@
-"""Save a run's checkpoints in the background; load one into optimizer and loss scale."""
+"""Save a run's checkpoints in the background, and restore the optimizer and the loss scale."""
 
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +9,7 @@ import torch
 
 from engine.base.errors import Interrupted, UserError
 from engine.base.files import atomic_write
+from engine.base.options import flatten
 from engine.base.sharding import full_copy, load_optimizer
 from engine.runs.checkpoint import check_crc, list_checkpoints, name_of
 
@@ -16,33 +17,38 @@ from engine.runs.checkpoint import check_crc, list_checkpoints, name_of
 class Saver:
     """Writes one checkpoint at a time, reads it back, and keeps the newest two and the best.
 
-    As a context it waits at the end for the last write. When the run is interrupted it saves first.
+    As a context manager it waits for the last write. If the run is interrupted, it saves first.
     """
 
-    def __init__(self, processes, progress, model, optimizer, scaler, about: dict):
-        """about: what a checkpoint says of its run besides the state and the progress."""
-        self.processes, self.progress, self.about = processes, progress, about
+    def __init__(self, config, data, processes, progress, model, optimizer, scaler):
+        """data: the token file of each split."""
+        self.processes, self.progress = processes, progress
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.out_dir = Path(about["config"]["out_dir"])
+        self.out_dir = Path(config.out_dir)
+        self.about = {
+            "config": flatten(config),
+            "model_config": flatten(config.model),
+            "data": {split: file.fingerprint for split, file in data.items()},
+        }
         self.saved_step = progress.step  # the last checkpoint that was written or resumed from
         self.thread, self.pending = ThreadPoolExecutor(1), Future()
         self.pending.set_result(None)
 
     def restore(self, state: dict) -> None:
-        """Load the optimizer and the loss scale of a checkpoint, {} for none."""
+        """Load the optimizer and the loss scale from a checkpoint; {}: there is none."""
         if state:
             load_optimizer(self.optimizer, state["optimizer"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
 
     def save(self) -> None:
-        """Copy the state and start to write it, unless this step is saved already."""
+        """Copy the state and start writing it, unless this step is already saved."""
         step, previous = self.progress.step, self.saved_step
         if step == previous:
             return
-        self.pending.result()  # wait for the write before this one; raises its error
+        self.pending.result()  # wait for the previous write; raises its error
         state = {
-            # the parameters themselves, so that full_copy sees which are tied
+            # the parameters themselves: full_copy must see which are tied
             "model": self.model.state_dict(keep_vars=True),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -55,7 +61,7 @@ class Saver:
         self.saved_step = step
 
     def stepped(self) -> None:
-        """After each step: now there is something to save. Raises the error of a failed write."""
+        """Call after each step, when there is something to save. Raises a failed write's error."""
         self.processes.watch.catch_signals()
         if self.pending.done():
             self.pending.result()
@@ -73,8 +79,7 @@ class Saver:
                 self.processes.wait_for_all()  # torchrun kills the others as soon as one exits
             if interrupted and self.processes.is_main:
                 print(
-                    f"interrupted at step {self.saved_step}, which is saved; "
-                    "resume with --init_from=auto",
+                    f"interrupted; saved step {self.saved_step}; resume with --init_from=auto",
                     file=sys.stderr,
                 )
         finally:
@@ -83,7 +88,7 @@ class Saver:
     def _write(self, state: dict, kept: set[str]) -> None:
         """Write a checkpoint, then delete all whose names are not in `kept`.
 
-        The newest of the others by name may be damaged, if the run resumed from an earlier one.
+        `kept` has the checkpoint that the run resumed from: a newer one may be damaged.
         """
         path = self.out_dir / name_of(state["step"])
         try:
@@ -94,11 +99,11 @@ class Saver:
         except (OSError, RuntimeError, ValueError) as error:  # a full disk: torch's RuntimeError
             reason = str(error).splitlines()[0][:150]
             raise UserError(
-                f"cannot write {path} ({reason}); the earlier checkpoints are untouched: "
-                "make room and resume with --init_from=resume"
+                f"cannot write {path} ({reason}); earlier checkpoints are unchanged: "
+                "free some space and resume with --init_from=resume"
             ) from None
 
     def _write_and_read_back(self, temporary: Path, state: dict) -> None:
         torch.save(state, str(temporary))  # given a path, torch writes without the GIL
-        self.processes.watch.beat()  # a large file on a slow disk is no hang
+        self.processes.watch.beat()  # writing a large file to a slow disk is not a hang
         check_crc(temporary)

@@ -22,17 +22,16 @@ from engine.runs.fit import check_text
 from engine.runs.logger import Logger, forget_after
 from model import GPT
 
-# options of a launch, not of the run: a checkpoint does not bring them back
-PER_LAUNCH = {"out_dir", "init_from", "allow_change", "eval_only", "backend", "device"}
-PER_LAUNCH |= {"hang_timeout"}
-# options that make another model or optimizer, which a checkpoint does not fit
+# options of a launch, not of the run: a checkpoint does not restore them
+PER_LAUNCH = {"out_dir", "init_from", "eval_only", "backend", "device", "hang_timeout"}
+# options of the model and the optimizer, which must be those of the checkpoint
 FIXED = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "qkv_bias", "bayes_mlp"}
 FIXED |= {"weights", "likelihood", "posterior", "tie_head", "logit_bias", "optimizer"}
 
 
 def prepare_run(config, given: Set[str], processes: Processes):
-    """Returns (config, data, model, state): the options as they hold for this run, the token files
-    of both splits, the model on the CPU, and the checkpoint to resume from, {} for a new run.
+    """Returns (config, data, model, state): the options of this run, the token file of each split,
+    the model on the CPU, and the checkpoint to resume from ({} for a new run).
 
     given: the names of the options that the user set.
     """
@@ -52,6 +51,7 @@ def prepare_run(config, given: Set[str], processes: Processes):
             f"{out_dir} already holds a run; add --init_from=resume, or give another --out_dir"
         )
 
+    old = None
     if init_from not in ("scratch", "resume"):
         old = checkpoint.read_checkpoint(init_from)
         if old.dataset and "dataset" not in given:  # the run's own data
@@ -62,16 +62,7 @@ def prepare_run(config, given: Set[str], processes: Processes):
         model = GPT(config.model)
         load_state(model, state["model"])
     else:
-        torch.manual_seed(config.seed)
-        n_data = config.model.head.n_data or len(data["train"])
-        config = build(type(config), flatten(config) | {"n_data": n_data})
-        if init_from == "scratch":
-            vocab_size = config.model.vocab_size or data["train"].vocab_size
-            model = GPT(replace(config.model, vocab_size=vocab_size))
-            model.lm_head.init_from_frequencies(data["train"].frequencies(vocab_size))
-        else:
-            model = from_weights(config, old, data["train"], given)
-
+        model = new_model(config, old, data["train"], given)
     config = replace(config, model=model.config)
     if config.model.head.posterior == "kron":
         check_text(config.model.n_embd, data["train"])
@@ -80,19 +71,35 @@ def prepare_run(config, given: Set[str], processes: Processes):
     return config, data, model, state
 
 
-def resumed_config(config, state: dict, given: Set[str]):
-    """Returns the run's own options, except those that are given now, and what these change.
+def new_model(config, old: checkpoint.Checkpoint | None, file: TokenFile, given: Set[str]) -> GPT:
+    """The initial model of a run, from the weights of `old` or from scratch.
 
-    Another model is refused.
+    file: the training split."""
+    torch.manual_seed(config.seed)
+    n_data = config.model.head.n_data or len(file)
+    config = build(type(config), flatten(config) | {"n_data": n_data})
+    if old:
+        return from_weights(config, old, file, given)
+    vocab_size = config.model.vocab_size or file.vocab_size
+    model = GPT(replace(config.model, vocab_size=vocab_size))
+    model.lm_head.init_from_frequencies(file.frequencies(vocab_size))
+    return model
+
+
+def resumed_config(config, state: dict, given: Set[str]):
+    """Returns the run's options with those that the user gave now, and a list of the changes.
+
+    Refuses a model of another shape.
     """
     out_dir = config.out_dir
     if not {"model_config", "optimizer"} <= state.keys():
         raise UserError(
-            f"{out_dir} holds weights without the state of their training; start from the weights: "
+            f"{out_dir} holds weights without an optimizer; start a new run from these weights: "
             f"--init_from={out_dir} --out_dir=ANOTHER"
         )
     options = flatten(config)
-    before = flatten(type(config)()) | state["config"]  # defaults for options newer than the run
+    # an option that did not exist when the run started has its default
+    before = flatten(type(config)()) | state["config"]
     changes = []
     for name in sorted(options.keys() - PER_LAUNCH):
         if name not in given:
@@ -101,29 +108,29 @@ def resumed_config(config, state: dict, given: Set[str]):
             changes.append(f"{name} = {options[name]!r} (was {before[name]!r})")
             if name in FIXED:
                 raise UserError(
-                    f"{changes[-1]} cannot change on resuming; leave {name} out, "
+                    f"{changes[-1]} cannot change on resuming; omit --{name}, "
                     "or give another --out_dir"
                 )
     if state["step"] > options["max_iters"]:
         raise UserError(
-            f"{out_dir} is at step {state['step']} already, beyond "
+            f"{out_dir} is already at step {state['step']}, beyond "
             f"max_iters = {options['max_iters']}"
         )
     return build(type(config), options), changes
 
 
 def check_data(data: dict[str, TokenFile], state: dict, out_dir: Path) -> None:
-    """Refuse to resume on other tokens than the run was trained and evaluated on."""
+    """Refuse to resume on data other than those of the run."""
     for split, recorded in state.get("data", {}).items():
         if not data[split].matches(recorded):
             raise UserError(
-                f"{data[split].path} holds other tokens than the run to resume; bring those back, "
-                f"or start from its weights: --init_from={out_dir} --out_dir=ANOTHER"
+                f"{data[split].path} differs from the data of the run to resume; restore that, or "
+                f"start a new run from its weights: --init_from={out_dir} --out_dir=ANOTHER"
             )
 
 
 def training_labels(config, file: TokenFile) -> LabelFile | None:
-    """The teacher's labels that the options name for the training split."""
+    """The teacher labels of the training split, if the options name any."""
     if not config.labels:
         return None
     labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
@@ -131,22 +138,13 @@ def training_labels(config, file: TokenFile) -> LabelFile | None:
     return labels
 
 
-def describe_run(config, data: dict[str, TokenFile]) -> dict:
-    """What a checkpoint says of its run: options, and which data it was trained on."""
-    return {
-        "config": flatten(config),
-        "model_config": flatten(config.model),
-        "data": {split: file.fingerprint for split, file in data.items()},
-    }
-
-
 @contextlib.contextmanager
 def open_run(
     config, data: dict[str, TokenFile], processes: Processes, model: GPT, dtype: str, progress
 ) -> Iterator[Logger]:
-    """Make the run's folder, write its options and code there, and print what the run is.
+    """Make the run's folder, write its options there, and print a description of the run.
 
-    Only one process at a time may train in a folder.
+    Only one run at a time may train in a folder.
     """
     out_dir, meta = Path(config.out_dir), data["train"].meta
     start = this_start(processes, progress.step)
@@ -156,7 +154,8 @@ def open_run(
     with contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(locked_folder(out_dir))
-            if not (progress.step and config.eval_only):  # an evaluation only adds a record
+            # to evaluate a run again only adds a record
+            if not (progress.step and config.eval_only):
                 checkpoint.copy_tokenizer(dataset_folder(config.dataset), meta, out_dir)
                 facts = {"environment": environment(), "starts": [*before, start]}
                 write_json(out_dir / "config.json", flatten(config) | facts)
@@ -169,12 +168,13 @@ def open_run(
             log.say(line)
         log.say(code_line(start))
         if meta is None:
-            log.say(f"{config.dataset} has no meta.json: its tokens are taken for GPT-2's")
+            log.say(f"{config.dataset} has no meta.json: assuming GPT-2's tokens")
         if config.wandb_log:
             name = config.wandb_run_name or "/".join(out_dir.parts[-2:])
             log.start_wandb(
                 out_dir, project=config.wandb_project, name=name, config=flatten(config)
             )
+        stack.enter_context(processes.watch.watching())
         yield log
         if not config.eval_only:
             log.say(ending(config, progress))
@@ -182,26 +182,26 @@ def open_run(
 
 @contextlib.contextmanager
 def locked_folder(out_dir: Path) -> Iterator[None]:
-    """Make the folder, and let no other process train there."""
+    """Make the folder and lock it against other runs."""
     check_writable(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     busy = f"another process is training in {out_dir}; end it first, or give another --out_dir"
     with exclusive_lock(out_dir / ".lock", busy):
-        for file in out_dir.glob("*.*.[0-9]*.tmp"):  # left by a run that was killed
+        for file in out_dir.glob("*.*.[0-9]*.tmp"):  # of a run that was killed
             file.unlink()
         yield
 
 
 def ending(config, progress) -> str:
-    """A run's last line: its best checkpoint, and how to sample from that."""
+    """A run's last line: its best checkpoint, and the command that samples from it."""
     best = f"best val nll {progress.best_val_nll:.4f} at step {progress.best_step}"
     if progress.step < config.max_iters:
-        best = f"no lower val nll in {config.patience} evaluations: stopped; {best}"
+        best = f"stopped: no lower val nll in {config.patience} evaluations; {best}"
     path = Path(config.out_dir) / checkpoint.name_of(progress.best_step)
     if path.is_file():
         newest = checkpoint.list_checkpoints(path.parent)[-1] == path
         out_dir = shlex.quote(f"--out_dir={path.parent if newest else path}")
         return f"{best}: python sample.py {out_dir}"
-    if progress.step:  # the best are the weights that training began with
-        return f"{best}: training made it worse, try a lower --learning_rate"
+    if progress.step:  # the initial weights are the best
+        return f"{best}: training increased it, try a lower --learning_rate"
     return best
