@@ -151,13 +151,13 @@ def result_file(source: str, config: EvaluateConfig) -> Path:
 
 def short_names(sources: list[str]) -> dict[str, str]:
     """name -> source: the last part of each path, or all of it if two share that part."""
-    names = {}
+    names = []
     for source in sources:
         last_parts = [Path(member).absolute().name for member in members_of(source)]
-        names["+".join(last_parts)] = source
-    if len(names) < len(sources):
-        return dict(zip(sources, sources, strict=True))
-    return names
+        names.append("+".join(last_parts))
+    if len(set(names)) < len(names):
+        names = sources
+    return dict(zip(names, sources, strict=True))
 
 
 if __name__ == "__main__":

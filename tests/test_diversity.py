@@ -45,7 +45,16 @@ def test_distinct_n_is_the_share_of_distinct_n_grams(texts, n):
     assert diversity(texts)[f"distinct_{n}"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("texts", [[], ["", ""], ["word"], ["\n", "a b"], ["one", "two"]])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [],
+        ["", ""],
+        ["word"],
+        ["\n", "a b"],
+        ["one", "two"],
+    ],
+)
 def test_scores_that_little_text_does_not_have_are_none(texts):
     result = diversity(texts)
     json.dumps(result, allow_nan=False)
@@ -58,7 +67,8 @@ def test_a_continuation_begins_after_the_prompt_and_ends_at_end_of_text(monkeypa
         """first id + 100, + 101, ..., and end-of-text after as many tokens as that id"""
         i = torch.arange(max_new_tokens)
         first = ids[:, :1]
-        return torch.cat([ids, torch.where(first == i, EOT, first + 100 + i)], dim=1)
+        continuation = torch.where(first == i, EOT, first + 100 + i)
+        return torch.cat([ids, continuation], dim=1)
 
     monkeypatch.setattr("engine.eval.diversity.generate", scripted)
     ids = torch.tensor([[3, 50], [0, 51], [9, 52]])

@@ -32,7 +32,8 @@ def uncertain_gpt(likelihood: str = "categorical", weights: str = "bayes", **opt
 def file(tmp_path_factory) -> TokenFile:
     """16 blocks and 6 tokens."""
     ids = np.random.default_rng(0).integers(0, V, 16 * T + 6)
-    return TokenFile(write_nanogpt(tmp_path_factory.mktemp("data") / "d", {"val": ids}), "val")
+    folder = tmp_path_factory.mktemp("data") / "d"
+    return TokenFile(write_nanogpt(folder, {"val": ids}), "val")
 
 
 def counting(folder, n: int) -> TokenFile:
@@ -181,8 +182,9 @@ def test_neighbouring_tokens_share_their_draws_and_others_do_not(tmp_path):
     same = write_nanogpt(tmp_path / "d", {"val": np.full(16 * T + 1, 7)})
     (batch,) = windows(TokenFile(same, "val"), T, 16)  # equal windows: only their draws differ
     with torch.no_grad():
-        nll = score_windows(uncertain_gpt(), batch, torch.device("cpu"), 2)["nll"].view(16, T)
-    groups = nll[:, :-1].view(4, NOISE_GROUP // T, T - 1)  # the last token is of the next group
+        nll = score_windows(uncertain_gpt(), batch, torch.device("cpu"), 2)["nll"]
+    nll = nll.view(16, T)[:, :-1]  # the last token is of the next group
+    groups = nll.view(4, NOISE_GROUP // T, T - 1)
     torch.testing.assert_close(groups, groups[:, :1].expand_as(groups), rtol=1e-5, atol=0)
     differences = (groups[:, None, 0] - groups[None, :, 0]).abs().amax(-1)
     assert (differences > 1e-3).sum() == 12  # of each of the four to each of the three others

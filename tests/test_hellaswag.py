@@ -66,8 +66,9 @@ def test_a_transformers_folder_has_the_scores_of_transformers(tmp_path, style):
         for ending, n_chars in zip(item.endings, item.n_chars, strict=True):
             ids = tokenizer.encode(ending).tolist()
             with torch.no_grad():
-                logits = model(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1]
-            sums.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
+                logits = model(torch.tensor([context + ids])).logits[0]
+            log_probs = logits[len(context) - 1 : -1].log_softmax(-1)
+            sums.append(log_probs[range(len(ids)), ids].sum().item())
             lengths.append(len(ids) if style == "completion" else n_chars)
     source = write_items(tmp_path / "items.jsonl", WIKIHOW, ACTIVITY)
     config = hellaswag.HellaSwagConfig(str(tmp_path), source=str(source), style=style, device="cpu")
@@ -96,7 +97,12 @@ def test_completion_leaves_the_text_as_it_is_and_harness_cleans_it():
 
 
 def test_scores_errors_and_the_area_by_hand():
-    log_probs = [[-1, -2, -8, -8], [-1, -3, -3, -9], [-9, -9, -9, -8], [-3, -9, -9, -8]]
+    log_probs = [
+        [-1, -2, -8, -8],
+        [-1, -3, -3, -9],
+        [-9, -9, -9, -8],
+        [-3, -9, -9, -8],
+    ]
     lengths = torch.tensor([[1, 4, 4, 4]] * 4)
     labels = torch.tensor([0, 1, 3, 3])
     result = hellaswag.judge(torch.tensor(log_probs).double(), lengths, labels)

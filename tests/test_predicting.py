@@ -43,7 +43,8 @@ def slow_uncertainty(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def sampled_log_probs(head: Head, x: torch.Tensor) -> torch.Tensor:
     """log p under each of 20,000 draws of the logits."""
     torch.manual_seed(0)
-    logits = Normal(head.logits(x), head.weights.variance(x).sqrt()).sample((20_000,))
+    std = head.weights.variance(x).sqrt()
+    logits = Normal(head.logits(x), std).sample((20_000,))
     return slow_log_probs(head, logits)
 
 
@@ -95,7 +96,15 @@ def test_each_draw_of_the_hidden_states_has_its_own_draw_of_the_output_weights(w
     torch.testing.assert_close(found.aleatoric.double(), aleatoric, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("std", "tolerance"), [(0.0, 1e-6), (0.3, 1e-4), (1.0, 0.03), (1.5, 0.12)])
+@pytest.mark.parametrize(
+    ("std", "tolerance"),
+    [
+        (0.0, 1e-6),
+        (0.3, 1e-4),
+        (1.0, 0.03),
+        (1.5, 0.12),
+    ],
+)
 def test_expected_log_sigmoid_is_the_integral(std, tolerance):
     """Three nodes: the error grows with the std."""
     mean = torch.tensor([-30.0, -8.0, -2.0, -0.5, 0.0, 1.0, 7.0]).double()
@@ -179,7 +188,8 @@ def test_the_bound_holds_if_only_the_true_tokens_logit_is_uncertain(pos_weight):
     target = mean.argmin(-1)  # there the bound is tight
     head.weights.log_std[target] = -1.0
     torch.manual_seed(0)
-    logits = Normal(mean, head.weights.variance(x).sqrt()).sample((20_000,)).flatten(0, 1)
+    std = head.weights.variance(x).sqrt()
+    logits = Normal(mean, std).sample((20_000,)).flatten(0, 1)
     losses = F.binary_cross_entropy_with_logits(
         logits,
         F.one_hot(target, V).float().expand_as(logits),

@@ -113,8 +113,9 @@ def test_the_callers_code_between_two_tokens_is_not_autocast(folder):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(seed):
     rng = np.random.default_rng(seed)
-    pieces = ["".join(rng.choice(list("ab\n"), rng.integers(0, 4))) for _ in range(40)]
-    stops = ["".join(rng.choice(list("ab\n"), rng.integers(2, 5))) for _ in range(2)]
+    letters = list("ab\n")
+    pieces = ["".join(rng.choice(letters, n)) for n in rng.integers(0, 4, 40)]
+    stops = ["".join(rng.choice(letters, n)) for n in rng.integers(2, 5, 2)]
     full = "".join(pieces)
     end = min([full.find(stop) for stop in stops if stop in full], default=len(full))
     stop = "|".join(stops).replace("\n", "\\n")

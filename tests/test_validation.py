@@ -26,8 +26,10 @@ def file(tmp_path_factory) -> TokenFile:
     """Text that tiny_gpt generated, half of it replaced: its accuracy is neither 0 nor 1."""
     torch.manual_seed(0)
     text = generate(tiny_gpt(std=0.3), torch.tensor([[5]]), 40 * T)[0]
-    text = torch.where(torch.rand(len(text)) < 0.5, text, torch.randint(67, text.shape)).numpy()
-    return TokenFile(write_nanogpt(tmp_path_factory.mktemp("data") / "d", {"val": text}), "val")
+    noise = torch.randint(67, text.shape)
+    text = torch.where(torch.rand(len(text)) < 0.5, text, noise)
+    folder = tmp_path_factory.mktemp("data") / "d"
+    return TokenFile(write_nanogpt(folder, {"val": text.numpy()}), "val")
 
 
 def measure(model: GPT, file: TokenFile) -> dict[str, float]:

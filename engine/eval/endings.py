@@ -28,25 +28,23 @@ def score_endings(
     model.eval()
     device = next(model.parameters()).device
     longest = model.config.block_size + 1
-    texts, n_tokens = [], []
+    inputs, labels = [], []
     for context, endings in items:
         for ending in endings:
-            texts.append(torch.tensor((context + ending)[-longest:]))
-            n_tokens.append(len(ending))
+            ids = torch.tensor((context + ending)[-longest:])
+            inputs.append(ids[:-1])
+            is_context = torch.arange(len(ids), 0, -1) > len(ending)
+            labels.append(ids.masked_fill(is_context, -1)[1:])
     # texts of similar length together: little padding
-    lengths = torch.tensor([len(ids) for ids in texts])
+    lengths = torch.tensor([len(ids) for ids in inputs])
     order = lengths.argsort(descending=True, stable=True)
-    sums = torch.zeros(len(texts), dtype=torch.float64)
+    sums = torch.zeros(len(inputs), dtype=torch.float64)
     batches = order.split(batch_size)
     for numbers in tqdm(batches, desc="endings", leave=False, disable=None):
-        idx = pad_sequence([texts[i] for i in numbers], batch_first=True)
-        x, y = idx[:, :-1], idx[:, 1:]
-        is_ending = torch.zeros_like(y, dtype=torch.bool)
-        for row, i in zip(is_ending, numbers, strict=True):
-            end = len(texts[i]) - 1
-            start = max(0, end - n_tokens[i])
-            row[start:end] = True
-        owners = numbers[:, None].expand_as(is_ending)[is_ending]
+        x = pad_sequence([inputs[i] for i in numbers], batch_first=True)
+        y = pad_sequence([labels[i] for i in numbers], batch_first=True, padding_value=-1)
+        is_ending = y >= 0
+        owners = numbers[:, None].expand_as(y)[is_ending]
         targets = y[is_ending].to(device)
         seed_micro_batch(0, 0)  # all endings are scored under the same draws of the weights
         with cast or nullcontext():
