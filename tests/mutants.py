@@ -90,7 +90,7 @@ def failure(folder: str, arguments: list[str]) -> str:
         for line in result.stdout.splitlines():
             if line.startswith(("FAILED ", "ERROR ")):
                 return line.partition(" ")[2].partition(" - ")[0]
-    raise SystemExit(f"pytest did not run\n{result.stdout[-2000:]}")
+    raise SystemExit(f"pytest did not run: {result.stderr}\n{result.stdout[-2000:]}")
 
 
 def copy_tracked_files(folder: Path) -> None:
