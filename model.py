@@ -90,7 +90,9 @@ class KVCache:
         values[:, :, start:end] = v
         if layer == self.n_layer - 1:
             self.length = end
-        return keys[:, :, :end], values[:, :, :end], None
+        keys = keys[:, :, :end]
+        values = values[:, :, :end]
+        return keys, values, None
 
 
 class CausalSelfAttention(nn.Module):
@@ -100,7 +102,8 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=config.bias or config.qkv_bias)
+        has_qkv_bias = config.bias or config.qkv_bias
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=has_qkv_bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -115,7 +118,8 @@ class CausalSelfAttention(nn.Module):
         is_causal = mask is None and T > 1
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        y = self.c_proj(y)
         return F.dropout(y, self.dropout, self.training)
 
 

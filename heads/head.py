@@ -105,15 +105,16 @@ class Head(nn.Module):
     def convert_likelihood(self, old: HeadConfig, hidden: Callable[[], Tensor]) -> Tensor | float:
         """Convert weights from a head trained with `old`'s likelihood to make the same predictions.
 
-        A sigmoid's logits are log-probabilities. A softmax's logits are too, after subtracting the
-        log-normaliser. That is close to linear in x, so a linear fit to hidden(), (n, C) states of
-        the training text, is subtracted from weights and bias. Returns the vector (C,) that was
-        subtracted from every token's weights, or 0.
+        A sigmoid's logits are log-probabilities, if these are small. A softmax's logits are too,
+        after subtracting the log-normaliser. That is close to linear in x, so a linear fit to
+        hidden(), (n, C) states of the training text, is subtracted from weights and bias. Returns
+        the vector (C,) that was subtracted from every token's weights, or 0.
         """
         ours = self.likelihood
         vocab_size = len(self.weights.weight)
         theirs = LIKELIHOODS[old.likelihood](old, vocab_size)
-        if type(theirs) is type(ours) and vars(theirs) == vars(ours):
+        same_class = type(theirs) is type(ours)
+        if same_class and vars(theirs) == vars(ours):
             return 0.0
         for likelihood in (theirs, ours):
             if not likelihood.is_softmax and likelihood.logit_offset is None:
@@ -180,13 +181,14 @@ class Head(nn.Module):
         n_product = rows_per_chunk(LOGITS_BYTES_PRODUCT, x.device, vocab_size, x.dtype)
         n_cached = rows_per_chunk(LOG_PROBS_BYTES, x.device, vocab_size, x.dtype)
         found = []
-        chunks = x.flatten(0, 1).split(n_product)
+        x_chunks = x.flatten(0, 1).split(n_product)
         target_chunks = targets.flatten().split(n_product)
-        for chunk, ids in zip(chunks, target_chunks, strict=True):
+        for chunk, chunk_ids in zip(x_chunks, target_chunks, strict=True):
             logits_blocks = self.logits(chunk).split(n_cached)
-            for logits, block_ids in zip(logits_blocks, ids.split(n_cached), strict=True):
+            target_blocks = chunk_ids.split(n_cached)
+            for logits, ids in zip(logits_blocks, target_blocks, strict=True):
                 log_probs = self.likelihood.log_probs(logits)
-                found.append(token_scores(log_probs, block_ids))
+                found.append(token_scores(log_probs, ids))
         columns = zip(*found, strict=True)
         return TokenScores(*map(torch.cat, columns))
 

@@ -3,8 +3,7 @@
     loss, nats per token = normaliser(all logits) + of_labels(the labels' logits)
 
 The labels are the true token, or several ids with label_weights. heads/linear_loss.py
-differentiates both functions. docs/heads.md shows how to add a likelihood: a subclass of Likelihood
-with its three methods, an entry in LIKELIHOODS, and its name and options in heads/config.py.
+differentiates both functions. docs/heads.md shows how to add a likelihood.
 """
 
 import math
@@ -31,13 +30,12 @@ class Likelihood:
     default_bias = "none"  # the meaning of logit_bias = "auto"
     # Whether estimator = "bound" holds. The expectation of the normaliser must be at most its value
     # at logits raised by half their variance, except for a term -mean_coefficient * mean logit.
-    # of_labels must be -label_coefficient * label logits, plus terms of which the same is true.
+    # of_labels must be -label_coefficient * label logits, plus terms with the same property.
     linear_in_logits = False
     label_coefficient = 1.0
     mean_coefficient = 0.0
     is_softmax = False  # log_probs is a log_softmax of the logits
-    # else: logit - log p for small p, if that is a constant; the weights can then be converted from
-    # and to other likelihoods
+    # else: logit - log p for small p, if constant: it converts weights to and from softmax's
     logit_offset: float | None = None
 
     def __init_subclass__(cls):
@@ -178,7 +176,7 @@ class Sigmoid(Likelihood):
         self.logit_offset = math.log(config.pos_weight)
 
     def normaliser(self, logits: Tensor) -> Tensor:
-        """Under a Bayesian bound, the penalty is on the sum for the raised logits, which is about
+        """Under a Bayesian bound the penalty uses the raised logits, whose sum of sigmoids is about
         E_q[sum_v sigmoid(z_v)]."""
         normaliser = sum_softplus(logits)
         if not self.sum_penalty:

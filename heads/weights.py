@@ -17,9 +17,6 @@ from engine.base.errors import UserError
 from heads.config import HeadConfig
 from heads.linear_loss import LowRankLogits, pad_rows, to_float32
 
-# inputs of linear_loss: x, the weight (V, C), and the shift of Jensen's bound or None
-LossTerms = tuple[Tensor, Tensor, LowRankLogits | None]
-
 
 class PointLinear(nn.Module):
     """One weight matrix (V, C); also the interface of all output weights."""
@@ -47,7 +44,8 @@ class PointLinear(nn.Module):
         """x (..., C) -> variance of the logits (..., V), independent given x; None if fixed."""
         return None
 
-    def loss_terms(self, x: Tensor) -> LossTerms:
+    def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor, LowRankLogits | None]:
+        """Inputs of linear_loss: x, the weight (V, C), and the shift of Jensen's bound or None."""
         return x, self.weight, None
 
     def kl(self) -> Tensor | float:
@@ -97,16 +95,13 @@ class BayesLinear(PointLinear):
             return (squares * by_square).sum(-1)
 
     def noise(self, x: Tensor) -> Tensor:
-        """A draw of the logits' deviations from their means, (..., V).
-
-        Local reparameterisation (Kingma et al. 2015).
-        """
+        """A draw of each logit's deviation from its mean, (..., V) (Kingma et al. 2015)."""
         variance = self.variance(x).clamp(min=1e-20)  # the root of 0 has no gradient
         shape = (*x.shape[:-1], len(self.weight))
         noise = torch.randn(shape, device=x.device)
         return variance.sqrt() * noise
 
-    def loss_terms(self, x: Tensor) -> LossTerms:
+    def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor, LowRankLogits | None]:
         """bound: logits raised by half their variance. sample: a draw of the whole matrix.
 
         The gradient of log_std under the bound is exact to 3e-7 in fp32; in bf16 to 2e-3 (row) or
@@ -210,10 +205,7 @@ class BayesLinear(PointLinear):
     def to_torchbnn(self) -> dict[str, Tensor]:
         """The state_dict of a torchbnn.BayesLinear(..., bias=False) with this posterior."""
         log_std = self.log_std.detach().expand_as(self.weight)
-        return {
-            "weight_mu": self.weight.detach(),
-            "weight_log_sigma": log_std,
-        }
+        return {"weight_mu": self.weight.detach(), "weight_log_sigma": log_std}
 
     @torch.no_grad()
     def from_torchbnn(self, state: dict[str, Tensor]) -> None:
@@ -244,7 +236,8 @@ class BayesLinear(PointLinear):
         if self.log_std.size(1) > 1:
             return squares, variances
         n_embd = self.weight.size(1)
-        return squares.mean(-1, keepdim=True), n_embd * variances
+        mean_square = squares.mean(-1, keepdim=True)
+        return mean_square, n_embd * variances
 
 
 class _Draw(torch.autograd.Function):
