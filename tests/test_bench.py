@@ -1,7 +1,6 @@
 """The benchmarks run at tiny shapes and append records with the keys that their readers need."""
 
 import importlib
-import json
 import math
 import sys
 
@@ -10,6 +9,7 @@ import torch
 
 from bench import measure
 from bench.measure import peak_memory
+from engine.base.files import read_json_lines
 
 KEYS = {"bench", "case", "baseline", "time_ratio", "seconds", "shapes", "machine", "torch", "date"}
 MEMORY_KEYS = {"memory_ratio", "peak_mib", "allocator"}
@@ -30,7 +30,7 @@ def records_of(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{bench}.py", "--quick", *flags])
         with torch._dynamo.config.patch(disable=True):
             module.main()
-        records = list(map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()))
+        records = read_json_lines(tmp_path / "results.jsonl")
         for record in records:
             assert record.keys() >= keys
             assert 0 < record["time_ratio"] < math.inf

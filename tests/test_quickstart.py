@@ -15,7 +15,13 @@ TINY = flags(n_layer=1, n_head=1, n_embd=32, block_size=64, eval_interval=4, eva
 
 def output_of(*command: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "2", "FORCE_COLOR": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

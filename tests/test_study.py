@@ -144,7 +144,8 @@ def test_each_variant_has_trials_of_full_length_and_all_are_listed(small_study, 
     runs = [path.parent for path in Path("out/tried/small").glob("*/metrics.jsonl")]
     assert len(runs) == 8  # six trials, softmax with another seed, the distilled variant
     for run in runs:
-        assert [record["step"] for record in records(run, "loss")] == [2, 4, 6, 8]
+        steps = [record["step"] for record in records(run, "loss")]
+        assert steps == [2, 4, 6, 8]
 
 
 def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(small_study, complete):
@@ -156,8 +157,7 @@ def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(smal
         assert ("eval_test_averaged.json" in names) == name.startswith(BOTH)
         assert ("eval_test_ensemble_of_2.json" in names) == (name == "softmax-seed7")
         test = read_json(logs / name / "eval_test.json")
-        assert test["ood"]["dataset"].endswith("ood")
-        assert ("continuations" in test) == name.endswith("seed7")
+        assert "ood" in test and ("continuations" in test) == name.endswith("seed7")
         options = read_json(logs / name / "config.json")
         assert options["seed"] == int(name[-1])
         assert options["labels"] == ("study" if "taught" in name else "")
@@ -190,12 +190,10 @@ def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(
     runner = study.Runner("small", config, InThisProcess())
     runner.out = home / "out/diverging"
     runner.logs = home / "diverging"
-    best = runner.tune("softmax")
-    listed = read_json_lines(runner.logs / "tuning.jsonl")
-    nlls = {trial["flags"][0]: trial["val_nll"] for trial in listed}
-    assert nlls["--learning_rate=1000"] == math.inf
-    assert math.isfinite(nlls["--learning_rate=0.001"])
-    assert best[0] == "--learning_rate=0.001"
+    assert runner.tune("softmax")[0] == "--learning_rate=0.001"
+    diverged, *_ = read_json_lines(runner.logs / "tuning.jsonl")
+    assert diverged["flags"] == ["--learning_rate=1000"]
+    assert diverged["val_nll"] == math.inf
 
 
 @pytest.mark.slow
