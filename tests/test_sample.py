@@ -258,7 +258,7 @@ def test_an_interrupt_keeps_the_texts_that_are_done(folder, monkeypatch):
         sample_py(monkeypatch, folder, prompts="two.txt", html="done.html", jsonl="done.jsonl")
     assert exit_.value.code == 130
     (record,) = read_lines(folder / "done.jsonl")
-    assert record["text"] == "".join(token for token, _ in spans(folder / "done.html")[3:])
+    assert record["text"] == "".join(token for token, *_ in spans(folder / "done.html")[3:])
 
 
 def test_an_interrupt_ends_a_text_but_not_the_conversation(folder, bayes, monkeypatch, capsys):
@@ -299,7 +299,6 @@ def test_a_terminal_gets_no_control_characters():
         ({"html": "there.txt"}, "there.txt"),
         ({"jsonl": "there.txt"}, "there.txt"),
         ({"jsonl": "nowhere/x.jsonl"}, "nowhere"),
-        ({"prompts": "missing.txt"}, "missing.txt"),
         ({"prompts": "there.txt"}, "there.txt"),
         ({"prompts": "bad.jsonl", "jsonl": "new"}, "prompt 2"),
         ({"prompts": "strange.txt", "jsonl": "new"}, "'S'"),
