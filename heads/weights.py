@@ -183,15 +183,13 @@ class BayesLinear(PointLinear):
         self.log_std.copy_(log_std.unsqueeze(1))
 
     @torch.no_grad()
-    def fit_columns(
-        self, second_moment: Tensor, frequencies: Tensor, damping: float, scale: float
-    ) -> None:
+    def fit_columns(self, second_moment: Tensor, frequencies: Tensor, damping: float) -> None:
         """Laplace approximation of a kron posterior around the current weights, from the hidden
         states of the training text (Ritter et al. 2018, with one variance per token).
 
         second_moment (C, C): E[x x^T], float64. U is c (second_moment + damping)^-1 with trace C;
-        damping is relative to the mean eigenvalue. Then std_v^2 = scale / (1 / prior_variance + N
-        f_v c / kl_weight).
+        damping is relative to the mean eigenvalue. Then std_v^2 = 1 / (1 / prior_variance + N f_v c
+        / kl_weight).
         """
         n_embd = len(second_moment)
         identity = torch.eye(n_embd, dtype=second_moment.dtype)
@@ -200,7 +198,6 @@ class BayesLinear(PointLinear):
         c = n_embd / inverse.trace()
         self.column_factor.copy_(torch.linalg.cholesky(c * inverse))
         self.init_from_frequencies(frequencies * c.item())
-        self.log_std += math.log(scale) / 2
 
     def to_torchbnn(self) -> dict[str, Tensor]:
         """The state_dict of a torchbnn.BayesLinear(..., bias=False) with this posterior."""

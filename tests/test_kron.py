@@ -102,13 +102,13 @@ def test_fitted_columns_are_the_inverse_second_moment_and_rows_laplaces():
     x = torch.randn(300, C, dtype=torch.float64) @ torch.randn(C, C, dtype=torch.float64)
     second_moment = x.T @ x / len(x)
     frequencies = torch.rand(V)
-    head.weights.fit_columns(second_moment, frequencies, damping=0.01, scale=2.0)
+    head.weights.fit_columns(second_moment, frequencies, damping=0.01)
     damped = second_moment + 0.01 * second_moment.trace() / C * torch.eye(C)
     inverse = np.linalg.inv(damped.numpy())
     c = C / np.trace(inverse)
     factor = head.weights.column_factor.double()
     assert np.allclose(factor @ factor.T, c * inverse, rtol=1e-4, atol=1e-6)
-    variances = 2.0 / (1 / 0.3**2 + 1000 * frequencies.numpy() * c / 0.5)
+    variances = 1 / (1 / 0.3**2 + 1000 * frequencies.numpy() * c / 0.5)
     assert np.allclose(
         torch.exp(2 * head.weights.log_std).squeeze(1).detach(), variances, rtol=1e-4
     )
