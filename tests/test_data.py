@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from engine.data.tokenizer import load_tokenizer
@@ -13,7 +12,6 @@ from engine.data.tokens import TokenFile
 from tests.conftest import shared_data
 from tests.helpers import ROOT
 
-SPLITS = ("train", "val", "test")
 BIG = """\
 The Project Gutenberg EBook of Sea Tales
 *** START OF THE PROJECT GUTENBERG EBOOK, SEA TALES ***
@@ -97,18 +95,14 @@ def refusal(prepare, tmp_path, capsys):
     return run_script
 
 
-def documents_of(folder: Path, split: str) -> list[str]:
-    """A split's documents, decoded."""
-    ids, tokenizer = TokenFile(folder, split).ids, load_tokenizer(folder)
-    cuts = [] if tokenizer.eot is None else np.flatnonzero(ids == tokenizer.eot)
-    return [tokenizer.decode(part[part != tokenizer.eot]) for part in np.split(ids, cuts)]
-
-
-def write_files(folder: Path, *texts: str) -> Path:
-    folder.mkdir()
-    for i, text in enumerate(texts):
-        (folder / f"{i:03}.txt").write_bytes(text.encode())
-    return folder
+def documents_of(folder: Path) -> list[list[str]]:
+    """The documents of train, val and test, decoded. They hold no end-of-text."""
+    tokenizer = load_tokenizer(folder)
+    splits = []
+    for split in ("train", "val", "test"):
+        text = tokenizer.decode(TokenFile(folder, split).ids)
+        splits.append(text.split("<|endoftext|>"))
+    return splits
 
 
 def test_quickstart_keeps_prose_and_drops_what_is_around_it():
@@ -122,10 +116,13 @@ def test_quickstart_keeps_prose_and_drops_what_is_around_it():
 
 
 def test_quickstart_gives_one_chapter_in_ten_to_val_and_one_to_test():
-    books = [[f"book {b} chapter {c}" for c in range(n)] for b, n in enumerate((12, 25, 100))]
+    books = []
+    for n in (12, 25, 100):
+        books.append([f"chapter {i} of {n}" for i in range(n)])
     splits = script("quickstart")["split_chapters"](books)
     assert sorted(sum(splits.values(), [])) == sorted(sum(books, []))
-    assert len(splits["val"]) == 1 + 3 + 10 and len(splits["test"]) == 1 + 2 + 10
+    assert len(splits["val"]) == 1 + 3 + 10
+    assert len(splits["test"]) == 1 + 2 + 10
 
 
 def test_another_text_than_the_published_one_is_refused(tmp_path, refusal):
@@ -143,33 +140,34 @@ def test_without_the_package_index_the_quickstart_asks_for_a_local_copy(monkeypa
 
 
 def test_text_of_many_documents_is_divided_by_documents_and_comes_back_whole(tmp_path, prepare):
-    texts = [f"{i}: naïve café, 東京.\n\nSecond <|endoftext|> of {i}.\n" * 3 for i in range(40)]
-    source, folder = write_files(tmp_path / "in", *texts), tmp_path / "out"
-    prepare("text", folder, f"--source={source}", "--val_fraction=0.1", "--test_fraction=0.2")
-    documents = [documents_of(folder, split) for split in SPLITS]
+    texts = [f"{i}: naïve café, 東京.\n\nSecond paragraph of {i}." for i in range(40)]
+    source = tmp_path / "text.txt"
+    source.write_text("\n\n\n".join(texts), encoding="utf-8")
+    flags = [f"--source={source}", "--separator=\\n\\n\\n"]
+    prepare("text", tmp_path, *flags, "--val_fraction=0.1", "--test_fraction=0.2")
+    documents = documents_of(tmp_path)
     assert list(map(len, documents)) == [28, 4, 8]
     assert sorted(sum(documents, [])) == sorted(texts)
 
 
 def test_text_of_few_documents_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path, prepare):
     text = "".join(f"Paragraph {i} has a few words.\n\n" for i in range(500))
-    source = write_files(tmp_path / "in", text)
-    prepare("text", tmp_path / "out", f"--source={source}", "--tokenizer=char")
-    parts = []
-    for split in SPLITS:
-        (part,) = documents_of(tmp_path / "out", split)
+    (tmp_path / "text.txt").write_text(text)
+    prepare("text", tmp_path, f"--source={tmp_path}/text.txt", "--tokenizer=char")
+    (train,), (val,), (test,) = documents_of(tmp_path)
+    assert train + val + test == text
+    assert 0.03 < len(val) / len(text) < 0.07
+    for part in (train, val, test):
         assert part.endswith("\n\n")
-        parts.append(part)
-    assert "".join(parts) == text and 0.03 < len(parts[1]) / len(text) < 0.07
-    assert load_tokenizer(tmp_path / "out").eot is None  # one document a split needs none
+    assert load_tokenizer(tmp_path).eot is None  # one document a split needs none
 
 
-def test_a_script_runs_in_any_directory_with_relative_paths_and_separators(tmp_path):
-    (tmp_path / "book.txt").write_text("a\n\n\nb\n\n\n")
-    command = [sys.executable, ROOT / "data" / "text" / "prepare.py", "--source=book.txt"]
-    command += ["--separator=\\n\\n\\n", "--val_fraction=0", "--test_fraction=0"]
-    subprocess.run([*command, "--tokenizer=byte", "--folder=out"], cwd=tmp_path, check=True)
-    assert documents_of(tmp_path / "out", "train") == ["a", "b"]
+def test_a_script_runs_in_any_directory_with_relative_paths(tmp_path):
+    (tmp_path / "book.txt").write_text("a book")
+    command = [sys.executable, ROOT / "data" / "text" / "prepare.py"]
+    command += ["--source=book.txt", "--folder=out", "--tokenizer=byte"]
+    command += ["--val_fraction=0", "--test_fraction=0"]
+    subprocess.run(command, cwd=tmp_path, check=True)
     assert [path.name for path in tmp_path.glob("out/*.bin")] == ["train.bin"]
 
 
@@ -193,21 +191,20 @@ def test_wikitext_articles_begin_at_titles_between_blank_lines_and_lose_nothing(
     articles = script("wikitext")["articles"]
     first = " \n = Sea = \n \n Text . \n = debris ; G = \n \n = = Section = = \n \n x \n \n"
     second = " = Key ( A = B ) = \n \n More . \n \n"
-    assert list(articles((first + second).splitlines(keepends=True))) == [first, second]
-    assert list(articles(second.splitlines(keepends=True))) == [second]
+    lines = (first + second).splitlines(keepends=True)
+    assert list(articles(lines)) == [first, second]
 
 
 @pytest.mark.slow
 def test_wikitext_2_has_the_published_counts_and_every_byte(tmp_path, prepare):
     source = shared_data("wikitext2")
     prepare("wikitext", tmp_path, "--version=2", f"--source={source}")
-    names = {"train": "train", "val": "valid", "test": "test"}
-    counts = {"train": (600, 2_418_385), "val": (60, 249_946), "test": (60, 286_280)}
-    for split, expected in counts.items():
-        about = TokenFile(tmp_path, split).meta["splits"][split]
-        assert (about["documents"], about["tokens"]) == expected
-        text = (source / f"wiki.{names[split]}.raw").read_bytes().decode()
-        assert "".join(documents_of(tmp_path, split)) == text
+    splits = TokenFile(tmp_path, "train").meta["splits"]
+    assert [about["documents"] for about in splits.values()] == [600, 60, 60]
+    assert [about["tokens"] for about in splits.values()] == [2_418_385, 249_946, 286_280]
+    for name, documents in zip(("train", "valid", "test"), documents_of(tmp_path), strict=True):
+        text = (source / f"wiki.{name}.raw").read_bytes().decode()
+        assert "".join(documents) == text
 
 
 @pytest.fixture
@@ -224,7 +221,7 @@ def test_wikitext_can_have_fewer_train_articles_or_draw_val_from_them(wikitext, 
     for flag in ("--train_articles=0", "--train_articles=2", "--val_fraction=0.3"):
         folder = wikitext / flag
         prepare("wikitext", folder, f"--source={wikitext}", "--tokenizer=byte", flag)
-        documents.append([documents_of(folder, split) for split in SPLITS])
+        documents.append(documents_of(folder))
     (train, val, test), fewer, (drawn_train, drawn_val, drawn_test) = documents
     assert len(train) == len(val) == len(test) == 10
     assert fewer == [train[:2], val, test]
@@ -249,12 +246,10 @@ def test_wikitext_from_the_hub_equals_wikitext_from_files(wikitext, prepare, mon
         return builder(str(wikitext / "hub"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", local_builder)
-    hub, files = wikitext / "from_hub", wikitext / "from_files"
-    prepare("wikitext", hub, "--tokenizer=byte")
-    prepare("wikitext", files, "--tokenizer=byte", f"--source={wikitext}")
+    prepare("wikitext", wikitext / "1", "--tokenizer=byte")
+    prepare("wikitext", wikitext / "2", "--tokenizer=byte", f"--source={wikitext}")
     assert asked == {("Salesforce/wikitext", "wikitext-103-raw-v1")}
-    for split in SPLITS:
-        assert documents_of(hub, split) == documents_of(files, split)
+    assert documents_of(wikitext / "1") == documents_of(wikitext / "2")
 
 
 def test_openwebtext_and_fineweb_edu_name_their_hub_data_set(refusal, monkeypatch):

@@ -35,9 +35,9 @@ K, T, V = 5, 16, 64  # labels, block_size, the teacher's vocabulary
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "words"
-    texts = {"train": [words(1500)], "val": [words(300, seed=1)]}
-    characters = sorted(set(words(1500)))
-    write_dataset(folder, texts, CharTokenizer(characters, eot=True))
+    train, val = words(1500), words(300, seed=1)
+    tokenizer = CharTokenizer(sorted(set(train)), eot=True)
+    write_dataset(folder, {"train": [train], "val": [val]}, tokenizer)
     return folder
 
 
@@ -59,8 +59,8 @@ def label(data, teacher):
     """Runs the script in this process and opens what it wrote."""
 
     def make(name: str, **options) -> LabelFile:
-        options = {"teacher": teacher, "dataset": data, "name": name, "k": K} | options
-        options |= {"device": "cpu", "dtype": "float32"}
+        fixed = {"name": name, "teacher": teacher, "device": "cpu", "dtype": "float32"}
+        options = {"dataset": data, "k": K} | options | fixed
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["teacher_labels.py", *flags(**options)])
             main()
@@ -108,9 +108,10 @@ def test_sampled_labels_have_the_teachers_distribution_as_their_mean(data, teach
     options = Options(str(teacher), str(data), "any", k=K, mode="sample", device="cpu")
     labeller = Teacher(options)
     n = 20_000
-    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    uniforms = np.random.default_rng(0).random((3 * n, K), np.float32)
-    picked = labeller.pick(hidden.repeat_interleave(n, 0), torch.from_numpy(uniforms))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 32, generator=generator)
+    uniforms = torch.rand(3 * n, K, generator=generator)
+    picked = labeller.pick(hidden.repeat_interleave(n, 0), uniforms)
     ids, weights = map(torch.from_numpy, picked)
     mean = dense(ids, weights).view(3, n, V).mean(1)
     p = torch.zeros(3, V, dtype=torch.float64)
@@ -119,7 +120,8 @@ def test_sampled_labels_have_the_teachers_distribution_as_their_mean(data, teach
     p[:, : labeller.n_ids] = log_probs[:, : labeller.n_ids].softmax(-1)
     error = (p * (1 - p) / (n * K)).sqrt()
     assert ((mean - p).abs() < 5 * error + 1e-6).all()
-    assert set((weights * K).round(decimals=4).unique().tolist()) <= {0, 1, 2, 3, 4, 5}
+    n_draws = weights * K
+    assert (n_draws - n_draws.round()).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -209,6 +211,7 @@ def test_a_teacher_ranks_its_own_labels_of_val_first(teacher, label, monkeypatch
 def test_a_mistake_in_labelling_is_refused_and_nothing_changes(
     data, label, top, tmp_path, monkeypatch, options, message
 ):
+    options = dict(options)
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "bytes", {"train": [words(9)]}, ByteTokenizer())
     write_nanogpt(tmp_path / "high", {"train": [70] * 100})
@@ -216,7 +219,7 @@ def test_a_mistake_in_labelling_is_refused_and_nothing_changes(
     with exclusive_lock(data / "train.locked.labels", "busy"):
         before = {path: path.read_bytes() for path in data.iterdir()}
         with pytest.raises(UserError, match=message):
-            label(**{"name": "top"} | options)
+            label(options.pop("name", "top"), **options)
         assert {path: path.read_bytes() for path in data.iterdir()} == before
 
 
@@ -252,15 +255,16 @@ def test_training_on_labels_learns_and_resumes_bit_for_bit(data, top, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
-    [((0, 1), 60000), ((1, 1), 0xBC00), ((1, 1), 0x7E00)],
+    ("row", "value"),
+    [(0, 60000), (1, 0xBC00), (1, 0x7E00)],
     ids=["id too high", "weight of -1", "nan"],
 )
-def test_damaged_labels_are_refused(file, top, place, value):
+def test_damaged_labels_are_refused(file, top, row, value):
     rows = top.rows.copy()
-    rows[30][place] = value
+    rows[30, row, 1] = value
     rows.tofile(top.path.with_name("train.damaged.labels"))
     about = json.dumps(top.about)
     top.path.with_name("train.damaged.labels.json").write_text(about)
+    labels = LabelFile(file, "damaged")
     with pytest.raises(UserError, match="damaged;"):
-        LabelFile(file, "damaged").targets(torch.zeros(1, 40).long(), np.array([0]))
+        labels.targets(torch.zeros(1, 40).long(), np.array([0]))
