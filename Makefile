@@ -18,7 +18,7 @@
 #                  bench/results.jsonl (bench/README.md); FLAGS=--quick: does it run?
 # make reliability kills, damage and signals at random instants, counted in
 #                  training_logs/reliability.json; about 20 minutes
-# make soak        an hour of kills and signals on two processes, then the undisturbed run to compare
+# make soak        signals to two processes for an hour, then the undisturbed run to compare
 #
 # All of them make .venv from python3 >= 3.10, pip and PyPI.
 

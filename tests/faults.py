@@ -261,42 +261,6 @@ def token_files(folder: Path) -> dict[str, str]:
     }
 
 
-def soak(seconds: int, data: Path, folder: Path, rng: random.Random) -> dict:
-    """Kills and signals for this time, to one or both of two processes under torchrun; then an
-    undisturbed run of as many steps.
-    """
-    events = {"kill one": 0, "kill all": 0, "SIGTERM": 0, "SIGINT": 0}
-    out_dir, options = folder / "soak", {"max_iters": 10**6, "save_interval": 5}
-    started = Run(data, out_dir, 2, **options)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if started.wait_for(STEP):
-            time.sleep(rng.uniform(0, 4))
-            event = rng.choice(list(events))
-            events[event] += 1
-            if event == "kill one":  # torchrun restarts both
-                started.send(signal.SIGKILL, rng.choice(started.workers()))
-                started.at = started.log.stat().st_size
-                continue
-            if event == "kill all":
-                started.kill()
-            else:
-                started.send(getattr(signal, event))
-                started.end()
-        started = Run(data, out_dir, 2, **options)
-    started.wait_for(STEP)
-    started.send(signal.SIGTERM)
-    started.end()
-    steps = steps_saved(out_dir)[-1]
-    reference = undisturbed(data, folder / "reference_soak", 2, max_iters=steps)
-    return {
-        "seconds": seconds,
-        "events": events,
-        "steps": steps,
-        "same_weights_as_undisturbed": same_weights(checkpoint.load_model(out_dir), reference),
-    }
-
-
 def main() -> None:
     config, _ = load_config(FaultConfig, sys.argv[1:])
     path = ROOT / "training_logs" / "reliability.json"
