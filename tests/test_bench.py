@@ -40,20 +40,19 @@ def records_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_heads_compares_our_heads_and_what_users_write_with_the_plain_one(records_of):
-    cases = ["bayes_bf16", "torchbnn"]
-    records = records_of("heads", "--malloc=default", "--cases", *cases)
-    assert list(records) == cases
-    for record in records.values():
-        assert (record["baseline"], record["allocator"]) == ("plain", "default")
-
-
-@pytest.mark.slow
-def test_step_compares_our_heads_and_what_users_write_with_our_softmax(records_of):
-    expected = {"dropout": "tuned", "transformers": "default", "dense_bce": "default"}
-    records = records_of("step", "--cases", *expected)
-    assert {case: record["allocator"] for case, record in records.items()} == expected
-    assert {record["baseline"] for record in records.values()} == {"softmax"}
+@pytest.mark.parametrize(
+    ("bench", "baseline", "allocators"),
+    [
+        ("heads", "plain", {"bayes_bf16": "tuned", "torchbnn": "tuned"}),
+        ("step", "softmax", {"dropout": "tuned", "dense_bce": "default"}),
+    ],
+)
+def test_our_cases_and_what_users_write_have_processes_with_their_allocators(
+    records_of, bench, baseline, allocators
+):
+    records = records_of(bench, "--cases", *allocators)
+    assert {case: record["allocator"] for case, record in records.items()} == allocators
+    assert {record["baseline"] for record in records.values()} == {baseline}
 
 
 def test_on_a_gpu_all_cases_share_one_process(records_of, monkeypatch):

@@ -78,50 +78,12 @@ def test_an_ensemble_is_compared_with_softmaxs_mean_and_other_kinds_with_their_s
     assert found["softmax, ensemble of 4"] == ["", "4.700", "", f"{math.exp(4.7 - 5.1):.3f}", ""]
 
 
-def test_the_first_line_is_the_prediction_by_token_frequencies(tmp_path):
-    study = write(tmp_path / "study")
-    write_json(study / "sigmoid-seed1/eval_test.json", {"nll": 4.9, "unigram_nll": 7.0})
-    found = cells(summary.table(study, "prediction"))
-    unigram = ["", "7.000", f"{math.exp(7.0):.2f}", f"{math.exp(7.0 - 5.1):.3f}", ""]
-    assert list(found)[2] == "unigram frequencies"
-    assert found["unigram frequencies"] == unigram
-
-
 def test_a_brief_table_has_only_the_main_variants_and_the_training_time(tmp_path):
     study = write(tmp_path / "study", NLL | {"bayes": {1: 4.9}, "smooth_05": {1: 4.9}})
     found = cells(summary.table(study, "brief"))
     assert found["head"] == ["perplexity", "vs softmax", "ECE", "training (s)"]
     assert list(found)[2:] == ["softmax", "Bayes", "sigmoid"]
     assert found["Bayes"] == [f"{math.exp(4.9):.2f}", f"{math.exp(-0.1):.3f}", "0.0100", "30"]
-
-
-def test_labels_name_the_options_of_a_runs_head_and_unknown_variants_come_last(tmp_path):
-    names = ("a_new_one", "dropout", "sigmoid_weighted_taught", "smooth")
-    study = write(tmp_path / "study", dict.fromkeys(names, {1: 5.0}))
-    config = {
-        "weights": "point",
-        "likelihood": "sigmoid",
-        "kl_weight": 0.03,  # a scale's file sets it for all variants
-        "pos_weight": 2.0,
-        "dropout": 0.2,
-    }
-    write_json(study / "sigmoid_weighted_taught-seed1/config.json", config)
-    assert [variant.label for variant in read(study).values()] == [
-        "smooth, ε = 0.1",
-        "sigmoid weighted, pos_weight 2, dropout 0.2, distilled",
-        "softmax, dropout",
-        "a_new_one",
-    ]
-
-
-def test_the_trials_are_listed_and_the_best_is_bold(tmp_path):
-    lines = [
-        '{"row": "softmax", "flags": ["--learning_rate=0.1"], "val_nll": 5.0}\n',
-        '{"row": "softmax", "flags": ["--learning_rate=0.2"], "val_nll": 4.5}\n',
-    ]
-    (tmp_path / "tuning.jsonl").write_text("".join(lines))
-    found = cells(summary.table(tmp_path, "tuning"))
-    assert found["softmax"] == ["learning_rate 0.1: 5.000", "**learning_rate 0.2: 4.500**"]
 
 
 def test_a_run_without_curve_or_evaluation_leaves_the_others_as_they_are(tmp_path):
@@ -135,6 +97,7 @@ def test_a_run_without_curve_or_evaluation_leaves_the_others_as_they_are(tmp_pat
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_tables_of_a_page_hold_what_the_logs_do(name):
+    """This also holds labels, the line of token frequencies, and the lists of trials."""
     page = PAGES[name].read_text(encoding="utf-8")
     assert summary.fill(page) == page, "make results"
 
