@@ -113,7 +113,7 @@ def main_without_a_reader() -> None:
     """train.main, whose output nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    os.dup2(writer, 1)
+    sys.stdout = os.fdopen(writer, "w")
     train.main()
 
 

@@ -91,6 +91,7 @@ def test_wandb_gets_the_records_that_it_lacks_and_no_step_twice(tmp_path, wandb,
     for progress.step in (6, 7):
         log.evaluation({"val_nll": 1.0})
     log.close()
+    wandb.init.return_value.define_metric.assert_any_call("val/*", step_metric="tokens")
     sent = [call.kwargs["step"] for call in wandb.init.return_value.log.call_args_list]
     assert sent == list(range(first_sent, 8))
 
