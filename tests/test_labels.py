@@ -185,8 +185,8 @@ def test_interrupted_labelling_is_continued_to_the_same_bytes(file, label, monke
 
 
 def test_a_teacher_ranks_its_own_labels_of_val_first(teacher, label, monkeypatch):
-    label("own", split="val", stride=T)  # the very blocks that evaluate.py reads
-    options = {"out_dir": teacher, "split": "val", "labels": "own", "device": "cpu"}
+    label("val", split="val", stride=T)  # the very blocks that evaluate.py reads
+    options = {"out_dir": teacher, "split": "val", "labels": "val", "device": "cpu"}
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(**options)])
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     found = json.loads((teacher / "eval_val.json").read_text())
@@ -211,7 +211,6 @@ def test_a_teacher_ranks_its_own_labels_of_val_first(teacher, label, monkeypatch
 def test_a_mistake_in_labelling_is_refused_and_nothing_changes(
     data, label, top, tmp_path, monkeypatch, options, message
 ):
-    options = dict(options)
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "bytes", {"train": [words(9)]}, ByteTokenizer())
     write_nanogpt(tmp_path / "high", {"train": [70] * 100})
@@ -219,7 +218,7 @@ def test_a_mistake_in_labelling_is_refused_and_nothing_changes(
     with exclusive_lock(data / "train.locked.labels", "busy"):
         before = {path: path.read_bytes() for path in data.iterdir()}
         with pytest.raises(UserError, match=message):
-            label(options.pop("name", "top"), **options)
+            label(**{"name": "top"} | options)
         assert {path: path.read_bytes() for path in data.iterdir()} == before
 
 

@@ -72,7 +72,7 @@ def test_three_threads_write_what_one_writes(tokenizer, tmp_path, small_batches)
 
 
 def stop_after_journal(patch: pytest.MonkeyPatch) -> None:
-    """Interrupt the preparation each time that it has written down how far it is."""
+    """Interrupt a preparation after each entry in its journal."""
     write_json = engine.data.writer.write_json
 
     def stopping(path, value):
@@ -249,7 +249,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """A process of its own prepares one document of 7 MB, then one of 100 MB."""
+    """A separate process prepares one document of 7 MB, then one of 100 MB."""
     paths = []
     for n in (40, 600):
         paths.append(str(tmp_path / f"{n}.txt"))

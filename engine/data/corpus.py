@@ -1,4 +1,4 @@
-"""What the prepare scripts share: options, tokenizers, and prepare(), which continues if killed."""
+"""What the prepare scripts share: options, tokenizers, and prepare(), which resumes if killed."""
 
 import contextlib
 import hashlib
@@ -75,7 +75,7 @@ def main(options_class: type, corpus: Callable[[Any], Corpus]) -> None:
 
 
 def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
-    """Write a data set, unless it is there already: made with these options from these local files.
+    """Write a data set, unless the folder has one with these options from these local files.
 
     A preparation that was killed is continued. corpus: called only if there is text to read."""
     folder = Path(options.folder or DATA_ROOT / name)
