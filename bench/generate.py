@@ -63,7 +63,7 @@ def main() -> None:
         for group in (cases, draws):
             baseline = next(iter(group))
             seconds = measure.in_turns(group, args.rounds)
-            measure.report("generate", seconds, baseline, shape | sizes)
+            measure.report("generate", seconds, baseline, shape | sizes, {})
 
 
 def gpt(name: str, batch_size: int, **shape: int) -> GPT:

@@ -42,9 +42,8 @@ OURS = {
         "likelihood": "sigmoid",
     },
 }
-USERS = ("plain", "plain_bf16", "dense_bce", "torchbnn")
-BF16 = [f"{name}_bf16" for name in OURS]
-CASES = (*USERS, *OURS, *BF16)
+CASES = ["plain", "plain_bf16", "dense_bce", "torchbnn"]
+CASES += [*OURS, *(f"{name}_bf16" for name in OURS)]
 SHAPES = {
     "small": {
         "n_tokens": 2048,

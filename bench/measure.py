@@ -145,7 +145,7 @@ def report(
     seconds: Mapping[str, list[float]],
     baseline: str,
     shapes: Mapping[str, int],
-    columns: Mapping[str, dict] | None = None,
+    columns: Mapping[str, dict],
 ) -> None:
     """Print the median time of each case, and its ratio to the baseline with the middle half.
 
@@ -156,7 +156,7 @@ def report(
         ratios = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
         median = statistics.median(times)
-        more = columns[name] if columns else {}
+        more = columns.get(name, {})
         print(
             f"  {name:<21} {median * 1e3:9.3f} ms  x {ratio:.3f} ({low:.3f} - {high:.3f})",
             *(f" {key} {value}" for key, value in more.items()),
