@@ -96,12 +96,14 @@ def test_draw_inverts_the_sums_of_the_kept_tokens_probabilities(
         assert below - 1e-6 <= u <= below + probs[place] + 1e-6  # float32 probabilities
 
 
-def test_draw_reaches_the_rare_tokens_of_a_large_vocabulary(monkeypatch):
-    """In float32 the sum of all probabilities would be off by half of what the rare ones have."""
+def test_draw_reaches_each_rare_token_of_a_large_vocabulary(monkeypatch):
+    """In float32, the sums up to two rare tokens would be the same number."""
     size = 50_304
     p = torch.ones(size)
     p[size // 2 :] = 1e-3
-    u = 1 - 1e-3 / 2  # the middle of the rare half
-    log_p = (p / p.sum()).log().unsqueeze(0)
-    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, u).double())
-    assert draw(log_p).item() == pytest.approx(0.75 * size, rel=0.01)
+    p /= p.sum()
+    n = torch.arange(1.0, 9.0).double()  # the last, the last but one, ...
+    u = 1 - (n - 0.5) * p[-1].double()  # the middle of a token's interval
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: u.unsqueeze(1))
+    drawn = draw(p.log().expand(8, -1)).flatten()
+    assert drawn.tolist() == (size - n).tolist()

@@ -193,3 +193,10 @@ def test_padding_for_tensor_cores_changes_nothing(weights, likelihood):
     assert_near(logits, head.logits(x))
     loss = head.loss(padded, targets).as_subclass(Tensor)
     assert_same_loss(loss, head.loss(x, targets), head.parameters())
+
+
+@every_likelihood
+def test_epistemic_uncertainty_without_draws_is_that_of_the_mean_weights(likelihood):
+    head = tiny_head("bayes", likelihood)
+    x, _ = batch(2, 3)
+    assert_near(head.predict(x, -1).epistemic, head.predict(x, 0).epistemic)
