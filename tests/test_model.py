@@ -191,14 +191,12 @@ def test_every_head_learns_a_batch_by_heart(weights, likelihood):
     options = {"label_smoothing": 0.01, "n_data": 10**6, "kl_weight": 0.01}
     model = tiny_gpt(weights, likelihood, **options).train()
     optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 0.0)
-    first = model(x, y).item()
     for _ in range(100):
         optimizer.zero_grad()
-        loss = model(x, y)
-        loss.backward()
+        model(x, y).backward()
         optimizer.step()
     _, scores = model.scores(x, y)
-    assert scores.nll.mean() < 0.1 and loss.item() < 0.3 * first
+    assert scores.nll.mean() < 0.1
 
 
 @pytest.mark.parametrize(
