@@ -199,25 +199,6 @@ class BayesLinear(PointLinear):
         self.column_factor.copy_(torch.linalg.cholesky(c * inverse))
         self.init_from_frequencies(frequencies * c.item())
 
-    def to_torchbnn(self) -> dict[str, Tensor]:
-        """The state_dict of a torchbnn.BayesLinear(..., bias=False) with this posterior."""
-        log_std = self.log_std.detach().expand_as(self.weight)
-        return {"weight_mu": self.weight.detach(), "weight_log_sigma": log_std}
-
-    @torch.no_grad()
-    def from_torchbnn(self, state: dict[str, Tensor]) -> None:
-        """Load the state_dict of a torchbnn.BayesLinear without bias; needs posterior = full."""
-        ours = {"weight_mu": self.weight, "weight_log_sigma": self.log_std}
-        shapes = {name: tuple(t.shape) for name, t in ours.items()}
-        found = {name: tuple(t.shape) for name, t in state.items()}
-        if found != shapes:
-            raise UserError(
-                f"expected an unfrozen torchbnn.BayesLinear(..., bias=False) with {shapes}, "
-                f"got one with {found}"
-            )
-        self.weight.copy_(state["weight_mu"])
-        self.log_std.copy_(state["weight_log_sigma"])
-
     def _variance_factors(self, x) -> tuple[Tensor, Tensor]:
         """fp32 (..., K) and (V, K), whose product is the variance of the logits.
 

@@ -193,7 +193,6 @@ def test_a_teacher_ranks_its_own_labels_of_val_first(teacher, label, monkeypatch
     # only a true token beyond the K likeliest can have a lower rank
     assert found["k"] == K + 1
     assert K / (K + 1) < found["recall_at_k"] <= 1
-    assert 0.9 < found["lrap"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ GROUPS = {
         "word_perplexity": "word perplexity: .1f",
         "accuracy": "accuracy: .4f",
         "recall_at_k": "recall at k: .4f",
-        "lrap": "lrap: .4f",
         "vs_first": "vs first: .3f",
         "vs_first_se": "±: .3f",
     },
