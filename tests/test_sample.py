@@ -2,9 +2,8 @@
 
 import io
 import json
-import math
-import re
 import runpy
+import shlex
 import subprocess
 import sys
 
@@ -102,14 +101,6 @@ def test_predict_is_the_models_prediction_after_the_last_block(bayes, n_samples)
     assert 0 < found.epistemic < found.total
 
 
-def test_the_callers_code_between_two_tokens_is_not_autocast(folder):
-    texts = Run(folder / "bayes", device="cpu", dtype="bfloat16").stream("the ")
-    next(texts)
-    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    texts.close()
-    assert not torch.is_autocast_enabled("cpu")
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_a_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(seed):
     rng = np.random.default_rng(seed)
@@ -160,27 +151,6 @@ def test_the_text_follows_its_prompt_and_is_plain_when_piped(folder, bayes, monk
     assert "\033" not in output
 
 
-def test_colours_follow_the_entropy_and_the_highest_tenth_is_underlined(
-    folder, bayes, monkeypatch, capsys
-):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    sample_py(monkeypatch, folder, "--show_uncertainty", max_new_tokens=200)
-    legend, text = capsys.readouterr().out.split("\n", 1)
-    shades = re.findall(r"\033\[38;5;(\d+)m", legend)
-    found = re.findall(r"\033\[38;5;(\d+)(;4)?m([^\033]+)\033\[0m", text)
-    (expected,) = stream(bayes, max_new_tokens=200)
-    underlined = []
-    for (shade, underline, piece), token in zip(found, expected.tokens, strict=True):
-        n_tokens = math.exp(token.total)
-        assert piece == token.text
-        assert shade == shades[sum(n_tokens > limit for limit in (2, 5, 20, 100))]
-        if underline:
-            underlined.append(token.epistemic)
-    median = np.median([token.epistemic for token in expected.tokens])
-    assert 10 <= len(underlined) <= 60
-    assert min(underlined) > median
-
-
 def test_marks_follow_uncertain_tokens_in_plain_text_and_in_json(
     folder, bayes, monkeypatch, capsys
 ):
@@ -205,19 +175,12 @@ def test_marks_follow_uncertain_tokens_in_plain_text_and_in_json(
 def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, capsys):
     prompts = [{"prompt": "the ship", "id": 7}, {"prompt": "old "}]
     (folder / "prompts.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, prompts)))
-    (folder / "prompts.txt").write_text("the ship\nold \n")
-    found = []
-    for kind in ("jsonl", "txt"):
-        options = {"prompts": f"prompts.{kind}", "num_samples": 2, "jsonl": f"texts_{kind}"}
-        sample_py(monkeypatch, folder, "--show_uncertainty", **options)
-        found.append(read_lines(folder / f"texts_{kind}"))
+    options = {"prompts": "prompts.jsonl", "num_samples": 2, "jsonl": "texts.jsonl"}
+    sample_py(monkeypatch, folder, "--show_uncertainty", **options)
     assert capsys.readouterr().out == ""
-    records, of_txt = found
-    assert [record.pop("id", None) for record in records] == [7, 7, None, None]
-    assert records == of_txt
-    about = [(record["prompt"], record["sample"], record["seed"]) for record in records]
-    assert about[:2] == [("the ship", 0, 1337), ("the ship", 1, 1337)]
-    assert about[2:] == [("old ", 0, 1338), ("old ", 1, 1338)]
+    records = read_lines(folder / "texts.jsonl")
+    about = [(record["prompt"], record.get("id"), record["seed"]) for record in records]
+    assert about == [("the ship", 7, 1337)] * 2 + [("old ", None, 1338)] * 2
     nlls = [token["nll"] for token in records[0]["tokens"]]
     assert records[0]["n_tokens"] == len(nlls) == 30
     assert records[0]["nll"] == pytest.approx(np.mean(nlls), abs=1e-4)
@@ -238,21 +201,15 @@ def test_a_conversation_continues_its_last_text_and_survives_mistakes(
     assert "'T'" in output.err
 
 
-def interrupt(monkeypatch, n_tokens: int) -> None:
-    """Ctrl-C after so many tokens, once."""
+def test_an_interrupt_keeps_the_texts_that_are_done(folder, monkeypatch):
     add = Continuation.add
-    left = iter([False] * n_tokens + [True] + [False] * 99)
 
     def interrupted(self, token):
-        if next(left):
+        if self.sampling.seed == 1338:  # of the second text
             raise KeyboardInterrupt
         add(self, token)
 
     monkeypatch.setattr(Continuation, "add", interrupted)
-
-
-def test_an_interrupt_keeps_the_texts_that_are_done(folder, monkeypatch):
-    interrupt(monkeypatch, 35)
     (folder / "two.txt").write_text("the\nold")
     with pytest.raises(SystemExit) as exit_:
         sample_py(monkeypatch, folder, prompts="two.txt", html="done.html", jsonl="done.jsonl")
@@ -261,25 +218,13 @@ def test_an_interrupt_keeps_the_texts_that_are_done(folder, monkeypatch):
     assert record["text"] == "".join(token for token, *_ in spans(folder / "done.html")[3:])
 
 
-def test_an_interrupt_ends_a_text_but_not_the_conversation(folder, bayes, monkeypatch, capsys):
-    interrupt(monkeypatch, 5)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the \nold "))
-    sample_py(monkeypatch, folder, "--interactive", max_new_tokens=10)
-    first, second, _ = capsys.readouterr().out.split("\n")
-    assert len(first) == 5
-    assert second == bayes.generate_text("old ", seed=1338, max_new_tokens=10)
-
-
 @pytest.mark.slow
 def test_a_closed_pipe_ends_sampling_silently(folder):
-    argv = flags(out_dir="softmax", device="cpu", start="the ", max_new_tokens=20_000)
-    command = [sys.executable, str(ROOT / "sample.py"), *argv]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=folder)
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(60) == 141
+    argv = flags(out_dir="softmax", device="cpu", start="the", max_new_tokens=20_000)
+    script = shlex.join([sys.executable, str(ROOT / "sample.py"), *argv])
+    command = ["bash", "-o", "pipefail", "-c", f"{script} | head -c 1"]
+    done = subprocess.run(command, cwd=folder, capture_output=True)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 class Terminal(io.StringIO):
@@ -298,13 +243,11 @@ def test_a_terminal_gets_no_control_characters():
     [
         ({"html": "there.txt"}, "there.txt"),
         ({"jsonl": "there.txt"}, "there.txt"),
-        ({"jsonl": "nowhere/x.jsonl"}, "nowhere"),
         ({"prompts": "there.txt"}, "there.txt"),
         ({"prompts": "bad.jsonl", "jsonl": "new"}, "prompt 2"),
         ({"prompts": "strange.txt", "jsonl": "new"}, "'S'"),
         ({"n_samples": 4, "out_dir": "softmax"}, "--n_samples"),
         ({"interactive": True, "jsonl": "new"}, "--jsonl"),
-        ({"interactive": True, "num_samples": 1}, "--num_samples"),
         ({"abstain": "stop"}, "--max_epistemic"),
         ({"abstain": "stop", "max_epistemic": 0.1, "out_dir": "softmax"}, "--abstain"),
     ],
@@ -328,5 +271,3 @@ def test_mistakes_are_one_line_in_a_notebook_too(bayes):
     assert error.value._render_traceback_() == [f"error: {error.value}"]
     with pytest.raises(TypeError, match="temprature"):
         bayes.generate_text("the", temprature=1)
-    with pytest.raises(UserError, match="stop"):
-        bayes.generate_text("the", stop=["a"])
