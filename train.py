@@ -218,6 +218,7 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
     n_micro, batches, val_batches = open_batches(config, data, processes, progress)
     saver = Saver(config, data, processes, progress, raw_model, optimizer, scaler)
     saver.restore(state)
+    state.clear()  # 16 bytes per parameter
     with open_run(config, data, processes, raw_model, dtype, progress) as log, saver:
         for step in range(progress.step, config.max_iters + 1):
             raw_model.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))

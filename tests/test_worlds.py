@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.base.distributed import Processes, divide_step
+from engine.base.distributed import Processes, divide_step, peak_flops
 from engine.base.errors import UserError
 from engine.base.options import load_config
 from engine.data.batches import Batches
@@ -51,3 +51,12 @@ def test_more_and_smaller_micro_batches_train_the_same(words_data, tmp_path):
         for name in ("whole", "divided")
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA L40S", 362e12), ("NVIDIA L40", 181e12), ("NVIDIA H100 PCIe", 756e12)],
+)
+def test_a_gpu_has_the_peak_of_its_own_data_sheet(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak

@@ -22,10 +22,13 @@ from engine.base.sharding import shard
 from engine.base.signals import Watch
 
 # dense bf16 FLOP/s from the data sheets
-PEAK_FLOPS = {
+PEAK_FLOPS = {  # a part of the name -> FLOP/s; the first that occurs counts
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
+    "L40S": 362e12,
     "L40": 181e12,
     "A10": 125e12,
     "V100": 125e12,
@@ -119,12 +122,13 @@ def init(device: str, backend: str, hang_timeout: float = 0.0):
     hang_timeout: seconds without progress, in a collective or in the loop, after which a process
     exits; 0: never.
     """
-    keep_memory()
     # for matrix products that autocast leaves in float32; nanoGPT does the same
     torch.backends.cuda.matmul.allow_tf32 = True
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     watch = Watch(rank == 0, hang_timeout)
     picked = pick_device(device)
+    if picked.type == "cpu":
+        keep_memory()
     if world_size == 1:
         yield Processes(picked, watch=watch)
         return

@@ -107,7 +107,11 @@ def code_line(start: dict) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """The output of git in this repository; "" if git or the repository is missing."""
+    """The output of git in this repository, on the first process; "" if git or the repository is
+    missing.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return ""
     command = ["git", f"--git-dir={ROOT / '.git'}", *arguments]
     with contextlib.suppress(OSError):
         return subprocess.run(command, cwd=ROOT, capture_output=True).stdout.decode(
