@@ -50,7 +50,6 @@ def test_distinct_n_is_the_share_of_distinct_n_grams(texts, n):
     [
         [],
         ["", ""],
-        ["word"],
         ["\n", "a b"],
         ["one", "two"],
     ],
@@ -76,27 +75,14 @@ def test_a_continuation_begins_after_the_prompt_and_ends_at_end_of_text(monkeypa
     assert continuations(tiny_gpt(), TOKENIZER, ids, 5) == expected
 
 
-def test_the_same_call_generates_the_same_texts_of_the_tokenizers_ids():
-    model = tiny_gpt("bayes", std=0.3)
-    ids = torch.arange(10).view(5, 2)
-    first, second = (continuations(model, TOKENIZER, ids, 20, n_samples=2) for _ in range(2))
-    assert first == second
-    assert max(map(max, first)) < 60
-    assert [len(text) for text in first] == [20] * 5
-
-
 def test_prompts_begin_documents_if_enough_are_long_enough_and_are_evenly_spaced_if_not(tmp_path):
-    documents = [
-        f"{letter} document " + "x" * (i % 3) * 9 for i, letter in enumerate("abcdefghijkl")
-    ]
+    documents = [letter + " document" + "x" * (i % 3) * 9 for i, letter in enumerate("abcdefghi")]
     write_dataset(tmp_path, {"test": documents}, ByteTokenizer())
     file = TokenFile(tmp_path, "test")
-    assert prompts(file, EOT, 12, 10)[:, 0].tolist() == [*b"abcdefghijkl"]
-    assert prompts(file, EOT, 4, 15)[:, 0].tolist() == [*b"behk"]  # of the eight with 20 or 29
-    assert prompts(file, EOT, 4, 20)[:, 0].tolist() == [*b"cfil"]  # something follows a prompt
-    starts = np.arange(9) * (len(file) - 14) // 9
-    for eot, n, length in ((EOT, 9, 15), (None, 9, 15)):
-        expected = [file.ids[start : start + length].tolist() for start in starts]
-        assert prompts(file, eot, n, length).tolist() == expected
+    assert prompts(file, EOT, 3, 15)[:, 0].tolist() == [*b"beh"]  # of the six with 19 or 28
+    assert prompts(file, EOT, 3, 19)[:, 0].tolist() == [*b"cfi"]  # something follows a prompt
+    starts = np.arange(7) * (len(file) - 14) // 7
+    expected = [file.ids[start : start + 15].tolist() for start in starts]
+    assert prompts(file, EOT, 7, 15).tolist() == expected
     with pytest.raises(UserError):
         prompts(file, EOT, 5, len(file))

@@ -1,13 +1,10 @@
 """MetricAccumulator against scikit-learn, numpy and resampled documents; counts of TextStats."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from engine.data.tokenizer import ByteTokenizer
-from engine.data.tokens import TokenFile
 from engine.eval.metrics import (
     EDGES,
     MetricAccumulator,
@@ -15,13 +12,11 @@ from engine.eval.metrics import (
     out_of_domain,
 )
 from engine.eval.table import flat, ratio_se
-from engine.eval.texts import TextStats, first_document
+from engine.eval.texts import TextStats
 from engine.eval.validation import N_BINS
-from tests.helpers import write_nanogpt
 
 metrics = pytest.importorskip("sklearn.metrics")
 rng = np.random.default_rng(0)
-every_uncertainty = pytest.mark.parametrize("name", EDGES)
 
 
 def random_scores(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -60,7 +55,7 @@ def few():
     return random_scores(3000), numbers
 
 
-@every_uncertainty
+@pytest.mark.parametrize("name", EDGES)
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_area_under_risk_and_coverage_is_that_of_sorted_tokens(few, name, ties):
     values, units = few
@@ -75,35 +70,22 @@ def test_the_area_under_risk_and_coverage_is_that_of_sorted_tokens(few, name, ti
 
 
 @pytest.mark.parametrize("name", [*EDGES, "nll"])
-def test_auroc_of_ood_text_is_scikit_learns_for_tokens_and_blocks(few, name):
-    in_domain, _ = few
-    ood = random_scores(1000, seed=1)
-    ood["nll"] += 1
-    ood["confidence"] = ood["confidence"].square().clamp(min=0.01)
-    ood["entropy"] = (1.3 * ood["entropy"]).round()
-    in_domain = in_domain | {"entropy": in_domain["entropy"].round()}  # many ties
+def test_auroc_of_ood_text_is_scikit_learns_for_tokens_and_blocks(name):
+    domains = [random_scores(3000), random_scores(1000, seed=1)]
     scores = []
-    for values in (in_domain, ood):
+    for factor, values in zip((1, 0.9), domains, strict=True):
+        values[name] *= factor
+        values["entropy"] = values["entropy"].round()  # many ties
         units = torch.zeros(len(values["nll"])).long()
         scores.append(accumulate(values, units, size=100, n_blocks=10))
     found = out_of_domain(*scores)["auroc"][name]
     for level in ("token", "block"):
-        parts = [uncertainty(values, name) for values in (in_domain, ood)]
+        parts = [uncertainty(values, name) for values in domains]
         if level == "block":
             parts = [part.view(-1, 10).mean(1) for part in parts]
         labels = np.repeat([0, 1], [len(part) for part in parts])
         expected = metrics.roc_auc_score(labels, torch.cat(parts).numpy())
         assert found[level] == pytest.approx(expected, abs=5e-4)
-
-
-@every_uncertainty
-def test_histograms_are_numpys(few, name):
-    values, units = few
-    edges = EDGES[name]
-    found = accumulate(values, units).result()["histograms"][name]
-    clipped = values[name].numpy().clip(edges[0], edges[-1])
-    expected, _ = np.histogram(clipped, edges)
-    assert found["share"] == pytest.approx((expected / 3000).tolist(), abs=1e-9)
 
 
 def test_the_size_of_the_batches_does_not_change_the_result(few):
@@ -139,20 +121,9 @@ def test_bootstrap_weights_are_poisson_and_depend_on_the_unit_alone():
     assert weights.mean().item() == pytest.approx(1, abs=0.02)
     assert weights.var().item() == pytest.approx(1, abs=0.03)
     assert torch.equal(weights[17:18], bootstrap_weights([17]))
-    assert np.abs(np.corrcoef(weights[:50].numpy()) - np.eye(50)).max() < 0.2
 
 
-def test_resampled_texts_without_any_unit_are_left_out():
-    first = 0
-    while bootstrap_weights(list(range(first, first + 10))).sum(0).all():
-        first += 1
-    units = torch.arange(first, first + 10)
-    result = accumulate(random_scores(10), units).result()
-    assert 0 < result["nll_se"] < math.inf
-    assert 0 < result["ece_se"] < math.inf
-
-
-@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("size", [1, 100])
 def test_words_bytes_and_documents_are_those_of_the_text_in_batches_of_any_size(size):
     tokenizer = ByteTokenizer()
     texts = ["Ein Bär  geht\nheim. ", "", "zwei", " \n drei vier", "fünf\u00a0sechs"]
@@ -168,20 +139,3 @@ def test_words_bytes_and_documents_are_those_of_the_text_in_batches_of_any_size(
     assert stats.n_documents == len(texts)
     assert stats.n_words == sum(len(text.split()) for text in texts) == 9
     assert stats.n_bytes == sum(len(text.encode()) for text in texts)
-
-
-@pytest.mark.parametrize("n_ids", [300, 100])
-def test_ids_that_only_the_model_or_only_the_tokenizer_has_are_no_error(n_ids):
-    stats = TextStats(ByteTokenizer(), torch.full((n_ids,), 1 / n_ids))
-    stats.read(torch.arange(5)[None], torch.tensor([[*b"a b", n_ids - 1, *b"c"]]))
-    assert stats.n_words == 2
-    assert stats.n_bytes == 4 + (n_ids < 256)
-
-
-@pytest.mark.parametrize("begin", [[], [9]])  # llm.c's documents begin with end-of-text
-def test_the_first_document_ends_at_end_of_text(tmp_path, begin):
-    ids = [*begin, 1, 2, 3, 9, 4, 5, 9, 6, 7, 8, 7, 6]
-    file = TokenFile(write_nanogpt(tmp_path / "d", {"val": ids}), "val")
-    assert first_document(file, 9, 100).tolist() == [1, 2, 3]
-    assert first_document(file, 9, 2).tolist() == [1, 2]
-    assert first_document(file, None, 100).tolist() == ids

@@ -14,7 +14,6 @@ from engine.data.windows import eval_batches
 from engine.eval.generation import generate
 from engine.eval.validation import mean_loss
 from heads import head as head_module
-from heads import token_scores
 from model import GPT
 from tests.helpers import HEADS, tiny_gpt, write_nanogpt
 
@@ -89,9 +88,3 @@ def test_scores_do_not_depend_on_the_number_of_positions_at_a_time(monkeypatch):
     monkeypatch.setattr(head_module, "LOGITS_BYTES_PRODUCT", {"cpu": 8 * 67 * 4})
     monkeypatch.setattr(head_module, "LOG_PROBS_BYTES", {"cpu": 2 * 67 * 4})
     torch.testing.assert_close(head.scores(x, targets), found)
-
-
-def test_the_likeliest_token_is_the_first_of_equals():
-    found = token_scores(torch.full((3, 4), 0.25).log(), torch.tensor([0, 1, 3]))
-    assert found.correct.tolist() == [True, False, False]
-    torch.testing.assert_close(found.nll, torch.full((3,), math.log(4)))
