@@ -133,6 +133,11 @@ def read_prompts(run: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]
         lines = [read_text(config.start.removeprefix("FILE:"))]
     else:
         lines = [config.start]
+        if config.start == SampleConfig.start:
+            try:
+                run.encode(config.start)
+            except UserError:  # its characters have no newline
+                lines = [run.tokenizer.decode([0])]
     found = []
     for number, line in enumerate(lines, 1):
         record = {"prompt": line}

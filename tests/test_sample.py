@@ -16,6 +16,7 @@ from engine.eval.generation import generate
 from engine.eval.run import Continuation, Run, Sampling
 from engine.eval.scored_text import Token
 from engine.eval.terminal import Screen
+from sample import SampleConfig, read_prompts
 from tests.helpers import ROOT, flags, refused, run, words, write_bytes
 from tests.test_report import spans
 
@@ -271,3 +272,8 @@ def test_mistakes_are_one_line_in_a_notebook_too(bayes):
     assert error.value._render_traceback_() == [f"error: {error.value}"]
     with pytest.raises(TypeError, match="temprature"):
         bayes.generate_text("the", temprature=1)
+
+
+def test_the_command_that_a_run_ends_with_works_without_a_newline(trained):
+    prompts = read_prompts(Run(trained()), SampleConfig())
+    assert [ids for _, ids in prompts] == [[0]]

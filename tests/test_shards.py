@@ -303,3 +303,11 @@ def test_ten_thousand_shards_and_a_file_of_a_gigabyte_are_read_in_flat_memory(tm
     assert about["growth"] < 16
     assert about["large"] < 64
     assert about["files"] < 64
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_ids_of_4_or_8_bytes_are_refused_with_the_repair(dtype, tmp_path):
+    for split in ("train", "val"):
+        np.arange(1, 200).astype(dtype).tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(UserError, match="uint16"):
+        TokenFile(tmp_path, "train")

@@ -133,6 +133,12 @@ def _without_header(path: Path, dtype: np.dtype, sha256: str | None = None) -> S
             f"{path} has {size} bytes, which is not a whole number of {dtype.name} ids; prepare "
             "the data again"
         )
+    ids = np.fromfile(path, dtype, 0 if sha256 else PAGE)
+    is_wide = ids[::2].any() and not ids[1::2].any()  # no text has a 0 at every other position
+    if is_wide and dtype.itemsize == 2 and len(ids) > 64:
+        raise UserError(
+            f"{path} holds ids of 4 or 8 bytes; write it again with ids.astype(np.uint16)"
+        )
     return Shard(path, dtype, 0, size, sha256)
 
 
