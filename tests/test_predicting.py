@@ -39,20 +39,14 @@ def slow_uncertainty(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return total, Categorical(logits=log_probs).entropy().mean(0)
 
 
-def sampled_log_probs(head: Head, x: torch.Tensor) -> torch.Tensor:
-    """log p under each of 20,000 draws of the logits."""
-    torch.manual_seed(0)
-    std = head.weights.variance(x).sqrt()
-    logits = Normal(head.logits(x), std).sample((20_000,))
-    return slow_log_probs(head, logits)
-
-
 @every_bayesian
 def test_the_prediction_without_sampling_is_that_of_20000_draws(likelihood, options):
     """Narrow posterior: logits with a std of 0.3."""
     head = bayesian_head(likelihood, options, -2.5)
     x, _ = batch(4)
-    log_probs = sampled_log_probs(head, x)
+    std = head.weights.variance(x).sqrt()
+    torch.manual_seed(0)
+    log_probs = slow_log_probs(head, Normal(head.logits(x), std).sample((20_000,)))
     expected = log_probs.exp().mean(0)
     total, aleatoric = slow_uncertainty(log_probs)
     found = head.predict(x, -1)

@@ -137,8 +137,9 @@ def reliability_figure(rows: dict[str, dict]) -> Figure | None:
     for panel, (name, row) in zip(axes.flat, rows.items(), strict=False):
         calibration = row["calibration"]
         n = np.array(calibration["n"])
-        confidence = np.array(calibration["confidence"], float)  # nan in an empty bin
+        confidence = np.array(calibration["confidence"], float)
         accuracy = np.array(calibration["accuracy"], float)
+        accuracy[n == 0] = np.nan  # is not drawn
         variance = accuracy * (1 - accuracy) / n.clip(1)
         error = 1.96 * np.sqrt(variance)
         edges = np.linspace(0, 1, len(n) + 1)
