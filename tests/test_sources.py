@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import random
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,8 @@ from engine.data import sources
 from engine.data.sources import Source, find, hub, split_documents
 from engine.data.tokenizer import BPETokenizer, GPT2Tokenizer
 
-CHARACTERS = list(map(chr, range(0x110000)))
 ODD = [
-    *filter(str.isspace, CHARACTERS),
+    *filter(str.isspace, map(chr, range(0x110000))),
     *"\x00\u180e\u200b\u2060\ufeff\u00ad",
     *["'s", " 's", "é", "e\u0301", "東京", "🏳️‍🌈", "12", "...", "<|endoftext|>"],
     *[" ", "\n", "word", "x"] * 10,
@@ -60,8 +58,8 @@ def write(path: Path, text: str | bytes) -> str:
     return str(path)
 
 
-def table(path: Path, columns: dict, **options) -> str:
-    parquet.write_table(pa.table(columns), path, **options)
+def table(path: Path, columns: dict) -> str:
+    parquet.write_table(pa.table(columns), path)
     return str(path)
 
 
@@ -75,7 +73,7 @@ def refused(read) -> str:
     with pytest.raises(UserError) as error:
         documents_of(read())
     message = str(error.value)
-    assert message.isprintable() and len(message) < 600
+    assert message.isprintable()
     return message
 
 
@@ -90,42 +88,21 @@ def random_text(parts: list[str], seed: int, n: int) -> str:
 ODD_TEXTS = [random_text(ODD, seed, 300) for seed in range(30)]
 
 
-@pytest.fixture(scope="module")
-def tokenizers() -> list:
+def test_cutting_a_text_into_pieces_changes_no_token(small):
     bpe = BPETokenizer.train([*ODD_TEXTS, "a word or two. " * 99], 600)
-    return [GPT2Tokenizer(), bpe]
-
-
-def assert_pieces_have_the_tokens_of_the_whole(text: str, tokenizers: list) -> None:
-    pieces = [piece for piece, _ in pieces_of(text)]
-    assert "".join(pieces) == text and len(pieces) > 5
-    for tokenizer in tokenizers:
-        ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
-        assert np.array_equal(ids, tokenizer.encode(text))
-
-
-def test_cutting_a_text_into_pieces_changes_no_token(small, tokenizers):
     for text in ODD_TEXTS:
-        assert_pieces_have_the_tokens_of_the_whole(text, tokenizers)
-
-
-def test_a_cut_after_any_control_format_or_space_character_changes_no_token(small, tokenizers):
-    categories = ("Cc", "Cf", "Zs", "Zl", "Zp")
-    odd = [c for c in CHARACTERS if unicodedata.category(c) in categories]
-    for space in (" ", "\n", "  ", " \n"):
-        text = "".join(f"a{c}{space}{c}b{space}" for c in odd)
-        assert_pieces_have_the_tokens_of_the_whole(text, tokenizers)
+        pieces = [piece for piece, _ in pieces_of(text)]
+        assert "".join(pieces) == text and len(pieces) > 5
+        for tokenizer in (GPT2Tokenizer(), bpe):
+            ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
+            assert np.array_equal(ids, tokenizer.encode(text))
 
 
 def test_documents_of_whitespace_alone_are_left_out_and_nothing_else(small, tmp_path):
     texts = ["", "a", " \n\t", "b" * 100, " " * 100 + "c", "  ", "d e f g h i j\n"]
-    expected = [texts[1], *texts[3:5], texts[6]]
-    for i, text in enumerate(texts):
-        write(tmp_path / f"{i}.txt", text)
-    assert documents_of(find(str(tmp_path))) == expected
-    write(tmp_path / "all.jsonl", lines([*texts, None]))
-    assert documents_of(find(f"{tmp_path}/all.jsonl")) == expected
-    assert documents_of(find(write(tmp_path / "none.jsonl", ""))) == []
+    source = write(tmp_path / "all.jsonl", lines([*texts, None]))
+    assert documents_of(find(source)) == [texts[1], *texts[3:5], texts[6]]
+    assert documents_of(find(write(tmp_path / "none.txt", ""))) == []
 
 
 def test_a_text_is_read_whole_as_python_reads_it_whatever_the_chunks(small, monkeypatch, tmp_path):
@@ -148,12 +125,6 @@ def test_a_separator_divides_texts_of_every_kind_of_line_end(line_end, tmp_path,
     assert "'|'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
-def test_a_byte_order_mark_names_the_encoding(encoding, tmp_path):
-    path = write(tmp_path / "a.txt", "naïve 東京".encode(encoding))
-    assert documents_of(find(path)) == ["naïve 東京"]
-
-
 @pytest.mark.parametrize(
     ("text", "encoding"),
     [
@@ -168,11 +139,6 @@ def test_another_encoding_is_named_in_the_error_and_read_on_request(text, encodi
     assert documents_of(find(path, encoding=encoding)) == [text]
 
 
-@pytest.mark.parametrize("data", [b"PK\x03\x04\x14\x00", b"\x7fELF\x02\x00\x00"])
-def test_binary_files_named_txt_are_refused(data, tmp_path):
-    file_refused(write(tmp_path / "a.txt", data))
-
-
 def test_fields_in_fields_and_pairs_of_fields_are_text(tmp_path):
     rows = [{"data": {"text": "one"}, "prompt": "2 + 2 =", "completion": " 4"}]
     for name in ("a.json", "a.jsonl"):
@@ -181,12 +147,6 @@ def test_fields_in_fields_and_pairs_of_fields_are_text(tmp_path):
         assert documents_of(find(path, field="prompt,completion")) == ["2 + 2 = 4"]
     path = write(tmp_path / "a.tsv", "id\tbody\n1\ta, b\n")
     assert documents_of(find(path, field="body")) == ["a, b"]
-
-
-def test_a_compressed_file_may_have_several_streams(tmp_path):
-    path = tmp_path / "a.txt.gz"  # as parallel compressors write it
-    path.write_bytes(gzip.compress("a lo東".encode()[:-1]) + gzip.compress("東".encode()[-1:]))
-    assert documents_of(find(str(path))) == ["a lo東"]
 
 
 @pytest.mark.parametrize("separator", ["|", "\n\n", "aab", "東\n京"])
@@ -198,11 +158,14 @@ def test_separators_divide_as_str_split_does_wherever_chunks_end(separator, smal
         assert documents_of(find(source, separator=separator)) == expected
 
 
-def test_a_byte_order_mark_is_dropped_at_the_start_of_a_file_only(small, tmp_path):
+def test_a_byte_order_mark_names_the_encoding_and_is_dropped_at_the_start_of_a_file_only(
+    small, tmp_path
+):
     write(tmp_path / "a.txt", "\ufeff\ufeffone \ufefftwo")
     write(tmp_path / "b.jsonl", "\ufeff" + lines(["\ufeffthree"]))
-    write(tmp_path / "c.txt", "\ufeff")
-    assert documents_of(find(str(tmp_path))) == ["\ufeffone \ufefftwo", "\ufeffthree"]
+    write(tmp_path / "c.txt", "naïve 東京".encode("utf-16"))
+    expected = ["\ufeffone \ufefftwo", "\ufeffthree", "naïve 東京"]
+    assert documents_of(find(str(tmp_path))) == expected
 
 
 def test_each_line_of_json_is_a_document(small, tmp_path):
@@ -212,18 +175,10 @@ def test_each_line_of_json_is_a_document(small, tmp_path):
 
 
 def test_each_row_of_a_table_is_a_document(small, tmp_path):
-    texts = pa.array(ODD_TEXTS, pa.string())
-    columns = {
-        "body": texts.cast(pa.string_view()),
-        "other": texts.cast(pa.dictionary(pa.int32(), pa.string())),
-        "id": range(30),
-    }
-    source = table(tmp_path / "a.parquet", columns, row_group_size=7)
-    for name in ("body", "other"):
-        assert documents_of(find(source, field=name)) == ODD_TEXTS
-    write(tmp_path / "a.csv", 'id,body\n1,"a, b\nc"\n2,NA\n3,12\n')
-    found = documents_of(find(f"{tmp_path}/a.csv", field="body"))
-    assert found == ["a, b\nc", "NA", "12"]
+    source = table(tmp_path / "a.parquet", {"body": ODD_TEXTS, "id": range(30)})
+    assert documents_of(find(source, field="body")) == ODD_TEXTS
+    source = write(tmp_path / "a.csv", 'id,body\n1,"a, b\nc"\n2,NA\n3,12\n')
+    assert documents_of(find(source, field="body")) == ["a, b\nc", "NA", "12"]
 
 
 def test_files_folders_and_globs_are_read_in_order_each_once(tmp_path, monkeypatch):
@@ -271,22 +226,32 @@ def test_a_bad_line_of_json_is_refused_by_its_number(line, expected, tmp_path):
     assert expected in message and "a.jsonl: line 2" in message
 
 
-def test_a_bad_table_is_refused(tmp_path):
-    columns = {"body": ["word " * 1000] * 99, "id": range(99)}
-    good = table(tmp_path / "a.parquet", columns)
+def test_a_table_without_the_column_or_of_numbers_is_refused(tmp_path):
+    good = table(tmp_path / "a.parquet", {"body": ["word"], "id": [1]})
     assert "body, id" in file_refused(good)
     assert "int" in file_refused(good, field="id")
-    data = Path(good).read_bytes()
-    for bad in (data[:-20], b"", b"PAR1" * 10):
-        assert "bad" in file_refused(write(tmp_path / "bad.parquet", bad), field="body")
 
 
-def test_a_compressed_file_that_is_cut_short_or_something_else_is_refused(tmp_path):
-    path = tmp_path / "a.txt.gz"
-    whole = gzip.compress(b"a long text")
-    for bad in (whole[:-5], whole + whole[:15], b"plain text"):
-        path.write_bytes(bad)
-        assert "a.txt" in file_refused(str(path))
+WHOLE = gzip.compress(b"a long text")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", b"PK\x03\x04\x14\x00"),  # zip
+        ("a.txt", b"\x7fELF\x02\x00\x00"),
+        ("a.parquet", b"PAR1" * 10),
+        ("a.txt.gz", WHOLE[:-5]),
+        ("a.txt.gz", WHOLE + WHOLE[:15]),
+        ("a.txt.gz", b"plain text"),
+    ],
+)
+def test_a_file_that_is_cut_short_or_something_else_than_its_name_says_is_refused(
+    name, data, tmp_path
+):
+    path = tmp_path / name
+    path.write_bytes(data)
+    assert name in file_refused(str(path))
 
 
 def test_a_source_that_names_no_text_is_refused(tmp_path):
@@ -313,12 +278,10 @@ def hub_folder(tmp_path, monkeypatch) -> Path:
 def test_a_hub_data_set_gives_a_source_per_file_in_order(hub_folder):
     splits = hub(str(hub_folder))
     assert list(splits) == ["train", "validation"]
-    train = splits["train"]
-    for i, source in enumerate(train):
-        for _ in range(2):  # it can be read again
-            assert documents_of([source]) == [f"train-{i} {j}" for j in range(100)]
-    first, second = train
+    first, second = splits["train"]
     assert first.name != second.name
+    for i, source in enumerate([first, second, first]):  # it can be read again
+        assert documents_of([source]) == [f"train-{i % 2} {j}" for j in range(100)]
 
 
 def test_what_goes_wrong_with_a_hub_data_set_is_one_line(hub_folder, monkeypatch, capfd):
