@@ -4,7 +4,6 @@ them; the optimizer.
 
 import json
 import math
-import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ import torch
 
 from engine.base.errors import UserError
 from engine.base.optim import learning_rate_at, make_optimizer
-from engine.data.tokenizer import read_meta
 from engine.gpt2.loading import load_state
 from engine.runs.checkpoint import load_model
 from heads import HeadConfig
@@ -56,16 +54,18 @@ def write_nanogpt(path, model: GPT, bias: bool, prefix: str = "_orig_mod."):
         "vocab_size": V,
         "dropout": 0.0,
     }
-    others = {"optimizer": {}, "iter_num": 3, "best_val_loss": torch.tensor(4.2), "config": {}}
-    torch.save({"model": state, "model_args": shape, **others}, path)
+    checkpoint = {"model": state, "model_args": shape, "best_val_loss": torch.tensor(4.2)}
+    torch.save(checkpoint, path)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_transformers_folder_predicts_as_transformers_does(tmp_path, tied):
-    theirs = tiny_gpt2(tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    ("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.float16)]
+)
+def test_a_transformers_folder_predicts_as_transformers_does(tmp_path, tied, dtype):
+    theirs = tiny_gpt2(tie_word_embeddings=tied).to(dtype)
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
-    same_log_probs(ours, theirs)
+    same_log_probs(ours, theirs.float())
     assert ours.config.head == HeadConfig(tie_head=tied)
     assert ours.config.bias and not ours.training
 
@@ -84,14 +84,12 @@ def test_the_hubs_own_file_with_bare_names_and_masks_loads_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("model_type", "llama"),
         ("activation_function", "relu"),
         ("scale_attn_by_inverse_layer_idx", True),
         ("layer_norm_epsilon", 1e-6),
         ("add_cross_attention", True),
         ("position_embedding_type", "relative_key"),
         ("n_layer", "two"),
-        ("n_layer", -4),
     ],
 )
 def test_a_config_that_is_not_gpt2s_is_refused_by_name_and_value(tmp_path, name, value):
@@ -101,14 +99,6 @@ def test_a_config_that_is_not_gpt2s_is_refused_by_name_and_value(tmp_path, name,
     path.write_text(json.dumps(config | {name: value}))
     message = refusal(tmp_path)
     assert name in message and repr(value) in message
-
-
-def test_half_precision_weights_load_by_value(tmp_path):
-    theirs = tiny_gpt2().half()
-    theirs.save_pretrained(tmp_path)
-    ours = load_model(tmp_path)
-    assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    same_log_probs(ours, theirs.float())
 
 
 def test_a_gpt2_saved_without_its_head_is_tied_unless_its_config_says_otherwise(tmp_path):
@@ -127,9 +117,6 @@ def test_weights_in_several_files_load_and_a_bad_file_is_named(tmp_path):
     same_log_probs(load_model(tmp_path), theirs)
     files[1].unlink()
     assert files[1].name in refusal(tmp_path)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text("{}")
-    assert "transformer.wte.weight" in refusal(tmp_path)
 
 
 def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path):
@@ -143,22 +130,15 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path)
     assert same_weights(load_model(tmp_path), expected)
 
 
-WRONG = {
-    "h.1.mlp.c_fc.weight": lambda t: t[:, :64],
-    "h.0.attn.c_attn.weight": lambda t: t.t(),  # as nn.Linear would store it
-    "wte.weight": lambda t: t[:66],
-    "h.1.mlp.c_proj.weight": lambda t: None,
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path, name):
+def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
+    name = "transformer.h.1.attn.c_attn.weight"
     tensors = safetensors.torch.load_file(path)
-    changed = WRONG[name](tensors.pop(f"transformer.{name}"))
-    if changed is not None:
-        tensors[f"transformer.{name}"] = changed.contiguous()
+    tensors[name] = tensors[name].t().contiguous()  # as nn.Linear would store it
+    safetensors.torch.save_file(tensors, path)
+    assert name in refusal(tmp_path)
+    del tensors[name]
     safetensors.torch.save_file(tensors, path)
     assert name in refusal(tmp_path)
 
@@ -183,35 +163,11 @@ def test_a_nanogpt_checkpoint_loads_unless_it_has_an_option_that_gpt2_lacks(
     assert "rope" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [
-        b"\x80\x04\x95" + b"\xff" * 40,
-        pickle.dumps({"itos": {1: "a"}, "vocab_size": 1}),
-    ],
-)
-def test_a_damaged_meta_pkl_is_refused_in_one_line(tmp_path, damaged):
-    path = tmp_path / "meta.pkl"
-    good = {"vocab_size": 1, "itos": {0: "a"}, "stoi": {"a": 0}}
-    path.write_bytes(pickle.dumps(good))
-    assert read_meta(tmp_path)["tokenizer"]["chars"] == ["a"]
-    path.write_bytes(damaged)
-    with pytest.raises(UserError, match=path.name) as error:
-        read_meta(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_source_and_an_empty_folder_are_refused_by_name(tmp_path):
-    for source in (tmp_path / "none", tmp_path):
+def test_a_source_that_is_missing_empty_or_on_a_hub_out_of_reach_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for source in (tmp_path / "none", tmp_path, "gpt2-xl"):
         assert str(source) in refusal(source)
-
-
-def test_without_the_hub_a_name_is_refused_in_one_line(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "gpt2-xl" in refusal("gpt2-xl")
 
 
 def test_a_shorter_block_size_keeps_the_predictions_within_it():
@@ -253,7 +209,6 @@ def nanogpt_get_lr(it: int, config: SimpleNamespace) -> float:
     ("warmup_iters", "lr_decay_iters"),
     [
         (7, 40),
-        (0, 40),
         (10, 11),
         (0, 60),
     ],
@@ -286,4 +241,3 @@ def test_weight_decay_acts_on_matrices_and_embeddings_alone(tied):
             exempt = name.endswith(("bias", "log_std")) or "ln_" in name
             assert group["weight_decay"] == (0.0 if exempt else 0.1)
     assert names == {}
-    assert optimizer.defaults["betas"] == (0.9, 0.95)
