@@ -17,7 +17,7 @@ from engine.base.errors import UserError
 from engine.data.corpus import Options, prepare
 from engine.data.sources import source_of
 from engine.data.splits import Corpus, draw, in_memory, with_val
-from engine.data.tokenizer import ByteTokenizer, GPT2Tokenizer, load_tokenizer
+from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.data.tokens import TokenFile
 from tests.faults import SHARD, documents, token_files
 from tests.helpers import ROOT
@@ -58,10 +58,8 @@ def test_documents_in_pieces_are_written_in_order_to_several_shards(tmp_path, mo
         assert hashlib.sha256(data).hexdigest() == shard["sha256"]
         assert len(data) == 2 * shard["tokens"]
         found += np.frombuffer(data, "<u2").tolist()
-    assert found == expected[1:]
+    assert found == expected[1:]  # one end-of-text between documents, none between pieces
     assert {shard["tokens"] for shard in about["shards"][:-1]} == {SHARD}
-    joined = "\n".join(shard["sha256"] for shard in about["shards"])
-    assert about["sha256"] == hashlib.sha256(joined.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
@@ -109,10 +107,9 @@ def test_work_on_another_text_is_not_continued(tmp_path, monkeypatch, small_batc
         stop_after_journal(patch)
         with pytest.raises(KeyboardInterrupt):
             prepare_in(tmp_path / "out")
-    texts = [text.upper() for text in documents()]
-    source = source_of("another revision", lambda: texts)
+    source = source_of("another revision", lambda: documents(20))
     found = prepare_in(tmp_path / "out", lambda: Corpus({"train": [source]}))
-    assert found == prepare_in(tmp_path / "undisturbed", lambda: train_only(texts))
+    assert found == prepare_in(tmp_path / "undisturbed", lambda: train_only(documents(20)))
 
 
 def test_an_interruption_while_files_are_moved_leaves_the_old_data_or_the_new_or_a_refusal(
@@ -177,20 +174,15 @@ def test_a_data_set_is_prepared_again_only_if_options_or_files_change(tmp_path):
         prepare_in(out, corpus, source=str(texts), **options)
         return bool(asked)
 
-    assert is_prepared() and not is_prepared() and not is_prepared(num_proc=3)
+    assert is_prepared() and not is_prepared(num_proc=3)
     small = {"shard_tokens": 500}
     assert is_prepared(**small)
     (texts / "a.txt").write_text("other words " * 100)
     assert is_prepared(**small)
     (out / "train_000001.bin").unlink()
     assert is_prepared(**small)
-    (out / "train_000001.bin").write_bytes(b"ab")
-    assert is_prepared(**small)
-    for damaged in ("{", '{"made_from": 3, "splits": {"train": {}}}'):
-        (out / "meta.json").write_text(damaged)
-        assert is_prepared(**small)
-    (texts / "log").write_text("no text")
-    assert not is_prepared(**small)
+    (out / "meta.json").write_text("{")
+    assert is_prepared(**small) and not is_prepared(**small)
     assert is_prepared() and len(list(out.glob("*.bin"))) == 1  # the shards are gone
 
 
@@ -201,28 +193,24 @@ def test_of_any_documents_in_a_row_every_split_has_its_share():
         counts = Counter(splits[begin : begin + 2000])
         assert abs(counts["val"] - 100) <= 3 and abs(counts["test"] - 200) <= 3
     assert {"val", "test"} <= set(splits[:20])
-    assert draw(5, {}) == "train" and draw(10**12, {"val": 0.9999999}) == "val"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
-def test_the_tokenizer_of_a_run_or_a_data_set_can_be_used_again(kind, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    if kind == "bpe":
-        prepare_in(first, tokenizer="bpe", vocab_size=300)
-    else:  # a run on data without a meta file
-        first.mkdir()
-        GPT2Tokenizer().save(first)
-    prepare_in(second, lambda: train_only(["the old sea"]), tokenizer=str(first))
+def test_the_tokenizer_of_a_run_or_a_data_set_can_be_used_again(tmp_path):
+    first, run = tmp_path / "first", tmp_path / "run"
+    prepare_in(first, tokenizer="bpe", vocab_size=300)
     tokenizer = load_tokenizer(first)
-    assert load_tokenizer(second).describe() == tokenizer.describe()
-    ids = TokenFile(second, "train").ids.tolist()
-    assert ids == tokenizer.encode("the old sea").tolist()
+    run.mkdir()
+    tokenizer.save(run)  # a run on data without a meta file
+    for folder in (first, run):
+        second = tmp_path / f"as_{folder.name}"
+        prepare_in(second, lambda: train_only(["the old sea"]), tokenizer=str(folder))
+        ids = TokenFile(second, "train").ids.tolist()
+        assert ids == tokenizer.encode("the old sea").tolist()
 
 
-def test_end_of_text_inside_a_text_stays_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.data.writer, "BATCH", 50)
+def test_end_of_text_inside_a_text_stays_text(tmp_path):
     texts = [f"a <|endoftext|> in document {i}" for i in range(20)]
-    prepare_in(tmp_path, lambda: train_only(texts), tokenizer="gpt2", num_proc=2)
+    prepare_in(tmp_path, lambda: train_only(texts), tokenizer="gpt2")
     tokenizer, ids = load_tokenizer(tmp_path), TokenFile(tmp_path, "train").ids
     assert (ids == tokenizer.eot).sum() == 19
     assert tokenizer.decode(ids) == "<|endoftext|>".join(texts)
