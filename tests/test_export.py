@@ -12,7 +12,7 @@ import engine.gpt2.exporting
 import export
 from engine.base.errors import UserError
 from engine.base.options import flatten
-from engine.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.data.tokens import TokenFile
 from engine.eval.generation import generate
 from engine.runs.checkpoint import load_model, read_checkpoint
@@ -22,7 +22,6 @@ from tests.helpers import (
     flags,
     scores_of,
     tiny_gpt,
-    write_bytes,
     write_dataset,
 )
 from tests.test_model import tiny_gpt2, tokens
@@ -68,16 +67,15 @@ def in_transformers(folder: Path) -> transformers.GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "options"),
+    "options",
     [
-        ("categorical", {"bias": True}),
-        ("categorical", {"bias": False, "tie_head": False}),
-        ("categorical", {"bias": False, "logit_bias": "unigram"}),
-        ("smooth", {"qkv_bias": True, "tie_head": False, "logit_bias": "unigram"}),
+        {"tie_head": False},
+        {"logit_bias": "unigram"},
+        {"likelihood": "smooth", "qkv_bias": True, "tie_head": False, "logit_bias": "unigram"},
     ],
 )
-def test_a_softmax_head_keeps_its_log_probs_in_transformers(tmp_path, likelihood, options):
-    model = tiny_gpt(likelihood=likelihood, std=0.3, **options)
+def test_a_softmax_head_keeps_its_log_probs_in_transformers(tmp_path, options):
+    model = tiny_gpt(std=0.3, **options)
     with torch.no_grad():
         # weights of the last norm far from 1, of both signs, some of them 0
         norm = torch.randn(32) * 2
@@ -107,29 +105,22 @@ def test_a_folder_of_transformers_comes_out_as_it_went_in(tmp_path, tied):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(
-    ("weights", "likelihood"), [("point", "categorical"), ("bayes", "sigmoid")]
-)
-def test_the_model_card_has_the_nll_of_the_run_and_of_its_export(
-    tmp_path, words_data, trained, weights, likelihood
-):
-    source = trained(weights, likelihood)
-    exact = weights == "point"
-    folder = exported(source, tmp_path / "gpt2", *([] if exact else ["--approximate"]))
+def test_the_model_card_has_the_nll_of_the_run_and_of_its_export(tmp_path, words_data, trained):
+    source = trained("bayes", "sigmoid")
+    folder = exported(source, tmp_path / "gpt2", "--approximate")
     card = (folder / "README.md").read_text()
     model, file = load_model(source), TokenFile(words_data, "val")
     original = scores_of(model, file)["nll"]
+    averaged = scores_of(model, file, n_samples=-1)["nll"]
     export = scores_of(load_model(folder), file)["nll"]
-    averaged = scores_of(model, file, n_samples=0 if exact else -1)["nll"]
-    for nll in (original, export, averaged):
+    assert original != averaged and original != export
+    for nll in (original, averaged, export):
         assert f" {nll:.4f} |" in card
-    assert (abs(original - export) < 1e-5) == exact
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # all can be read
 
 
 def test_greedy_text_is_the_same_in_transformers_pipeline(tmp_path):
-    tokenizer = BPETokenizer.train([TEXT], 300)
-    model = tiny_gpt(std=0.4, logit_bias="unigram", vocab_size=tokenizer.vocab_size, block_size=32)
+    tokenizer = make("bpe")
+    model = tiny_gpt(std=0.4, vocab_size=tokenizer.vocab_size, block_size=32)
     folder = exported(save(tmp_path / "run", model, tokenizer), tmp_path / "gpt2")
     prompt = torch.tensor([tokenizer.encode("the old").tolist()])
     expected = generate(model, prompt, 20, temperature=0)[0].tolist()
@@ -177,42 +168,31 @@ def test_characters_are_characters_in_transformers_and_unknown_ones_an_error(tmp
     ids = ours.encode(text).tolist()
     assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
     assert theirs(text).keys() == {"input_ids", "attention_mask"}  # GPT-2 takes no others
-    config = transformers.GPT2Config.from_pretrained(folder)
-    assert theirs.eos_token_id == config.eos_token_id == ours.eot
+    assert theirs.eos_token_id == ours.eot
     with pytest.raises(Exception, match="UNK"):
         theirs("ß")
     assert read_checkpoint(folder).tokenizer().describe() == ours.describe()
 
 
-def write_chars(folder: Path) -> Path:
-    """A data set of the 67 characters."""
-    ids = tokens(500).tolist()
-    text = ["".join(CHARS[i] for i in ids)]
-    write_dataset(folder, {"train": text, "val": text}, CharTokenizer(CHARS))
-    return folder
-
-
 @pytest.mark.parametrize(
-    ("weights", "likelihood", "tied", "lost"),
+    ("weights", "likelihood"),
     [
-        ("bayes", "categorical", True, "posterior"),
-        ("point", "sigmoid", False, "sigmoid"),
-        ("bayes", "sigmoid", True, "posterior"),
+        ("bayes", "categorical"),
+        ("point", "sigmoid"),
     ],
 )
 def test_an_approximate_export_has_the_mean_logits_and_must_be_asked_for(
-    tmp_path, weights, likelihood, tied, lost
+    tmp_path, weights, likelihood
 ):
-    options = {"logit_bias": "unigram", "pos_weight": 3.0, "bias": True, "tie_head": tied}
+    options = {"logit_bias": "unigram", "pos_weight": 3.0, "bias": True}
     model = tiny_gpt(weights, likelihood, std=0.2, bayes_mlp=weights == "bayes", **options)
-    source = save(tmp_path / "run", model)
-    message = refusal(source, tmp_path / "out")
-    assert "--approximate" in message and lost in message
-    assert "--dataset=" in refusal(source, tmp_path / "out", "--approximate")
-    data = write_chars(tmp_path / "data")
-    theirs = in_transformers(
-        exported(source, tmp_path / "out", "--approximate", f"--dataset={data}")
-    )
+    source, to = save(tmp_path / "run", model), tmp_path / "out"
+    assert "--approximate" in refusal(source, to)
+    assert "--dataset=" in refusal(source, to, "--approximate")
+    data = tmp_path / "data"
+    text = ["".join(CHARS) * 9]
+    write_dataset(data, {"train": text, "val": text}, CharTokenizer(CHARS))
+    theirs = in_transformers(exported(source, to, "--approximate", f"--dataset={data}"))
     idx = tokens(2, 16)
     with torch.no_grad():
         logits = model.lm_head.logits(model.hidden(idx))
@@ -229,9 +209,8 @@ def test_an_export_that_predicts_something_else_leaves_nothing(tmp_path, monkeyp
         refusal(source, tmp_path / "out")
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_or_the_data_is_refused(tmp_path):
+def test_a_tokenizer_that_does_not_fit_the_model_or_the_data_is_refused(tmp_path, words_data):
     source = save(tmp_path / "run", tiny_gpt(), ByteTokenizer())
     assert "257" in refusal(source, tmp_path / "out")
     source = save(tmp_path / "chars", tiny_gpt())
-    data = write_bytes(tmp_path / "data")
-    assert "tokenizer" in refusal(source, tmp_path / "out", f"--dataset={data}")
+    assert "tokenizer" in refusal(source, tmp_path / "out", f"--dataset={words_data}")
