@@ -2,23 +2,20 @@
 nothing written; and nothing runs in files made to run code when they are read.
 """
 
-import builtins
 import io
 import json
 import os
 import pickle
-import runpy
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from engine.data.tokenizer import BPETokenizer
-from tests.helpers import ROOT, TINY, WORDS, flags, refused, run, write_words
+from tests.helpers import TINY, WORDS, flags, refused, run, write_words
 
 GPT2 = {
     "model_type": "gpt2",
@@ -57,7 +54,9 @@ def folder(good, tmp_path, monkeypatch) -> Path:
 
 
 TRAIN = ["train.py", *flags(**TINY | {"dataset": "words", "out_dir": "new", "max_iters": 2})]
+RESUME = [*TRAIN, "--init_from=resume", "--out_dir=words_run"]
 SAMPLE = ["sample.py", "--device=cpu", "--start=the"]
+SAMPLE_RUN = [*SAMPLE, "--out_dir=words_run"]
 COMMANDS = {
     "words/meta.json": TRAIN,
     "words/train.top.labels.json": [*TRAIN, "--labels=top"],
@@ -69,13 +68,11 @@ NESTED = b"[" * 100_000
 # a file and its new contents: fields of a JSON object, or bytes; None: a folder in its place
 CASES = [
     ("words/meta.json", {"vocab_size": "65"}),
-    ("words/meta.json", b""),
     ("words/meta.json", NESTED),
     ("words/meta.json", None),
     ("bpe_run/tokenizer.json", b"{}"),
     ("bpe_run/tokenizer.json", b"\xff"),
     ("words/train.top.labels.json", {"tokens": 0}),
-    ("words/train.top.labels.json", b"\xff"),
     ("openai/config.json", b"[]"),
     ("openai/config.json", {"model_type": "llama"}),
     ("openai/config.json", {"n_layer": -1}),
@@ -114,9 +111,7 @@ def test_a_checkpoint_with_other_contents_is_refused(folder, monkeypatch, capsys
     path = folder / "words_run" / "ckpt_00000001.pt"
     state = torch.load(path, weights_only=True) | changes
     torch.save({name: part for name, part in state.items() if part is not ...}, path)
-    script, *argv = [*TRAIN, "--init_from=resume", "--out_dir=words_run"]
-    if "optimizer" not in changes:
-        script, *argv = [*SAMPLE, "--out_dir=words_run"]
+    script, *argv = RESUME if "optimizer" in changes else SAMPLE_RUN
     assert named in refused(script, argv, folder, monkeypatch, capsys)
 
 
@@ -133,10 +128,7 @@ class Call:
         return self.call
 
 
-PAYLOADS = {
-    "system": Call(os.system, f"echo ran > {MARK}"),
-    "exec": Call(builtins.exec, f"open({MARK!r}, 'w').write('ran')"),
-}
+SYSTEM = Call(os.system, f"echo ran > {MARK}")
 
 
 def zipped(payload, is_zip: bool = True) -> bytes:
@@ -146,28 +138,26 @@ def zipped(payload, is_zip: bool = True) -> bytes:
 
 
 # torch's function that reads a whole file without checks
-PAYLOADS["torch"] = Call(torch.storage._load_from_bytes, zipped(PAYLOADS["system"]))
+TORCH = Call(torch.storage._load_from_bytes, zipped(SYSTEM))
 FORMATS = {
     "zip": zipped,
-    "legacy": lambda payload: zipped(payload, is_zip=False),
+    "legacy": partial(zipped, is_zip=False),
     "pickle": pickle.dumps,
 }
-SAMPLE_RUN = [*SAMPLE, "--out_dir=words_run", "--max_new_tokens=2"]
+
 TRAPS = [
-    ("system", "zip", "ckpt_00000001.pt", SAMPLE_RUN),
-    ("system", "legacy", "ckpt.pt", SAMPLE_RUN),
-    ("system", "pickle", "ckpt.pt", [*TRAIN, "--init_from=words_run"]),
-    ("exec", "zip", "ckpt_00000001.pt", [*TRAIN, "--init_from=resume", "--out_dir=words_run"]),
-    ("exec", "pickle", "ckpt_00000001.pt", ["evaluate.py", "--out_dir=words_run", "--device=cpu"]),
-    ("torch", "zip", "ckpt_00000001.pt", SAMPLE_RUN),
-    ("torch", "legacy", "ckpt_00000001.pt", SAMPLE_RUN),
+    (SYSTEM, "zip", "ckpt_00000001.pt", RESUME),
+    (SYSTEM, "legacy", "ckpt.pt", SAMPLE_RUN),
+    (SYSTEM, "pickle", "ckpt.pt", [*TRAIN, "--init_from=words_run"]),
+    (TORCH, "zip", "ckpt_00000001.pt", ["evaluate.py", "--out_dir=words_run", "--device=cpu"]),
+    (TORCH, "legacy", "ckpt_00000001.pt", SAMPLE_RUN),
 ]
 
 
 @pytest.mark.parametrize(("payload", "form", "name", "command"), TRAPS)
 def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, payload, form, name, command):
     (folder / "words_run" / "ckpt_00000001.pt").unlink()
-    state = {"model": {}, "model_args": {}, "model_config": {}, "config": PAYLOADS[payload]}
+    state = {"model": {}, "model_args": {}, "model_config": {}, "config": payload}
     trap = FORMATS[form](state)
     if form == "pickle":
         pickle.loads(trap)
@@ -186,18 +176,13 @@ def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, payload, form, nam
     [
         ("words/meta.pkl", TRAIN),
         ("words_run/meta.pkl", SAMPLE_RUN),
-        ("words/meta.json", TRAIN),
         ("words/train.bin", TRAIN),
         ("openai/pytorch_model.bin", [*TRAIN, "--init_from=openai"]),
     ],
 )
 def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command):
     path = folder / name
-    trap = pickle.dumps({"vocab_size": 3, "itos": PAYLOADS["exec"]})
-    if name == "words/train.bin":
-        file = io.BytesIO()
-        np.save(file, np.array([PAYLOADS["exec"]], dtype=object), allow_pickle=True)
-        trap = file.getvalue()
+    trap = pickle.dumps({"vocab_size": 3, "itos": SYSTEM})
     (folder / "openai" / "model.safetensors").unlink()
     if path.suffix == ".pkl":
         path.with_suffix(".json").unlink()
@@ -205,18 +190,3 @@ def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command):
     script, *argv = command
     refused(script, argv, folder, monkeypatch, capsys)
     assert not Path(MARK).exists()
-
-
-def test_code_beside_a_transformers_model_is_not_run(folder, monkeypatch, capsys):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=27, n_positions=16, n_embd=32, n_layer=1, n_head=2)
-    config.auto_map = {"AutoModel": "modeling.Model"}
-    other = folder / "other"
-    GPT2LMHeadModel(config).save_pretrained(other)
-    (other / "modeling.py").write_text(f"open({MARK!r}, 'w').write('ran')")
-    (other / "pytorch_model.bin").write_bytes(pickle.dumps(PAYLOADS["exec"]))
-    shutil.copy(folder / "words_run" / "meta.json", other)
-    monkeypatch.setattr(sys, "argv", [*SAMPLE_RUN, "--init_from=other", "--num_samples=1"])
-    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-    assert capsys.readouterr().out.startswith("the") and not Path(MARK).exists()

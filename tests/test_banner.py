@@ -36,21 +36,6 @@ def test_flops_are_those_that_torch_counts(tie_head):
     assert counter.get_total_flops() == idx.numel() * per_token
 
 
-def test_a_run_prints_its_head_parameters_step_and_length_first(words_data, tmp_path, capsys):
-    options = {
-        "weights": "bayes",
-        "max_iters": 4,
-        "gradient_accumulation_steps": 2,
-    }
-    model = run(words_data, tmp_path, **options)
-    title, parameters, step, length, code, *_ = capsys.readouterr().out.splitlines()
-    assert "bayes x categorical" in title and "float32" in title
-    assert f"backbone {banner.count_parameters(model)['backbone']:,}" in parameters
-    assert "256 tokens" in step and "1,024 tokens" in length
-    assert f"{4 * 256 * model.flops_per_token():.1e} FLOPs" in length
-    assert torch.__version__ in code
-
-
 def test_config_json_has_all_options_and_the_starts_of_a_run(words_data, tmp_path, monkeypatch):
     def start(**options) -> dict:
         run(words_data, tmp_path, lr_decay_iters=8, **options)
@@ -59,17 +44,12 @@ def test_config_json_has_all_options_and_the_starts_of_a_run(words_data, tmp_pat
     monkeypatch.setenv("PATH", str(tmp_path))  # without git
     written = start(max_iters=2, dropout=0.1)
     (first,) = written["starts"]
-    assert written["dropout"] == 0.1 and written["n_data"] > 0
+    assert written["dropout"] == 0.1 and first["command"]
     assert written["environment"]["commit"] == "unknown"
-    assert first["step"] == 0 and first["command"]
     assert written["environment"].items() <= first.items()
     monkeypatch.setattr(banner, "_git", lambda *_: "other")
-    starts = start(max_iters=4, init_from="resume")["starts"]
-    assert [start["step"] for start in starts] == [0, 2] and starts[1]["diff"] == "other"
-    # older versions recorded no starts
-    (tmp_path / "config.json").write_text("{}")
-    starts = start(max_iters=6, init_from="resume")["starts"]
-    assert [start["step"] for start in starts] == [4]
+    first, second = start(max_iters=4, init_from="resume")["starts"]
+    assert (first["step"], second["step"], second["diff"]) == (0, 2, "other")
 
 
 def test_the_diff_holds_uncommitted_changes_of_this_repository_alone(tmp_path, monkeypatch):
