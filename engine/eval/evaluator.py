@@ -41,7 +41,7 @@ class EvaluationConfig:
     n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
     # average n_samples passes with dropout, for runs that were trained with it
     mc_dropout: bool = False
-    # a label set of this split (augmentation/teacher_labels.py --split): recall@k and LRAP
+    # a label set of this split (augmentation/teacher_labels.py --split): recall@k
     labels: str = ""
     # also generate this many texts from prompts of the split: Self-BLEU, distinct-n
     continuations: NonNegativeInt = 0
