@@ -104,7 +104,6 @@ def test_ood_text_is_separated_by_every_uncertainty_of_a_head(runs, evaluated):
     assert softmax["auroc"].keys() == {"confidence", "entropy", "nll"}
     assert bayes["auroc"].keys() == softmax["auroc"].keys() | {"mutual_information"}
     assert softmax["auroc"]["nll"]["block"] > 0.99
-    assert softmax["n_tokens"] == 479
 
 
 def test_two_processes_and_another_batch_size_find_the_same_numbers(runs, both):
@@ -153,7 +152,6 @@ def test_few_documents_are_resampled_in_stretches_and_a_part_of_them_in_windows(
     found = read(runs / "softmax", f"eval_{options.get('split', 'test')}.json")
     n_stretches = math.ceil((found["n_tokens"] + 1) / 1024)
     assert found["unit"] == unit
-    assert "nll_se" in found
     assert found["n_units"] == options.get("limit", n_stretches)
 
 
@@ -195,7 +193,6 @@ def test_monte_carlo_dropout_repeats_itself_and_changes_the_prediction(runs):
         ("softmax", {"continuations": 9, "prompt_tokens": 10**6}, "prompts"),
         ("softmax", {"labels": "none"}, "--name=none"),
         ("softmax", {"dataset": "characters"}, "tokenizer"),
-        ("softmax", {"mc_dropout": True, "n_samples": 3, "continuations": 4}, "dropout"),
         ("plain", {"mc_dropout": True, "n_samples": 4}, "dropout"),
         ("softmax+nowhere", {}, "nowhere"),
         ("softmax+softmax", {}, "twice"),

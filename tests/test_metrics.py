@@ -137,5 +137,5 @@ def test_words_bytes_and_documents_are_those_of_the_text_in_batches_of_any_size(
         found += stats.read(torch.zeros(1, len(batch)), batch[None])[0].tolist()
     assert found == expected
     assert stats.n_documents == len(texts)
-    assert stats.n_words == sum(len(text.split()) for text in texts) == 9
+    assert stats.n_words == sum(len(text.split()) for text in texts)
     assert stats.n_bytes == sum(len(text.encode()) for text in texts)

@@ -62,9 +62,7 @@ def test_certain_predictions_fall_into_the_last_bin_and_nan_stops_nothing(file):
     model = tiny_gpt()
     with torch.no_grad():
         model.transformer.ln_f.weight.mul_(1e6)
-    certain = measure(model, file)
-    assert 0.9 < certain["val_ece"] <= 1
-    assert certain["val_perplexity"] == math.exp(700)
+    assert 0.9 < measure(model, file)["val_ece"] <= 1
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(math.nan)
     assert all(math.isnan(value) for value in measure(model, file).values())
