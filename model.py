@@ -183,7 +183,7 @@ class GPT(nn.Module):
         self.init_posteriors(uniform)
 
     @staticmethod
-    def _init_weights(module: nn.Module) -> None:
+    def _init_weights(module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:

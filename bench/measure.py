@@ -121,16 +121,16 @@ class InProcess:
         return self.pool.submit(_memory).result()
 
 
-def _prepare(*setup) -> None:
+def _prepare(*setup):
     global case
     case = prepared(*setup)
 
 
-def _call() -> None:
+def _call():
     case()
 
 
-def _memory() -> int:
+def _memory():
     return memory_of(case)
 
 

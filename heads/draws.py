@@ -71,7 +71,7 @@ def draw_batches(
         yield WeightedPrediction(log_probs, mean_entropy, n_draws / n_total)
 
 
-def _average(likelihood, mean, std, noise, entropies) -> tuple[Tensor, Tensor | None]:
+def _average(likelihood, mean, std, noise, entropies):
     """mean, std (N, V), noise (S, V) -> log mean p (N, V), mean entropy of the draws (N,)."""
     centred = likelihood.centred(mean) if len(noise) > 1 else None
     if centred is not None:
@@ -90,7 +90,7 @@ def _average(likelihood, mean, std, noise, entropies) -> tuple[Tensor, Tensor | 
     return mixture(components())
 
 
-def _average_of_numbers(likelihood, centred, std, noise, entropies) -> tuple[Tensor, Tensor | None]:
+def _average_of_numbers(likelihood, centred, std, noise, entropies):
     """_average with one exp per logit, for probabilities far above the least fp32 number."""
     sum_p = torch.zeros_like(centred)
     sum_entropies = torch.zeros_like(centred[:, :1])

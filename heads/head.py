@@ -237,7 +237,7 @@ class Head(nn.Module):
             epistemic = weighted_variance / 2
         return Prediction(log_probs, total, epistemic)
 
-    def _without_draws(self, x, n_samples) -> tuple[Tensor, Tensor]:
+    def _without_draws(self, x, n_samples):
         """The prediction of the mean weights (0) or the average over draws (-1); mean logits."""
         logits = self.logits(x).float()
         variance = None
@@ -250,7 +250,7 @@ class Head(nn.Module):
             average, _ = self._from_default_draws(x, entropies=False)
         return average, logits
 
-    def _from_default_draws(self, x, entropies) -> tuple[Tensor, Tensor | None]:
+    def _from_default_draws(self, x, entropies):
         """Draws in place of a formula, the same ones in each call."""
         generator = torch.Generator(x.device).manual_seed(0)
         return self._from_draws([x], N_DEFAULT_DRAWS, entropies, generator)
@@ -261,7 +261,7 @@ class Head(nn.Module):
         n_samples,
         entropies,
         generator=None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ):
         """log of the mean p (..., V) under n_samples draws, and the draws' mean entropy (...)."""
 
         def components() -> Iterator[WeightedPrediction]:

@@ -141,7 +141,7 @@ def pad_rows(weight: Tensor, x: Tensor) -> Tensor:
 
 
 @torch._disable_dynamo  # torch.compiler.disable, but imported when first called
-def _apply(*arguments) -> Tensor:
+def _apply(*arguments):
     return _LinearLoss.apply(*arguments)
 
 
@@ -209,7 +209,7 @@ class _Sums:
         # one buffer for all chunks: malloc would return it to the system after each chunk
         self.buffer = self.x.new_empty(n_rows, padded_size)
 
-    def _new_gradient(self, t: Tensor | None) -> Tensor | None:
+    def _new_gradient(self, t):
         if t is None or not t.requires_grad or not self.with_grad:
             return None
         dtype = torch.promote_types(t.dtype, torch.float32)
@@ -241,7 +241,7 @@ class _Sums:
         grad_logits.index_put_(at_labels, grad_labels, accumulate=True)
         self._add_gradients(rows, x, grad_logits)
 
-    def _add_label_loss(self, logits, shift, targets, label_weights) -> tuple[Tensor, Tensor]:
+    def _add_label_loss(self, logits, shift, targets, label_weights):
         """Returns the gradients by the labels' logits and by the shift at the labels (n, K)."""
         of_tokens = logits[:, : self.vocab_size]  # without padding: a target there is an error
         z = to_float32(of_tokens.gather(1, targets))
@@ -261,7 +261,7 @@ class _Sums:
         self.loss = self.loss + value
         return gradient, gradient + coefficient
 
-    def _add_normaliser_loss(self, logits, shift) -> Tensor | None:
+    def _add_normaliser_loss(self, logits, shift):
         """Replaces the logits by their gradient. Returns the gradient of a rank-one shift.x."""
         if self.compiled:
             function = _compiled(_normaliser)
@@ -299,7 +299,7 @@ class _Sums:
         grad_logits,
         grad_raised,
         grad_shift_x,
-    ) -> None:
+    ):
         grads = self.grads
         if grads.shift_x is not None:
             if not self.is_rank_one:
@@ -314,7 +314,7 @@ class _Sums:
             by_labels = grad_raised.unsqueeze(-1) * shift_x
             grads.shift_weight.index_put_((targets,), by_labels, accumulate=True)
 
-    def _add_gradients(self, rows, x, grad_logits) -> None:
+    def _add_gradients(self, rows, x, grad_logits):
         grads = self.grads
         if grads.x is not None:
             grads.x[rows] = grad_logits @ self.weight
@@ -326,7 +326,7 @@ class _Sums:
             _add_product(grads.bias.unsqueeze(0), ones, grad_logits)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total, a, b):
     """total += a @ b, without the padding's rows and columns."""
     a = a.to(b.dtype)
     n_rows, n_columns = total.shape
@@ -339,13 +339,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _normaliser(
     likelihood,
-    with_grad: bool,
-    vocab_size: int,
-    logits: Tensor,
-    bias: Tensor | None,
-    shift_x: Tensor | None,
-    shift_weight: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+    with_grad,
+    vocab_size,
+    logits,
+    bias,
+    shift_x,
+    shift_weight,
+):
     """The sum of the normalisers, and its gradient by shift_x (n, 1).
 
     Replaces the logits (n, padded V) by their gradient.

@@ -199,7 +199,7 @@ class BayesLinear(PointLinear):
         self.column_factor.copy_(torch.linalg.cholesky(c * inverse))
         self.init_from_frequencies(frequencies * c.item())
 
-    def _variance_factors(self, x) -> tuple[Tensor, Tensor]:
+    def _variance_factors(self, x):
         """fp32 (..., K) and (V, K), whose product is the variance of the logits.
 
         K = C for a full posterior: the squares of x. K = 1 for one std per token: their mean,

@@ -234,7 +234,7 @@ def keep_memory() -> None:
         mallopt(m_trim_threshold, -1)
 
 
-def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def _fresh_store(rank, world_size, timeout):
     """The store in which the processes find each other, with a new prefix for each start.
 
     torchrun keeps one store over restarts, so a process may read the address of a killed one

@@ -14,7 +14,7 @@ class UserError(Exception):
 
     exit_code = 2
 
-    def _render_traceback_(self) -> list[str]:
+    def _render_traceback_(self):
         """The lines that a notebook shows instead of a traceback; IPython calls this."""
         return [f"error: {self}"]
 
@@ -73,11 +73,11 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _has_peers() -> bool:
+def _has_peers():
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def _exit(code: int) -> None:
+def _exit(code):
     """Exit. With several processes exit at once: gloo's threads may abort an interpreter that shuts
     down (seen once in some hundred runs).
     """
@@ -89,6 +89,6 @@ def _exit(code: int) -> None:
         sys.exit(code)
 
 
-def _print_error(message: str) -> None:
+def _print_error(message):
     rank = f"[rank {os.environ.get('RANK', 0)}] " if _has_peers() else ""
     print(rank + " ".join(message.splitlines()), file=sys.stderr)

@@ -25,7 +25,7 @@ import operator
 import re
 import runpy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -55,7 +55,7 @@ def check_options(options: Any) -> None:
             raise UserError(f"{name} = {value!r} {problem}")
 
 
-def _problem(value: Any, kind: Any) -> str:
+def _problem(value, kind):
     """How a value violates its field's range or choices; "" if it does not."""
     if get_origin(kind) is Union:  # of a number and words: float | Literal["auto"]
         number, words = get_args(kind)
@@ -143,7 +143,7 @@ def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
         print(f"  --{name}={default!r}{note}\n        {comments[name]}")
 
 
-def _comments(cls: type) -> dict[str, str]:
+def _comments(cls):
     """Flat option name -> the comment at the end of its line, or on the lines above it."""
     found = {}
     for kind in get_type_hints(cls).values():
@@ -157,9 +157,7 @@ def _comments(cls: type) -> dict[str, str]:
     return found
 
 
-def _split_arguments(
-    argv: Sequence[str], options: Mapping[str, Any]
-) -> tuple[list[Path], list[tuple[str, str]]]:
+def _split_arguments(argv, options):
     """Flags are --key=value, --key value, or --key for True; all else are config files."""
     files, flags, rest = [], [], list(argv)
     while rest:
@@ -180,7 +178,7 @@ def _split_arguments(
     return files, flags
 
 
-def _run_config_file(path: Path) -> dict[str, Any]:
+def _run_config_file(path):
     """The plain values that a config file sets, without modules, functions and names that begin
     with an underscore.
     """
@@ -199,7 +197,7 @@ def _run_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _checked(options: Mapping[str, Any], name: str, value: Any, where: str) -> Any:
+def _checked(options, name, value, where):
     """The value in the option's type. Refuses unknown names and wrong types.
 
     where: the text before the name in a message; "--" for a flag, whose value is text."""
@@ -215,12 +213,12 @@ def _checked(options: Mapping[str, Any], name: str, value: Any, where: str) -> A
         raise UserError(f"{where}{name} wants {wanted}, got {value!r}") from None
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def _did_you_mean(name, known):
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _convert(value: Any, wanted: Any, is_text: bool) -> Any:
+def _convert(value, wanted, is_text):
     """The value in the wanted type, or one of WRONG. is_text: it comes from the command line."""
     if get_origin(wanted) is Union:
         number, word = get_args(wanted)

@@ -59,7 +59,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
-def _shard_like(parameter: torch.nn.Parameter, full: torch.Tensor) -> torch.Tensor:
+def _shard_like(parameter, full):
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(

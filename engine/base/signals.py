@@ -54,7 +54,7 @@ class Watch:
                 if signal.getsignal(signum) == self._handle:
                     signal.signal(signum, handler)
 
-    def _handle(self, signum: int, _) -> None:
+    def _handle(self, signum, _):
         name = signal.Signals(signum).name
         if not self.signum:
             self.signum, self.received_at = signum, time.monotonic()
@@ -65,6 +65,6 @@ class Watch:
             os._exit(128 + signum)
 
 
-def _print(message: str) -> None:
+def _print(message):
     # not print(): the handler may interrupt a print() of the main thread, which holds a lock
     os.write(2, f"{message}\n".encode())

@@ -47,7 +47,7 @@ class BlockOrder:
             self._starts = self._shuffled(int(self._shards[place]))
         return int(self._starts[k - self._ends[place]])  # negative: -1 is the last block
 
-    def _shuffled(self, shard: int) -> np.ndarray:
+    def _shuffled(self, shard):
         """Where a shard's blocks start, in this epoch's order."""
         rng = np.random.default_rng((self.seed, self._epoch, shard))
         n = int(self.blocks[shard])
@@ -107,13 +107,13 @@ class Batches:
             if ahead:
                 yield _to_device(ahead.result(), device)
 
-    def _read(self, i: int, device: torch.device) -> Batch:
+    def _read(self, i, device):
         batch = self[i]
         if device.type == "cuda":  # only pinned memory is copied in the background
             batch = tuple(tensor.pin_memory() for tensor in batch)
         return batch
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def _to_device(batch, device):
     is_pinned = device.type == "cuda"
     return tuple(tensor.to(device, non_blocking=is_pinned) for tensor in batch)

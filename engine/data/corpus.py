@@ -103,7 +103,7 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
         print(f"{folder}, {split}: {about['tokens']:,} tokens, {about['documents']:,} documents")
 
 
-def _is_ready(folder: Path, key: str) -> bool:
+def _is_ready(folder, key):
     """Whether the folder has a data set with this key, with all its files."""
     others = [path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
     if others and not (folder / "meta.json").is_file():
@@ -117,7 +117,7 @@ def _is_ready(folder: Path, key: str) -> bool:
         return False
 
 
-def _key(options: Options, name: str) -> str:
+def _key(options, name):
     """A hash of everything that the files depend on."""
     is_local = options.source and not options.source.startswith("hub:")
     stamps = []
@@ -133,7 +133,7 @@ def _key(options: Options, name: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _write(options: Options, corpus: Corpus, work: Path, about: dict[str, str]) -> None:
+def _write(options, corpus, work, about):
     """Write all files into the work folder, ready to install."""
     is_resumed = (work / "meta.json").is_file()
     tokenizer = load_tokenizer(work) if is_resumed else make_tokenizer(options, corpus)

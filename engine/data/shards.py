@@ -74,12 +74,12 @@ def splits_in(folder: Path) -> list[str]:
     return sorted({match[2] for match in _token_files(folder)})
 
 
-def _token_files(folder: Path) -> list[re.Match]:
+def _token_files(folder):
     names = os.listdir(folder) if folder.is_dir() else []
     return [match for match in map(SPLIT_FILE.fullmatch, names) if match]
 
 
-def _find_by_name(folder: Path, split: str) -> list[Path]:
+def _find_by_name(folder, split):
     """The files with the split's name, in the order of their numbers."""
     found = [match for match in _token_files(folder) if match[2] == split]
     found.sort(key=lambda match: (int(match[3] or 0), match[0]))
@@ -92,7 +92,7 @@ def _find_by_name(folder: Path, split: str) -> list[Path]:
     return [folder / match[0] for match in found]
 
 
-def _stated(folder: Path, part: dict, dtype: np.dtype) -> Shard:
+def _stated(folder, part, dtype):
     """A file that meta.json lists; it has no header."""
     path = folder / part["file"]
     if not path.is_file():
@@ -107,7 +107,7 @@ def _stated(folder: Path, part: dict, dtype: np.dtype) -> Shard:
     return shard
 
 
-def _with_header(path: Path, dtype: np.dtype) -> Shard:
+def _with_header(path, dtype):
     """A file with or without llm.c's header.
 
     A damaged header is never read as ids: the magic number is not in GPT-2's vocabulary."""
@@ -126,7 +126,7 @@ def _with_header(path: Path, dtype: np.dtype) -> Shard:
     return Shard(path, np.dtype("<u2"), HEADER, size)
 
 
-def _without_header(path: Path, dtype: np.dtype, sha256: str | None = None) -> Shard:
+def _without_header(path, dtype, sha256=None):
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise UserError(

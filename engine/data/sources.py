@@ -17,7 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from engine.base.errors import UserError, warn
 
@@ -113,7 +113,7 @@ def format_of(path: str) -> str:
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
-def _open_text(path: str, errors: str, encoding: str, newline: str | None = None) -> TextIO:
+def _open_text(path, errors, encoding, newline=None):
     """Open a text file; by default, every kind of line end is read as a newline."""
     opener = gzip.open if path.lower().endswith(".gz") else open
     with opener(path, "rb") as file:
@@ -134,7 +134,7 @@ def likely_encoding(text: bytes) -> str:
     return "gb18030" if pairs > single else "cp1252"
 
 
-def _read_text(path: str, separator: str, errors: str, encoding: str) -> Chunks:
+def _read_text(path, separator, errors, encoding):
     rest, has_separator = "", not separator
     with _open_text(path, errors, encoding) as file:
         while chunk := file.read(CHUNK):
@@ -152,7 +152,7 @@ def _read_text(path: str, separator: str, errors: str, encoding: str) -> Chunks:
         warn(f"{path} does not have the separator {separator!r}: it is one document")
 
 
-def _read_json(path: str, field: str, errors: str, encoding: str) -> Iterator[str]:
+def _read_json(path, field, errors, encoding):
     with _open_text(path, errors, encoding) as file:
         records = json.load(file)
     if not isinstance(records, list):
@@ -161,7 +161,7 @@ def _read_json(path: str, field: str, errors: str, encoding: str) -> Iterator[st
         yield _text_in(record, field)
 
 
-def _read_json_lines(path: str, field: str, errors: str, encoding: str) -> Iterator[str]:
+def _read_json_lines(path, field, errors, encoding):
     with _open_text(path, errors, encoding) as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -173,7 +173,7 @@ def _read_json_lines(path: str, field: str, errors: str, encoding: str) -> Itera
             yield text
 
 
-def _read_csv(path: str, field: str, errors: str, encoding: str) -> Iterator[str]:
+def _read_csv(path, field, errors, encoding):
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if format_of(path) == ".tsv" else ","
     with _open_text(path, errors, encoding, newline="") as file:
@@ -181,7 +181,7 @@ def _read_csv(path: str, field: str, errors: str, encoding: str) -> Iterator[str
             yield _text_in(row, field)
 
 
-def _read_parquet(path: str, field: str, *_) -> Iterator[str]:
+def _read_parquet(path, field, *_):
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
@@ -238,7 +238,7 @@ def hub_texts(
     return splits
 
 
-def _column(rows, field: str, title: str) -> Iterator[str]:
+def _column(rows, field, title):
     """The texts in one column of a data set of the datasets package."""
     with one_line_errors(title):
         if field in (rows.column_names or ()):
@@ -247,7 +247,7 @@ def _column(rows, field: str, title: str) -> Iterator[str]:
             yield _text_in(row, field)
 
 
-def _text_in(record: dict, field: str) -> str:
+def _text_in(record, field):
     """The text in a field of a record, or in several; empty for null."""
     if field not in record and "," in field:
         return "".join(_text_in(record, name) for name in field.split(","))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from engine.data.sources import Pieces, Source, source_of
+from engine.data.sources import Source, source_of
 
 SPLITS = ("train", "val", "test")
 ENOUGH_DOCUMENTS = 20  # with fewer, the end of each becomes val and test
@@ -102,16 +102,16 @@ def draw_or_cut(
     return Corpus(splits)
 
 
-def _pieces(sources: Sequence[Source]) -> Pieces:
+def _pieces(sources):
     return itertools.chain.from_iterable(source.pieces() for source in sources)
 
 
 def _stretch(
-    sources: Sequence[Source],
-    lengths: Sequence[int],
-    low: float,
-    high: float,
-) -> Pieces:
+    sources,
+    lengths,
+    low,
+    high,
+):
     """The text between these shares of each document's length, cut between paragraphs."""
     number = -1
     for text, is_start in _pieces(sources):

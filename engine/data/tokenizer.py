@@ -217,7 +217,7 @@ def read_meta(folder: str | Path) -> dict | None:
     return meta
 
 
-def _read_meta_pkl(path: Path) -> dict:
+def _read_meta_pkl(path):
     """nanoGPT's character table. Without "itos" only the vocabulary's size is known, which is
     enough for training."""
     try:

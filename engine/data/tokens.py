@@ -15,7 +15,7 @@ import torch
 
 from engine.base.errors import UserError
 from engine.base.files import DATA_ROOT, sha256_of
-from engine.data.shards import Shard, find, joined, splits_in
+from engine.data.shards import find, joined, splits_in
 from engine.data.tokenizer import GPT2Tokenizer, read_meta
 
 CHUNK = 1 << 19  # ids to count at a time
@@ -78,7 +78,7 @@ class TokenFile:
             )
         return rows
 
-    def _read(self, position: int, row: np.ndarray) -> None:
+    def _read(self, position, row):
         """Fill a row with the ids from a position on."""
         while len(row):
             shard, begin = self._locate(position)
@@ -87,7 +87,7 @@ class TokenFile:
             row = row[len(part) :]
             position += len(part)
 
-    def _locate(self, position: int) -> tuple[Shard, int]:
+    def _locate(self, position):
         """The shard with a position of the split, and the position in that shard."""
         k = self.ends.searchsorted(position, side="right")
         shard = self.shards[k]
@@ -124,7 +124,7 @@ class TokenFile:
         if self.meta is None and self.dtype.itemsize == 2:
             self._check_type()
 
-    def _check_type(self) -> None:
+    def _check_type(self):
         """Refuse 32- and 64-bit integers, which look like 16-bit ids with zeros between them.
 
         Lines of one character each look the same in a small vocabulary. So only GPT-2's ids are
@@ -168,7 +168,7 @@ def gather(
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def _how_to_get(folder: Path) -> str:
+def _how_to_get(folder):
     if found := splits_in(folder):
         return f"this data set has {', '.join(found)}"
     known = sorted(path.parent.name for path in DATA_ROOT.glob("*/prepare.py"))

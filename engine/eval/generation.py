@@ -143,7 +143,7 @@ def compile_step(model: GPT) -> None:
     model.compiled_step = torch.compile(token_step, mode=mode, fullgraph=True, dynamic=False)
 
 
-def _compiled_step(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
+def _compiled_step(model, token, cache):
     torch._dynamo.mark_static_address(cache.kv)  # a CUDA graph may then write to it
     position = torch.full((1,), cache.length, device=token.device)
     cache.length += 1

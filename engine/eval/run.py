@@ -98,7 +98,7 @@ class Continuation:
             n_chars -= max(map(len, stops), default=1) - 1
         self._release(n_chars)
 
-    def _release(self, n_chars: int) -> None:
+    def _release(self, n_chars):
         """Move the held tokens of the first n_chars to the text; at its end also a part of one."""
         while self.held:
             token = self.held[0]

@@ -48,7 +48,7 @@ class ScoredText(list[Token]):
     def __repr__(self) -> str:
         return f"ScoredText({self.text!r}, {len(self)} tokens)"
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self):
         return coloured_html(self, colour_scales([self]))
 
 

@@ -8,7 +8,6 @@ from typing import TextIO
 import numpy as np
 
 from engine.eval.run import Continuation, Sampling
-from engine.eval.scored_text import Token
 
 # upper limit of the effective number of likely tokens (exp of the entropy) -> colour
 SHADES = {2: 40, 5: 148, 20: 220, 100: 208, math.inf: 196}
@@ -63,7 +62,7 @@ class Screen:
             self._print(f"[mean uncertainty: {shown}]\n")
         self._print(rule)
 
-    def _is_high(self, token: Token) -> bool:
+    def _is_high(self, token):
         """Above the limit; without a limit, in the highest tenth of the text so far."""
         if self.sampling.abstain != "no":
             return self.sampling.too_uncertain(token)
@@ -72,10 +71,10 @@ class Screen:
             return False
         return token.epistemic > np.quantile(self.epistemic, 0.9)
 
-    def _styled(self, text: str, *codes: str) -> str:
+    def _styled(self, text, *codes):
         if self.out.isatty():
             text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
         return f"\033[{';'.join(codes)}m{text}\033[0m" if self.has_colours and codes else text
 
-    def _print(self, text: str) -> None:
+    def _print(self, text):
         print(text, end="", file=self.out, flush=True)

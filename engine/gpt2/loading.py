@@ -4,7 +4,6 @@ Each reader returns (shape, state): the options of GPTConfig that the file deter
 state_dict with the names of model.py.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -77,7 +76,7 @@ def from_transformers(source: str | Path) -> tuple[dict, dict]:
     return shape, state
 
 
-def _files_of(folder: Path) -> list[Path]:
+def _files_of(folder):
     """The paths of config.json and of the weight files."""
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
@@ -93,7 +92,7 @@ def _files_of(folder: Path) -> list[Path]:
     return paths
 
 
-def _hub_files(name: str) -> list[str]:
+def _hub_files(name):
     from huggingface_hub import hf_hub_download
 
     try:
@@ -105,7 +104,7 @@ def _hub_files(name: str) -> list[str]:
         ) from error
 
 
-def _shape_of(config: dict, path: str | Path) -> dict:
+def _shape_of(config, path):
     """The options of GPTConfig that a config.json determines; refuses all models but GPT-2."""
     for name, expected in FIXED.items():
         found = config.get(name, None if name == "model_type" else expected)
@@ -183,7 +182,7 @@ def load_state(model: torch.nn.Module, state: dict) -> list[str]:
     return missing
 
 
-def _require(found: dict, names: Iterable[str], where: str | Path) -> None:
+def _require(found, names, where):
     for name in names:
         if name not in found:
             raise UserError(f"{where} does not describe a GPT-2: it has no {name}")

@@ -106,7 +106,7 @@ def code_line(start: dict) -> str:
     return f"  code         {start['commit']}, {versions}"
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments):
     """The output of git in this repository, on the first process; "" if git or the repository is
     missing.
     """
@@ -120,7 +120,7 @@ def _git(*arguments: str) -> str:
     return ""
 
 
-def _size(n: int) -> str:
+def _size(n):
     """2.10 M for 2,100,000; small numbers as they are."""
     if n >= 10**9:
         return f"{n / 1e9:.2f} B"

@@ -130,12 +130,12 @@ class Logger:
             with self._wandb_may_fail():
                 self.wandb.finish()
 
-    def _count_seconds(self) -> None:
+    def _count_seconds(self):
         now = time.perf_counter()
         self.progress.seconds += now - self.clock
         self.clock = now
 
-    def _write(self, values: dict, line: str) -> None:
+    def _write(self, values, line):
         if not self.is_main:
             return
         progress = self.progress
@@ -153,7 +153,7 @@ class Logger:
             with self._wandb_may_fail():
                 self._chart(record)
 
-    def _chart(self, record: dict) -> None:
+    def _chart(self, record):
         """Send a record to wandb, unless wandb has a later one: its steps cannot decrease."""
         if record["step"] >= self.next_step:
             self.next_step = record["step"]
@@ -161,7 +161,7 @@ class Logger:
             self.wandb.log(charts, step=record["step"])
 
     @contextlib.contextmanager
-    def _wandb_may_fail(self) -> Iterator[None]:
+    def _wandb_may_fail(self):
         """A failure of wandb prints one warning and does not stop training."""
         try:
             yield

@@ -85,7 +85,7 @@ class Saver:
         finally:
             self.thread.shutdown()
 
-    def _write(self, state: dict, kept: set[str]) -> None:
+    def _write(self, state, kept):
         """Write a checkpoint, then delete all whose names are not in `kept`.
 
         `kept` has the checkpoint that the run resumed from: a newer one may be damaged.
@@ -103,7 +103,7 @@ class Saver:
                 "free some space and resume with --init_from=resume"
             ) from None
 
-    def _write_and_read_back(self, temporary: Path, state: dict) -> None:
+    def _write_and_read_back(self, temporary, state):
         torch.save(state, str(temporary))  # given a path, torch writes without the GIL
         self.processes.watch.beat()  # writing a large file to a slow disk is not a hang
         check_crc(temporary)
