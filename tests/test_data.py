@@ -111,15 +111,6 @@ def test_quickstart_keeps_prose_and_drops_what_is_around_it():
     assert chapters == [ship, 'Chapter II\n\n"It blew--hard!" said Tom.\n']
 
 
-def test_quickstart_gives_one_chapter_in_ten_to_val_and_one_to_test():
-    books = []
-    for n in (12, 25, 100):
-        books.append([f"chapter {i} of {n}" for i in range(n)])
-    splits = script("quickstart")["split_chapters"](books)
-    assert sorted(sum(splits.values(), [])) == sorted(sum(books, []))
-    assert len(splits["val"]) == 1 + 3 + 10 and len(splits["test"]) == 1 + 2 + 10
-
-
 def test_another_text_than_the_published_one_is_refused(tmp_path, refusal):
     (tmp_path / "text.txt").write_text(BIG)
     assert "sha256" in refusal("quickstart", "--source=text.txt")
@@ -173,14 +164,6 @@ def test_text_refuses_bad_input_in_one_line(tmp_path, refusal):
         assert word in refusal("text", *flags)
 
 
-def test_wikitext_articles_begin_at_titles_between_blank_lines_and_lose_nothing():
-    articles = script("wikitext")["articles"]
-    first = " \n = Sea = \n \n Text . \n = debris ; G = \n \n = = Section = = \n \n x \n \n"
-    second = " = Key ( A = B ) = \n \n More . \n \n"
-    lines = (first + second).splitlines(keepends=True)
-    assert list(articles(lines)) == [first, second]
-
-
 @pytest.mark.slow
 def test_wikitext_2_has_the_published_counts_and_every_byte(tmp_path, prepare):
     source = shared_data("wikitext2")
@@ -197,7 +180,8 @@ def test_wikitext_2_has_the_published_counts_and_every_byte(tmp_path, prepare):
 def wikitext(tmp_path) -> Path:
     """WikiText's files with ten articles each."""
     for name in ("train", "valid", "test"):
-        articles = [f" = {name} {i} = \n \n {name} {i} text . \n \n" for i in range(10)]
+        text = "text . \n = debris ; G = \n \n = = Section = = \n"
+        articles = [f" = {name} {i} = \n \n {name} {i} {text} \n" for i in range(10)]
         (tmp_path / f"wiki.{name}.raw").write_text(" \n" + "".join(articles))
     return tmp_path
 
@@ -229,17 +213,6 @@ def test_wikitext_from_the_hub_equals_wikitext_from_files(wikitext, prepare, mon
     prepare("wikitext", wikitext / "1", "--tokenizer=byte")
     prepare("wikitext", wikitext / "2", "--tokenizer=byte", f"--source={wikitext}")
     assert documents_of(wikitext / "1") == documents_of(wikitext / "2")
-
-
-def test_openwebtext_and_fineweb_edu_name_their_hub_data_set(refusal, monkeypatch):
-    asked = []
-    monkeypatch.setattr("engine.data.corpus.hub", lambda *name: asked.append(name) or {"train": []})
-    for name in ("openwebtext", "fineweb_edu"):
-        assert "no text" in refusal(name)
-    assert asked == [
-        ("Skylion007/openwebtext@refs/pr/22", ""),
-        ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-    ]
 
 
 def test_shakespeare_char_has_nanogpts_ids(tmp_path, prepare):

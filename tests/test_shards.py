@@ -1,6 +1,5 @@
 """engine/data/shards.py and describe.py: splits in many files, llm.c's files, and their checks."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -115,16 +114,6 @@ def test_a_split_whose_shards_are_all_shorter_than_a_block_is_refused(tmp_path):
         file.check(257, block_size=20)
 
 
-def test_the_sha256_of_old_checkpoints_is_that_of_the_shards_hashes(tmp_path):
-    folder = described(tmp_path / "d")
-    file = TokenFile(folder, "train")
-    hashes = [hashlib.sha256(shard.path.read_bytes()).hexdigest() for shard in file.shards]
-    expected = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    assert file.matches(expected)
-    (folder / "meta.json").unlink()
-    assert TokenFile(folder, "train").matches(expected)
-
-
 def test_the_fingerprint_depends_on_names_first_and_last_pages_and_stated_hashes(tmp_path):
     folder = described(tmp_path / "d")
     last = max(folder.glob("train_*.bin"))
@@ -160,19 +149,16 @@ def slow_epoch(lengths: list[int], block_size: int, seed: int, epoch: int) -> li
 @pytest.mark.parametrize("block_size", [1, 16, 89, 500, 999])
 def test_an_epoch_visits_shard_by_shard_each_block_once(block_size, lengths):
     order = BlockOrder(lengths, block_size, seed=3)
+    ends = np.cumsum(lengths)
     for epoch in range(3):
         starts = [order.start(epoch, k) for k in range(order.n_blocks)]
         assert starts == slow_epoch(lengths, block_size, 3, epoch)
-        begin = 0
-        for length in lengths:
-            end = begin + length
-            blocks = sorted(start for start in starts if begin <= start < end)
-            # next to each other, and nearly all of the shard
-            assert set(np.diff(blocks)) <= {block_size}
-            assert not blocks or blocks[-1] + block_size < end
-            is_short = length <= block_size
-            assert is_short or (len(blocks) + 2) * block_size > length - 1
-            begin = end
+        starts = np.sort(starts)
+        assert (np.diff(starts) >= block_size).all()
+        # the last target is in the shard of the first token
+        first = np.searchsorted(ends, starts, "right")
+        last = np.searchsorted(ends, starts + block_size, "right")
+        assert (first == last).all()
 
 
 def test_batches_follow_the_epochs_in_whatever_order_they_are_read(tmp_path):
@@ -257,7 +243,6 @@ def test_ten_thousand_shards_and_a_file_of_a_gigabyte_are_read_in_flat_memory(tm
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 def test_ids_of_4_or_8_bytes_are_refused_with_the_repair(dtype, tmp_path):
-    for split in ("train", "val"):
-        np.arange(1, 200).astype(dtype).tofile(tmp_path / f"{split}.bin")
+    np.arange(1, 200, dtype=dtype).tofile(tmp_path / "train.bin")
     with pytest.raises(UserError, match="uint16"):
         TokenFile(tmp_path, "train")

@@ -152,7 +152,6 @@ def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(smal
     assert {path.name for path in logs.iterdir()} == KEPT | {"tuning.jsonl"}
     for name in KEPT:
         names = {path.name for path in (logs / name).iterdir()}
-        assert names >= {"metrics.jsonl", "config.json", "eval_val.json", "eval_test.json"}
         assert ("eval_test_averaged.json" in names) == name.startswith(BOTH)
         assert ("eval_test_ensemble_of_2.json" in names) == (name == "softmax-seed7")
         assert "ood" in read_json(logs / name / "eval_test.json")
@@ -228,15 +227,6 @@ def test_after_a_script_has_failed_with_its_message_no_other_starts(tmp_path, mo
         run()
 
 
-def options(about: variants.Study, variant: str, flags: list[str]) -> dict:
-    """The options that config files and flags give a run, and those that are tuned."""
-    files = [f"config/{about.scale}.py", f"config/rows/{variant}.py"]
-    config, given = load_config(TrainConfig, [*files, *flags])
-    without_effect = {"out_dir", "compile", "eval_interval", "eval_iters", "log_interval"}
-    names = {"learning_rate", *variants.OTHER_VALUES, *given} - without_effect
-    return {name: value for name, value in flatten(config).items() if name in names}
-
-
 @pytest.mark.parametrize("name", ["wikitext2_8k", "wikitext2_8k_tenth", "sotu_8k"])
 def test_the_kept_runs_are_complete_and_have_the_options_that_the_code_chooses(name, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -244,12 +234,14 @@ def test_the_kept_runs_are_complete_and_have_the_options_that_the_code_chooses(n
     runner = study.Runner(name, study.StudyConfig(), None)  # no trial is missing
     for variant in about.all_variants():
         plain = variant.removesuffix(DISTILLED)
-        expected = options(about, plain, runner.tune(plain)).items()
+        files = [f"config/{about.scale}.py", f"config/rows/{plain}.py"]
+        config, given = load_config(TrainConfig, [*files, *runner.tune(plain)])
+        without_effect = {"out_dir", "compile", "eval_interval", "eval_iters", "log_interval"}
         for seed in about.seeds(variant):
             kept = read_json(runner.kept(variant, seed) / "config.json")
-            assert expected <= kept.items()
-    for trial in read_json_lines(runner.logs / "tuning.jsonl"):
-        assert trial["options"] == options(about, trial["row"], trial["flags"])
+            for name in {*given, *variants.OTHER_VALUES} - without_effect:
+                assert kept[name] == flatten(config)[name]
+
     ensemble = runner.kept("softmax", variants.SEEDS[0]) / study.ENSEMBLE
     assert ensemble.is_file() == about.ensemble
 

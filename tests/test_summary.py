@@ -12,7 +12,6 @@ import pytest
 
 from engine.base.errors import UserError
 from study import summary
-from study.logs import read
 from tests.helpers import ROOT
 
 PAGES = {str(page.relative_to(ROOT)): page for page in summary.PAGES}
@@ -76,15 +75,6 @@ def test_an_ensemble_is_compared_with_softmaxs_mean_and_other_kinds_with_their_s
     assert found["softmax, averaged"] == ["1", "4.700", "", f"{math.exp(4.7 - 5.2):.3f}", ""]
     # it has no seeds of its own
     assert found["softmax, ensemble of 4"] == ["", "4.700", "", f"{math.exp(4.7 - 5.1):.3f}", ""]
-
-
-def test_a_run_without_curve_or_evaluation_leaves_the_others_as_they_are(tmp_path):
-    study = write(tmp_path / "study", {"softmax": {1: 5.0, 2: 5.2}})
-    (study / "softmax-seed1/metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"st')
-    (study / "softmax-seed3").mkdir()
-    softmax = read(study)["softmax"]
-    assert list(softmax.seeds) == [1, 2]
-    assert softmax.curves == {2: {100: 5.7, 200: 5.45, 300: 5.575}}
 
 
 @pytest.mark.parametrize("name", PAGES)
