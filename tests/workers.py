@@ -31,6 +31,9 @@ SHORT = TINY | {
     "block_size": 8,
 }
 
+MUON = {"optimizer": "muon"}
+KRON = {"weights": "bayes", "posterior": "kron"}
+
 
 def trained(processes, data: str, out_dir: Path, **options) -> GPT:
     options = SHORT | {"dataset": data, "out_dir": out_dir} | options
@@ -78,6 +81,12 @@ def bayes_mlp(processes, data: str, folder: Path) -> None:
     trained(processes, data, mixed, bayes_mlp=True, max_iters=3, sharding="fsdp")
     resumed = trained(processes, data, mixed, bayes_mlp=True, init_from="resume", sharding="none")
     assert difference(whole, resumed) < 1e-5
+
+
+def others(processes, data: str, folder: Path) -> None:
+    """An optimizer and a posterior that test_faults compares with one process."""
+    trained(processes, data, folder / "muon-two", **MUON)
+    trained(processes, data, folder / "kron-two", **KRON)
 
 
 def patience(processes, data: str, folder: Path) -> None:
