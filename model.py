@@ -29,7 +29,7 @@ class GPTConfig:
     """The shape of the network; the defaults are GPT-2 124M."""
 
     block_size: Annotated[int, ">= 1", "<= 1e9"] = 1024  # context length in tokens
-    # number of token ids; 0 takes that of the data set's tokenizer
+    # number of token ids; 0: as many as the data set's tokenizer has
     vocab_size: Annotated[int, ">= 0", "<= 4294967296"] = 0
     n_layer: Annotated[int, ">= 1", "<= 1e4"] = 12  # gpt2: 12, -medium: 24, -large: 36, -xl: 48
     # gpt2: 12, -medium: 16, -large: 20, -xl: 25; must divide n_embd
@@ -43,7 +43,7 @@ class GPTConfig:
     qkv_bias: bool = False  # with bias=False: a bias in the attention's c_attn only
     # recompute each block in the backward pass: less memory, about a third more time
     gradient_checkpointing: bool = False
-    # Bayesian MLPs (with any head), by the options of the Bayesian head; bound acts as local there
+    # Bayesian MLPs, under any head, with the Bayesian head's options; bound acts as local there
     bayes_mlp: bool = False
     head: HeadConfig = HeadConfig()
 
@@ -161,7 +161,7 @@ class GPT(nn.Module):
             raise UserError("vocab_size is needed to build a model")
         self.config = config
         self.compiled_step = None  # see engine/eval/generation.py
-        self.mc_dropout = False  # whether draws of the weights use dropout too, see sampling()
+        self.mc_dropout = False  # whether sampling() also applies dropout
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -171,7 +171,7 @@ class GPT(nn.Module):
             }
         )
         self.apply(self._init_weights)
-        # GPT-2: 2 n_layer projections add to the residual stream; keep its variance
+        # as in GPT-2: 2 n_layer projections add to the residual stream; this keeps its variance
         std = 0.02 / math.sqrt(2 * config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -227,7 +227,7 @@ class GPT(nn.Module):
         return total
 
     def kl_loss(self) -> Tensor:
-        """The KL's part of the loss, nats per token."""
+        """The KL term of the loss, nats per token."""
         return self.lm_head.kl_loss(self.kl())
 
     def bayes_layers(self) -> list[BayesLinear]:
@@ -273,15 +273,15 @@ class GPT(nn.Module):
     def init_posteriors(self, frequencies: Tensor, only: Collection[str] | None = None) -> None:
         """Initialise the standard deviations of the posteriors around the current weights.
 
-        frequencies (V,): of the tokens in the training text. only: the parameters to initialise,
-        by name; None: all.
+        frequencies (V,): how often each token occurs in the training text. only: the names of the
+        parameters to initialise; None: all.
         """
         for name, layer in self.named_modules():
             if not isinstance(layer, BayesLinear):
                 continue
             if only is not None and f"{name}.log_std" not in only:
                 continue
-            is_hidden = isinstance(layer, BayesLayer)  # then every token uses all outputs
+            is_hidden = isinstance(layer, BayesLayer)  # then each token uses all outputs
             used = torch.ones(len(layer.weight)) if is_hidden else frequencies
             layer.init_from_frequencies(used)
 

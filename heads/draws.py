@@ -1,10 +1,10 @@
-"""The mean prediction of Gaussian logits and its entropies, from draws that all positions share.
+"""The mean prediction and the mean entropy of Gaussian logits, from draws that positions share.
 
 Given x, the logits of a linear head are independent Gaussians, and a prediction depends only on
 their distribution at its own position. So a draw is one noise vector (V,) for all positions of a
-call. It is unbiased at every position; positions share their Monte Carlo error. That saves most of
-the time, and makes a position's result independent of the number of positions. Shapes: mean, std
-and log-probabilities (..., V), entropies (...).
+call. It is unbiased at every position; positions share their Monte Carlo error. One vector for all
+saves most of the time, and a position's result does not depend on the number of positions. Shapes:
+mean, std and log-probabilities (..., V), entropies (...).
 """
 
 import math
@@ -19,8 +19,8 @@ from heads.likelihoods import Likelihood
 DRAWS_AT_ONCE = 16  # draws per batch; their noise (DRAWS_AT_ONCE, V) is in memory together
 # logits per block of positions: half a dozen such arrays fit into a CPU's L2 cache
 LOGITS_AT_ONCE = {"cpu": 1 << 18}
-# below this log p, probabilities are summed as logarithms: the least fp32 number is e^-87, and a
-# sum over the vocabulary needs a margin of ln(2 V)
+# below this log p, probabilities are added as logarithms: the smallest normal fp32 number is e^-87,
+# and a sum over the vocabulary needs a margin of ln(2 V)
 LOWEST_LOG_P = -70.0
 
 
@@ -91,7 +91,7 @@ def _average(likelihood, mean, std, noise, entropies):
 
 
 def _average_of_numbers(likelihood, centred, std, noise, entropies):
-    """_average with one exp per logit, for probabilities far above the least fp32 number."""
+    """_average with one exp per logit, far above the smallest fp32 number."""
     sum_p = torch.zeros_like(centred)
     sum_entropies = torch.zeros_like(centred[:, :1])
     for eps in noise:

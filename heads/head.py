@@ -28,7 +28,7 @@ from heads.weights import WEIGHTS, BayesLinear
 
 # bytes of log-probabilities per block in scores(): what a CPU's cache holds
 LOG_PROBS_BYTES = {"cpu": 1 << 20}
-N_DEFAULT_DRAWS = 256  # if a likelihood has no formula for an average
+N_DEFAULT_DRAWS = 256  # used if a likelihood has no formula for an average
 
 
 class Prediction(NamedTuple):
@@ -74,8 +74,8 @@ class Head(nn.Module):
         uses_bound = config.weights == "bayes" and config.estimator == "bound"
         if uses_bound and not self.likelihood.linear_in_logits:
             raise UserError(
-                f"likelihood = {config.likelihood!r} has no bound, because its loss is not linear "
-                "in the labels' logits; use --estimator=local"
+                f"likelihood = {config.likelihood!r} has no Jensen bound (linear_in_logits is "
+                "False); use --estimator=local"
             )
         start = config.logit_bias
         if start == "auto":
@@ -105,10 +105,10 @@ class Head(nn.Module):
     def convert_likelihood(self, old: HeadConfig, hidden: Callable[[], Tensor]) -> Tensor | float:
         """Convert weights from a head trained with `old`'s likelihood to make the same predictions.
 
-        A sigmoid's logits are log-probabilities, if these are small. A softmax's logits are too,
-        after subtracting the log-normaliser. That is close to linear in x, so a linear fit to
-        hidden(), (n, C) states of the training text, is subtracted from weights and bias. Returns
-        the vector (C,) that was subtracted from every token's weights, or 0.
+        A sigmoid's logits are log-probabilities, if these are small. So are a softmax's logits
+        minus their log-normaliser, which is close to linear in x. A linear function of x is fitted
+        to it on hidden(), (n, C) states of the training text, and subtracted from weights and bias.
+        Returns the vector (C,) that was subtracted from every token's weights, or 0.
         """
         ours = self.likelihood
         vocab_size = len(self.weights.weight)
@@ -126,7 +126,7 @@ class Head(nn.Module):
             return 0.0  # a softmax of log-probabilities returns them unchanged
         if self.bias is None:
             raise UserError(
-                "a sigmoid head needs a bias to convert these weights; omit logit_bias = 'none'"
+                "a sigmoid head needs a bias to convert these weights; omit --logit_bias=none"
             )
         slope = 0.0
         offset = theirs.logit_offset
@@ -151,7 +151,7 @@ class Head(nn.Module):
         return data_loss + self.kl_loss(self.weights.kl())
 
     def data_loss(self, x: Tensor, targets: Tensor, label_weights: Tensor | None = None) -> Tensor:
-        """The likelihood's part of the loss, E_q[nats per token], by the estimator."""
+        """The likelihood's term of the loss, in nats per token: E_q[loss] by the estimator."""
         if label_weights is None:
             targets = targets.unsqueeze(-1)
         if self.weights.samples_logits:
@@ -164,12 +164,12 @@ class Head(nn.Module):
         loss = linear_loss(self.likelihood, x, weight, self.bias, shift, targets, label_weights)
         coefficient = self.likelihood.mean_coefficient
         if shift is not None and coefficient:
-            # the bound does not raise the logits in a term that is linear in them
+            # a linear term needs no bound: undo the shift in -mean_coefficient * mean logit
             loss = loss + coefficient * shift.mean().mean()
         return loss
 
     def kl_loss(self, kl: Tensor | float) -> Tensor:
-        """The KL's part of the loss, nats per token: kl_ramp * kl_weight * KL / n_data."""
+        """The KL term of the loss, nats per token: kl_ramp * kl_weight * KL / n_data."""
         n_data = max(1, self.config.n_data)
         weight = self.config.kl_weight / n_data
         return self.kl_ramp * kl * weight
@@ -177,7 +177,7 @@ class Head(nn.Module):
     def scores(self, x: Tensor, targets: Tensor) -> TokenScores:
         """x (B, T, C), targets (B, T) -> scores (B * T,) each, under the mean weights."""
         vocab_size = len(self.weights.weight)
-        # a matrix product is fast with many rows, the functions of its result with few
+        # a matrix product is fast with many rows, functions of the logits with few
         n_product = rows_per_chunk(LOGITS_BYTES_PRODUCT, x.device, vocab_size, x.dtype)
         n_cached = rows_per_chunk(LOG_PROBS_BYTES, x.device, vocab_size, x.dtype)
         found = []
@@ -213,8 +213,8 @@ class Head(nn.Module):
         With draws, epistemic is the mutual information of the next token and the weights,
         H[mean p] - mean H[p]. Without draws, it is the second-order approximation of that, for the
         output weights alone: 1/2 sum_v var(z_v) E_y[(d log p_y / d z_v)^2]. It is good while the
-        logits' standard deviations are below 1. With n_samples = 0, total lacks what averaging over
-        the weights adds, and so does aleatoric; -1 includes it.
+        logits' standard deviations are below 1. With n_samples = 0, total and aleatoric leave out
+        what averaging over the weights adds; -1 includes it.
         """
         xs = [x] if isinstance(x, Tensor) else x
         if n_samples > 0:
@@ -262,7 +262,7 @@ class Head(nn.Module):
         entropies,
         generator=None,
     ):
-        """log of the mean p (..., V) under n_samples draws, and the draws' mean entropy (...)."""
+        """log of the mean p (..., V) of n_samples draws, and their mean entropy (...)."""
 
         def components() -> Iterator[WeightedPrediction]:
             for i, x in enumerate(xs[:n_samples]):

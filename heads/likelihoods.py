@@ -22,20 +22,21 @@ FLOOR_KEPT_FRACTION = 0.01
 class Likelihood:
     """A subclass writes normaliser, of_labels and log_probs.
 
-    They are enough for every mode: a head without a formula averages over draws of the logits, or
-    refuses the mode. The attributes and the other methods are formulas for one likelihood alone.
-    So a class with another formula derives from Likelihood itself.
+    They are enough: a mode without its formula averages over draws of the logits, or is refused.
+    The attributes and the other methods are formulas that hold for one likelihood alone. So a
+    class with another loss or prediction derives from Likelihood itself.
     """
 
-    default_bias = "none"  # the meaning of logit_bias = "auto"
-    # Whether estimator = "bound" holds. The expectation of the normaliser must be at most its value
-    # at logits raised by half their variance, except for a term -mean_coefficient * mean logit.
-    # of_labels must be -label_coefficient * label logits, plus terms with the same property.
+    default_bias = "none"  # what logit_bias = "auto" means
+    # Whether estimator = "bound" is an upper bound. The expectation of the normaliser must be at
+    # most its value at logits raised by half their variance, except for a term -mean_coefficient *
+    # mean logit. of_labels must be -label_coefficient * label logits, plus terms that have the same
+    # property.
     linear_in_logits = False
     label_coefficient = 1.0
     mean_coefficient = 0.0
     is_softmax = False  # log_probs is a log_softmax of the logits
-    # else: logit - log p for small p, if constant: it converts weights to and from softmax's
+    # if not: logit - log p for small p, to convert weights to and from softmax; None: not constant
     logit_offset: float | None = None
 
     def __init_subclass__(cls):
@@ -176,7 +177,7 @@ class Sigmoid(Likelihood):
         self.logit_offset = math.log(config.pos_weight)
 
     def normaliser(self, logits: Tensor) -> Tensor:
-        """Under a Bayesian bound the penalty uses the raised logits, whose sum of sigmoids is about
+        """With the Bayesian bound the penalty uses the raised logits, whose sigmoids sum to about
         E_q[sum_v sigmoid(z_v)]."""
         normaliser = sum_softplus(logits)
         if not self.sum_penalty:
@@ -186,8 +187,8 @@ class Sigmoid(Likelihood):
         return normaliser + self.sum_penalty * excess.square()
 
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
-        """label_weights: their sum is 1, or each is 1 (a set). A pos_weight w multiplies a label's
-        softplus(-z), and with it the odds at the optimum."""
+        """label_weights: their sum is 1, or each is 1 (a set). pos_weight multiplies a label's term
+        softplus(-z), and so the odds at the optimum."""
         of_labels = -self.label_coefficient * logits
         if self.pos_weight != 1:
             extra_weight = self.pos_weight - 1

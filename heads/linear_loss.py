@@ -6,7 +6,7 @@
 Forward takes one chunk of positions at a time. A matrix product makes the chunk's logits,
 torch.func differentiates the two functions of the likelihood, and further products turn the
 gradient of the logits into those of x, weight and the other inputs. Backward only scales these
-gradients. So a likelihood defines a loss, and no gradient. torch.compile compiles the functions
+gradients. So a likelihood defines a loss but no gradient. torch.compile compiles the functions
 between the products; the products are library calls.
 """
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 # bytes of fp32 logits per chunk: few on a CPU, but enough for a fast matrix product
 LOGITS_BYTES_PRODUCT = {"cpu": 1 << 26}
-# bytes of these that eager code differentiates at a time: what a CPU's cache holds
+# bytes of these logits that eager code differentiates at a time: what a CPU's cache holds
 LOGITS_BYTES_CACHE = {"cpu": 1 << 24}
 LOGITS_BYTES_ELSEWHERE = 1 << 27  # on other devices
 
@@ -64,8 +64,9 @@ def linear_loss(
 
     x (..., C), weight (V, C), bias (V,); targets (..., K) with label_weights (..., K), or None if
     all are 1. shift: the extra logits of Jensen's bound. They count in the normaliser, but not in
-    terms that are linear in the labels' logits. Differentiable once. Under autocast the products
-    use its dtype; the likelihood, the bias, a shift of rank one and sums over chunks use fp32.
+    terms that are linear in the labels' logits. It has first derivatives only. Under autocast the
+    products use its dtype; the likelihood, the bias, a shift of rank one and sums over chunks use
+    fp32.
     """
     x = x.flatten(0, -2)
     targets = targets.flatten(0, -2)
@@ -233,7 +234,7 @@ class _Sums:
 
         grad_logits = logits  # so far of the normaliser alone
         if shift is not None:
-            # before the labels' gradients are added: in bf16, p - 1 would round p away
+            # before the labels' gradients are added: in bf16, p - 1 would lose p to rounding
             self._add_shift_gradients(rows, shift, targets, grad_logits, grad_raised, grad_shift_x)
         row_ids = torch.arange(len(x), device=x.device)
         at_labels = (row_ids.unsqueeze(-1), targets)
@@ -242,7 +243,7 @@ class _Sums:
         self._add_gradients(rows, x, grad_logits)
 
     def _add_label_loss(self, logits, shift, targets, label_weights):
-        """Returns the gradients by the labels' logits and by the shift at the labels (n, K)."""
+        """Returns the gradients of the labels' logits and of the shift at the labels, (n, K)."""
         of_tokens = logits[:, : self.vocab_size]  # without padding: a target there is an error
         z = to_float32(of_tokens.gather(1, targets))
         if self.bias is not None:
@@ -253,7 +254,7 @@ class _Sums:
             return self.likelihood.of_labels(z, label_weights).sum()
 
         gradient, value = torch.func.grad_and_value(loss)(z + raised)
-        # the shift does not count in the term that is linear in the labels' logits
+        # a linear term needs no bound: undo the shift in -label_coefficient * label logits
         coefficient = torch.full_like(z, self.likelihood.label_coefficient)
         if label_weights is not None:
             coefficient = coefficient * label_weights
@@ -346,7 +347,7 @@ def _normaliser(
     shift_x,
     shift_weight,
 ):
-    """The sum of the normalisers, and its gradient by shift_x (n, 1).
+    """The sum of the normalisers, and the gradient of shift_x (n, 1).
 
     Replaces the logits (n, padded V) by their gradient.
     """

@@ -41,7 +41,7 @@ class PointLinear(nn.Module):
         return padded[..., :vocab_size]
 
     def variance(self, x: Tensor) -> Tensor | None:
-        """x (..., C) -> variance of the logits (..., V), independent given x; None if fixed."""
+        """x (..., C) -> variance of the logits (..., V), independent given x; None for a point."""
         return None
 
     def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor, LowRankLogits | None]:
@@ -53,7 +53,7 @@ class PointLinear(nn.Module):
         return 0.0
 
     def init_from_frequencies(self, frequencies: Tensor) -> None:
-        """Initialise what depends on how often each output is used; frequencies (V,), up to 1."""
+        """Initialise whatever depends on how often each output is used: frequencies (V,) <= 1."""
 
 
 class BayesLinear(PointLinear):
@@ -61,7 +61,8 @@ class BayesLinear(PointLinear):
 
     The prior is N(prior_mean, prior_std^2). The head is linear, so the logits of a position are
     independent Gaussians: logit v has mean x . weight_v and variance sum_c std_vc^2 x_c^2. log_std
-    is (V, C) for a full posterior, (V, 1) for one std per token.
+    is (V, C) for a full posterior, (V, 1) for one std per token. A kron posterior also has a
+    covariance U of the columns: row v is N(weight_v, std_v^2 U).
     """
 
     def __init__(self, config: HeadConfig, vocab_size: int, n_embd: int):
@@ -83,7 +84,7 @@ class BayesLinear(PointLinear):
         squares, variances = self._variance_factors(x)
         if variances.size(1) == 1:
             return squares * variances.squeeze(1)
-        # in float16, a variance below 6e-8 would be 0
+        # autocast to float16 would round a variance below 6e-8 to 0
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(squares, variances)
 
@@ -96,7 +97,7 @@ class BayesLinear(PointLinear):
 
     def noise(self, x: Tensor) -> Tensor:
         """A draw of each logit's deviation from its mean, (..., V) (Kingma et al. 2015)."""
-        variance = self.variance(x).clamp(min=1e-20)  # the root of 0 has no gradient
+        variance = self.variance(x).clamp(min=1e-20)  # sqrt has no finite gradient at 0
         shape = (*x.shape[:-1], len(self.weight))
         noise = torch.randn(shape, device=x.device)
         return variance.sqrt() * noise
@@ -104,8 +105,8 @@ class BayesLinear(PointLinear):
     def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor, LowRankLogits | None]:
         """bound: logits raised by half their variance. sample: a draw of the whole matrix.
 
-        The gradient of log_std under the bound is exact to 3e-7 in fp32; in bf16 to 2e-3 (row) or
-        2e-2 (full), at initial weights too.
+        The relative error of log_std's gradient under the bound is 3e-7 in fp32; in bf16 it is 2e-3
+        (row) or 2e-2 (full), at initial weights too.
         """
         if self.config.estimator == "bound":
             squares, variances = self._variance_factors(x)
@@ -120,7 +121,7 @@ class BayesLinear(PointLinear):
         return twice, weight_and_noise, None
 
     def noisy_logits(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., V) with a draw for each logit."""
+        """x (..., C) -> logits (..., V), each with its own draw."""
         return self.logits(x) + self.noise(x)
 
     # torch.randn is faster than its compiled form, and gives the same numbers as in eager mode
@@ -169,7 +170,8 @@ class BayesLinear(PointLinear):
     def init_from_frequencies(self, frequencies: Tensor) -> None:
         """Laplace approximation: std^2 = 1 / (1 / prior_variance + N f_v E|x_c|^2 / kl_weight).
 
-        E|x_c|^2 = 1 after the last norm. Frequent tokens start narrow, rare ones near the prior.
+        E|x_c|^2 = 1 after the last norm. So frequent tokens start with a small std, and rare ones
+        with nearly the prior's.
         """
         config = self.config
         if config.prior_std == "empirical":
@@ -219,7 +221,7 @@ class BayesLinear(PointLinear):
 
 
 class _Draw(torch.autograd.Function):
-    """std * eps @ L.T. Keeps one (V, C) tensor: it is its own derivative by log_std."""
+    """std * eps @ L.T. Saves one (V, C) tensor: the draw, whose derivative in log_std it is."""
 
     @staticmethod
     def forward(ctx, weight, log_std, column_factor):
@@ -280,14 +282,14 @@ class TorchBNNLinear(BayesLinear):
 class BayesLayer(BayesLinear):
     """A hidden linear layer with the same posterior: noisy in training and while `sampling`.
 
-    Otherwise it uses its mean weights. The bound needs a linear path to the loss, so a hidden layer
-    has none: estimator = bound draws as local does. Local noise is independent between positions,
-    where the noise of a matrix is shared. Attention averages it out, so it estimates E_q[loss] only
-    approximately. Predictions draw whole matrices.
+    Otherwise it uses its mean weights. Jensen's bound holds for output weights alone, so here
+    estimator = bound draws as local does. Local noise is independent between positions, whereas all
+    positions share a drawn matrix. Attention averages independent noise out, so local estimates
+    E_q[loss] only approximately. Predictions draw whole matrices.
     """
 
     def __init__(self, config: HeadConfig, n_in: int, n_out: int, bias: bool):
-        if config.posterior == "kron":  # that is fitted to the states before the head
+        if config.posterior == "kron":  # its covariance is fitted to the inputs of the head
             config = replace(config, posterior="row")
         super().__init__(config, n_out, n_in)
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
