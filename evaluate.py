@@ -6,8 +6,8 @@
 
 Every score comes from log_probs, the normalised distribution over the next token. The whole split
 is read in consecutive blocks of block_size, and each token is predicted once. Each run gets
-eval_<split>.json; the comparison gets a folder with plots and report.html. `unigram` predicts the
-token frequencies of the training text, whatever the context. torchrun shares the work between
+eval_<split>.json; the comparison gets a folder with plots and report.html. In the tables, `unigram`
+always predicts the token frequencies of the training text. torchrun shares the work between
 processes, with the same results.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
     check_outputs(config)
     with distributed.init(config.device, "auto") as processes:
         torch.backends.cuda.matmul.allow_tf32 = False  # init() allows it for training
-        # find mistakes in all of them before the first evaluation, which may take hours
+        # find mistakes in all runs before the first evaluation, which may take hours
         runs = {}
         for name, source in short_names(config.sources).items():
             runs[name] = Evaluator(source, config.evaluation, processes)

@@ -31,18 +31,19 @@ from engine.eval.terminal import Screen
 
 @dataclass(frozen=True)
 class SampleConfig:
-    # resume: the newest checkpoint in out_dir | gpt2* | a run folder or checkpoint file
+    # resume: the newest checkpoint in out_dir | gpt2* | a run, a checkpoint file, or a folder of
+    # nanoGPT or transformers
     init_from: str = "resume"
     out_dir: str = "out"  # with init_from=resume: the run, or one of its checkpoint files
     # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
     start: str = "\n"
     prompts: str = ""  # a file of prompts: one per line, or .jsonl with a field "prompt"
-    # ask for prompts; an empty one continues the text, Ctrl-C ends a text, Ctrl-D ends all
+    # ask for prompts; an empty one continues the last text, Ctrl-C ends a text, Ctrl-D the program
     interactive: bool = False
     # continuations of each prompt; --interactive shows one
     num_samples: Annotated[int, ">= 1", "<= 1e6"] = 10
     sampling: Sampling = Sampling()
-    # colour the tokens by uncertainty; with --jsonl, write their scores
+    # colour tokens by total uncertainty; with --jsonl, write the scores of each token
     show_uncertainty: bool = False
     # write all texts to this page, coloured by uncertainty; hover over a token for its scores
     html: str = ""
@@ -142,10 +143,10 @@ def read_prompts(run: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]
     for number, line in enumerate(lines, 1):
         record = {"prompt": line}
         if config.prompts.endswith(".jsonl"):
-            where = f"{config.prompts}: its prompt {number}"
+            where = f"prompt {number} of {config.prompts}"
             record = parse_json(line.encode(), where)
             if not isinstance(record.get("prompt"), str):
-                raise UserError(f'{where} has no text "prompt"')
+                raise UserError(f'{where} has no field "prompt" with a text')
         found.append((record, run.encode(record["prompt"])))
     return found
 

@@ -1,5 +1,5 @@
-"""Train a GPT. This file is the loop. By itself it trains the softmax baseline; train_bayes.py,
-train_sigmoid.py and the others set another head.
+"""Train a GPT. This file has the options and the loop. It trains the softmax baseline by default;
+train_bayes.py, train_sigmoid.py and the others set another head.
 
     # one process, CPU or GPU
     python train.py config/quickstart.py
@@ -44,12 +44,12 @@ from engine.runs.saver import Saver
 from engine.runs.start import open_run, prepare_run, training_labels
 from model import GPT, GPTConfig
 
-MAX_SKIPPED = 25  # steps in a row; float16's loss scale falls from 65536 to 1 in 16
+MAX_SKIPPED = 25  # steps in a row; float16's loss scale falls from 65536 to 1 in 16 steps
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options that nanoGPT has keep its names, meanings and defaults."""
+    """Options that nanoGPT has keep its names and meanings; docs/training.md lists exceptions."""
 
     out_dir: str = "out"  # the run's folder: checkpoints, metrics.jsonl, config.json
     eval_interval: PositiveInt = 2000  # steps between evaluations; the last step always has one
@@ -62,7 +62,8 @@ class TrainConfig:
     # False: save only when the validation nll is the lowest so far
     always_save_checkpoint: bool = True
     save_interval: NonNegativeInt = 0  # steps between checkpoints; 0: eval_interval
-    # scratch | resume | auto: resume if there is a checkpoint | gpt2* | a run or GPT-2 folder
+    # scratch | resume | auto: resume if there is a checkpoint, else scratch | gpt2* | a run, a
+    # checkpoint file, or a folder of nanoGPT or transformers
     init_from: str = "scratch"
     seed: Seed = 1337  # of weights, data order, dropout and noise
     # also log to Weights & Biases (offline without an account); its val/ charts compare heads
@@ -74,10 +75,12 @@ class TrainConfig:
     dataset: str = "openwebtext"
     # teacher labels to train on: their --name in augmentation/teacher_labels.py
     labels: str = ""
-    # soft: mix the teacher's into the true token's label | set: each id is a label of 1 (sigmoid)
+    # soft: mix the teacher's prediction into the true token's label | set: each id has the label 1
+    # (sigmoid)
     label_mode: Literal[MODES] = "soft"
     label_weight: Fraction = 0.5  # soft: the teacher's part of a label, in [0, 1]
-    # micro-batches in a step, over all processes; more and smaller ones if needed to share them
+    # micro-batches in a step, over all processes; divided into smaller ones if these cannot share
+    # them evenly
     gradient_accumulation_steps: PositiveInt = 40
     # blocks in a micro-batch; when memory runs out, lower it and accumulate more
     batch_size: Annotated[int, ">= 1", "<= 1e6"] = 12
@@ -100,12 +103,14 @@ class TrainConfig:
     sharding: Literal["none", "fsdp"] = "none"
     # seconds without progress after which a process prints its stacks and exits; 0: never
     hang_timeout: NonNegativeFloat = 600.0
-    # of torch.distributed: nccl | gloo | auto: nccl on CUDA, else gloo
+    # torch.distributed's backend: nccl | gloo | auto: nccl on CUDA, else gloo
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto: the best available
-    # float32 | bfloat16 | float16 | auto: bfloat16 if the hardware is fast at it
+    # float32 | bfloat16 | float16 | auto: bfloat16 if the hardware is fast at it, else float16 on
+    # CUDA, else float32
     dtype: str = "auto"
-    # torch.compile: the first step takes a minute longer; on a CPU it pays at 50,000 ids
+    # torch.compile: the first step takes a minute longer; on a CPU it saves time from about 10,000
+    # token ids
     compile: bool = torch.cuda.is_available()
 
     def __post_init__(self):
@@ -207,7 +212,7 @@ def open_batches(
 
 
 def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset()) -> GPT:
-    """Train until max_iters and return the model; given: names of the options that the user set."""
+    """Train until max_iters and return the model. given: names of the options that the user set."""
     config, data, raw_model, state = prepare_run(config, given, processes)
     cast, dtype = distributed.autocast(processes.device, config.dtype)
     model = processes.wrap(raw_model, config.compile, config.sharding)

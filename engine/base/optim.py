@@ -6,7 +6,7 @@ import torch
 
 
 class Joint(torch.optim.Optimizer):
-    """Several optimizers of different parameters as one, with common groups and state."""
+    """Several optimizers as one: each has its own parameters; param_groups and state are joint."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -16,7 +16,7 @@ class Joint(torch.optim.Optimizer):
         first = 0
         for optimizer in self.optimizers:
             end = first + len(optimizer.param_groups)
-            # set in each step, because loading a checkpoint replaces both
+            # in each step, because loading a checkpoint replaces groups and state
             optimizer.param_groups = self.param_groups[first:end]
             optimizer.state = self.state
             optimizer.step()

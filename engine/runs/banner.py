@@ -67,8 +67,8 @@ def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list
 
 
 def environment() -> dict[str, str]:
-    """Code ("-dirty": with uncommitted changes), versions and machine: besides the options, results
-    depend on these.
+    """What results depend on besides the options: commit ("-dirty": with uncommitted changes),
+    versions and machine.
     """
     return {
         "commit": _git("describe", "--always", "--dirty").strip() or "unknown",

@@ -125,7 +125,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
             config = build(GPTConfig, state["model_config"])
             return Checkpoint(source, config, state["model"], about)
         if "model_args" not in state:
-            raise UserError(f"{source} is neither our checkpoint nor nanoGPT's")
+            raise UserError(f"{source} is not a checkpoint of ours or of nanoGPT")
         shape, weights = from_nanogpt(state)
     else:
         choices = f"a run folder, a checkpoint file, or one of: {', '.join(HUB)}"
@@ -140,7 +140,7 @@ def load_model(source: str | Path, device: torch.device | str = "cpu") -> GPT:
 
 
 def folder_of(source: str | Path) -> Path:
-    """The folder of a run, given that or one of its checkpoint files."""
+    """The folder of a run, given the folder or one of its checkpoint files."""
     return Path(source).parent if Path(source).is_file() else Path(source)
 
 
@@ -156,8 +156,8 @@ def check_tokenizer(source: str | Path, dataset: Path) -> None:
         return
     if not same:
         raise UserError(
-            f"{source} was trained with another tokenizer than {dataset}; "
-            "prepare the data with the model's tokenizer (--tokenizer)"
+            f"{dataset} has another tokenizer than {source}; "
+            "prepare the data with the tokenizer of the model (--tokenizer)"
         )
 
 

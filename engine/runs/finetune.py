@@ -37,7 +37,7 @@ def from_weights(config, old: Checkpoint, file: TokenFile, given: Set[str]) -> G
     if any(name.endswith(".log_std") for name in lost):
         warn(
             f"only the means of the posterior of {old.source} are kept; "
-            "--weights=bayes or --bayes_mlp keeps its widths"
+            "--weights=bayes or --bayes_mlp keeps its standard deviations"
         )
     with torch.no_grad():
         if "lm_head.bias" in new:  # trained weights already know the token frequencies
@@ -57,12 +57,13 @@ def hidden_states(model: GPT, file: TokenFile) -> torch.Tensor:
 
 
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:
-    """`wanted` (dropout, head ...) with the sizes of `shape`. Refuses given sizes that differ."""
+    """`wanted` (dropout, head ...) with the sizes of `shape`. Refuses other sizes in `given`."""
     sizes = {name: getattr(shape, name) for name in BACKBONE}
     sizes["block_size"] = min(wanted.block_size, shape.block_size)
     for name, size in sizes.items():
         if name in given and getattr(wanted, name) != size:
             raise UserError(
-                f"{name} = {getattr(wanted, name)}, but the weights in --init_from have {size}"
+                f"{name} = {getattr(wanted, name)}, but the weights in --init_from have {size}; "
+                f"omit --{name}"
             )
     return replace(wanted, **sizes)

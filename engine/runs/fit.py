@@ -1,4 +1,4 @@
-"""Fit a kron posterior to a trained head, in one pass over the training text."""
+"""Fit a kron posterior to a trained head, on blocks of the training text."""
 
 from collections.abc import Iterator
 
@@ -11,9 +11,9 @@ from engine.data.windows import eval_batches
 
 POSITIONS = 100_000  # of the training split, in evenly spaced blocks
 POSITIONS_PER_DIMENSION = 20  # at least, for a second moment with n_embd^2 entries
-# of the second moment, relative to its mean eigenvalue: a LayerNorm's output does not vary in one
-# direction. From 1e-4 to 1e-1 validation nll is the same to 1e-5; smaller values find uniform ids
-# better, larger ones a similar text
+# added to the diagonal of the second moment, in units of its mean eigenvalue: a LayerNorm's output
+# does not vary in one direction. From 1e-4 to 1e-1 the validation nll is the same to 1e-5; smaller
+# values detect uniformly random ids better, larger ones detect similar text better
 DAMPING = 1e-3
 
 
@@ -23,12 +23,12 @@ def check_text(n_embd: int, file: TokenFile) -> None:
     if len(file) < least:
         raise UserError(
             f"posterior = 'kron' needs {least} tokens of training text for n_embd = {n_embd}, "
-            f"and {file.path} has {len(file)}; use --posterior=row"
+            f"but {file.path} has {len(file)}; use --posterior=row"
         )
 
 
 def fit_posterior(model, data: TokenFile, processes, cast) -> str:
-    """Fit the covariance of the output weights, whose means stay; returns a line that says so.
+    """Fit the covariance of the output weights; their means do not change. Returns a line to print.
 
     data: the training split. The hidden states are those of evenly spaced blocks, so any number of
     processes finds the same posterior.
@@ -50,8 +50,8 @@ def fit_posterior(model, data: TokenFile, processes, cast) -> str:
 def states(
     model, file: TokenFile, n: int, cast, rank: int = 0, world_size: int = 1
 ) -> Iterator[torch.Tensor]:
-    """Hidden states (T, C) of this process's blocks. All processes together have at least n
-    positions, if the split has them."""
+    """Hidden states (T, C) of this process's blocks. All processes together read at least n
+    positions, if the split has as many."""
     block_size, device = model.config.block_size, model.lm_head.weights.weight.device
     n_blocks = -(-n // block_size)
     blocks = eval_batches(file, block_size, 1, n_blocks)[rank::world_size]

@@ -22,7 +22,7 @@ from engine.runs.fit import check_text
 from engine.runs.logger import Logger, forget_after
 from model import GPT
 
-# options of a launch, not of the run: a checkpoint does not restore them
+# options of a start, not of the run: a checkpoint does not restore them
 PER_LAUNCH = {"out_dir", "init_from", "eval_only", "backend", "device", "hang_timeout"}
 # options of the model and the optimizer, which must be those of the checkpoint
 FIXED = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "qkv_bias", "bayes_mlp"}
@@ -114,18 +114,19 @@ def resumed_config(config, state: dict, given: Set[str]):
     if state["step"] > options["max_iters"]:
         raise UserError(
             f"{out_dir} is already at step {state['step']}, beyond "
-            f"max_iters = {options['max_iters']}"
+            f"max_iters = {options['max_iters']}; give a larger --max_iters"
         )
     return build(type(config), options), changes
 
 
 def check_data(data: dict[str, TokenFile], state: dict, out_dir: Path) -> None:
-    """Refuse to resume on data other than those of the run."""
+    """Refuse to resume with other data than the run's."""
     for split, recorded in state.get("data", {}).items():
         if not data[split].matches(recorded):
             raise UserError(
-                f"{data[split].path} differs from the data of the run to resume; restore that, or "
-                f"start a new run from its weights: --init_from={out_dir} --out_dir=ANOTHER"
+                f"{data[split].path} differs from the data of the run to resume; restore the "
+                "data, or start a new run from its weights: "
+                f"--init_from={out_dir} --out_dir=ANOTHER"
             )
 
 
@@ -154,7 +155,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
         if processes.is_main:
             stack.enter_context(locked_folder(out_dir))
-            # to evaluate a run again only adds a record
+            # evaluating a run again only adds a record
             if not (progress.step and config.eval_only):
                 checkpoint.copy_tokenizer(dataset_folder(config.dataset), meta, out_dir)
                 facts = {"environment": environment(), "starts": [*before, start]}
@@ -203,5 +204,5 @@ def ending(config, progress) -> str:
         out_dir = shlex.quote(f"--out_dir={path.parent if newest else path}")
         return f"{best}: python sample.py {out_dir}"
     if progress.step:  # the initial weights are the best
-        return f"{best}: training increased it, try a lower --learning_rate"
+        return f"{best}: training made it worse; try a lower --learning_rate"
     return best
