@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ from engine.data.splits import Corpus, draw, in_memory, with_val
 from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.data.tokens import TokenFile
 from tests.faults import SHARD, documents, token_files
-from tests.helpers import ROOT
+from tests.helpers import ROOT, flags
 
 
 @pytest.fixture
@@ -246,3 +247,15 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     small, large = (int(line) for line in done.stdout.split("\n") if line.isdigit())
     assert large < small + 30  # MB
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+def test_scripts_of_the_hub_prepare_local_files(name, tmp_path, monkeypatch):
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(40)))
+    options = {"source": source, "folder": tmp_path / "out", "tokenizer": "byte"}
+    script = str(ROOT / "data" / name / "prepare.py")
+    monkeypatch.setattr(sys, "argv", [script, *flags(**options, val_fraction=0.25)])
+    runpy.run_path(script, run_name="__main__")
+    splits = json.loads((tmp_path / "out/meta.json").read_text())["splits"]
+    assert [splits[split]["documents"] for split in ("train", "val")] == [30, 10]
