@@ -7,14 +7,14 @@
 #                  The same command resumes a killed study.
 #                  FLAGS="--studies=wikitext2_8k": one of the studies
 #                  FLAGS="--studies=wikitext_100m": 124M, on a GPU
-# make test        ruff and the tests but for the slow ones; FLAGS="-k export": flags of pytest
-# make test-all    the same with the slow tests, as CI runs it
+# make test        ruff and all tests but the slow ones; FLAGS="-k export": flags of pytest
+# make test-all    the same with the slow tests, as .ci/run does
 # make format      ruff's formatter and its safe fixes
 # make results     the tables and plots of all studies, in the pages and the notebook, from
 #                  training_logs/ alone; takes seconds
 # make notebooks   runs the three notebooks and keeps their output, about 4 minutes; they read the
 #                  runs of make run
-# make bench       time and memory of heads, steps, texts and evaluations as ratios, appended to
+# make bench       time and memory of heads, steps and generation as ratios, appended to
 #                  bench/results.jsonl (bench/README.md); FLAGS=--quick: does it run?
 # make reliability kills, damage and signals at random instants, counted in
 #                  training_logs/reliability.json; about 20 minutes
