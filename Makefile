@@ -16,9 +16,9 @@
 #                  runs of make run
 # make bench       time and memory of heads, steps and generation as ratios, appended to
 #                  bench/results.jsonl (bench/README.md); FLAGS=--quick: does it run?
-# make reliability kills, damage and signals at random instants, counted in
-#                  training_logs/reliability.json; about 20 minutes
-# make soak        signals to two processes for an hour, then the undisturbed run to compare
+# make reliability kill -9 and other signals to a run at random instants, counted in
+#                  training_logs/reliability.json; about 15 minutes
+# make soak        the same with two processes for an hour, then the undisturbed run to compare
 #
 # All of them make .venv from python3 >= 3.10, pip and PyPI.
 
