@@ -87,9 +87,9 @@ def new_model(config, old: checkpoint.Checkpoint | None, file: TokenFile, given:
 
 
 def resumed_config(config, state: dict, given: Set[str]):
-    """Returns the run's options with those that the user gave now, and a list of the changes.
+    """Returns the run's options, with those that the user gave now, and a list of the changes.
 
-    Refuses a model of another shape.
+    Refuses to change the options in FIXED.
     """
     out_dir = config.out_dir
     if not {"model_config", "optimizer"} <= state.keys():
