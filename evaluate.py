@@ -1,8 +1,10 @@
 """How good are runs on held-out text, and do they know what they do not know?
 
     python evaluate.py --out_dir=out/quickstart/softmax,out/quickstart/bayes --split=test
-    python evaluate.py --out_dir=out/quickstart/bayes --n_samples=16 --ood_dataset=shakespeare
-    python evaluate.py --out_dir=out/a+out/b+out/c            # an ensemble of three runs
+    # out-of-domain text: a data set prepared with --tokenizer=out/quickstart/bayes
+    python evaluate.py --out_dir=out/quickstart/bayes --n_samples=16 --ood_dataset=speeches
+    # an ensemble of three runs
+    python evaluate.py --out_dir=out/a+out/b+out/c
 
 Every score comes from log_probs, the normalised distribution over the next token. The whole split
 is read in consecutive blocks of block_size, and each token is predicted once. Each run gets
