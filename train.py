@@ -79,8 +79,8 @@ class TrainConfig:
     # (sigmoid)
     label_mode: Literal[MODES] = "soft"
     label_weight: Fraction = 0.5  # soft: the teacher's part of a label, in [0, 1]
-    # micro-batches in a step, over all processes; divided into smaller ones if these cannot share
-    # them evenly
+    # micro-batches in a step, over all processes; divided into smaller ones if the processes cannot
+    # share them evenly
     gradient_accumulation_steps: PositiveInt = 40
     # blocks in a micro-batch; when memory runs out, lower it and accumulate more
     batch_size: Annotated[int, ">= 1", "<= 1e6"] = 12
