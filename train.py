@@ -223,7 +223,6 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
     n_micro, batches, val_batches = open_batches(config, data, processes, progress)
     saver = Saver(config, data, processes, progress, raw_model, optimizer, scaler)
     saver.restore(state)
-    state.clear()  # 16 bytes per parameter
     with open_run(config, data, processes, raw_model, dtype, progress) as log, saver:
         for step in range(progress.step, config.max_iters + 1):
             raw_model.lm_head.kl_ramp.fill_(min(1.0, (step + 1) / (config.warmup_iters + 1)))
@@ -235,11 +234,9 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                 improved = progress.improves(scores)
                 log.evaluation(scores)
                 is_last |= progress.is_stale(config.patience * config.eval_interval)
-            fits = is_last and config.model.head.posterior == "kron" and not config.eval_only
-            if fits:
+            if is_last and config.model.head.posterior == "kron" and not config.eval_only:
                 log.say(fit_posterior(raw_model, data["train"], processes, cast))
-            if fits or config.max_iters == 0:
-                saver.saved_step = -1  # the weights differ from those that were loaded
+                saver.saved_step = -1  # the fit changes the weights of this step
             is_save_step = is_last or step % (config.save_interval or config.eval_interval) == 0
             should_save = improved or (is_save_step and config.always_save_checkpoint)
             if should_save and not config.eval_only:
