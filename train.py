@@ -124,10 +124,10 @@ class TrainConfig:
             raise UserError(
                 "optimizer = 'muon' needs whole matrices, and fsdp shards them; use --sharding=none"
             )
-        if self.sharding == "fsdp" and self.model.head.posterior == "kron":
+        if self.model.head.is_kron and (self.max_iters or self.sharding == "fsdp"):
             raise UserError(
-                "posterior = 'kron' needs whole weights, and fsdp shards them; train with "
-                "--posterior=row, then fit it: --init_from=RUN --max_iters=0 --posterior=kron"
+                "posterior = 'kron' is fitted to a run that is trained, and not in shards: "
+                "--init_from=RUN --max_iters=0 --out_dir=ANOTHER"
             )
         has_sets = self.labels and self.model.head.likelihood == "sigmoid"
         if self.label_mode == "set" and not has_sets:
@@ -234,9 +234,8 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                 improved = progress.improves(scores)
                 log.evaluation(scores)
                 is_last |= progress.is_stale(config.patience * config.eval_interval)
-            if is_last and config.model.head.posterior == "kron" and not config.eval_only:
+            if is_last and config.model.head.is_kron and not config.eval_only:
                 log.say(fit_posterior(raw_model, data["train"], processes, cast))
-                saver.saved_step = -1  # the fit changes the weights of this step
             is_save_step = is_last or step % (config.save_interval or config.eval_interval) == 0
             should_save = improved or (is_save_step and config.always_save_checkpoint)
             if should_save and not config.eval_only:

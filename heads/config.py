@@ -27,7 +27,7 @@ class HeadConfig:
     # sigmoid: weight of (sum_v sigmoid(z_v) - 1)^2, nats per token
     sum_penalty: NonNegativeFloat = 0.0
     # bayes: row (a std per token, almost free) | kron (row with a covariance of the columns, fitted
-    # after training) | full (a std per weight) | torchbnn (that library's layer, to compare)
+    # to a trained run: --max_iters=0) | full (a std per weight) | torchbnn (that library's layer)
     posterior: Literal["row", "kron", "full", "torchbnn"] = "row"
     # bayes: how to estimate E_q[loss]: bound (an upper bound, no sampling) | local (noise on each
     # logit) | sample (a matrix per micro-batch)
@@ -40,6 +40,10 @@ class HeadConfig:
     kl_weight: NonNegativeFloat = 1.0
     # bayes: number of training tokens, the N of KL / N; train.py reads it from the data
     n_data: Annotated[int, ">= 0", "<= 1e15"] = 0
+
+    @property
+    def is_kron(self) -> bool:
+        return self.weights == "bayes" and self.posterior == "kron"
 
     def __post_init__(self):
         check_options(self)

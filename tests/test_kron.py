@@ -11,7 +11,7 @@ from engine.base.options import load_config
 from engine.data.tokens import TokenFile
 from engine.runs.checkpoint import load_model
 from heads import Head, HeadConfig
-from tests.helpers import flags, records, run, scores_of, write_nanogpt
+from tests.helpers import flags, run, same_weights, scores_of, write_nanogpt
 from train import TrainConfig, train
 
 V, C = 7, 5
@@ -144,23 +144,26 @@ def test_a_posterior_fitted_to_a_run_predicts_what_the_run_does(
     assert not torch.allclose(factor, torch.eye(32), atol=0.1)
 
 
-def test_a_bayesian_training_ends_with_the_fit_and_resumes_with_it(words_data, tmp_path):
-    options = {"weights": "bayes", "posterior": "kron", "max_iters": 6, "lr_decay_iters": 12}
-    run(words_data, tmp_path, **options)
-    saved = load_model(tmp_path).lm_head.weights.column_factor
-    assert not torch.equal(saved, torch.eye(32))
-    run(words_data, tmp_path, init_from="resume", max_iters=12)
-    assert not torch.equal(load_model(tmp_path).lm_head.weights.column_factor, saved)
-    assert [record["step"] for record in records(tmp_path, "loss")] == list(range(1, 13))
+def test_the_fit_is_for_trained_runs_and_whole_weights_alone(words_data, tmp_path):
+    head = ["--weights=bayes", "--posterior=kron"]
+    for wrong in ("--max_iters=5", "--sharding=fsdp"):
+        with pytest.raises(UserError, match="--init_from=RUN --max_iters=0"):
+            load_config(TrainConfig, [*head, "--max_iters=0", wrong])
+
+
+def test_another_posterior_on_a_fitted_one_starts_anew(fitted, trained, words_data, tmp_path):
+    row = {"weights": "bayes", "max_iters": 0}
+    of_fitted = run(words_data, tmp_path / "a", **row, init_from=fitted["categorical"])
+    of_trained = run(words_data, tmp_path / "b", **row, init_from=trained())
+    assert same_weights(of_fitted, of_trained)
+
+
+def test_point_weights_ignore_the_posterior(words_data, tmp_path):
+    run(words_data, tmp_path, posterior="kron", max_iters=2)
 
 
 def test_too_little_text_for_a_fit_is_refused(trained, words_data, tmp_path):
     ids = np.arange(200) % 20
     folder = write_nanogpt(tmp_path / "few", {"train": ids, "val": ids})
     with pytest.raises(UserError, match=str(20 * 32)):
-        run(folder, tmp_path / "out", weights="bayes", posterior="kron", max_iters=2)
-
-
-def test_shards_are_refused():
-    with pytest.raises(UserError, match="fsdp"):
-        load_config(TrainConfig, ["--weights=bayes", "--posterior=kron", "--sharding=fsdp"])
+        run(folder, tmp_path / "out", weights="bayes", posterior="kron", max_iters=0)

@@ -189,6 +189,9 @@ def test_the_description_has_sizes_and_damaged_files(tmp_path, monkeypatch, caps
         code, printed = describe(folder)
         assert code == 2 and name in printed
     assert printed.count("sha256") == 2
+    (folder / "val.bin").unlink()
+    code, printed = describe(folder)
+    assert code == 2 and "val.bin is missing" in printed
     code, printed = describe(write_nanogpt(tmp_path / "high", {"train": [1, 60000]}))
     assert code == 2 and "60000" in printed
     code, printed = describe("nowhere")

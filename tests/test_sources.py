@@ -279,3 +279,9 @@ def test_what_goes_wrong_with_a_hub_data_set_is_one_line(hub_folder, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "ConnectionError" in refused(lambda: hub("someone/something"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_without_blanks_is_read_in_bounded_pieces(tmp_path):
+    path = write(tmp_path / "a.txt", "ACGT" * 750_000)
+    pieces = [text for source in find(path) for text, _ in source.pieces()]
+    assert "".join(pieces) == "ACGT" * 750_000 and max(map(len, pieces)) < 2 * sources.PIECE

@@ -32,7 +32,7 @@ SHORT = TINY | {
 }
 
 MUON = {"optimizer": "muon"}
-KRON = {"weights": "bayes", "posterior": "kron"}
+KRON = {"weights": "bayes", "posterior": "kron", "max_iters": 0}
 
 
 def trained(processes, data: str, out_dir: Path, **options) -> GPT:

@@ -41,7 +41,7 @@ class Options(corpus.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        is_plain = Path(self.name).name == self.name != ".."
+        is_plain = Path(self.name).name == self.name not in ("", "..")
         if not is_plain or (corpus.DATA_ROOT / self.name / "prepare.py").is_file():
             advice = "give a plain name other than those of the folders with a prepare.py"
             raise UserError(f"--name={self.name}: {advice}")

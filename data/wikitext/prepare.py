@@ -77,10 +77,8 @@ def read_lines(options: Options, split: str) -> Iterator[str]:
     found = sorted(Path(options.source).glob(f"wiki.{name}.*"))
     if not found:
         raise UserError(f"{options.source} has no wiki.{name}.raw")
-    with (
-        one_line_errors(str(found[0])),
-        open(found[0], encoding="utf-8", errors=options.errors, newline="\n") as file,
-    ):
+    form = {"encoding": options.encoding or "utf-8", "errors": options.errors}
+    with one_line_errors(str(found[0])), open(found[0], newline="\n", **form) as file:
         yield from file
 
 

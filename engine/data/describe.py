@@ -10,6 +10,7 @@ from tqdm import tqdm
 from engine.base.errors import UserError, run_main
 from engine.base.files import sha256_of
 from engine.data.shards import splits_in
+from engine.data.tokenizer import read_meta
 from engine.data.tokens import CHUNK, TokenFile, dataset_folder
 
 
@@ -17,7 +18,8 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise UserError("give one data folder: python -m engine.data.describe data/wikitext")
     folder = dataset_folder(sys.argv[1])
-    splits = splits_in(folder)
+    listed = (read_meta(folder) or {}).get("splits", ())
+    splits = sorted({*splits_in(folder), *listed})
     if not splits:
         raise UserError(f"{folder} holds no token files")
     n_damaged = 0

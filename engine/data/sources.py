@@ -27,7 +27,8 @@ CHUNK = 1 << 20  # characters of a text to read at a time
 ROWS = 256  # rows of a .parquet to read at a time
 # A cut here changes no token: GPT-2's pattern always ends a token between a character and a space.
 # Python's \s has all characters of Rust's and Oniguruma's \s, and \x1c to \x1f.
-GOOD_CUT = re.compile(r"\S(?=[ \n])")
+# To bound the memory, words of 65,536 characters are cut too.
+GOOD_CUT = re.compile(r"\S(?=[ \n])|\S{65536}")
 
 Chunks = Iterator[tuple[str, bool]]  # text, and whether a document ends after it
 Pieces = Iterator[tuple[str, bool]]  # text, and whether a document starts with it

@@ -34,6 +34,8 @@ def from_weights(config, old: Checkpoint, file: TokenFile, given: Set[str]) -> G
 
     new = load_state(model, old.weights)  # names of the parameters that `old` does not have
     lost = old.weights.keys() - model.state_dict().keys()
+    if any(name.endswith("column_factor") for name in lost):
+        new = {*new, "lm_head.weights.log_std"}  # they were fitted together
     if any(name.endswith(".log_std") for name in lost):
         warn(
             f"only the means of the posterior of {old.source} are kept; "

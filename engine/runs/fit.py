@@ -37,10 +37,13 @@ def fit_posterior(model, data: TokenFile, processes, cast) -> str:
     rank, world_size = processes.rank, processes.world_size
     sums = torch.zeros(n_embd * n_embd + 1, dtype=torch.float64)  # the last one counts positions
     for x in states(model, data, POSITIONS, cast, rank, world_size):
+        processes.heartbeat()
         x = x.cpu().double()
         sums[:-1] += (x.T @ x).flatten()
         sums[-1] += len(x)
-    *sums, n = processes.all_reduce(sums.to(processes.device))
+    if world_size > 1:
+        sums = sums.to(processes.device)
+    *sums, n = processes.all_reduce(sums)
     second_moment = torch.tensor(sums, dtype=torch.float64).view(n_embd, n_embd) / n
     model.lm_head.weights.fit_columns(second_moment, data.frequencies(vocab_size), DAMPING)
     return f"kron posterior fitted on {n:,.0f} positions of the training text"

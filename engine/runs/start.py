@@ -64,7 +64,7 @@ def prepare_run(config, given: Set[str], processes: Processes):
     else:
         model = new_model(config, old, data["train"], given)
     config = replace(config, model=model.config)
-    if config.model.head.posterior == "kron":
+    if config.model.head.is_kron:
         check_text(config.model.n_embd, data["train"])
     for file in data.values():
         file.check(config.model.vocab_size, config.model.block_size)
