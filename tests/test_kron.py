@@ -151,7 +151,7 @@ def test_the_fit_is_for_trained_runs_and_whole_weights_alone(words_data, tmp_pat
             load_config(TrainConfig, [*head, "--max_iters=0", wrong])
 
 
-def test_another_posterior_on_a_fitted_one_starts_anew(fitted, trained, words_data, tmp_path):
+def test_another_posterior_does_not_keep_the_fitted_stds(fitted, trained, words_data, tmp_path):
     row = {"weights": "bayes", "max_iters": 0}
     of_fitted = run(words_data, tmp_path / "a", **row, init_from=fitted["categorical"])
     of_trained = run(words_data, tmp_path / "b", **row, init_from=trained())
