@@ -126,8 +126,8 @@ class TrainConfig:
             )
         if self.model.head.is_kron and (self.max_iters or self.sharding == "fsdp"):
             raise UserError(
-                "posterior = 'kron' is fitted to a run that is trained, and not in shards: "
-                "--init_from=RUN --max_iters=0 --out_dir=ANOTHER"
+                "posterior = 'kron' is fitted to a trained run, without fsdp: "
+                "give --init_from=RUN --max_iters=0 --out_dir=ANOTHER"
             )
         has_sets = self.labels and self.model.head.likelihood == "sigmoid"
         if self.label_mode == "set" and not has_sets:
