@@ -40,6 +40,8 @@ class EvaluateConfig:
     # gpt2* needs --dataset
     out_dir: str = "out"
     evaluation: EvaluationConfig = EvaluationConfig()
+    # folder for the runs' scores and the report, if the runs are read-only; default: theirs
+    results: str = ""
     # folder for plots and report.html, or none; default: report_<split> next to the first run
     report: str = ""
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
@@ -83,9 +85,9 @@ def check_outputs(config: EvaluateConfig) -> None:
                 f"{other} and {source} would both be written to {path}; "
                 "name each run once, and start each ensemble with a different run"
             )
-        check_writable(path.parent)
+        check_writable(path.parent, "results")
     if config.report != "none":
-        check_writable(config.report_folder)
+        check_writable(config.report_folder, "report")
 
 
 def compare(
@@ -140,9 +142,13 @@ def report(
 
 
 def result_file(source: str, config: EvaluateConfig) -> Path:
-    """The file for a run's scores: in its folder, in out/gpt2, or with an ensemble's first run."""
+    """The file for a run's scores: in its folder, in out/gpt2, or with an ensemble's first run.
+
+    With --results, that folder's name in the folder of results."""
     first, *others = members_of(source)
     folder = Path("out", first) if first in HUB else folder_of(first)
+    if config.results:
+        folder = Path(config.results, folder.resolve().name)
     name = f"eval_{config.evaluation.split}"
     if Path(first).is_file():
         name += f"_{Path(first).stem}"

@@ -96,7 +96,7 @@ def new_path(to: str) -> Path:
     path = Path(to).resolve()  # follows links
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{to} exists and is never overwritten; give another --to")
-    check_writable(path.parent)
+    check_writable(path.parent, "to")
     return path
 
 

@@ -41,6 +41,7 @@ class HellaSwagConfig:
     out_dir: str = ""
     # instead: gpt2 | gpt2-medium | gpt2-large | gpt2-xl; results go to out/<model>
     model: Literal[("", *HUB)] = ""
+    results: str = ""  # write hellaswag.json to this folder instead
     download: bool = False  # download the items to data/hellaswag first; alone: only that
     source: str = ""  # the items, a JSONL file; default: those in data/hellaswag
     style: Literal["completion", "harness"] = "completion"  # of the text, see above
@@ -89,9 +90,10 @@ def evaluate(config: HellaSwagConfig) -> None:
     """Score the endings, and write hellaswag.json."""
     source = config.model or config.out_dir
     folder = Path("out", source) if config.model else folder_of(source)
+    folder = Path(config.results or folder)
     items = read_items(config)
     checkpoint = read_checkpoint(source)
-    check_writable(folder)
+    check_writable(folder, "results")
     log_probs, lengths = score(config, checkpoint, items)
     if not log_probs.isfinite().all():
         raise UserError(f"{source} gives log-probabilities that are not finite; train it again")

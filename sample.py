@@ -55,14 +55,15 @@ class SampleConfig:
 
     def __post_init__(self):
         check_options(self)
-        for path in (Path(self.html), Path(self.jsonl)):
+        for option in ("html", "jsonl"):
+            path = Path(getattr(self, option))
             if path == Path():
                 continue
             if path.exists():
                 raise UserError(f"{path} exists already; delete it, or name another file")
             if not path.parent.is_dir():
                 raise UserError(f"there is no folder {path.parent}; make it, or name another file")
-            check_writable(path.parent)
+            check_writable(path.parent, option)
 
 
 def main() -> None:

@@ -17,7 +17,17 @@ from engine.data.tokens import TokenFile
 from engine.eval.ensemble import Ensemble
 from engine.eval.table import flat
 from engine.runs.checkpoint import load_model
-from tests.helpers import ROOT, flags, refused, run, scores_of, words, write_bytes, write_dataset
+from tests.helpers import (
+    ROOT,
+    contents,
+    flags,
+    refused,
+    run,
+    scores_of,
+    words,
+    write_bytes,
+    write_dataset,
+)
 
 NAMES = ("softmax", "bayes")
 ENSEMBLE = "eval_test_ensemble_of_2.json"
@@ -217,4 +227,14 @@ def test_a_run_folder_without_write_access_is_refused_before_the_evaluation(
 ):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     argv = flags(out_dir="softmax", device="cpu")
-    assert "softmax" in refused("evaluate.py", argv, runs, monkeypatch, capsys)
+    message = refused("evaluate.py", argv, runs, monkeypatch, capsys)
+    assert "softmax" in message and "--results" in message
+
+
+def test_with_a_folder_for_results_the_runs_do_not_change(runs, both, tmp_path):
+    before = contents(runs)
+    evaluate_py(out_dir=both, limit=1, results=tmp_path, report="")
+    assert contents(runs) == before
+    assert (tmp_path / "report_test" / "report.html").is_file()
+    for name in NAMES:
+        assert read(tmp_path / name)["n_tokens"] == 16

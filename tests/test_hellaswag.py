@@ -118,8 +118,10 @@ def test_a_run_is_scored_unless_its_tokenizer_lacks_a_character(tmp_path, traine
     source = write_items(tmp_path / "items.jsonl", ACTIVITY, ACTIVITY)
     out_dir = tmp_path / "run"
     run(write_bytes(tmp_path / "bytes"), out_dir, max_iters=1, weights="bayes")
-    call(out_dir=out_dir, source=source, limit=1, n_samples=2)
-    assert json.loads((out_dir / "hellaswag.json").read_text())["n"] == 1
+    results = tmp_path / "results"
+    call(out_dir=out_dir, source=source, limit=1, n_samples=2, results=results)
+    assert json.loads((results / "hellaswag.json").read_text())["n"] == 1
+    assert not (out_dir / "hellaswag.json").exists()
     with pytest.raises(UserError, match="character"):
         call(out_dir=trained("point", "categorical"), source=source)
 

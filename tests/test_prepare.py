@@ -223,6 +223,12 @@ def test_token_files_of_another_program_are_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
 
 
+def test_in_a_read_only_repository_another_folder_is_advised(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="--folder"):
+        prepare_in(tmp_path)
+
+
 MEMORY = """
 import resource, sys
 from engine.data.corpus import Options, prepare

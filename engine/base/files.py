@@ -82,11 +82,13 @@ def parse_json(text: bytes, what: str) -> dict:
     return value
 
 
-def check_writable(folder: Path) -> None:
-    """Check that the output folder, which may not exist yet, is writable."""
+def check_writable(folder: Path, option: str = "out_dir") -> None:
+    """Check that the output folder, which may not exist yet, is writable.
+
+    option: the one that names another folder."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} is not writable; copy the run, or give another folder")
+        raise UserError(f"{folder} is not writable; give another folder with --{option}")
 
 
 def sha256_of(path: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from engine.base.errors import UserError, run_main
-from engine.base.files import DATA_ROOT, exclusive_lock
+from engine.base.files import DATA_ROOT, check_writable, exclusive_lock
 from engine.base.options import PositiveInt, check_options, load_config
 from engine.data import shards
 from engine.data.sources import Source, find, hub, list_files
@@ -85,6 +85,7 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
         shutil.rmtree(work, ignore_errors=True)
         print(f"{folder} is ready; delete its meta.json to prepare it again")
         return
+    check_writable(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"another process is preparing {folder}; wait for it, or give another --folder"
     with exclusive_lock(lock, busy):
