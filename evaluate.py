@@ -13,7 +13,6 @@ always predicts the token frequencies of the training text. torchrun shares the 
 processes, with the same results.
 """
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 
 from engine.base import distributed
 from engine.base.errors import UserError, run_main
-from engine.base.files import check_writable, write_json, write_text
+from engine.base.files import check_writable, write_json
 from engine.base.options import load_config
 from engine.eval.ensemble import members_of
 from engine.eval.evaluator import EvaluationConfig, Evaluator
@@ -102,10 +101,6 @@ def compare(
         if processes.is_main:
             path = result_file(run.source, config)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if config.evaluation.continuations:
-                row["continuations"], records = run.continuations()
-                lines = [json.dumps(record) + "\n" for record in records]
-                write_text(path.with_name(f"continuations_{path.name[5:]}l"), "".join(lines))
             write_json(path, row)
             if config.report != "none":
                 for title, text in run.documents().items():

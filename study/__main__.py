@@ -147,8 +147,7 @@ class Runner:
                 self.evaluate(folder, "test", ood, *AVERAGED[plain])
                 (folder / "eval_test.json").rename(folder / AVERAGE)
             self.evaluate(folder, "val")
-            texts = ["--continuations=100"] if seed == SEEDS[0] else []
-            self.evaluate(folder, "test", ood, *texts)
+            self.evaluate(folder, "test", ood)
             with new_folder(kept) as new:
                 for path in folder.iterdir():
                     if path.name in RECORDS:

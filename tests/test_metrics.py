@@ -1,21 +1,17 @@
-"""MetricAccumulator against scikit-learn, numpy and resampled documents; counts of TextStats."""
+"""Scores against scikit-learn, scipy and resampled documents; counts of TextStats."""
 
 import numpy as np
 import pytest
 import torch
 
 from engine.data.tokenizer import ByteTokenizer
-from engine.eval.metrics import (
-    EDGES,
-    MetricAccumulator,
-    bootstrap_weights,
-    out_of_domain,
-)
-from engine.eval.table import flat, ratio_se
+from engine.eval.metrics import EDGES, Scores, bootstrap_weights, out_of_domain, risk, spearman
+from engine.eval.table import ratio_se
 from engine.eval.texts import TextStats
 from engine.eval.validation import N_BINS
 
 metrics = pytest.importorskip("sklearn.metrics")
+stats = pytest.importorskip("scipy.stats")
 rng = np.random.default_rng(0)
 
 
@@ -32,15 +28,10 @@ def random_scores(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def accumulate(values, units, size: int = 0, n_blocks: int = 1) -> MetricAccumulator:
-    """Add the scores in batches of `size` tokens, which are n_blocks blocks each."""
-    scores = MetricAccumulator()
-    size = size or len(units)
-    for i in range(0, len(units), size):
-        batch = {name: value[i : i + size] for name, value in values.items()}
-        scores.add(batch, units[i : i + size].view(n_blocks, -1))
-    scores.n_units = len(units.unique())
-    return scores
+def scores_of(values, units, n_blocks: int = 1) -> Scores:
+    columns = {name: value.double() for name, value in values.items()}
+    blocks = torch.arange(n_blocks).repeat_interleave(len(units) // n_blocks)
+    return Scores(columns, units, blocks)
 
 
 def uncertainty(values, name: str) -> torch.Tensor:
@@ -55,18 +46,36 @@ def few():
     return random_scores(3000), numbers
 
 
-@pytest.mark.parametrize("name", EDGES)
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_area_under_risk_and_coverage_is_that_of_sorted_tokens(few, name, ties):
+def test_areas_under_risk_curves_are_those_of_sorted_tokens(few, ties):
     values, units = few
     if ties:
-        values = values | {name: values[name].round(decimals=1)}
-    _, group, n = uncertainty(values, name).unique(return_inverse=True, return_counts=True)
+        values = values | {"entropy": values["entropy"].round()}
+    _, group, n = values["entropy"].unique(return_inverse=True, return_counts=True)
     # among ties the order is random: each of them is wrong as often as they are on average
-    rates = torch.bincount(group, 1 - values["accuracy"].double()) / n
-    risk = rates.repeat_interleave(n).cumsum(0) / torch.arange(1, len(units) + 1)
-    found = accumulate(values, units).result()["aurc"][name]
-    assert found == pytest.approx(risk.mean().item(), rel=1e-4)
+    wrong = 1 - values["accuracy"].double()
+    rates = (torch.bincount(group, wrong) / n).repeat_interleave(n)
+    k = torch.arange(1, len(units) + 1)
+    aurc = (rates.cumsum(0) / k).mean()
+    best = (wrong.sort().values.cumsum(0) / k).mean()
+    found = scores_of(values, units).result()
+    assert found["aurc"]["entropy"] == pytest.approx(aurc.item())
+    assert found["augrc"]["entropy"] == pytest.approx((rates.cumsum(0) / len(k)).mean().item())
+    prr = (wrong.mean() - aurc) / (wrong.mean() - best)
+    assert found["prr"]["entropy"] == pytest.approx(prr.item())
+
+
+def test_a_perfect_order_has_a_prr_of_1_and_a_random_one_of_0():
+    wrong = torch.rand(5000).round().double()
+    assert risk(wrong, wrong)["prr"] == pytest.approx(1)
+    assert risk(torch.zeros(5000), wrong)["prr"] == pytest.approx(0)
+    assert risk(torch.rand(5), torch.zeros(5))["prr"] == 0
+
+
+def test_spearmans_correlation_is_scipys_with_ties():
+    a, b = torch.rand(500).mul(20).round(), torch.rand(500)
+    b += a / 30
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
 
 
 @pytest.mark.parametrize("name", [*EDGES, "nll"])
@@ -76,8 +85,8 @@ def test_auroc_of_ood_text_is_scikit_learns_for_tokens_and_blocks(name):
     for factor, values in zip((1, 0.9), domains, strict=True):
         values[name] *= factor
         values["entropy"] = values["entropy"].round()  # many ties
-        units = torch.zeros(len(values["nll"])).long()
-        scores.append(accumulate(values, units, size=100, n_blocks=10))
+        n = len(values["nll"])
+        scores.append(scores_of(values, torch.zeros(n).long(), n_blocks=n // 10))
     found = out_of_domain(*scores)["auroc"][name]
     for level in ("token", "block"):
         parts = [uncertainty(values, name) for values in domains]
@@ -85,22 +94,16 @@ def test_auroc_of_ood_text_is_scikit_learns_for_tokens_and_blocks(name):
             parts = [part.view(-1, 10).mean(1) for part in parts]
         labels = np.repeat([0, 1], [len(part) for part in parts])
         expected = metrics.roc_auc_score(labels, torch.cat(parts).numpy())
-        assert found[level] == pytest.approx(expected, abs=5e-4)
-
-
-def test_the_size_of_the_batches_does_not_change_the_result(few):
-    whole = accumulate(*few, n_blocks=30).result()
-    in_batches = accumulate(*few, size=100).result()
-    assert flat(whole) == pytest.approx(flat(in_batches), rel=1e-9)
+        assert found[level] == pytest.approx(expected, abs=1e-9)
 
 
 def test_standard_errors_are_those_of_resampled_documents(few):
     values, units = few
     noise = torch.randn(len(units), generator=torch.Generator().manual_seed(1))
-    other = accumulate(values | {"nll": values["nll"] + noise + 0.7}, units)
-    scores = accumulate(values, units)
+    other = scores_of(values | {"nll": values["nll"] + noise + 0.7}, units)
+    scores = scores_of(values, units)
     result = scores.result()
-    documents = [np.flatnonzero(units.numpy() == unit) for unit in range(scores.n_units)]
+    documents = [np.flatnonzero(units.numpy() == unit) for unit in range(result["n_units"])]
     n = len(documents)
     draws = {"nll": [], "ece": [], "ratio": []}
     for _ in range(2000):

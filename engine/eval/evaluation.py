@@ -2,16 +2,17 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
 from engine.base.distributed import Processes, seed_micro_batch
 from engine.base.errors import UserError
 from engine.data.windows import Windows
-from engine.eval.metrics import MetricAccumulator
+from engine.eval.metrics import Scores
 from engine.eval.texts import TextStats
-from heads.head import token_scores
+from heads.head import Prediction, token_scores
 
 NOISE_GROUP = 64  # this many neighbouring tokens share their draws of the output weights' noise
 # number of positions whose log-probabilities (n, V) exist at a time; a CPU's cache is small
@@ -26,23 +27,29 @@ def evaluate(
     cast: contextlib.AbstractContextManager | None = None,
     n_samples: int = 0,
     text: TextStats | None = None,
-) -> MetricAccumulator:
+    score: Callable | None = None,
+    better: torch.nn.Module | None = None,
+) -> Scores:
     """Score all windows. The processes share the work; each returns the same result.
 
     With `text`, also unigram_nll, and the bootstrap resamples the units of the text (documents);
-    otherwise it resamples windows. The other scores: see score_tokens."""
+    otherwise it resamples windows. score: a function in place of score_tokens, which lists the
+    other scores. better: a model that it compares with this one."""
     model.eval()
-    scores = MetricAccumulator()
+    units, blocks, scored = [], [], []
+    n_blocks = 0
     for i, batch in enumerate(batches):
         targets = batch.y[:, batch.first :]
-        units = batch.at[:, :1].expand_as(batch.at)
-        if text:
-            units = text.read(batch.at, targets)
-        scores.count_units(units)
+        numbers = torch.arange(n_blocks, n_blocks + len(targets))
+        n_blocks += len(targets)
+        blocks.append(numbers.repeat_interleave(targets.size(1)))
+        of_batch = text.read(batch.at, targets) if text else batch.at[:, :1].expand_as(targets)
+        units.append(of_batch.flatten())
         if i % processes.world_size != processes.rank:
+            scored.append({})
             continue
         with cast or contextlib.nullcontext():
-            values = score_windows(model, batch, processes.device, n_samples)
+            values = score_windows(model, batch, processes.device, n_samples, score, better)
         if not values["nll"].isfinite().all():
             raise UserError(
                 "the model's log-probabilities are not finite; train it again, "
@@ -50,9 +57,17 @@ def evaluate(
             )
         if text:
             values["unigram_nll"] = -text.log_frequencies[targets.flatten()]
-        scores.add(values, units)
-    scores.join(processes)
-    return scores
+        scored.append(values)
+    columns = {}
+    for name in processes.broadcast(list(scored[0])):
+        parts = []
+        for values, of_batch in zip(scored, units, strict=True):
+            parts.append(values[name].cpu().double() if values else torch.zeros(len(of_batch)))
+        columns[name] = torch.cat(parts)
+        if processes.world_size > 1:  # another process has the scores in place of zeros
+            total = processes.all_reduce(columns[name].to(processes.device))
+            columns[name] = torch.tensor(total, dtype=torch.float64)
+    return Scores(columns, torch.cat(units), torch.cat(blocks))
 
 
 def check_n_samples(model: torch.nn.Module, n_samples: int, source: str) -> None:
@@ -63,13 +78,22 @@ def check_n_samples(model: torch.nn.Module, n_samples: int, source: str) -> None
 
 
 def score_windows(
-    model: torch.nn.Module, batch: Windows, device: torch.device, n_samples: int
+    model: torch.nn.Module,
+    batch: Windows,
+    device: torch.device,
+    n_samples: int,
+    score: Callable | None = None,
+    better: torch.nn.Module | None = None,
 ) -> dict[str, torch.Tensor]:
-    """name -> (n,), the scores of the targets that count.
+    """name -> (n,), the scores of the targets that count: see evaluate().
 
     A group's position in the split seeds its draws, so they do not depend on the batch."""
     seed_micro_batch(0, 0)  # Bayesian hidden layers draw the same weights for all windows
-    hiddens = model.hiddens(batch.x.to(device), n_samples)
+    x = batch.x.to(device)
+    hiddens = model.hiddens(x, n_samples)
+    n_hiddens = len(hiddens)
+    if better:
+        hiddens = hiddens + better.hiddens(x)
     sizes = CHUNK_ROWS[device.type]
     seeds = itertools.repeat(0)
     if n_samples > 0:
@@ -78,16 +102,20 @@ def score_windows(
         sizes = n_rows.tolist()
         seeds = groups.tolist()
     columns = []
-    for column in (batch.y, *batch.labels, *hiddens):
+    for column in (*hiddens, batch.y, *batch.labels):
         rows = column[:, batch.first :].flatten(0, 1)
         columns.append(rows.to(device).split(sizes))
-    n_labels = len(batch.labels)
     found = []
-    for seed, targets, *others in zip(seeds, *columns, strict=False):
+    for seed, *parts in zip(seeds, *columns, strict=False):
         if n_samples > 0:
             seed_micro_batch(1, seed)
-        labels, states = others[:n_labels], others[n_labels:]
-        found.append(score_tokens(model, states, targets, labels, n_samples))
+        prediction = model.lm_head.predict(parts[:n_hiddens], n_samples)
+        targets, *labels = parts[len(hiddens) :]
+        of_better = None
+        if better:
+            of_better = better.lm_head.predict(parts[n_hiddens : len(hiddens)]).log_probs
+        chunk = Chunk(model, parts[:n_hiddens], prediction, targets, labels, of_better)
+        found.append((score or score_tokens)(chunk))
     return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
 
 
@@ -97,39 +125,51 @@ def row_chunks(n: int, device: torch.device) -> list[slice]:
     return [slice(i, i + size) for i in range(0, n, size)]
 
 
-def score_tokens(
-    model: torch.nn.Module,
-    hiddens: list[torch.Tensor],
-    targets: torch.Tensor,
-    labels: list[torch.Tensor],
-    n_samples: int,
-) -> dict[str, torch.Tensor]:
-    """name -> (n,). hiddens: (n, C) each. labels: () or ids and weights, (n, K) each."""
-    head = model.lm_head
-    prediction = head.predict(hiddens, n_samples)
-    log_p = prediction.log_probs
-    nll, confidence, correct = token_scores(log_p, targets)
-    # a norm of 50,304 fp32 numbers is too small by 1e-5 on a CPU
-    sum_of_squares = log_p.exp().square_().sum(-1)
+class Chunk(NamedTuple):
+    """Some positions of a text, and a model's predictions of their tokens."""
+
+    model: torch.nn.Module
+    hiddens: list[torch.Tensor]  # (n, C) each: see GPT.hiddens
+    prediction: Prediction  # (n, ...)
+    targets: torch.Tensor  # (n,)
+    labels: list[torch.Tensor]  # () or ids and weights, (n, K) each
+    of_better: torch.Tensor | None  # (n, V), the log-probabilities of a better model
+
+
+def score_tokens(chunk: Chunk) -> dict[str, torch.Tensor]:
+    """name -> (n,)."""
+    model, prediction = chunk.model, chunk.prediction
+    head, log_p = model.lm_head, prediction.log_probs
+    nll, confidence, correct = token_scores(log_p, chunk.targets)
     values = {
         "nll": nll,
         "accuracy": correct.float(),
-        "brier": sum_of_squares - 2 * (-nll).exp() + 1,
+        "brier": brier(log_p, nll),
         "entropy": prediction.total,
         "confidence": confidence,
     }
-    if model.bayes_layers() or len(hiddens) > 1:
+    if model.bayes_layers() or len(chunk.hiddens) > 1:
         values["aleatoric"] = prediction.aleatoric
         values["mutual_information"] = prediction.epistemic
     if hasattr(head.likelihood, "desmoothed"):
         plain = head.likelihood.desmoothed(log_p)
-        values["nll_desmoothed"] = token_scores(plain, targets).nll
+        values["nll_desmoothed"] = token_scores(plain, chunk.targets).nll
     if hasattr(head.likelihood, "log_sum_sigma"):
-        logits = head.logits(hiddens[0])
+        logits = head.logits(chunk.hiddens[0])
         values["log_sum_sigma"] = head.likelihood.log_sum_sigma(logits)
-    if labels:
-        values |= set_scores(log_p, *labels)
+    if chunk.labels:
+        values |= set_scores(log_p, *chunk.labels)
+    if chunk.of_better is not None:
+        of_better = chunk.of_better
+        values["reducible"] = (of_better.exp() * (of_better - log_p)).sum(-1)
     return values
+
+
+def brier(log_probs: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
+    """(n,): the squared distance of the prediction from the true token."""
+    # a norm of 50,304 fp32 numbers is too small by 1e-5 on a CPU
+    sum_of_squares = log_probs.exp().square_().sum(-1)
+    return sum_of_squares - 2 * (-nll).exp() + 1
 
 
 def set_scores(

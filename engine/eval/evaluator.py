@@ -1,27 +1,30 @@
-"""What evaluate.py measures of one run: scores, continuations, and scored documents."""
+"""What evaluate.py measures of one run: scores, baselines, and scored documents."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from tqdm import tqdm
 
 from engine.base.distributed import Processes, autocast
 from engine.base.errors import UserError
-from engine.base.options import NonNegativeFloat, NonNegativeInt, PositiveInt, check_options
+from engine.base.options import NonNegativeInt, PositiveInt, check_options
 from engine.data.labels import LabelFile
+from engine.data.shards import splits_in
 from engine.data.tokenizer import has_tokenizer, load_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.data.windows import windows
-from engine.eval.diversity import continuations, diversity, prompts
+from engine.eval.baselines import Baselines, fit_temperature
 from engine.eval.ensemble import load, members_of
 from engine.eval.evaluation import check_n_samples, evaluate
-from engine.eval.metrics import MetricAccumulator, out_of_domain
+from engine.eval.metrics import Scores, out_of_domain, reducible_loss
 from engine.eval.scored_text import ScoredText, score_text
 from engine.eval.texts import TextStats, first_document
 from engine.eval.validation import exp
 from engine.runs.checkpoint import check_tokenizer, folder_of
 
+VAL_TOKENS = 20_000  # of the validation split, for the temperature and the usual uncertainties
 SHOWN_TOKENS = 600  # of a document that the report colours
 
 
@@ -29,8 +32,10 @@ SHOWN_TOKENS = 600  # of a document that the report colours
 class EvaluationConfig:
     split: str = "test"  # test | val | train
     dataset: str = ""  # another data set than the run's own (same tokenizer)
-    # a data set of out-of-domain (OOD) text: how well does each uncertainty detect it?
+    # data sets of out-of-domain (OOD) text, separated by commas: does each uncertainty detect it?
     ood_dataset: str = ""
+    # a better model of the same tokens: does each uncertainty know where it predicts better?
+    better: str = ""
     # distance between windows; below block_size each token has more context, and it takes longer;
     # 0: block_size
     stride: NonNegativeInt = 0
@@ -43,24 +48,12 @@ class EvaluationConfig:
     mc_dropout: bool = False
     # a label set of this split (augmentation/teacher_labels.py --split): recall@k
     labels: str = ""
-    # also generate this many texts from prompts of the split: Self-BLEU, distinct-n
-    continuations: NonNegativeInt = 0
-    prompt_tokens: PositiveInt = 32  # of each prompt
-    max_new_tokens: PositiveInt = 100  # of each continuation
-    temperature: NonNegativeFloat = 1.0  # of the continuations
-    # of the continuations: draw from the k likeliest tokens; 0: from all
-    top_k: NonNegativeInt = 0
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
         check_options(self)
         if self.mc_dropout and self.n_samples < 1:
             raise UserError("mc_dropout averages passes; add --n_samples=16, for example")
-        if self.mc_dropout and self.continuations:
-            raise UserError(
-                "continuations are generated without dropout; "
-                "leave --mc_dropout or --continuations out"
-            )
 
 
 class Evaluator:
@@ -114,34 +107,55 @@ class Evaluator:
         if not has_tokenizer(folder):
             folder = dataset_folder(self.dataset)
         self.tokenizer = load_tokenizer(folder)
-        self.ood = None
-        if config.ood_dataset:
-            self.ood = self._split(config.ood_dataset)
-        if config.continuations:
-            if len(self.members) > 1:
-                raise UserError(
-                    f"{self.source} is an ensemble, which cannot generate text; "
-                    "leave --continuations out"
-                )
-            eot = self.tokenizer.eot
-            self.prompts = prompts(self.file, eot, config.continuations, config.prompt_tokens)
+        self.oods = {
+            name: self._split(name) for name in filter(None, config.ood_dataset.split(","))
+        }
+        self.better = None
+        if config.better:
+            check_tokenizer(members_of(config.better)[0], dataset_folder(self.dataset))
+            self.better, _ = load(config.better)
+            for name in ("vocab_size", "block_size"):
+                ours, theirs = (getattr(m.config, name) for m in (self.model, self.better))
+                if theirs < ours or (name == "vocab_size" and theirs != ours):
+                    raise UserError(
+                        f"{config.better} has {name} = {theirs}, {self.source} has {ours}; "
+                        "give another --better"
+                    )
 
-    def _split(self, dataset):
+    def _split(self, dataset, split=""):
         for member in self.members:
             check_tokenizer(member, dataset_folder(dataset))
-        file = TokenFile(dataset, self.config.split)
+        file = TokenFile(dataset, split or self.config.split)
         file.check(self.model.config.vocab_size)
         return file
 
-    def scores(self) -> tuple[dict, MetricAccumulator]:
-        """All scores of the split, and the sums that they were computed from."""
+    def fit(self) -> None:
+        """Fit the baselines to the training and the validation text, and read from the latter what
+        uncertainties are usual."""
+        temperature = None
+        self.usual = None
+        if "val" in splits_in(self.file.path.parent):
+            val = self._split(self.dataset, "val")
+            n_windows = math.ceil(VAL_TOKENS / self.block_size)
+            read_val = partial(self._evaluate, val, limit=n_windows)
+            self.usual = read_val()
+            temperature = fit_temperature(lambda score: read_val(score=score))
+        train = TokenFile(self.dataset, "train")
+        self.baselines = Baselines(self.models[0], train, self.processes, self.cast, temperature)
+
+    def scores(self) -> tuple[dict, Scores]:
+        """All scores of the split, as a row and by token."""
         config = self.config
+        self.fit()
+        score = self.baselines
         eot = self.tokenizer.eot
         n_documents = 0
         if eot is not None:
             n_documents = self.file.counts(self.model.config.vocab_size)[eot].item()
         text = TextStats(self.tokenizer, self.frequencies, n_documents, part=bool(config.limit))
-        scores = self._evaluate(self.file, text, self.labels)
+        scores = self._evaluate(
+            self.file, text, self.labels, config.limit, score=score, better=self.better
+        )
         row = scores.result()
         nats = row["nll"] * row["n_tokens"]
         row |= {
@@ -166,48 +180,42 @@ class Evaluator:
         if self.model.bayes_layers() and len(self.members) == 1:
             row["kl"] = self.model.kl().item()
             row["kl_weight"] = self.model.config.head.kl_weight
-        if self.ood:
-            row["ood"] = {"dataset": config.ood_dataset}
-            row["ood"] |= out_of_domain(scores, self._evaluate(self.ood))
+        if self.baselines.temperature:
+            row["temperature"] = self.baselines.temperature
+        if self.better:
+            row["better"] = {"run": config.better} | reducible_loss(scores)
+        row["ood"] = []
+        for name, file in self.oods.items():
+            ood = self._evaluate(file, limit=config.limit, score=score)
+            row["ood"].append({"dataset": name} | out_of_domain(scores, ood))
         return row, scores
 
     def _describe_heads(self):
         heads = [model.config.head for model in self.models]
         return " + ".join(f"{head.weights} x {head.likelihood}" for head in heads)
 
-    def continuations(self) -> tuple[dict, list[dict]]:
-        """Returns the diversity of generated texts with their settings, and the texts."""
-        config = self.config
-        names = ("max_new_tokens", "temperature", "top_k", "n_samples")
-        settings = {name: getattr(config, name) for name in names}
-        tokenizer = self.tokenizer
-        with self.cast:
-            texts = continuations(self.model, tokenizer, self.prompts, **settings)
-        records = []
-        for ids, text in zip(self.prompts.tolist(), texts, strict=True):
-            records.append({"prompt": tokenizer.decode(ids), "continuation": text})
-        settings |= {"prompt_tokens": config.prompt_tokens, "split": config.split}
-        return diversity(texts) | {"settings": settings}, records
-
     def documents(self) -> dict[str, ScoredText]:
         """title -> the first document of the split and of the OOD text, token by token."""
+        files = {"In domain": self.file}
+        files |= {f"Out of domain: {name}": file for name, file in self.oods.items()}
         found = {}
-        for title, file in (("In domain", self.file), ("Out of domain", self.ood)):
-            if file:
-                ids = first_document(file, self.tokenizer.eot, SHOWN_TOKENS)
-                scored = score_text(self.model, self.tokenizer, ids, self.n_samples)
-                found[f"{title}: {file.path}"] = scored
+        for title, file in files.items():
+            ids = first_document(file, self.tokenizer.eot, SHOWN_TOKENS)
+            scored = score_text(self.model, self.tokenizer, ids, self.n_samples)
+            found[f"{title}: {file.path}"] = scored
         return found
 
-    def _evaluate(self, file, text=None, labels=None):
+    def _evaluate(self, file, text=None, labels=None, limit=0, score=None, better=None):
         config = self.config
         n_windows = math.ceil((len(file) - 1) / self.stride)
-        n_windows = min(n_windows, config.limit or n_windows)
+        n_windows = min(n_windows, limit or n_windows)
         bar = tqdm(
-            windows(file, self.block_size, config.batch_size, config.limit, self.stride, labels),
+            windows(file, self.block_size, config.batch_size, limit, self.stride, labels),
             desc=f"{self.source}, {file.path}",
             total=math.ceil(n_windows / config.batch_size),
             leave=False,
             disable=None if self.processes.is_main else True,  # None: only in a terminal
         )
-        return evaluate(self.model, bar, self.processes, self.cast, self.n_samples, text)
+        return evaluate(
+            self.model, bar, self.processes, self.cast, self.n_samples, text, score, better
+        )

@@ -14,6 +14,7 @@ from cycler import cycler
 from matplotlib.figure import Figure
 
 from engine.base.files import atomic_write
+from engine.eval.table import ood_results
 
 # Okabe and Ito's colours for the colour-blind, without the pale yellow. Dashes and markers vary
 # too; 7, 4 and 3 have no common divisor, so 84 runs look different.
@@ -188,7 +189,8 @@ def uncertainty_figure(rows: dict[str, dict]) -> Figure | None:
 def plot_histograms(panel, row: dict, score: str) -> None:
     """A score of a run: filled bars in domain, an outline for OOD text."""
     plot_histogram(panel, row, score, "in domain", fill=True, color=IN_DOMAIN)
-    if ood := row.get("ood"):
+    if oods := ood_results(row):
+        ood = oods[0]
         plot_histogram(panel, ood, score, "OOD", linewidth=1.5, color=OOD)
         auroc = ood["auroc"][score]
         panel.set_title(f"AUROC: token {auroc['token']:.2f}, block {auroc['block']:.2f}")

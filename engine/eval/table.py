@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from engine.eval.metrics import MetricAccumulator, spread
+from engine.eval.metrics import Scores, spread
 from engine.eval.validation import exp
 
 # title of a table -> name of a score -> "column header: format"
@@ -19,32 +19,40 @@ GROUPS = {
         "vs_first": "vs first: .3f",
         "vs_first_se": "±: .3f",
     },
-    "calibration and uncertainty (nats per token; AURC: area under error rate by coverage)": {
+    "calibration (tempered: at the temperature with the lowest nll on validation text)": {
         "ece": "ECE: .4f",
         "ece_se": "±: .4f",
         "brier": "Brier: .4f",
+        "temperature": "temperature: .3f",
+        "nll_tempered": "tempered nll: .4f",
+        "ece_tempered": "tempered ECE: .4f",
+        "brier_tempered": "tempered Brier: .4f",
+    },
+    "uncertainty (nats per token; n_samples: draws)": {
         "entropy": "total: .4f",
         "aleatoric": "aleatoric: .4f",
         "mutual_information": "epistemic: .5f",
-        "aurc_confidence": "AURC by confidence: .4f",
-        "aurc_entropy": "by total: .4f",
-        "aurc_mutual_information": "by epistemic: .4f",
         "log_sum_sigma": "ln Σσ: +.4f",
         "kl_weight": "kl_weight: g",
         "n_samples": "n_samples: d",
     },
-    "detection of out-of-domain (OOD) text (AUROC of blocks and tokens)": {
-        "ood_auroc_nll_block": "nll AUROC blocks: .4f",
-        "ood_auroc_nll_token": "nll AUROC tokens: .4f",
-        "ood_auroc_entropy_block": "total AUROC blocks: .4f",
-        "ood_auroc_entropy_token": "total AUROC tokens: .4f",
-        "ood_auroc_mutual_information_block": "epistemic AUROC blocks: .4f",
-        "ood_auroc_mutual_information_token": "epistemic AUROC tokens: .4f",
-    },
-    "continuations (distinct-n falls with the number of words)": {
-        "continuations_self_bleu": "Self-BLEU: .2f",
-        "continuations_distinct_4": "Distinct-4: .3f",
-    },
+}
+BY_UNCERTAINTY = {  # title -> the start of a score's name; a column for each uncertainty
+    "errors: AURC, the area under error rate by coverage (lower is better)": "aurc_{}",
+    "errors: AUGRC, the same for the share of all tokens answered wrong (lower is better)": (
+        "augrc_{}"
+    ),
+    "errors: PRR, the share of the possible gain over a random order (higher is better)": "prr_{}",
+    "reducible loss: Spearman's correlation with KL(--better || run)": "better_spearman_{}",
+    "detection of out-of-domain (OOD) text: AUROC of blocks": "auroc_{}_block",
+    "detection of OOD text: AUROC of single tokens": "auroc_{}_token",
+}
+NAMES = {  # of uncertainties in tables
+    "nll": "nll",
+    "confidence": "1 - confidence",
+    "entropy": "total",
+    "mutual_information": "epistemic",
+    "mahalanobis": "Mahalanobis",
 }
 OTHER_TEXTS = (
     "the runs were evaluated on different texts, tokenizers or windows (--limit): compare bits per "
@@ -58,7 +66,7 @@ class Table(NamedTuple):
     lines: list[list[str]]  # cells, the name of the run first
 
 
-def tables(rows: dict[str, dict], scores: dict[str, MetricAccumulator]) -> list[Table]:
+def tables(rows: dict[str, dict], scores: dict[str, Scores]) -> list[Table]:
     """The results by group, without columns that no run has. rows, scores: by run name."""
     if not comparable(rows):
         return [table_of(OTHER_TEXTS, {"bits_per_byte": "bits per byte: .4f"}, rows)]
@@ -78,7 +86,19 @@ def tables(rows: dict[str, dict], scores: dict[str, MetricAccumulator]) -> list[
     }
     numbers = {"unigram": unigram} | numbers
     found = [table_of(title, columns, numbers) for title, columns in GROUPS.items()]
+    for name, row in rows.items():
+        for ood in ood_results(row):
+            numbers[f"{name}, {ood['dataset']}"] = flat(ood["auroc"], "auroc_")
+    for title, score in BY_UNCERTAINTY.items():
+        columns = {score.format(name): f"{head}: .4f" for name, head in NAMES.items()}
+        found.append(table_of(title, columns, numbers))
     return [table for table in found if table.lines]
+
+
+def ood_results(row: dict) -> list[dict]:
+    """One dict for each OOD data set; the first edition had one data set."""
+    found = row.get("ood", [])
+    return [found] if isinstance(found, dict) else found
 
 
 def comparable(rows: dict[str, dict]) -> bool:
@@ -90,9 +110,9 @@ def comparable(rows: dict[str, dict]) -> bool:
     return len(texts) == 1
 
 
-def ratio_se(scores: MetricAccumulator, first: MetricAccumulator) -> float:
+def ratio_se(scores: Scores, first: Scores) -> float:
     """The standard error of the ratio of two perplexities on the same resampled texts."""
-    differences = scores.replicates()["nll"] - first.replicates()["nll"]
+    differences = scores.replicates["nll"] - first.replicates["nll"]
     return spread(differences.clamp(max=700).exp())
 
 

@@ -55,7 +55,8 @@ def from_weights(config, old: Checkpoint, file: TokenFile, given: Set[str]) -> G
 
 def hidden_states(model: GPT, file: TokenFile) -> torch.Tensor:
     """Hidden states (n, C) at about POSITIONS positions of a split."""
-    return torch.cat(list(states(model, file, POSITIONS, contextlib.nullcontext())))
+    blocks = states(model, file, POSITIONS, contextlib.nullcontext())
+    return torch.cat([hidden for hidden, _ in blocks])
 
 
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:

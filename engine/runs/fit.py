@@ -30,39 +30,48 @@ def check_text(n_embd: int, file: TokenFile) -> None:
 def fit_posterior(model, data: TokenFile, processes, cast) -> str:
     """Fit the covariance of the output weights; their means do not change. Returns a line to print.
 
-    data: the training split. The hidden states are those of evenly spaced blocks, so any number of
-    processes finds the same posterior.
-    """
-    vocab_size, n_embd = model.lm_head.weights.weight.shape
-    rank, world_size = processes.rank, processes.world_size
-    sums = torch.zeros(n_embd * n_embd + 1, dtype=torch.float64)  # the last one counts positions
-    for x in states(model, data, POSITIONS, cast, rank, world_size):
-        processes.heartbeat()
-        x = x.cpu().double()
-        sums[:-1] += (x.T @ x).flatten()
-        sums[-1] += len(x)
-    if world_size > 1:
-        sums = sums.to(processes.device)
-    *sums, n = processes.all_reduce(sums)
-    second_moment = torch.tensor(sums, dtype=torch.float64).view(n_embd, n_embd) / n
+    data: the training split."""
+    _, second_moment, n = moments(model, data, processes, cast)
+    vocab_size = len(model.lm_head.weights.weight)
     model.lm_head.weights.fit_columns(second_moment, data.frequencies(vocab_size), DAMPING)
     return f"kron posterior fitted on {n:,.0f} positions of the training text"
+
+
+def moments(model, file: TokenFile, processes, cast) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The mean (C,) and second moment (C, C) of hidden states, float64, and their number. They are
+    those of evenly spaced blocks, the same ones for any number of processes."""
+    n_embd = model.config.n_embd
+    sums = torch.zeros(n_embd + 1, n_embd + 1, dtype=torch.float64)
+    blocks = states(model, file, POSITIONS, cast, processes.rank, processes.world_size)
+    for hidden, _ in blocks:
+        processes.heartbeat()
+        x = hidden.cpu().double()
+        x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+        sums += x.T @ x
+    if processes.world_size > 1:
+        sums = sums.to(processes.device)
+    totals = processes.all_reduce(sums.flatten())
+    sums = torch.tensor(totals, dtype=torch.float64).view(sums.shape)
+    if not (sums.isfinite().all() and sums.trace() > sums[-1, -1]):
+        raise UserError("the model's hidden states are zero or not finite; train it again")
+    n = sums[-1, -1].item()
+    return sums[-1, :-1] / n, sums[:-1, :-1] / n, n
 
 
 @torch.no_grad()
 def states(
     model, file: TokenFile, n: int, cast, rank: int = 0, world_size: int = 1
-) -> Iterator[torch.Tensor]:
-    """Hidden states (T, C) of this process's blocks. All processes together read at least n
-    positions, if the split has as many."""
-    block_size, device = model.config.block_size, model.lm_head.weights.weight.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states (T, C) and targets (T,) of this process's blocks. All processes together read
+    at least n positions, if the split has as many."""
+    block_size, device = model.config.block_size, model.transformer.wte.weight.device
     n_blocks = -(-n // block_size)
     blocks = eval_batches(file, block_size, 1, n_blocks)[rank::world_size]
     was_training = model.training
     model.eval()
-    for start in tqdm(blocks, desc="posterior", leave=False, disable=None):
-        x, _ = gather(file, start, block_size)
+    for start in tqdm(blocks, desc=str(file.path), leave=False, disable=None):
+        x, y = gather(file, start, block_size)
         with cast:
             hidden = model.hidden(x.to(device))
-        yield hidden.flatten(0, 1)
+        yield hidden.flatten(0, 1), y.flatten().to(device)
     model.train(was_training)
