@@ -117,7 +117,7 @@ def score(
     check_n_samples(model, config.n_samples, config.model or config.out_dir)
     texts = [encode(tokenizer, item.context, item.endings) for item in items]
     cast, _ = autocast(device, config.dtype)
-    log_probs = score_endings(model, texts, 4 * config.batch_size, cast, config.n_samples)
+    log_probs, _ = score_endings(model, texts, 4 * config.batch_size, cast, config.n_samples)
     if config.style == "completion":
         lengths = [[len(ids) for ids in endings] for _, endings in texts]
     else:

@@ -160,6 +160,11 @@ def test_under_torchrun_an_error_names_its_rank(prepared, monkeypatch, capsys):
     assert error.startswith("[rank 1] error: ")
 
 
+def test_without_its_package_the_harness_says_how_to_install_it(prepared, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install" in refused("harness.py", [], prepared, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("port", ["", "port"])
 def test_processes_that_torchrun_did_not_start_are_refused(prepared, monkeypatch, capsys, port):
     monkeypatch.setenv("WORLD_SIZE", "2")

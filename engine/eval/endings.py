@@ -21,8 +21,9 @@ def score_endings(
     batch_size: int = 64,
     cast: AbstractContextManager | None = None,
     n_samples: int = 0,
-) -> torch.Tensor:
-    """Returns the sum of log p over each ending's tokens, (N,) float64, in the order of the items.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns two tensors (N,) in the order of the items: the sum of log p over each ending's
+    tokens, float64, and whether each of them is the likeliest.
 
     A text that does not fit into block_size is cut from the left, as in lm-evaluation-harness."""
     model.eval()
@@ -39,6 +40,7 @@ def score_endings(
     lengths = torch.tensor([len(ids) for ids in inputs])
     order = lengths.argsort(descending=True, stable=True)
     sums = torch.zeros(len(inputs), dtype=torch.float64)
+    are_likeliest = torch.ones(len(inputs), dtype=torch.bool)
     batches = order.split(batch_size)
     for numbers in tqdm(batches, desc="endings", leave=False, disable=None):
         x = pad_sequence([inputs[i] for i in numbers], batch_first=True)
@@ -54,9 +56,11 @@ def score_endings(
                 seed_micro_batch(1, 0)
                 states = [hidden[rows] for hidden in hiddens]
                 log_probs = model.lm_head.log_probs(states, n_samples)
-                nll = token_scores(log_probs, targets[rows]).nll
-                sums.index_add_(0, owners[rows], -nll.cpu().double())
-    return sums
+                scores = token_scores(log_probs, targets[rows])
+                sums.index_add_(0, owners[rows], -scores.nll.cpu().double())
+                is_wrong = ~scores.correct.cpu()
+                are_likeliest[owners[rows][is_wrong]] = False
+    return sums, are_likeliest
 
 
 def encode(tokenizer: Tokenizer, context: str, endings: list[str]) -> Item:

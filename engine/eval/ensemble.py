@@ -62,6 +62,9 @@ class Ensemble(nn.Module):
         total = entropy(log_probs)
         return Prediction(log_probs, total, total - aleatoric)
 
+    def log_probs(self, hiddens: list[torch.Tensor], n_samples: int = 0) -> torch.Tensor:
+        return self.predict(hiddens, n_samples).log_probs
+
     def bayes_layers(self) -> list[BayesLinear]:
         return [layer for member in self.members for layer in member.bayes_layers()]
 
