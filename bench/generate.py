@@ -22,7 +22,7 @@ from bench import measure
 from bench.heads import N_DATA, OURS
 from bench.step import shapes_of, transformers_gpt2
 from engine.base.distributed import autocast, keep_memory, pick_device
-from engine.eval.generation import generate
+from engine.eval.generation import compile_step, generate
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
@@ -36,7 +36,7 @@ def main() -> None:
     bayes = gpt("bayes", **shape)
     if args.steps == "compiled":
         for model in (softmax, bayes):
-            model.compile_step()
+            compile_step(model)
     del shape["batch_size"]
     theirs = transformers_gpt2(**shape).eval().to(device)
     n_prompt = shape["block_size"] // 16

@@ -185,9 +185,8 @@ def scores_of(
 ) -> dict:
     """The result of evaluate() on a split."""
     batches = windows(file, model.config.block_size, batch_size, **options)
-    return evaluate(
-        model, batches, distributed.Processes(torch.device("cpu")), n_samples=n_samples
-    ).result()
+    processes = distributed.Processes(model.transformer.wte.weight.device)
+    return evaluate(model, batches, processes, n_samples=n_samples).result()
 
 
 def value_and_gradients(value: Tensor, inputs: Iterable[Tensor]) -> list[Tensor]:

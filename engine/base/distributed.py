@@ -58,7 +58,7 @@ class Processes:
 
         fsdp shards in place: parameters become DTensors.
         """
-        shards = self.world_size > 1 and sharding == "fsdp"
+        shards = dist.is_initialized() and sharding == "fsdp"
         if compile:
             check_compiler(self.device)
             for module in model.transformer.h if shards else [model]:
@@ -66,7 +66,7 @@ class Processes:
         if shards:
             shard(model, self.device.type, self.world_size)  # moves blocks to the device one by one
         model = model.to(self.device)
-        if self.world_size == 1 or shards:
+        if shards or not dist.is_initialized():
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         ddp_model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -81,7 +81,7 @@ class Processes:
             is_last = number == numbers[-1]
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = is_last  # no_sync() does the same
-            elif self.world_size > 1:
+            elif dist.is_initialized():
                 model.set_requires_gradient_sync(is_last)
             yield number
 
@@ -94,9 +94,10 @@ class Processes:
     def all_reduce(self, values: torch.Tensor) -> list[float]:
         """Sum values (n,) over all processes. After a signal to one, all raise Interrupted."""
         self.heartbeat()
-        if self.world_size == 1:
+        if not dist.is_initialized():
             return values.tolist()
         values = torch.cat([values, values.new_tensor([float(self.watch.signum)])])
+        values = values.to(self.device)  # nccl takes no others
         dist.all_reduce(values)
         *values, signals = values.tolist()
         if signals:
@@ -119,6 +120,9 @@ class Processes:
 def init(device: str, backend: str, hang_timeout: float = 0.0):
     """Join the processes that torchrun started, or be the only one. Yields Processes.
 
+    A single process that torchrun started joins a group too: so DDP, fully_shard and NCCL run, and
+    can be tested, on one GPU.
+
     hang_timeout: seconds without progress, in a collective or in the loop, after which a process
     exits; 0: never.
     """
@@ -129,7 +133,7 @@ def init(device: str, backend: str, hang_timeout: float = 0.0):
     picked = pick_device(device)
     if picked.type == "cpu":
         keep_memory()
-    if world_size == 1:
+    if world_size == 1 and not dist.is_torchelastic_launched():
         yield Processes(picked, watch=watch)
         return
     if picked.type == "cuda":

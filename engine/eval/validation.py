@@ -42,8 +42,6 @@ def mean_loss(
         values = torch.cat([sums, gaps])
         if i >= n:
             values.zero_()
-        if world_size > 1:
-            values = values.to(processes.device)
         totals += np.array(processes.all_reduce(values))
     model.train()
     nll, loss, n_tokens, *gaps = totals.tolist()

@@ -1,0 +1,122 @@
+"""Does it run on a GPU, and how fast: one command of eight minutes that downloads nothing.
+
+    python bench/gpu.py --out=FOLDER                   results in FOLDER/results.json
+    python bench/gpu.py --out=FOLDER --only=speed      parts: heads,train,resume,processes,speed
+    python bench/gpu.py --quick                        tiny shapes, also on a CPU: does it run?
+
+The first four parts are the checks of tests/cuda_checks.py; torchrun starts `processes` as one
+process, so that it trains with DDP and fully_shard. `speed` runs train.py with GPT-2 124M. A part
+has its own process and time limit. The results are written after each part, and include what a
+stopped part had found.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import torch
+
+from bench.heads import OURS
+from engine.base.files import read_json_lines, write_json
+from engine.runs.banner import environment
+from tests import cuda_checks
+
+SECONDS = {"heads": 120, "train": 90, "resume": 60, "processes": 60, "speed": 300}
+SECONDS_OF_ALL = 480
+
+
+def cases(part: str, work: Path, quick: bool) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The names of a part's cases and their functions."""
+    if part != "speed":
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # to compare with a CPU
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        yield from cuda_checks.cases(part, device, work, quick)
+        return
+    data = cuda_checks.write_ids(work / "data", 50257)
+    for vocab_size in (50304, 50257):
+        for name in ("softmax",) if quick else ("softmax", "sigmoid", "bayes"):
+            case = f"{name} {vocab_size}"
+            options = OURS[name] | {"vocab_size": vocab_size, "dataset": data}
+            yield case, partial(speed, work / case, quick, options)
+
+
+def speed(out_dir: Path, quick: bool, options: dict) -> dict:
+    """Medians of train.py's records: tokens per second, MFU, peak memory."""
+    config = "config/debug.py" if quick else "config/train_gpt2_fineweb_edu.py"
+    options = {"max_iters": 10, "eval_iters": 2, "log_interval": 1, "out_dir": out_dir} | options
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    subprocess.run([sys.executable, "train.py", config, *flags], cwd=ROOT, check=True)
+    records = read_json_lines(out_dir / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record][3:]
+    keys = steps[0].keys() & {"loss", "tokens_per_second", "mfu", "memory_gb"}
+    return {key: statistics.median(record[key] for record in steps) for key in keys}
+
+
+def run_part(part: str, work: Path, quick: bool) -> None:
+    """Append the result of each case to <work>/results.jsonl."""
+    for name, case in cases(part, work, quick):
+        torch._dynamo.reset()
+        started = time.perf_counter()
+        try:
+            found = {"ok": True} | case()
+        except Exception:  # the other cases still run
+            found = {"ok": False, "error": traceback.format_exc()[-3000:]}
+        found["seconds"] = round(time.perf_counter() - started, 1)
+        with open(work / "results.jsonl", "a") as file:
+            file.write(json.dumps({"case": name} | found) + "\n")
+
+
+def start_part(part: str, quick: bool, seconds: float) -> dict:
+    """Run a part in its own process, which ends when the time is over."""
+    command = ["timeout", "--kill-after=10", f"{seconds:.0f}", sys.executable]
+    if part == "processes":
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    with tempfile.TemporaryDirectory() as work:
+        command += [__file__, f"--part={part}", f"--out={work}"]
+        done = subprocess.run(
+            command + ["--quick"] * quick,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        cases = read_json_lines(Path(work, "results.jsonl"))
+    # exit code 124: the time was over
+    return {"exit_code": done.returncode, "cases": cases, "output": done.stdout[-3000:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the results")
+    parser.add_argument("--only", default=",".join(SECONDS), help="parts, with commas between")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
+    parser.add_argument("--part", choices=SECONDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        run_part(args.part, args.out, args.quick)
+        return
+    parts = args.only.split(",")
+    if unknown := set(parts) - SECONDS.keys():
+        parser.error(f"no such part: {', '.join(unknown)}; choose from {', '.join(SECONDS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + SECONDS_OF_ALL
+    results = {"environment": environment()}
+    for part in parts:
+        seconds = max(1.0, min(SECONDS[part], end - time.monotonic()))
+        results[part] = start_part(part, args.quick, seconds)
+        print(part, json.dumps(results[part]["cases"], indent=1), flush=True)
+        write_json(args.out / "results.json", results)
+
+
+if __name__ == "__main__":
+    main()
