@@ -46,6 +46,7 @@ class ExportConfig:
     to: str = ""  # the new folder; a folder with files is never changed
     approximate: bool = False  # export the nearest GPT-2 if GPT-2 cannot represent the model
     dataset: str = ""  # measure on this data set instead of the run's (same tokenizer)
+    license: str = "unknown"  # for the card: mit, apache-2.0, cc-by-4.0 ...
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto; for the measurement
 
 
@@ -80,9 +81,11 @@ def main() -> None:
                 f"{difference:.1e} nats; nothing is exported: please report this"
             )
         found = comparison(unsupported, difference)
+        nlls = {}
         if file:
-            found += "\n\n" + nll_table(model, exported, file)
-        card = model_card(to.name, model, checkpoint.about, found)
+            table, nlls[file.path.parent.name] = nll_table(model, exported, file)
+            found += "\n\n" + table
+        card = model_card(to.name, model, checkpoint.about, found, config.license, nlls)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     print(found)
@@ -120,23 +123,25 @@ def largest_difference(model: GPT, exported: GPT) -> float:
     return (model.log_probs(idx) - exported.log_probs(idx)).abs().max().item()
 
 
-def nll_table(model: GPT, exported: GPT, file: TokenFile) -> str:
-    """A Markdown table: the nlls of the original and of the export on the same tokens."""
+def nll_table(model: GPT, exported: GPT, file: TokenFile) -> tuple[str, float]:
+    """A Markdown table with the nlls of the original and of the export on the same tokens, and the
+    export's."""
     processes = Processes(model.transformer.wte.weight.device)
     block_size = model.config.block_size
     batches = list(windows(file, block_size, 8, limit=max(1, N_TOKENS // block_size)))
     n_tokens = sum(batch.y.numel() for batch in batches)
 
-    def row(name: str, model: GPT, n_samples: int = 0) -> str:
-        scores = evaluate(model, batches, processes, n_samples=n_samples)
-        return f"| {name} | {scores.mean('nll'):.4f} |"
+    def measure(name: str, model: GPT, n_samples: int = 0) -> float:
+        nll = evaluate(model, batches, processes, n_samples=n_samples).mean("nll")
+        rows.append(f"| {name} | {nll:.4f} |")
+        return nll
 
     rows = [f"| {n_tokens:,} tokens of the validation split | nats per token |", "|---|---|"]
-    rows.append(row("the original", model))
+    measure("the original", model)
     if model.bayes_layers() and not model.config.bayes_mlp:  # hidden layers need draws
-        rows.append(row("the original, averaged over its posterior", model, n_samples=-1))
-    rows.append(row("the export", exported))
-    return "\n".join(rows)
+        measure("the original, averaged over its posterior", model, n_samples=-1)
+    nll = measure("the export", exported)
+    return "\n".join(rows), nll
 
 
 if __name__ == "__main__":

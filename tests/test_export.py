@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 import engine.gpt2.exporting
 import export
@@ -19,6 +20,7 @@ from model import GPT
 from tests.helpers import (
     contents,
     flags,
+    run,
     scores_of,
     tiny_gpt,
     write_dataset,
@@ -115,6 +117,21 @@ def test_the_model_card_has_the_nll_of_the_run_and_of_its_export(tmp_path, words
     assert original != averaged and original != export
     for nll in (original, averaged, export):
         assert f" {nll:.4f} |" in card
+
+
+def test_the_hub_reads_the_license_base_model_and_nll_of_the_card(tmp_path, words_data):
+    run(words_data, tmp_path / "run", max_iters=1)
+    path = tmp_path / "run/ckpt_00000001.pt"
+    state = torch.load(path)
+    state["config"]["init_from"] = "gpt2"
+    torch.save(state, path)
+    folder = exported(tmp_path / "run", tmp_path / "gpt2", "--license=mit")
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.license, data.base_model) == ("mit", "openai-community/gpt2")
+    (result,) = data.eval_results
+    nll = scores_of(load_model(folder), TokenFile(words_data, "val"))["nll"]
+    assert result.metric_value == pytest.approx(nll, abs=1e-4)
+    assert (result.dataset_name, result.dataset_split) == (words_data.name, "val")
 
 
 def with_tokenizer(tmp_path: Path, tokenizer) -> Path:
