@@ -15,7 +15,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,13 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import exclusive_lock, read_json, write_json
-from engine.base.options import (
-    NonNegativeInt,
-    PositiveInt,
-    check_options,
-    flatten,
-    load_config,
-)
+from engine.base.options import NonNegativeInt, PositiveInt, check_options, flatten, load_config
 from engine.data.labels import LABEL_BYTES, identity, pack, paths_of, refuse_other
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.runs.checkpoint import check_tokenizer, load_model
@@ -46,15 +39,12 @@ class Options:
     dataset: str = ""  # a folder in data/, or the path of a folder with train.bin
     name: str = ""  # of the label set; a data set can have any number of them
     split: str = "train"  # train | val | test: labels of val and test are for evaluate.py --labels
-    k: PositiveInt = 8  # labels per position, 4 bytes each on disk
-    # topk: the k likeliest, renormalised | sample: k draws of weight 1 / k, unbiased
-    mode: Literal["topk", "sample"] = "topk"
-    share: Annotated[float, "> 0", "<= 1"] = 1.0  # share of the positions to label, at random
+    # labels per position, the likeliest, renormalised; 4 bytes each on disk
+    k: PositiveInt = 8
     max_tokens: NonNegativeInt = 0  # label only this many positions; 0: all
     # positions to label per window; 0: half the teacher's block_size; all of it is twice as fast
     stride: NonNegativeInt = 0
     batch_size: PositiveInt = 16  # windows at a time; lower it to save memory
-    seed: NonNegativeInt = 1337  # for share and for sample
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
 
@@ -98,6 +88,7 @@ class Teacher:
         for name in MAY_CHANGE:
             del about[name]
         return about | {
+            "mode": "topk",
             "dtype": self.dtype,
             "teacher_sha256": weights.hexdigest(),
             "vocab_size": self.n_ids,
@@ -120,38 +111,15 @@ class Teacher:
 
     def label_one(self, window: int, hidden: torch.Tensor) -> np.ndarray:
         """The rows of one window, given its hidden states (T, C)."""
-        k = self.options.k
-        random = np.random.default_rng((self.options.seed, window))
-        uniforms = random.random((self.block_size, 1 + k), np.float32)
         begin = window * self.stride
         labelled = slice(self.first_position(window) - begin, self.n_positions - begin)
-        hidden = hidden[labelled]
-        uniforms = uniforms[labelled]
-        chosen = np.flatnonzero(uniforms[:, 0] < self.options.share)
-        draws = torch.from_numpy(uniforms[chosen, 1:]).to(self.device)
-        rows = np.zeros((len(uniforms), 2, k), "<u2")
-        rows[chosen] = pack(*self.pick(hidden[chosen], draws))
-        return rows
+        log_probs = self.model.lm_head.log_probs(hidden[labelled])[:, : self.n_ids]
+        values, ids = log_probs.topk(self.options.k)
+        return pack(ids.cpu().numpy(), values.softmax(-1).cpu().numpy())
 
     def first_position(self, window: int) -> int:
         """The first of the positions that a window labels, which are its last `stride` ones."""
         return window * self.stride + self.block_size - self.stride if window else 0
-
-    def pick(self, hidden: torch.Tensor, uniforms: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """hidden (n, C), uniforms (n, K) -> ids (n, K), weights (n, K) of sum 1."""
-        log_probs = self.model.lm_head.log_probs(hidden)[:, : self.n_ids]
-        if self.options.mode == "topk":
-            values, ids = log_probs.topk(self.options.k)
-            weights = values.softmax(-1)
-        else:
-            cumulative = log_probs.exp().cumsum(-1)
-            ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
-            ids = ids.clamp(max=self.n_ids - 1)
-            # an id that is drawn twice appears once, with twice the weight
-            is_same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
-            is_repeat = is_same.tril(-1).any(-1)
-            weights = is_same.float().mean(-1) * ~is_repeat
-        return ids.cpu().numpy(), weights.cpu().numpy()
 
 
 def write_labels(teacher: Teacher) -> Path:
