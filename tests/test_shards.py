@@ -184,11 +184,11 @@ def test_the_description_has_sizes_and_damaged_files(tmp_path, monkeypatch, caps
     folder = described(tmp_path / "d")
     code, printed = describe(folder)
     assert code == 0 and f"train: {len(TEXT):,}" in printed and "uint16" in printed
-    for name in ("train_000003.bin", "val.bin"):
+    for name in ("val.bin", "train_000003.bin"):
         flip(folder / name, 9)
         code, printed = describe(folder)
-        assert code == 2 and name in printed
-    assert printed.count("sha256") == 2
+        assert code == 2 and name in printed and "sha256" in printed
+        flip(folder / name, 9)
     (folder / "val.bin").unlink()
     code, printed = describe(folder)
     assert code == 2 and "val.bin is missing" in printed
@@ -246,6 +246,7 @@ def test_ten_thousand_shards_and_a_file_of_a_gigabyte_are_read_in_flat_memory(tm
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 def test_ids_of_4_or_8_bytes_are_refused_with_the_repair(dtype, tmp_path):
-    np.arange(1, 200, dtype=dtype).tofile(tmp_path / "train.bin")
+    ids = np.random.default_rng(0).zipf(1.2, 4000) % 50257  # some often, most of them rarely
+    ids.astype(dtype).tofile(tmp_path / "train.bin")
     with pytest.raises(UserError, match="uint16"):
         TokenFile(tmp_path, "train")

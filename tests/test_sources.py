@@ -210,10 +210,12 @@ def test_text_that_is_not_utf8_is_refused_or_replaced(name, data, replaced, smal
         ('{"text": 5}', "int"),
     ],
 )
-def test_a_bad_line_of_json_is_refused_by_its_number(line, expected, tmp_path):
-    source = write(tmp_path / "a.jsonl", lines(["good"]) + line)
+def test_a_bad_line_of_json_is_refused_by_its_number_or_left_out(line, expected, tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", lines(["good"]) + "\n" + line)
     message = file_refused(source)
-    assert expected in message and "a.jsonl: line 2" in message
+    assert expected in message and "a.jsonl: record 3" in message and "--errors=ignore" in message
+    assert documents_of(find(source, errors="ignore")) == ["good"]
+    assert " 1 record" in capsys.readouterr().err
 
 
 WHOLE = gzip.compress(b"a long text", mtime=0)  # two workers collect the same names

@@ -140,17 +140,6 @@ def test_counts_are_bincounts_and_frequencies_add_half_an_occurrence(tmp_path, m
     assert np.allclose(file.frequencies(67), expected, rtol=1e-12)
 
 
-def test_a_very_large_split_is_counted_in_chunks_from_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.data.tokens, "COUNT_ALL", 500)
-    monkeypatch.setattr(engine.data.tokens, "N_CHUNKS", 10)
-    monkeypatch.setattr(engine.data.tokens, "CHUNK", 7)
-    ids = np.random.default_rng(0).integers(0, 60, 999)
-    chunks = [ids[begin : begin + 7] for begin in range(0, 990, 99)]
-    expected = np.bincount(np.concatenate(chunks), minlength=67)
-    counts = plain(tmp_path, ids).counts(67)
-    assert counts.tolist() == expected.tolist()
-
-
 def test_a_missing_split_is_refused_with_the_others_or_the_command_to_make_it(numbered, tmp_path):
     with pytest.raises(UserError, match="train"):
         TokenFile(tmp_path, "test")
@@ -187,12 +176,6 @@ GPT2S = np.random.default_rng(0).zipf(1.2, 4000) % 50257  # some ids often, most
 )
 def test_ids_that_may_be_text_are_not_taken_for_wider_integers(tmp_path, ids):
     plain(tmp_path, ids).check(50257)
-
-
-def test_wider_integers_are_refused(tmp_path):
-    for dtype in ("<i4", "<i8"):
-        with pytest.raises(UserError, match="uint16"):
-            plain(tmp_path, GPT2S, dtype).check(50257)
 
 
 def test_a_file_cut_short_while_it_is_used_is_refused_by_name(numbered):

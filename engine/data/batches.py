@@ -89,11 +89,8 @@ class Batches:
     def starts(self, i: int) -> np.ndarray:
         """Where the blocks of micro-batch i start in the split, (batch_size,)."""
         first = i * self.batch_size
-        starts = []
-        for block in range(first, first + self.batch_size):
-            epoch, k = divmod(block, self.n_blocks)
-            starts.append(self.order.start(epoch, k))
-        return np.array(starts)
+        blocks = range(first, first + self.batch_size)
+        return np.array([self.order.start(*divmod(block, self.n_blocks)) for block in blocks])
 
     def prefetched(self, numbers: Iterable[int], device: torch.device) -> Iterator[Batch]:
         """Yield these micro-batches on the device. While one is in use, a thread reads the next."""

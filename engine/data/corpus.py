@@ -55,8 +55,9 @@ class Options:
     # tokens per file; a longer split has several files, train_000000.bin ...
     shard_tokens: PositiveInt = 100_000_000
     num_proc: Annotated[int, ">= 0", "<= 1024"] = 0  # threads that tokenise; 0: one per processor
-    # for text that is not UTF-8: strict refuses it, replace puts U+FFFD in its place
-    errors: Literal["strict", "replace"] = "strict"
+    # for what cannot be decoded: strict refuses it, replace puts U+FFFD in its place, ignore leaves
+    # it out, and records without a text too
+    errors: Literal["strict", "replace", "ignore"] = "strict"
     encoding: str = ""  # of the source's text; empty: UTF-8, or what a byte-order mark says
     folder: str = ""  # where to write the token files; empty: data/<name>
 

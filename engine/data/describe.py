@@ -18,11 +18,9 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise UserError("give one data folder: python -m engine.data.describe data/wikitext")
     folder = dataset_folder(sys.argv[1])
-    listed = (read_meta(folder) or {}).get("splits", ())
-    splits = sorted({*splits_in(folder), *listed})
+    splits = (read_meta(folder) or {}).get("splits") or splits_in(folder)
     if not splits:
         raise UserError(f"{folder} holds no token files")
-    n_damaged = 0
     for split in splits:
         file = TokenFile(folder, split)
         n_files = len(file.shards)
@@ -30,30 +28,17 @@ def main() -> None:
             f"{split}: {len(file):,} tokens of {file.dtype.name} in {n_files:,} files; "
             f"vocabulary of {file.vocab_size:,} ids"
         )
-        problems = check_files(file)
-        for problem in problems:
-            print(f"  damaged: {problem}")
-        n_damaged += len(problems)
-    if n_damaged:
-        sys.exit(2)
+        check_files(file)
     print("all files are good")
 
 
-def check_files(file: TokenFile) -> list[str]:
-    """Read all files of a split; returns a line for each damaged one."""
-    problems = []
-    begin = 0
+def check_files(file: TokenFile) -> None:
+    """Read all files of a split, and refuse a damaged one."""
     for shard in tqdm(file.shards, leave=False, disable=None):
-        end = begin + len(shard)
-        try:
-            if shard.sha256 not in (None, sha256_of(shard.path)):
-                raise UserError(f"the sha256 of {shard.path} is not the one in meta.json")
-            for position in range(begin, end, CHUNK):
-                file[position : min(position + CHUNK, end)]  # refuses ids outside the vocabulary
-        except UserError as error:
-            problems.append(str(error))
-        begin = end
-    return problems
+        if shard.sha256 not in (None, sha256_of(shard.path)):
+            raise UserError(f"the sha256 of {shard.path} is not the one in meta.json")
+    for position in range(0, len(file), CHUNK):
+        file[position : position + CHUNK]  # refuses ids outside the vocabulary
 
 
 if __name__ == "__main__":

@@ -77,11 +77,12 @@ def find(
 
     def pieces(path: str) -> Pieces:
         with one_line_errors(path):
+            open_text = functools.partial(_open_text, path, errors, encoding)
             if format_of(path) in TEXT:
-                chunks = _read_text(path, separator, errors, encoding)
+                chunks = _read_text(path, separator, open_text)
             else:
-                texts = RECORDS[format_of(path)](path, field, errors, encoding)
-                chunks = ((text, True) for text in texts)
+                records = RECORDS[format_of(path)](path, open_text)
+                chunks = ((text, True) for text in _texts(path, records, field, errors))
             yield from split_documents(chunks)
 
     sources = []
@@ -135,9 +136,9 @@ def likely_encoding(text: bytes) -> str:
     return "gb18030" if pairs > single else "cp1252"
 
 
-def _read_text(path, separator, errors, encoding):
+def _read_text(path, separator, open_text):
     rest, has_separator = "", not separator
-    with _open_text(path, errors, encoding) as file:
+    with open_text() as file:
         while chunk := file.read(CHUNK):
             rest += chunk
             if separator:
@@ -153,43 +154,52 @@ def _read_text(path, separator, errors, encoding):
         warn(f"{path} does not have the separator {separator!r}: it is one document")
 
 
-def _read_json(path, field, errors, encoding):
-    with _open_text(path, errors, encoding) as file:
+def _texts(path, records, field, errors):
+    """The text of each record, which is a dict or a line of JSON."""
+    n_bad = 0
+    for number, record in enumerate(records, 1):
+        try:
+            with one_line_errors(f"record {number:,}"):
+                if isinstance(record, str):
+                    record = json.loads(record) if record.strip() else {field: ""}
+                text = _text_in(record, field)
+                # JSON may hold half a surrogate pair, which UTF-8 cannot encode
+                text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors)
+        except UserError as error:
+            if errors != "ignore":
+                raise UserError(f"{error}; --errors=ignore leaves out such records") from None
+            n_bad += 1
+        else:
+            yield text
+    if n_bad:
+        warn(f"{path}: {n_bad:,} records without a text are left out")
+
+
+def _read_json(path, open_text):
+    with open_text() as file:
         records = json.load(file)
     if not isinstance(records, list):
         raise UserError("it holds no list of records; one record per line is a .jsonl")
-    for record in records:
-        yield _text_in(record, field)
+    return records
 
 
-def _read_json_lines(path, field, errors, encoding):
-    with _open_text(path, errors, encoding) as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            with one_line_errors(f"line {number:,}"):
-                text = _text_in(json.loads(line), field)
-                # JSON may hold half a surrogate pair, which UTF-8 cannot encode
-                text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors)
-            yield text
+def _read_json_lines(path, open_text):
+    with open_text() as file:
+        yield from file
 
 
-def _read_csv(path, field, errors, encoding):
+def _read_csv(path, open_text):
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if format_of(path) == ".tsv" else ","
-    with _open_text(path, errors, encoding, newline="") as file:
-        for row in csv.DictReader(file, delimiter=delimiter):
-            yield _text_in(row, field)
+    with open_text(newline="") as file:
+        yield from csv.DictReader(file, delimiter=delimiter)
 
 
-def _read_parquet(path, field, *_):
+def _read_parquet(path, open_text):
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(path)
-    columns = [field] if field in file.schema_arrow.names else None
-    for batch in file.iter_batches(ROWS, columns=columns):
-        for row in batch.to_pylist():
-            yield _text_in(row, field)
+    for batch in parquet.ParquetFile(path).iter_batches(ROWS):
+        yield from batch.to_pylist()
 
 
 RECORDS = {
@@ -242,8 +252,6 @@ def hub_texts(
 def _column(rows, field, title):
     """The texts in one column of a data set of the datasets package."""
     with one_line_errors(title):
-        if field in (rows.column_names or ()):
-            rows = rows.select_columns([field])
         for row in rows:
             yield _text_in(row, field)
 

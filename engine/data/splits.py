@@ -24,11 +24,6 @@ class Corpus:
     def sources(self) -> list[tuple[str, Source]]:
         return [(split, source) for split, sources in self.splits.items() for source in sources]
 
-    @property
-    def names(self) -> list[str]:
-        """The names of its splits, drawn ones included."""
-        return [name for name in SPLITS if name in {*self.splits, *self.fractions}]
-
 
 def in_memory(splits: Mapping[str, Sequence[str]]) -> dict[str, list[Source]]:
     """A source for each split from its documents. Splits without text are left out."""

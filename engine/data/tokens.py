@@ -19,8 +19,6 @@ from engine.data.shards import find, joined, splits_in
 from engine.data.tokenizer import GPT2Tokenizer, read_meta
 
 CHUNK = 1 << 19  # ids to count at a time
-COUNT_ALL = 1 << 31  # of a longer split, N_CHUNKS evenly spaced chunks are counted
-N_CHUNKS = 256
 
 
 def dataset_folder(dataset: str | Path) -> Path:
@@ -112,8 +110,8 @@ class TokenFile:
         return recorded == self.fingerprint or recorded == self.sha256
 
     def check(self, vocab_size: int, block_size: int = 1) -> None:
-        """Refuse a split shorter than one block and numbers of another type. Sets the vocabulary
-        that ids are checked against when they are read."""
+        """Refuse a split shorter than one block. Sets the vocabulary that ids are checked against
+        when they are read."""
         longest = max(map(len, self.shards))
         if longest < block_size + 1:
             raise UserError(
@@ -121,37 +119,13 @@ class TokenFile:
                 f"of {block_size} and its target; use more text, or --block_size={longest - 1}"
             )
         self.max_vocab_size = vocab_size
-        if self.meta is None and self.dtype.itemsize == 2:
-            self._check_type()
-
-    def _check_type(self):
-        """Refuse 32- and 64-bit integers, which look like 16-bit ids with zeros between them.
-
-        Lines of one character each look the same in a small vocabulary. So only GPT-2's ids are
-        checked, where 0 is an exclamation mark."""
-        path = self.shards[0].path
-        ids = np.array(self.shards[0].map()[: 1 << 15])
-        low_halves, high_halves = ids[::2], ids[1::2]
-        looks_wider = not high_halves.any() and (low_halves > 0).mean() > 0.25
-        if len(ids) >= 128 and looks_wider:
-            raise UserError(
-                f"{path} holds int32 or int64 numbers, not uint16 ids; convert it with numpy: "
-                "ids.astype('uint16').tofile(NEW_FILE)"
-            )
 
     def counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each id occurs, (vocab_size,) float64. A very large split is sampled, which
-        gives a frequency of 1e-5 to 3 %."""
+        """How often each id occurs, (vocab_size,) float64."""
         self.check(vocab_size)
-        step = CHUNK
-        end = len(self)
-        if end > COUNT_ALL:
-            step = end // N_CHUNKS
-            end = step * N_CHUNKS
         counts = np.zeros(vocab_size, np.int64)
-        for begin in range(0, end, step):
-            ids = self[begin : min(begin + CHUNK, end)]
-            counts += np.bincount(ids, minlength=vocab_size)
+        for begin in range(0, len(self), CHUNK):
+            counts += np.bincount(self[begin : begin + CHUNK], minlength=vocab_size)
         return torch.from_numpy(counts.astype(np.float64))
 
     def frequencies(self, vocab_size: int) -> torch.Tensor:

@@ -13,10 +13,10 @@ def eval_batches(
     file: TokenFile, block_size: int, batch_size: int, n_batches: int
 ) -> list[np.ndarray]:
     """Where the blocks start that training evaluates on, by batch; evenly spaced in the split."""
-    n_blocks = max(1, (len(file) - 1) // block_size)
-    n = min(n_blocks, n_batches * batch_size)
-    starts = np.arange(n) * n_blocks // n * block_size
-    return [starts[i : i + batch_size] for i in range(0, n, batch_size)]
+    n_targets = max(1, (len(file) - 1) // block_size) * block_size
+    limit = n_batches * batch_size
+    batches = window_starts(n_targets, block_size, batch_size, limit, block_size)
+    return [starts for starts, _ in batches]
 
 
 class Windows(NamedTuple):

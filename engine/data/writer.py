@@ -177,7 +177,7 @@ def tokenise(
         journal = {}  # the text has changed: start from its first document
     start = Position(*journal.get("position", ()))
     writers = {}
-    for split in corpus.names:
+    for split in {**corpus.splits, **corpus.fractions}:
         written = {"documents": 0, "tokens": 0, "shards": []}
         if journal:
             written = journal["splits"][split]
