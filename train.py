@@ -99,9 +99,11 @@ class TrainConfig:
     warmup_iters: NonNegativeInt = 2000
     lr_decay_iters: NonNegativeInt = 0  # step at which the decay ends; 0: max_iters
     min_lr: NonNegativeFloat = 6e-5  # at the end of the decay; about learning_rate / 10
-    # none: each process has all weights (DDP) | fsdp: each has a part of them (fully_shard)
+    # none: each process has all weights (DDP) | fsdp: the processes of a machine share them out
+    # (fully_shard)
     sharding: Literal["none", "fsdp"] = "none"
-    # seconds without progress after which a process prints its stacks and exits; 0: never
+    # seconds without progress, from the first finished step on, after which a process prints its
+    # stacks and exits; 0: never
     hang_timeout: NonNegativeFloat = 600.0
     # torch.distributed's backend: nccl | gloo | auto: nccl on CUDA, else gloo
     backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -215,7 +217,7 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
     """Train until max_iters and return the model. given: names of the options that the user set."""
     config, data, raw_model, state = prepare_run(config, given, processes)
     cast, dtype = distributed.autocast(processes.device, config.dtype)
-    model = processes.wrap(raw_model, config.compile, config.sharding)
+    model = processes.wrap(raw_model, config.compile, config.sharding, dtype)
     name, betas = config.optimizer, (config.beta1, config.beta2)
     optimizer = make_optimizer(raw_model, config.learning_rate, betas, config.weight_decay, name)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == "float16")
@@ -245,7 +247,7 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                 break
 
             lr = set_learning_rate(optimizer, step, config)
-            loss = torch.zeros(1, device=processes.device)
+            loss = torch.zeros((), device=processes.device)
             for micro_batch in processes.micro_batches(model, step * n_micro, (step + 1) * n_micro):
                 distributed.seed_micro_batch(config.seed, micro_batch)
                 with cast:
@@ -253,10 +255,12 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                 # DDP averages gradients over processes, so divide by this process's share
                 scaler.scale(micro_loss * (processes.world_size / n_micro)).backward()
                 loss += micro_loss.detach() / n_micro
-            # a signal interrupts all processes here or none: either all finish the step or none
-            (loss,) = processes.all_reduce(loss)
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(raw_model.parameters(), config.grad_clip)
+            # the only time that a step waits for the device. A signal interrupts all processes here
+            # or none: either all finish the step or none
+            share = grad_norm / processes.world_size
+            loss, grad_norm = processes.all_reduce(torch.stack([loss, share]))
             is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if is_finite:
                 scaler.step(optimizer)

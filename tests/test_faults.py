@@ -39,7 +39,9 @@ def test_two_processes_repeat_the_run_of_one_and_runs_move_between_them(words_da
     """tests/workers.py has more claims about two processes."""
     elastic = tmp_path / "elastic"
     run(words_data, elastic, **SHORT | {"max_iters": 3})
-    code, output = torchrun("heads,elastic,bayes_mlp,others,patience,nan", words_data, tmp_path)
+    code, output = torchrun(
+        "heads,elastic,machines,bayes_mlp,others,patience,nan", words_data, tmp_path
+    )
     assert code == 0, output[-5000:]
     for weights, likelihood in HEADS:
         one, two = tmp_path / f"{weights}-{likelihood}-one", tmp_path / f"{weights}-{likelihood}"
@@ -127,6 +129,12 @@ def test_a_run_continues_when_the_reader_of_its_output_has_ended(words_data, tmp
     started = Run(words_data, tmp_path / "run", main=main_without_a_reader, max_iters=5)
     assert started.end() == 0 and started.output == ""
     assert steps_saved(tmp_path / "run")[-1] == 5
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_train_sharded_as_with_ddp(words_data, tmp_path):
+    code, output = torchrun("compiled", words_data, tmp_path)
+    assert code == 0, output[-5000:]
 
 
 @pytest.mark.slow

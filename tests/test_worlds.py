@@ -1,9 +1,14 @@
 """How processes share a step."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from engine.base.distributed import Processes, divide_step, peak_flops
+from engine.base import distributed
+from engine.base.distributed import Processes, divide_step, peak_flops, prepare_compiler
 from engine.base.errors import UserError
 from engine.base.options import load_config
 from engine.data.batches import Batches
@@ -60,3 +65,30 @@ def test_more_and_smaller_micro_batches_train_the_same(words_data, tmp_path):
 def test_a_gpu_has_the_peak_of_its_own_data_sheet(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
+
+
+@pytest.mark.parametrize("world_size", [2, 64])
+def test_processes_find_each_other_with_few_messages_each(world_size, monkeypatch):
+    """Also after a restart, when the store has the name of a killed process."""
+    store, messages = dist.HashStore(), []
+
+    class Recorder:
+        def __getattr__(self, name):
+            messages.append(name)
+            return getattr(store, name)
+
+    store.set("name_1", "killed")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(Recorder(), 0, 0)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: prefix)
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = range(world_size)
+        prefixes = pool.map(lambda rank: distributed._fresh_store(rank, world_size, None), ranks)
+    assert len(set(prefixes)) == 1
+    assert len(messages) <= 20 * world_size
+
+
+def test_compile_workers_share_the_cores_of_a_machine(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "environ", {"LOCAL_WORLD_SIZE": "8"})
+    prepare_compiler(torch.device("cuda"))
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "8"

@@ -3,6 +3,7 @@
 A failed assertion ends a process."""
 
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -73,6 +74,30 @@ def heads(processes, data: str, folder: Path) -> None:
 def elastic(processes, data: str, folder: Path) -> None:
     """Resume what one process began."""
     trained(processes, data, folder / "elastic", init_from="resume", sharding="fsdp")
+
+
+def machines(processes, data: str, folder: Path) -> None:
+    """As on two machines, with a process each: fully_shard keeps a copy on each."""
+    local = os.environ["LOCAL_WORLD_SIZE"]
+    for n_local, sharding in ((local, "none"), ("1", "fsdp")):
+        os.environ["LOCAL_WORLD_SIZE"] = n_local
+        trained(processes, data, folder / f"machines-{sharding}", sharding=sharding)
+    os.environ["LOCAL_WORLD_SIZE"] = local
+    check_same_scores(folder / "machines-none", folder / "machines-fsdp")
+
+
+def compiled(processes, data: str, folder: Path) -> None:
+    """Compiled DDP and fully_shard with bfloat16 weights. Nothing is compiled more than twice: for
+    training and for evaluation."""
+    losses = []
+    for sharding in ("none", "fsdp"):
+        # dropout draws other numbers where other functions are compiled
+        options = {"dropout": 0.0, "dtype": "bfloat16", "compile": True, "weights": "bayes"}
+        limit = {"recompile_limit": 2, "fail_on_recompile_limit_hit": True}
+        with torch._dynamo.config.patch(**limit):
+            trained(processes, data, folder / sharding, **options, sharding=sharding)
+        losses.append([record["loss"] for record in records(folder / sharding, "loss")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def bayes_mlp(processes, data: str, folder: Path) -> None:

@@ -53,18 +53,24 @@ class Processes:
         """The micro-batches of this process among those from first to end (exclusive)."""
         return range(first + self.rank, end, self.world_size)
 
-    def wrap(self, model: torch.nn.Module, compile: bool, sharding: str) -> torch.nn.Module:
+    def wrap(
+        self, model: torch.nn.Module, compile: bool, sharding: str, dtype: str = "float32"
+    ) -> torch.nn.Module:
         """Return the model on this device. Its backward averages gradients over all processes.
 
-        fsdp shards in place: parameters become DTensors.
+        fsdp shards in place: parameters become DTensors. dtype: that of autocast.
         """
         shards = dist.is_initialized() and sharding == "fsdp"
         if compile:
-            check_compiler(self.device)
-            for module in model.transformer.h if shards else [model]:
-                module.compile()
-        if shards:
-            shard(model, self.device.type, self.world_size)  # moves blocks to the device one by one
+            prepare_compiler(self.device)
+        if compile and not shards:
+            model.compile()
+        elif compile:
+            for block in model.transformer.h:
+                block.compile()
+            model.lm_head.data_loss = torch.compile(model.lm_head.data_loss)
+        if shards:  # moves blocks to the device one by one
+            shard(model, self.device.type, self.world_size, getattr(torch, dtype))
         model = model.to(self.device)
         if shards or not dist.is_initialized():
             return model
@@ -74,7 +80,11 @@ class Processes:
         return ddp_model
 
     def micro_batches(self, model: torch.nn.Module, first: int, end: int) -> Iterator[int]:
-        """This process's micro-batches of a step. Backward averages gradients only in the last."""
+        """This process's micro-batches of a step.
+
+        Backward averages gradients only in the last. fully_shard averages them within a machine in
+        each: otherwise a process would keep all gradients until then, not only its shard.
+        """
         numbers = self.share(first, end)
         for number in numbers:
             self.heartbeat()
@@ -82,7 +92,7 @@ class Processes:
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = is_last  # no_sync() does the same
             elif dist.is_initialized():
-                model.set_requires_gradient_sync(is_last)
+                model.set_requires_all_reduce(is_last)
             yield number
 
     def heartbeat(self) -> None:
@@ -96,8 +106,9 @@ class Processes:
         self.heartbeat()
         if not dist.is_initialized():
             return values.tolist()
-        values = torch.cat([values, values.new_tensor([float(self.watch.signum)])])
         values = values.to(self.device)  # nccl takes no others
+        signum = values.new_full((1,), self.watch.signum)  # unlike new_tensor, it does not wait
+        values = torch.cat([values, signum])
         dist.all_reduce(values)
         *values, signals = values.tolist()
         if signals:
@@ -141,12 +152,17 @@ def init(device: str, backend: str, hang_timeout: float = 0.0):
         torch.cuda.set_device(picked)
     if backend == "auto":
         backend = "nccl" if picked.type == "cuda" else "gloo"
-    # in the loop the hang timer fires first and prints the stacks; before it, this timeout does
+    # after the first step the hang timer fires first and prints the stacks; before, this does
     timeout = timedelta(seconds=hang_timeout + 60) if hang_timeout else timedelta(days=365)
     try:
-        store = _fresh_store(rank, world_size, timeout)
         dist.init_process_group(
-            backend, timeout=timeout, store=store, rank=rank, world_size=world_size
+            backend,
+            timeout=timeout,
+            store=_fresh_store(rank, world_size, timeout),
+            rank=rank,
+            world_size=world_size,
+            # nccl connects now, not in the first collective: what is wrong with it ends here
+            device_id=picked if backend == "nccl" else None,
         )
     except (RuntimeError, ValueError) as error:  # unknown host, port in use, no MASTER_ADDR
         raise UserError(
@@ -223,11 +239,15 @@ def peak_flops(device: torch.device) -> float:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.nan)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Check that the C++ compiler that torch.compile needs on a CPU is installed."""
+def prepare_compiler(device: torch.device) -> None:
+    """Check that the C++ compiler that torch.compile needs on a CPU is installed. Share the cores
+    of a machine among the compile workers of its processes: by default, each starts up to 32."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and not shutil.which(compiler):
         raise UserError(f"compile = True needs {compiler}; install it, or use --compile=False")
+    if n_local := int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+        n_workers = max(1, min(32, os.cpu_count() // n_local))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(n_workers))
 
 
 def keep_memory() -> None:
@@ -243,20 +263,21 @@ def _fresh_store(rank, world_size, timeout):
 
     torchrun keeps one store over restarts, so a process may read the address of a killed one
     (PyTorch issue 135712; the restart count differs between machines). So each process announces a
-    random name and rank 0 publishes the names that it read. Once all others have found theirs, the
-    prefix is rank 0's name.
+    random name, and rank 0 answers to each name with its own, the prefix. It asks again for the
+    names that did not confirm this: they may be those of killed processes.
     """
     store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     name = uuid.uuid4().hex
     if rank:
         store.set(f"name_{rank}", name)
-        while name not in (group := store.get("group").decode().split()):
-            time.sleep(0.05)
-        store.set(f"{group[0]} {name}", "")
-        return dist.PrefixStore(group[0], store)
-    while True:
-        others = [store.get(f"name_{other}").decode() for other in range(1, world_size)]
-        store.set("group", " ".join((name, *others)))
+        prefix = store.get(f"prefix_for_{name}").decode()  # waits for it
+        store.set(f"{prefix} {name}", "")
+        return dist.PrefixStore(prefix, store)
+    missing = list(range(1, world_size))
+    while missing:
+        names = {other: store.get(f"name_{other}").decode() for other in missing}
+        for other_name in names.values():
+            store.set(f"prefix_for_{other_name}", name)
         time.sleep(0.05)
-        if store.check([f"{name} {other}" for other in others]):
-            return dist.PrefixStore(name, store)
+        missing = [other for other in missing if not store.check([f"{name} {names[other]}"])]
+    return dist.PrefixStore(name, store)

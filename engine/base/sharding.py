@@ -6,21 +6,38 @@ an optimizer that has not stepped yet. Importing them takes a second.
 """
 
 import math
+import os
 from collections.abc import Iterable
 
 import torch
 
 
-def shard(model: torch.nn.Module, device_type: str, world_size: int) -> None:
-    """Shard parameters, gradients and optimizer state over all processes, block by block."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def shard(model: torch.nn.Module, device_type: str, world_size: int, dtype: torch.dtype) -> None:
+    """Shard parameters, gradients and optimizer state, block by block, over the processes of a
+    machine. Each machine has a copy.
 
-    mesh = init_device_mesh(device_type, (world_size,))
-    # the KL of Bayesian MLPs reads the blocks' parameters after the forward pass
-    reshard = not model.config.bayes_mlp
+    dtype: in which processes send each other the blocks' weights. Gradients are averaged in
+    float32; embeddings, the head and the residual stream stay float32, too.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    n_local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    shape, names = (world_size,), ("shard",)
+    if n_local < world_size:
+        shape, names = (world_size // n_local, n_local), ("copy", "shard")
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    # the KL of Bayesian MLPs reads the blocks' parameters after the forward pass, in float32
+    is_bayes = model.config.bayes_mlp
+    policy = MixedPrecisionPolicy(
+        None if is_bayes else dtype, torch.float32, cast_forward_inputs=False
+    )
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, reshard_after_forward=not is_bayes, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "scores")
 
@@ -70,9 +87,8 @@ def _shard_like(parameter, full):
     )
 
 
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
-    """Clip the gradients' norm to max_norm (0: do not clip). Returns the norm before that."""
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip the gradients' norm to max_norm (0: do not clip). Returns the norm before that, a scalar
+    on the device: reading it here would wait for the device."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
-    return norm.item()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -16,13 +17,13 @@ ECHO_SECONDS = 1.0
 class Watch:
     """signum: the signal that asked the loop to save and end; 0: none.
 
-    hang_timeout: seconds without beat() after which the process prints the stacks of its threads
-    and exits; 0: never.
+    hang_timeout: seconds without beat(), from the first finished step on, after which the process
+    prints the stacks of its threads and exits; 0: never. torch.compile may take longer before.
     """
 
     def __init__(self, is_main: bool = True, hang_timeout: float = 0.0):
         self.is_main, self.hang_timeout = is_main, hang_timeout
-        self.signum, self.received_at, self.armed_at = 0, 0.0, 0.0
+        self.signum, self.received_at, self.armed_at = 0, 0.0, math.inf
 
     def beat(self) -> None:
         """Restart the hang timer. It needs no GIL: it fires even if the main thread is in C++."""
@@ -31,8 +32,11 @@ class Watch:
             self.armed_at = now
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=sys.__stderr__)
 
-    def catch_signals(self) -> None:
-        """Make signals set signum. Call it after a step: before, there is nothing to save."""
+    def stepped(self) -> None:
+        """Make signals set signum, and start the hang timer. Call it after a step: before, there
+        is nothing to save."""
+        if self.armed_at == math.inf:
+            self.armed_at = 0.0
         for signum in SIGNALS:
             is_ignored = signal.getsignal(signum) == signal.SIG_IGN
             # background jobs of a script start with SIGINT ignored; other signals may be ignored
@@ -49,7 +53,7 @@ class Watch:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-            self.armed_at = 0.0
+            self.armed_at = math.inf
             for signum, handler in handlers.items():
                 if signal.getsignal(signum) == self._handle:
                     signal.signal(signum, handler)

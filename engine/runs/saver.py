@@ -66,7 +66,7 @@ class Saver:
 
     def stepped(self) -> None:
         """Call after each step, when there is something to save. Raises a failed write's error."""
-        self.processes.watch.catch_signals()
+        self.processes.watch.stepped()
         if self.pending.done():
             self.pending.result()
 
