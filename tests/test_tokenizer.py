@@ -1,8 +1,11 @@
 """Tokenizers: text and ids and back, kept in data sets and runs."""
 
+import os
 import runpy
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,25 @@ def make(kind: str):
     if kind == "char":
         return CharTokenizer(sorted(set(TEXT)), eot=True)
     return ByteTokenizer()
+
+
+def test_a_bpe_learns_from_words_of_bounded_length_and_ends_at_ctrl_c(monkeypatch):
+    tokenizer = BPETokenizer.train(
+        [words(300), "ACGT" * 100_000], 300
+    )  # two minutes if a word is whole
+    assert tokenizer.encode("ACGT" * 5000).size < 100
+    assert tokenizer.decode(tokenizer.encode("a ship of ACGT" * 500)) == "a ship of ACGT" * 500
+
+    interrupted = threading.Event()
+
+    def learn(*_):
+        os.kill(os.getpid(), signal.SIGINT)  # only the main thread sees it
+        assert interrupted.wait(20)
+
+    monkeypatch.setattr("tokenizers.Tokenizer.train_from_iterator", learn)
+    with pytest.raises(KeyboardInterrupt):
+        BPETokenizer.train(["a"], 300)
+    interrupted.set()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "char", "byte"])

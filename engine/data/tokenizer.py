@@ -10,8 +10,11 @@ import codecs
 import hashlib
 import json
 import pickle
+import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from engine.base.files import read_json
 from engine.data.gpt2_bpe import GPT2Tokenizer, to_bytes
 
 KINDS = ("gpt2", "bpe", "char", "byte")
+LONG_WORD = re.compile(r"(\S{1000})")
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -45,9 +49,12 @@ class BPETokenizer:
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+            show_progress=sys.stderr.isatty(),
         )
-        bpe.train_from_iterator(texts, trainer)
+        # only these pieces of a long word: the time to learn from it is quadratic in its length
+        pieces = (piece for text in texts for piece in LONG_WORD.split(text))
+        with ThreadPool(1) as pool:  # the library ignores Ctrl-C, but this thread does not
+            pool.apply(bpe.train_from_iterator, (pieces, trainer))
         return cls(bpe)
 
     @classmethod
