@@ -4,12 +4,14 @@ import contextlib
 import io
 import json
 import math
+import pickle
 import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.data.tokenizer import ByteTokenizer
@@ -27,6 +29,7 @@ from tests.helpers import (
     words,
     write_bytes,
     write_dataset,
+    write_nanogpt,
 )
 
 NAMES = ("softmax", "bayes")
@@ -214,6 +217,23 @@ def test_a_run_folder_without_write_access_is_refused_before_the_evaluation(
     argv = flags(out_dir="softmax", device="cpu")
     message = refused("evaluate.py", argv, runs, monkeypatch, capsys)
     assert "softmax" in message and "--results" in message
+
+
+def test_tokens_of_unknown_text_are_evaluated_and_sampling_says_what_is_missing(
+    tmp_path, monkeypatch, capsys
+):
+    ids = np.random.default_rng(0).integers(0, 50, 500)
+    data = write_nanogpt(tmp_path / "ids", dict.fromkeys(("train", "val", "test"), ids))
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50}))
+    run(data, tmp_path / "run", max_iters=1)
+    evaluate_py(out_dir=tmp_path / "run")
+    expected = scores_of(load_model(tmp_path / "run"), TokenFile(data, "test"))["nll"]
+    assert read(tmp_path / "run")["nll"] == pytest.approx(expected)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags(out_dir=tmp_path / "run", device="cpu")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    assert "itos" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_with_a_folder_for_results_the_runs_do_not_change(runs, both, tmp_path):

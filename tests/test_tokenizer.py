@@ -49,9 +49,7 @@ def make(kind: str):
 
 
 def test_a_bpe_learns_from_words_of_bounded_length_and_ends_at_ctrl_c(monkeypatch):
-    tokenizer = BPETokenizer.train(
-        [words(300), "ACGT" * 100_000], 300
-    )  # two minutes if a word is whole
+    tokenizer = BPETokenizer.train([words(300), "ACGT" * 100_000], 300)  # minutes if uncut
     assert tokenizer.encode("ACGT" * 5000).size < 100
     assert tokenizer.decode(tokenizer.encode("a ship of ACGT" * 500)) == "a ship of ACGT" * 500
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.base.errors import UserError
+from engine.base.errors import UserError, warn
 from engine.base.files import read_json
 from engine.data.gpt2_bpe import GPT2Tokenizer, to_bytes
 
@@ -138,6 +138,19 @@ class CharTokenizer:
         """Nothing to save: meta.json has the characters."""
 
 
+class IdTokenizer(CharTokenizer):
+    """Ids of unknown text: meta.pkl has the size of the vocabulary only. Each counts as a word."""
+
+    def encode(self, text: str) -> np.ndarray:
+        raise UserError(
+            "the text of this model's tokens is unknown; replace meta.json in its folder by a "
+            'meta.pkl that has "itos", or by a tokenizer.json'
+        )
+
+    def token_bytes(self) -> list[bytes]:
+        return [b"? "] * self.vocab_size
+
+
 class ByteTokenizer:
     """The 256 bytes and end-of-text, for any text."""
 
@@ -202,6 +215,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return CharTokenizer(about["chars"], about["eot"])
     if kind == "byte":
         return ByteTokenizer()
+    if kind == "none":
+        warn(f"the text of {folder}'s tokens is unknown: ignore counts of words and bytes")
+        return IdTokenizer(map(str, range(meta["vocab_size"])))
     raise UserError(f"{folder} names an unknown tokenizer {kind!r}; known: {', '.join(KINDS)}")
 
 

@@ -56,7 +56,7 @@ class Checkpoint:
         if tokenizer.vocab_size > vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; copy the "
-                f"tokenizer's files (meta.json of its data set) to {self.source}"
+                f"tokenizer's files (meta.json or meta.pkl of its data set) to {self.source}"
             )
         return tokenizer
 
