@@ -31,6 +31,7 @@ from tests.helpers import (
     write_dataset,
     write_nanogpt,
 )
+from tests.test_export import exported
 
 NAMES = ("softmax", "bayes")
 ENSEMBLE = "eval_test_ensemble_of_2.json"
@@ -226,9 +227,12 @@ def test_tokens_of_unknown_text_are_evaluated_and_sampling_says_what_is_missing(
     data = write_nanogpt(tmp_path / "ids", dict.fromkeys(("train", "val", "test"), ids))
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50}))
     run(data, tmp_path / "run", max_iters=1)
+    exported(tmp_path / "run", tmp_path / "gpt2")
+    evaluate_py(out_dir=tmp_path / "gpt2", dataset=data)
     evaluate_py(out_dir=tmp_path / "run")
     expected = scores_of(load_model(tmp_path / "run"), TokenFile(data, "test"))["nll"]
-    assert read(tmp_path / "run")["nll"] == pytest.approx(expected)
+    for name in ("run", "gpt2"):
+        assert read(tmp_path / name)["nll"] == pytest.approx(expected)
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["sample.py", *flags(out_dir=tmp_path / "run", device="cpu")])
     with pytest.raises(SystemExit):

@@ -141,6 +141,8 @@ class CharTokenizer:
 class IdTokenizer(CharTokenizer):
     """Ids of unknown text: meta.pkl has the size of the vocabulary only. Each counts as a word."""
 
+    kind = "none"
+
     def encode(self, text: str) -> np.ndarray:
         raise UserError(
             "the text of this model's tokens is unknown; replace meta.json in its folder by a "
@@ -149,6 +151,9 @@ class IdTokenizer(CharTokenizer):
 
     def token_bytes(self) -> list[bytes]:
         return [b"? "] * self.vocab_size
+
+    def describe(self) -> dict:
+        return {"kind": self.kind}
 
 
 class ByteTokenizer:

@@ -109,6 +109,7 @@ def write_model(folder: Path, gpt2: GPT, eot: int | None) -> None:
         "n_head": shape.n_head,
         "n_embd": shape.n_embd,
         "n_positions": shape.block_size,
+        "n_ctx": shape.block_size,  # the same, for llama.cpp
         "vocab_size": shape.vocab_size,
         "embd_pdrop": shape.dropout,
         "attn_pdrop": shape.dropout,
@@ -136,7 +137,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
     }
     if tokenizer.eot is not None:
         config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
-    transformers_tokenizer(tokenizer).save(str(folder / BPETokenizer.file))
+    if tokenizer.kind != "none":
+        transformers_tokenizer(tokenizer).save(str(folder / BPETokenizer.file))
     write_json(folder / "tokenizer_config.json", config)
     tokenizer.save(folder)
     meta = {
