@@ -181,6 +181,9 @@ def test_a_data_set_is_prepared_again_only_if_options_or_files_change(tmp_path):
     assert is_prepared(**small)
     (out / "train_000001.bin").unlink()
     assert is_prepared(**small)
+    os.truncate(out / "train_000001.bin", 100)
+    os.truncate(out / "train_000001.bin", 1000)  # the right size again
+    assert is_prepared(**small)
     (out / "meta.json").write_text("{")
     assert is_prepared(**small) and not is_prepared(**small)
     assert is_prepared() and len(list(out.glob("*.bin"))) == 1  # the shards are gone

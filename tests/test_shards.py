@@ -1,4 +1,4 @@
-"""engine/data/shards.py and describe.py: splits in many files, llm.c's files, and their checks."""
+"""engine/data/shards.py: splits in many files, llm.c's files, and their checks."""
 
 import os
 import subprocess
@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine.data.describe
-from engine.base.errors import UserError, run_main
+from engine.base.errors import UserError
 from engine.data.batches import Batches, BlockOrder
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokens import TokenFile
@@ -169,33 +168,6 @@ def test_batches_follow_the_epochs_in_whatever_order_they_are_read(tmp_path):
     batches = Batches(file, 4, 16, seed=5)
     for i in (0, 1, 99, 3, 98, 47, 2):  # 98 and 99 are of the third epoch
         assert batches.starts(i).tolist() == expected[4 * i : 4 * i + 4]
-
-
-def test_the_description_has_sizes_and_damaged_files(tmp_path, monkeypatch, capsys):
-    def describe(folder) -> tuple[int, str]:
-        """The command's exit code and output."""
-        monkeypatch.setattr(sys, "argv", ["engine.data.describe", str(folder)])
-        with pytest.raises(SystemExit) as end:
-            run_main(engine.data.describe.main)
-            sys.exit(0)
-        captured = capsys.readouterr()
-        return end.value.code, captured.out + captured.err
-
-    folder = described(tmp_path / "d")
-    code, printed = describe(folder)
-    assert code == 0 and f"train: {len(TEXT):,}" in printed and "uint16" in printed
-    for name in ("val.bin", "train_000003.bin"):
-        flip(folder / name, 9)
-        code, printed = describe(folder)
-        assert code == 2 and name in printed and "sha256" in printed
-        flip(folder / name, 9)
-    (folder / "val.bin").unlink()
-    code, printed = describe(folder)
-    assert code == 2 and "val.bin is missing" in printed
-    code, printed = describe(write_nanogpt(tmp_path / "high", {"train": [1, 60000]}))
-    assert code == 2 and "60000" in printed
-    code, printed = describe("nowhere")
-    assert code == 2 and printed.count("\n") == 1
 
 
 MEMORY = """

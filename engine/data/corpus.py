@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from engine.base.errors import UserError, run_main
-from engine.base.files import DATA_ROOT, check_writable, exclusive_lock
+from engine.base.files import DATA_ROOT, check_writable, exclusive_lock, sha256_of
 from engine.base.options import PositiveInt, check_options, load_config
 from engine.data import shards
 from engine.data.sources import Source, find, hub, list_files
@@ -76,7 +76,8 @@ def main(options_class: type, corpus: Callable[[Any], Corpus]) -> None:
 
 
 def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
-    """Write a data set, unless the folder has one with these options from these local files.
+    """Write a data set, unless the folder has one with these options from these local files. Its
+    hashes are checked.
 
     A preparation that was killed is continued. corpus: called only if there is text to read."""
     folder = Path(options.folder or DATA_ROOT / name)
@@ -84,7 +85,7 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
     work, lock = folder / f".preparing-{key}", folder / ".preparing.lock"
     if _is_ready(folder, key):
         shutil.rmtree(work, ignore_errors=True)
-        print(f"{folder} is ready; delete its meta.json to prepare it again")
+        print(f"{folder} is ready and undamaged; delete its meta.json to prepare it again")
         return
     check_writable(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,17 +107,19 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
 
 
 def _is_ready(folder, key):
-    """Whether the folder has a data set with this key, with all its files."""
+    """Whether the folder has a data set with this key, with all its files undamaged."""
     others = [path.name for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
     if others and not (folder / "meta.json").is_file():
         advice = "move it away, or give another --folder"
         raise UserError(f"another program wrote {folder}/{min(others)}; {advice}")
     try:
         meta = read_meta(folder) or {}
-        is_ours = meta.get("made_from") == key
-        return is_ours and all(shards.find(folder, split, meta) for split in meta["splits"])
+        found = [shards.find(folder, split, meta) for split in meta.get("splits", ())]
     except UserError:
         return False
+    files = itertools.chain.from_iterable(found)
+    is_ours = meta.get("made_from") == key
+    return is_ours and all(sha256_of(file.path) == file.sha256 for file in files)
 
 
 def _key(options, name):

@@ -117,11 +117,10 @@ def _with_header(path, dtype):
     if magic != MAGIC:
         return _without_header(path, dtype)
     size = path.stat().st_size
-    if n < 1 or version != 1 or size != HEADER + 2 * n:
+    if version != 1 or size != HEADER + 2 * n:
         raise UserError(
-            f"{path} is damaged or of another version: its header says version {version} and "
-            f"{n:,} tokens, but it has {size:,} bytes; download it again, or write it with "
-            "today's llm.c"
+            f"{path} is damaged: its header says version {version} and {n:,} tokens, but it has "
+            f"{size:,} bytes; download it again"
         )
     return Shard(path, np.dtype("<u2"), HEADER, size)
 
