@@ -35,7 +35,8 @@ class SampleConfig:
     # nanoGPT or transformers
     init_from: str = "resume"
     out_dir: str = "out"  # with init_from=resume: the run, or one of its checkpoint files
-    # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document
+    # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document; \n ends a
+    # line
     start: str = "\n"
     prompts: str = ""  # a file of prompts: one per line, or .jsonl with a field "prompt"
     # ask for prompts; an empty one continues the last text, Ctrl-C ends a text, Ctrl-D the program
@@ -134,7 +135,7 @@ def read_prompts(run: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]
     elif config.start.startswith("FILE:"):
         lines = [read_text(config.start.removeprefix("FILE:"))]
     else:
-        lines = [config.start]
+        lines = [config.start.replace("\\n", "\n").replace("\\t", "\t")]  # as in --stop
         if config.start == SampleConfig.start:
             try:
                 run.encode(config.start)
@@ -160,6 +161,8 @@ def ask_prompts(run: Run, previous: list[int]) -> Iterator[tuple[dict, list[int]
     while True:
         try:
             prompt = input(mark)
+            if not mark:  # a pipe shows no input
+                print(prompt)
             ids = list(previous) if previous and not prompt else run.encode(prompt)
         except EOFError:
             return

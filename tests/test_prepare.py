@@ -211,6 +211,11 @@ def test_the_tokenizer_of_a_run_or_a_data_set_can_be_used_again(tmp_path):
         assert ids == tokenizer.encode("the old sea").tolist()
 
 
+def test_data_without_a_val_split_are_said_to_be_of_no_use_to_train_py(tmp_path, capsys):
+    prepare_in(tmp_path, lambda: train_only(["a"]))
+    assert "--val_fraction" in capsys.readouterr().err
+
+
 def test_end_of_text_inside_a_text_stays_text(tmp_path):
     texts = [f"a <|endoftext|> in document {i}" for i in range(20)]
     prepare_in(tmp_path, lambda: train_only(texts), tokenizer="gpt2")

@@ -187,11 +187,13 @@ def test_a_conversation_continues_its_last_text_and_survives_mistakes(
     sample_py(monkeypatch, folder, "--interactive", max_new_tokens=10)
     output = capsys.readouterr()
     prompts = ["the ", "", "old "]
-    texts = []
+    shown = []
     for i, prompt in enumerate(prompts):
-        prompt = prompt or "the " + texts[0]
-        texts.append(bayes.generate_text(prompt, max_new_tokens=10, seed=1337 + i))
-    assert output.out == "\n".join([*texts, ""])
+        whole = prompt or "the " + shown[1]
+        text = bayes.generate_text(whole, max_new_tokens=10, seed=1337 + i)
+        shown += [prompt, text]  # a pipe does not show what it feeds
+    shown.insert(4, "THE")
+    assert output.out == "\n".join([*shown, ""])
     assert "'T'" in output.err
 
 
@@ -263,10 +265,14 @@ def test_mistakes_are_one_line_in_a_notebook_too(bayes):
     with pytest.raises(UserError) as error:
         bayes.encode("Ж")
     assert error.value._render_traceback_() == [f"error: {error.value}"]
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(UserError, match="temprature.*temperature"):
         bayes.generate_text("the", temprature=1)
+    assert repr(bayes.source) in repr(bayes)
 
 
 def test_the_command_that_a_run_ends_with_works_without_a_newline(trained):
-    prompts = read_prompts(Run(trained()), SampleConfig())
+    run = Run(trained())
+    prompts = read_prompts(run, SampleConfig())
     assert [ids for _, ids in prompts] == [[0]]
+    with pytest.raises(UserError, match=r"character '\\n'"):  # as a shell gives it
+        read_prompts(run, SampleConfig(start="the\\nsea"))

@@ -143,7 +143,8 @@ def test_counts_are_bincounts_and_frequencies_add_half_an_occurrence(tmp_path, m
 def test_a_missing_split_is_refused_with_the_others_or_the_command_to_make_it(numbered, tmp_path):
     with pytest.raises(UserError, match="train"):
         TokenFile(tmp_path, "test")
-    with pytest.raises(UserError, match=r"python data/wikitext/prepare\.py"):
+    sought = rf"{os.getcwd()}/wikitext_of_mine.*python data/wikitext/prepare\.py.*--dataset="
+    with pytest.raises(UserError, match=sought):
         TokenFile("wikitext_of_mine", "train")
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from engine.base.errors import UserError, run_main
+from engine.base.errors import UserError, run_main, warn
 from engine.base.files import DATA_ROOT, check_writable, exclusive_lock, sha256_of
 from engine.base.options import PositiveInt, check_options, load_config
 from engine.data import shards
@@ -102,7 +102,10 @@ def prepare(options: Options, name: str, corpus: Callable[[], Corpus]) -> None:
             lock.unlink()
             with contextlib.suppress(OSError):
                 folder.rmdir()  # unless it holds files
-    for split, about in read_meta(folder)["splits"].items():
+    splits = read_meta(folder)["splits"]
+    if "val" not in splits:
+        warn(f"train.py will not take {folder}, which has no val split: give --val_fraction=0.05")
+    for split, about in splits.items():
         print(f"{folder}, {split}: {about['tokens']:,} tokens, {about['documents']:,} documents")
 
 

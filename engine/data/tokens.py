@@ -7,6 +7,7 @@ val.bin, meta.pkl or no meta file) and llm.c's files work unchanged. The command
 data set checks its hashes if it is run again.
 """
 
+import difflib
 from functools import cached_property
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class TokenFile:
         self.meta = read_meta(folder)
         self.shards = find(folder, split, self.meta)
         if not self.shards:
-            raise UserError(f"{self.path} is missing; {_how_to_get(folder)}")
+            raise UserError(f"{self.path.absolute()} is missing; {_how_to_get(folder)}")
         self.dtype = self.shards[0].dtype
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.vocab_size = self.meta["vocab_size"] if self.meta else GPT2Tokenizer.vocab_size
@@ -144,8 +145,10 @@ def gather(
 
 def _how_to_get(folder):
     if found := splits_in(folder):
-        return f"this data set has {', '.join(found)}"
-    known = sorted(path.parent.name for path in DATA_ROOT.glob("*/prepare.py"))
-    # data/wikitext/prepare.py also makes wikitext2
-    names = [name for name in known if folder.name.startswith(name)][-1:] or known
-    return "run " + " or ".join(f"python data/{name}/prepare.py" for name in names)
+        return f"this data set has {', '.join(found)}; prepare it with that split"
+    known = [path.parent.name for path in DATA_ROOT.glob("*/prepare.py")]
+    nearest = difflib.get_close_matches(folder.name, known, 1) or ["text"]
+    return (
+        f"nor is it in {DATA_ROOT}; run python data/{nearest[0]}/prepare.py (see --help), or give "
+        "--dataset=PATH"
+    )

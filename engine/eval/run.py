@@ -17,7 +17,7 @@ import torch
 
 from engine.base.distributed import autocast, pick_device, seed_micro_batch
 from engine.base.errors import UserError
-from engine.base.options import NonNegativeFloat, NonNegativeInt, Seed, check_options
+from engine.base.options import NonNegativeFloat, NonNegativeInt, Seed, check_options, flat_fields
 from engine.data.tokenizer import incremental_decoder
 from engine.eval.generation import stream
 from engine.eval.scored_text import ScoredText, Token, prediction_scores, score_text
@@ -126,6 +126,9 @@ class Run:
         self.model = checkpoint.model(self.device)
         self.tokenizer = checkpoint.tokenizer()
 
+    def __repr__(self) -> str:
+        return f"Run({self.source!r}): {self.model.config}"
+
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, at least one: "" and "<|endoftext|>" start a new document."""
         if text not in ("", "<|endoftext|>"):
@@ -143,6 +146,9 @@ class Run:
 
     def generate_text(self, prompt: str = "", **options: float | str) -> str:
         """The prompt's continuation. Options: the fields of Sampling, such as max_new_tokens."""
+        known = flat_fields(Sampling)
+        for name in options.keys() - known:
+            raise UserError(f"{name} is not an option; known: {', '.join(known)}")
         sampling = Sampling(**options)
         *_, (text,) = self.stream(prompt, 1, sampling, uncertain=sampling.abstain != "no")
         return text.text
