@@ -112,6 +112,8 @@ def test_a_separator_divides_texts_of_every_kind_of_line_end(line_end, tmp_path,
     assert capsys.readouterr().err == ""
     documents_of(find(path, separator="|"))
     assert "'|'" in capsys.readouterr().err
+    documents_of(find(write(tmp_path / "a.txt", "a<|endoftext|>b")))
+    assert "--separator" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import ByteLevelBPETokenizer, models
 
 from engine.base.errors import UserError
+from engine.data.corpus import tokenizer_in
 from engine.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    byte_level,
     incremental_decoder,
     load_tokenizer,
 )
@@ -132,11 +135,23 @@ def test_a_tokenizer_that_transformers_saved_gives_the_same_ids(kind, tmp_path):
         assert np.array_equal(ids, ours.encode(text)) and found.decode(ids) == text
 
 
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
-    # its letters stand for bytes too
-    transformers_tokenizer(CharTokenizer("abc")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
-        load_tokenizer(tmp_path)
+def test_a_tokenizer_of_the_tokenizers_library_is_used_unless_it_lacks_bytes(tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<pad>", "<|endoftext|>"])
+    theirs.save(path)
+    ours = tokenizer_in(str(tmp_path))
+    assert ours.eot == 1
+    for text in [TEXT, *STRANGE[:-2]]:
+        assert ours.encode(text).tolist() == theirs.encode(text).ids
+    others = [
+        CharTokenizer("abc"),  # its letters stand for bytes too
+        BPETokenizer(byte_level(models.BPE({"a": 0}, []))),
+    ]
+    for other in others:
+        transformers_tokenizer(other).save(path)
+        with pytest.raises(UserError, match=r"tokenizer\.json"):
+            load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["letter", "numbers", "nested"])

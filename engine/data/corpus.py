@@ -46,7 +46,8 @@ class Options:
     """The options of every prepare script. A script may change a default."""
 
     source: str = ""  # local files or folders with the text, separated by commas; empty: download
-    # gpt2, bpe (trained on the train split), char, byte, or the folder of a run or data set
+    # gpt2, bpe (trained on the train split), char, byte, or a folder with a run, data or a
+    # tokenizer.json
     tokenizer: str = "gpt2"
     # of a bpe, including the 256 bytes and end-of-text
     vocab_size: Annotated[int, ">= 257", "<= 1e6"] = 4096
@@ -171,7 +172,7 @@ def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
 def tokenizer_in(folder: str) -> Tokenizer:
     """The tokenizer of a run or a data set."""
     if not has_tokenizer(Path(folder)):
-        known = f"known: {', '.join(KINDS)}, and the folder of a run or a data set"
+        known = f"known: {', '.join(KINDS)}, or a folder with a run, data or a tokenizer.json"
         raise UserError(f"unknown tokenizer {folder!r}; {known}")
     return load_tokenizer(folder)
 

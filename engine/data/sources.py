@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from engine.base.errors import UserError, warn
+from engine.data.tokenizer import END_OF_TEXT
 
 TEXT = (".txt", ".md", ".text", ".raw", ".tokens")
 PIECE = 1 << 20  # characters after which a document is cut at the next good place
@@ -137,21 +138,23 @@ def likely_encoding(text: bytes) -> str:
 
 
 def _read_text(path, separator, open_text):
-    rest, has_separator = "", not separator
+    rest, found = "", False
     with open_text() as file:
         while chunk := file.read(CHUNK):
             rest += chunk
+            found |= (separator or END_OF_TEXT) in rest
             if separator:
                 *documents, rest = rest.split(separator)
-                has_separator |= bool(documents)
                 yield from ((document, True) for document in documents)
             # keep what may be the start of a separator
             safe = max(0, len(rest) - max(0, len(separator) - 1))
             yield rest[:safe], False
             rest = rest[safe:]
     yield rest, True
-    if not has_separator:
+    if separator and not found:
         warn(f"{path} does not have the separator {separator!r}: it is one document")
+    if found and not separator:
+        warn(f"{path}: {END_OF_TEXT} is read as text; --separator='{END_OF_TEXT}' divides it there")
 
 
 def _texts(path, records, field, errors):

@@ -21,7 +21,7 @@ import numpy as np
 
 from engine.base.errors import UserError, warn
 from engine.base.files import read_json
-from engine.data.gpt2_bpe import GPT2Tokenizer, to_bytes
+from engine.data.gpt2_bpe import BYTES, GPT2Tokenizer, to_bytes
 
 KINDS = ("gpt2", "bpe", "char", "byte")
 LONG_WORD = re.compile(r"(\S{1000})")
@@ -66,6 +66,8 @@ class BPETokenizer:
             bpe = tokenizers.Tokenizer.from_file(str(path))
             if "ByteLevel" not in str(json.loads(bpe.to_str())["decoder"]):
                 raise ValueError("its tokens are not made of bytes")
+            if not BYTES.keys() <= bpe.get_vocab().keys():
+                raise ValueError("some bytes have no token")
             bpe.no_truncation()  # settings that transformers saves too
             bpe.no_padding()
             tokenizer = cls(bpe)
