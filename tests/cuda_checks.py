@@ -18,38 +18,21 @@ from engine.data.tokens import TokenFile
 from engine.eval.generation import compile_step, generate
 from engine.runs.checkpoint import load_model
 from heads import Head, HeadConfig
-from tests.helpers import ROOT, records, run, scores_of, write_nanogpt
+from tests.helpers import ROOT, records, run, scores_of, value_and_gradients, write_nanogpt
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative
-HEAD_SIZES = {"n": 3000, "n_embd": 64, "vocab_size": 50257}  # more than a chunk; V % 64 > 0
-QUICK_SIZES = {"n": 100, "n_embd": 64, "vocab_size": 515}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative; of gradients in norm
 RUN = {"max_iters": 20, "lr_decay_iters": 20, "eval_interval": 10, "vocab_size": 515}
 
 
 def cases(
     part: str, device: str, folder: Path, quick: bool
 ) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-    """The names of a part's checks and their functions. quick: compile little."""
-    if part == "heads":
-        sizes = QUICK_SIZES if quick else HEAD_SIZES
-        for name in OURS:
-            compiles = name == "softmax" or not quick
-            yield name, partial(_check_head, name, compiles, device, **sizes)
-        return
+    """The names of a part's checks and their functions. quick: smaller, and compile one head."""
     write_ids(folder / "data", RUN["vocab_size"])
-    if part == "train":
-        for name in OURS:
-            yield name, partial(_check_steps, name, False, device, folder)
-        for name in () if quick else ("softmax", "bayes_sigmoid"):
-            yield f"{name} compiled", partial(_check_steps, name, True, device, folder)
-    elif part == "resume":
-        yield "resume", partial(_check_resume, device, folder)
-        for name in ("softmax", "bayes_sigmoid"):
-            yield name, partial(_check_predictions, name, device, folder)
-    elif part == "processes":
-        yield "eager", partial(_check_group, False, device, folder)
-        if not quick:
-            yield "compiled", partial(_check_group, True, device, folder)
+    check, names = CHECKS[part]
+    for name in names:
+        if not quick or "compiled" not in name or name == "softmax compiled":
+            yield name, partial(check, name, device, folder, quick)
 
 
 def write_ids(folder: Path, vocab_size: int) -> Path:
@@ -61,39 +44,36 @@ def write_ids(folder: Path, vocab_size: int) -> Path:
     return write_nanogpt(folder, {"train": ids[n_val:], "val": ids[:n_val]})
 
 
-def _check_head(name, compiles, device, n, n_embd, vocab_size):
-    """The loss and all gradients against those of a CPU in float32."""
+def check_head(name, device, folder, quick):
+    """The loss and all gradients of a head."""
+    options = OURS[name.split()[0]]
+    # more than a chunk; no multiple of 64
+    n, vocab_size = (100, 515) if quick else (2100, 50257)
     torch.manual_seed(0)
-    reference = Head(HeadConfig(**OURS[name], n_data=10**8), vocab_size, n_embd)
+    reference = Head(HeadConfig(**options, n_data=10**8), vocab_size, 64)
     torch.nn.init.normal_(reference.weights.weight, std=0.2)
-    if "estimator" in OURS[name]:  # each device draws its own noise
+    if "estimator" in options:  # each device draws its own noise
         reference.weights.log_std.requires_grad_(False).fill_(-20.0)
-    x = torch.randn(1, n, n_embd)
-    targets = torch.randint(vocab_size, (1, n))
-
-    def loss_and_gradients(where, dtype, compiled):
-        head = copy.deepcopy(reference).to(where)
-        inputs = x.to(where).requires_grad_()
-        loss_of = torch.compile(head.loss) if compiled else head.loss
+    x, targets = torch.randn(1, n, 64), torch.randint(vocab_size, (1, n))
+    results = []
+    for where, dtype in (("cpu", "float32"), (device, "float32"), (device, "bfloat16")):
+        head, inputs = copy.deepcopy(reference).to(where), x.to(where).requires_grad_()
+        loss_of = torch.compile(head.loss) if results and "compiled" in name else head.loss
         with autocast(inputs.device, dtype)[0]:
             loss = loss_of(inputs, targets.to(where))
         parameters = [p for p in head.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, [inputs, *parameters])
-        return [t.detach().cpu() for t in (loss, *gradients)]
-
-    expected = loss_and_gradients("cpu", "float32", False)
+        found = value_and_gradients(loss, [inputs, *parameters])
+        results.append([t.detach().cpu() for t in found])
     errors = {}
-    for compiled in (False, True)[: 1 + compiles]:
-        for dtype, tolerance in TOLERANCE.items():
-            found = loss_and_gradients(device, dtype, compiled)
-            ratios = [(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]
-            errors[f"{dtype}{' compiled' * compiled}"] = max(ratios).item()
-            assert max(ratios) < tolerance, errors
+    for dtype, found in zip(TOLERANCE, results[1:], strict=True):
+        ratios = [(a - b).norm() / b.norm() for a, b in zip(found, results[0], strict=True)]
+        errors[dtype] = max(ratios).item()
+        assert errors[dtype] < TOLERANCE[dtype], errors
     return errors
 
 
-def _run_errors(found, expected, tolerance):
-    """The relative errors of the losses of a run, and of its validation nll."""
+def run_errors(found, expected, tolerance):
+    """The losses of a run and its validation nll, against those of another run."""
     errors = {}
     for key in ("loss", "val_nll"):
         ours, theirs = ([r[key] for r in records(out, key)] for out in (found, expected))
@@ -102,52 +82,54 @@ def _run_errors(found, expected, tolerance):
     return errors
 
 
-def _check_steps(name, compile, device, folder):
-    """20 steps against those of a CPU in float32."""
+def check_steps(name, device, folder, quick):
+    """20 steps."""
+    compile = "compiled" in name
     dtype = "bfloat16" if compile else "float32"
-    data, expected, out = folder / "data", folder / f"{name} cpu", folder / f"{name} {dtype}"
-    if not expected.exists():
-        run(data, expected, **RUN, **OURS[name])
-    run(data, out, **RUN, **OURS[name], device=device, dtype=dtype, compile=compile)
-    return _run_errors(out, expected, TOLERANCE[dtype])
+    options = RUN | OURS[name.split()[0]]
+    run(folder / "data", folder / f"{name} cpu", **options)
+    options |= {"device": device, "dtype": dtype, "compile": compile}
+    run(folder / "data", folder / name, **options)
+    return run_errors(folder / name, folder / f"{name} cpu", TOLERANCE[dtype])
 
 
-def _check_resume(device, folder):
-    """Ten steps, and ten more from their checkpoint, against twenty."""
-    data, whole, halves = (folder / name for name in ("data", "whole", "halves"))
-    run(data, whole, **RUN, device=device)
-    run(data, halves, **RUN | {"max_iters": 10}, device=device)
-    run(data, halves, **RUN, device=device, init_from="resume")
-    return _run_errors(halves, whole, TOLERANCE["float32"])
-
-
-def _check_predictions(name, device, folder):
-    """A trained model's scores against those of a CPU. How much less likely than the likeliest
-    token those of greedy texts are, by cached and by compiled steps (CUDA graphs)."""
-    run(folder / "data", folder / name, **RUN, **OURS[name], device=device)
-    results = []
+def check_predictions(name, device, folder, quick):
+    """Ten steps and ten more from their checkpoint are twenty. The scores of the model are those
+    that a CPU finds. Compiled steps (CUDA graphs) write the same text as cached ones."""
+    out, whole = folder / name, folder / f"{name} whole"
+    options = RUN | OURS[name] | {"device": device}
+    run(folder / "data", out, **options | {"max_iters": 10})
+    run(folder / "data", out, **options, init_from="resume")
+    run(folder / "data", whole, **options)
+    errors = run_errors(out, whole, TOLERANCE["float32"])
+    scores = []
     for where in ("cpu", device):
-        model = load_model(folder / name, where)
-        results.append(scores_of(model, TokenFile(folder / "data", "val"), limit=50, n_samples=-1))
-    errors = {key: abs(results[0][key] - results[1][key]) for key in ("nll", "ece", "entropy")}
+        model = load_model(out, where)
+        scores.append(scores_of(model, TokenFile(folder / "data", "val"), limit=50, n_samples=-1))
+    errors |= {key: abs(scores[0][key] - scores[1][key]) for key in ("nll", "ece", "entropy")}
     start = torch.zeros(2, 4, dtype=torch.long, device=device)
-    for how in ("cached", "compiled"):
-        if how == "compiled":
-            compile_step(model)
-        text = generate(model, start, 12, temperature=0.0)
-        with torch.no_grad():
-            log_probs = model.log_probs(text[:, :-1])[:, 3:]
-        chosen = log_probs.gather(-1, text[:, 4:, None])
-        errors[how] = (log_probs.amax(-1, keepdim=True) - chosen).max().item()
+    cached = generate(model, start, 12, temperature=0.0)
+    compile_step(model)
+    compiled = generate(model, start, 12, temperature=0.0)
+    errors["text"] = (cached != compiled).float().mean().item()
     assert max(errors.values()) < 1e-3, errors
     return errors
 
 
-def _check_group(compile, device, folder):
-    """Under torchrun, even as one process: fully_shard against DDP."""
+def check_group(name, device, folder, quick):
+    """Under torchrun, even with one process: fully_shard against DDP."""
     assert torch.distributed.is_torchelastic_launched()
+    outs = []
     for sharding in ("none", "fsdp"):
-        options = RUN | {"device": device, "compile": compile, "sharding": sharding}
-        run(folder / "data", folder / f"{sharding} {compile}", **options)
-    out = [folder / f"{sharding} {compile}" for sharding in ("fsdp", "none")]
-    return _run_errors(*out, TOLERANCE["float32"])
+        outs.append(folder / f"{sharding} {name}")
+        options = RUN | {"device": device, "sharding": sharding, "compile": name == "compiled"}
+        run(folder / "data", outs[-1], **options)
+    return run_errors(*outs, TOLERANCE["float32"])
+
+
+CHECKS = {
+    "heads": (check_head, [*OURS, *(f"{name} compiled" for name in OURS)]),
+    "train": (check_steps, [*OURS, "sigmoid compiled", "bayes compiled"]),
+    "resume": (check_predictions, ["softmax", "bayes_sigmoid"]),
+    "processes": (check_group, ["eager", "compiled"]),
+}

@@ -31,9 +31,12 @@ def test_gpu_configs_keep_their_step_on_1_to_64_processes(config, world_size):
     assert size <= batch_size and n_parts % world_size == 0
 
 
-def test_processes_share_micro_batches_without_gap_or_overlap():
-    shares = [Processes(torch.device("cpu"), rank, 16).share(48, 96) for rank in range(16)]
-    assert sorted(i for share in shares for i in share) == list(range(48, 96))
+@pytest.mark.parametrize("world_size", [8, 64, 1024])
+def test_processes_share_micro_batches_without_gap_or_overlap(world_size):
+    cpu = torch.device("cpu")
+    first, end = 3 * world_size, 6 * world_size
+    shares = [Processes(cpu, rank, world_size).share(first, end) for rank in range(world_size)]
+    assert sorted(i for share in shares for i in share) == list(range(first, end))
     assert {len(share) for share in shares} == {3}
 
 
