@@ -1,4 +1,4 @@
-"""engine/data/shards.py: splits in many files, llm.c's files, and their checks."""
+"""engine/data/shards.py: splits in many files, and their checks."""
 
 import os
 import subprocess
@@ -13,17 +13,6 @@ from engine.data.batches import Batches, BlockOrder
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokens import TokenFile
 from tests.helpers import ROOT, run, words, write_dataset, write_nanogpt
-
-MAGIC = 20240520
-
-
-def headed(path: Path, ids, n: int | None = None, version: int = 1) -> None:
-    """A file as llm.c's dev/data scripts write it, or with another header."""
-    tokens = np.array(ids, "<u2")
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, version, len(ids) if n is None else n
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
 def sharded(folder: Path, **splits: list[np.ndarray]) -> Path:
@@ -53,19 +42,11 @@ SHARDS = np.split(TEXT, [700, 790, 791, 2291, 2307])
 LENGTHS = [len(shard) for shard in SHARDS]
 
 
-def test_files_with_llm_cs_header_are_read_in_the_order_of_their_numbers(tmp_path):
-    for number in (10, 9, 100):
-        headed(tmp_path / f"fineweb_train_{number}.bin", [number, 7])
-    file = TokenFile(tmp_path, "train")
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
+    shards = {f"fineweb_train_{number}": [number, 7] for number in (10, 9, 100)}
+    file = TokenFile(write_nanogpt(tmp_path / "d", shards), "train")
     assert file.ids.tolist() == [9, 7, 10, 7, 100, 7]
     assert file.rows(np.array([0, 3]), 3).tolist() == [[9, 7, 10], [7, 100, 7]]
-
-
-@pytest.mark.parametrize(("version", "n"), [(1, len(TEXT) + 1), (1, 0), (2, len(TEXT))])
-def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path, version, n):
-    headed(tmp_path / "train_000001.bin", TEXT, n, version)
-    with pytest.raises(UserError, match=r"train_000001\.bin"):
-        TokenFile(tmp_path, "train")
 
 
 def test_rows_and_slices_continue_in_the_next_shard(tmp_path):
@@ -203,10 +184,11 @@ print(resident() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_ten_thousand_shards_and_a_file_of_a_gigabyte_are_read_in_flat_memory(tmp_path):
     n = 100_000_000
+    (tmp_path / "shards").mkdir()
     for i in range(10_000):  # sparse: a hole takes no space on the disk
         path = tmp_path / "shards" / f"train_{i:06d}.bin"
-        headed(path, [], n)
-        os.truncate(path, 1024 + 2 * n)
+        path.touch()
+        os.truncate(path, 2 * n)
     one = write_nanogpt(tmp_path / "one", {"train": []})
     os.truncate(one / "train.bin", 1 << 30)
     command = [sys.executable, "-c", MEMORY, path.parent, one]

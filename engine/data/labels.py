@@ -99,7 +99,7 @@ class LabelFile:
         size = len(file) * self.about["k"] * LABEL_BYTES
         if self.path.stat().st_size != size:
             raise UserError(f"{self.path} has another size than its .json says; {again}")
-        self.shard = Shard(self.path, np.dtype("<u2"), 0, size)
+        self.shard = Shard(self.path, np.dtype("<u2"), size)
 
     @property
     def rows(self) -> np.ndarray:

@@ -1,15 +1,13 @@
 """Find the files of a split and the format of each. engine/data/tokens.py reads them.
 
 A split is one file, <split>.bin, or several shards. Our meta.json lists them. Without it, as in
-nanoGPT's and llm.c's folders, they are found by name: [<prefix>_]<split>[_<digits>].bin. A file
-starts with llm.c's header (256 int32: magic number, version, number of tokens, ...) or with its
-first id. Only sizes and headers are read, so thousands of shards open fast.
+nanoGPT's folders, they are found by name: [<prefix>_]<split>[_<digits>].bin. Only sizes and first
+ids are read, so thousands of shards open fast.
 """
 
 import hashlib
 import os
 import re
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +16,21 @@ import numpy as np
 
 from engine.base.errors import UserError
 
-HEADER = 1024  # bytes of llm.c's header
-MAGIC = 20240520
 SPLIT_FILE = re.compile(r"(?:([^.].*)_)?([^_.]*[^_.0-9][^_.]*)(?:_([0-9]+))?\.bin")
 PAGE = 1 << 12
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of ids after `header` bytes. sha256: from meta.json, or None."""
+    """A file of ids. sha256: from meta.json, or None."""
 
     path: Path
     dtype: np.dtype
-    header: int
     size: int  # of the file, in bytes
     sha256: str | None = None
 
     def __len__(self) -> int:
-        return (self.size - self.header) // self.dtype.itemsize
+        return self.size // self.dtype.itemsize
 
     def map(self) -> np.ndarray:
         """Its ids (n,), read-only. Pages that were read take memory until the map is freed."""
@@ -43,7 +38,7 @@ class Shard:
             raise UserError(
                 f"{self.path} changed while it was used; when it is complete, start again or resume"
             )
-        mapped = np.memmap(self.path, self.dtype, "r", self.header, (len(self),))
+        mapped = np.memmap(self.path, self.dtype, "r", 0, (len(self),))
         return mapped.view(np.ndarray)  # slicing it is faster
 
     def fingerprint(self) -> str:
@@ -57,11 +52,11 @@ class Shard:
 
 
 def find(folder: Path, split: str, meta: dict | None) -> list[Shard]:
-    """The files of a split in order, after a check of sizes and headers; [] if there are none."""
+    """The files of a split in order, after a check of sizes; [] if there are none."""
     meta = meta or {}
     dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
     if "splits" not in meta:
-        return [_with_header(path, dtype) for path in _find_by_name(folder, split)]
+        return [_shard(path, dtype) for path in _find_by_name(folder, split)]
     about = meta["splits"].get(split)
     if about is None:
         return []
@@ -93,11 +88,11 @@ def _find_by_name(folder, split):
 
 
 def _stated(folder, part, dtype):
-    """A file that meta.json lists; it has no header."""
+    """A file that meta.json lists."""
     path = folder / part["file"]
     if not path.is_file():
         raise UserError(f"{path} is missing, but meta.json lists it; prepare the data again")
-    shard = _without_header(path, dtype, part.get("sha256"))
+    shard = _shard(path, dtype, part.get("sha256"))
     stated = part.get("tokens", len(shard))
     if len(shard) != stated:
         raise UserError(
@@ -107,25 +102,7 @@ def _stated(folder, part, dtype):
     return shard
 
 
-def _with_header(path, dtype):
-    """A file with or without llm.c's header.
-
-    A damaged header is never read as ids: the magic number is not in GPT-2's vocabulary."""
-    with open(path, "rb", buffering=0) as file:
-        start = file.read(12).ljust(12, b"\0")
-    magic, version, n = struct.unpack("<3i", start)
-    if magic != MAGIC:
-        return _without_header(path, dtype)
-    size = path.stat().st_size
-    if version != 1 or size != HEADER + 2 * n:
-        raise UserError(
-            f"{path} is damaged: its header says version {version} and {n:,} tokens, but it has "
-            f"{size:,} bytes; download it again"
-        )
-    return Shard(path, np.dtype("<u2"), HEADER, size)
-
-
-def _without_header(path, dtype, sha256=None):
+def _shard(path, dtype, sha256=None):
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise UserError(
@@ -138,7 +115,7 @@ def _without_header(path, dtype, sha256=None):
         raise UserError(
             f"{path} holds ids of 4 or 8 bytes; write it again with ids.astype(np.uint16)"
         )
-    return Shard(path, dtype, 0, size, sha256)
+    return Shard(path, dtype, size, sha256)
 
 
 def joined(hashes: Iterable[str]) -> str:

@@ -3,8 +3,8 @@
 A data set is a folder. <split>.bin, or several shards, hold the ids of all documents, with
 end-of-text between documents, as little-endian uint16 (uint32 for a vocabulary that needs it).
 meta.json holds the tokenizer, vocabulary, dtype, sizes and hashes. nanoGPT's folders (train.bin,
-val.bin, meta.pkl or no meta file) and llm.c's files work unchanged. The command that prepared a
-data set checks its hashes if it is run again.
+val.bin, meta.pkl or no meta file) work unchanged. The command that prepared a data set checks its
+hashes if it is run again.
 """
 
 import difflib
