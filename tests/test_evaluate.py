@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.base.errors import UserError
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokens import TokenFile
 from engine.eval.ensemble import Ensemble
+from engine.eval.run import Run
 from engine.eval.table import flat
 from engine.runs.checkpoint import load_model
 from tests.helpers import (
@@ -220,24 +222,18 @@ def test_a_run_folder_without_write_access_is_refused_before_the_evaluation(
     assert "softmax" in message and "--results" in message
 
 
-def test_tokens_of_unknown_text_are_evaluated_and_sampling_says_what_is_missing(
-    tmp_path, monkeypatch, capsys
-):
+def test_tokens_of_unknown_text_are_evaluated_and_sampling_says_what_is_missing(tmp_path):
     ids = np.random.default_rng(0).integers(0, 50, 500)
     data = write_nanogpt(tmp_path / "ids", dict.fromkeys(("train", "val", "test"), ids))
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50}))
     run(data, tmp_path / "run", max_iters=1)
     exported(tmp_path / "run", tmp_path / "gpt2")
-    evaluate_py(out_dir=tmp_path / "gpt2", dataset=data)
-    evaluate_py(out_dir=tmp_path / "run")
     expected = scores_of(load_model(tmp_path / "run"), TokenFile(data, "test"))["nll"]
     for name in ("run", "gpt2"):
+        evaluate_py(out_dir=tmp_path / name, dataset=data)
         assert read(tmp_path / name)["nll"] == pytest.approx(expected)
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["sample.py", *flags(out_dir=tmp_path / "run", device="cpu")])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-    assert "itos" in capsys.readouterr().err.splitlines()[-1]
+        with pytest.raises(UserError, match="itos"):
+            Run(tmp_path / name).generate_text("a")
 
 
 def test_with_a_folder_for_results_the_runs_do_not_change(runs, both, tmp_path):
