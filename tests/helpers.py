@@ -185,7 +185,7 @@ def scores_of(
 ) -> dict:
     """The result of evaluate() on a split."""
     batches = windows(file, model.config.block_size, batch_size, **options)
-    processes = distributed.Processes(model.transformer.wte.weight.device)
+    processes = distributed.Processes(next(model.parameters()).device)
     return evaluate(model, batches, processes, n_samples=n_samples).result()
 
 
