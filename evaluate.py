@@ -31,6 +31,7 @@ from engine.eval.table import Table, as_text, comparable, tables
 from engine.gpt2.loading import HUB
 from engine.runs.checkpoint import folder_of
 from engine.runs.logger import read_records
+from engine.runs.percentiles import write_percentiles
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def compare(
             path = result_file(run.source, config)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, row)
+            is_plain = len(run.members) == 1 and not config.evaluation.mc_dropout
+            if is_plain and not config.evaluation.dataset:
+                write_percentiles(path.parent, run.usual)
             if config.report != "none":
                 for title, text in run.documents().items():
                     texts.setdefault(title, {})[name] = text

@@ -4,9 +4,10 @@
     python sample.py --out_dir=out/quickstart/bayes --interactive
     python sample.py --init_from=gpt2-xl --prompts=prompts.txt --jsonl=texts.jsonl --stop='\\n\\n'
 
---show_uncertainty colours each token by the entropy of the prediction it was drawn from. With a
-Bayesian head it also underlines tokens of high epistemic uncertainty, the part that comes from
-uncertain weights. --html shows all scores.
+--show_uncertainty colours each token whose prediction was unusually uncertain for this run: beyond
+the 75th, 95th or 99th percentile of its own validation text. --abstain=mark underlines tokens of
+unusually high epistemic uncertainty, the part that comes from uncertain weights. --html shows all
+scores.
 """
 
 import contextlib
@@ -75,7 +76,7 @@ def main() -> None:
         config = replace(config, num_samples=1)
     source = config.out_dir if config.init_from == "resume" else config.init_from
     run = Run(source, config.device, config.dtype)
-    run.check(config.sampling)
+    config = replace(config, sampling=run.with_limit(config.sampling))
     if config.compile:
         compile_step(run.model)
     previous: list[int] = []  # the ids of the newest text and its prompt
@@ -92,7 +93,7 @@ def main() -> None:
             previous[:] = ids + [token.id for token in texts[0].tokens]
             for number, text in enumerate(texts):
                 title = f"{i + 1}. {record['prompt'][:40]!r}, sample {number + 1}"
-                scored[title] = {source: ScoredText(prompt + text.tokens)}
+                scored[title] = {source: run.scored(prompt + text.tokens, "total")}
                 if config.jsonl:
                     line = record | {"sample": number} | as_record(text, config.show_uncertainty)
                     with open(config.jsonl, "a", encoding="utf-8") as file:
@@ -110,7 +111,7 @@ def generate(
     rule = "" if config.interactive else "---------------\n"
     uncertain = config.show_uncertainty or config.html != "" or sampling.abstain != "no"
     ids = [token.id for token in prompt]
-    texts = [Continuation(sampling)]
+    texts = [Continuation(sampling, run.scored((), "total"))]
     screen.begin(shown_prompt)
     try:
         for texts in run.stream(ids, config.num_samples, sampling, uncertain):

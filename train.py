@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -40,6 +41,7 @@ from engine.data.tokens import TokenFile
 from engine.data.windows import eval_batches
 from engine.eval.validation import mean_loss
 from engine.runs.fit import fit_posterior
+from engine.runs.percentiles import measure, write_percentiles
 from engine.runs.saver import Saver
 from engine.runs.start import open_run, prepare_run, training_labels
 from model import GPT, GPTConfig
@@ -126,11 +128,8 @@ class TrainConfig:
             raise UserError(
                 "optimizer = 'muon' needs whole matrices, and fsdp shards them; use --sharding=none"
             )
-        if self.model.head.is_kron and (self.max_iters or self.sharding == "fsdp"):
-            raise UserError(
-                "posterior = 'kron' is fitted to a trained run, without fsdp: "
-                "give --init_from=RUN --max_iters=0 --out_dir=ANOTHER"
-            )
+        if self.model.head.is_kron and self.sharding == "fsdp":
+            raise UserError("posterior = 'kron' cannot be fitted with fsdp; use --sharding=none")
         has_sets = self.labels and self.model.head.likelihood == "sigmoid"
         if self.label_mode == "set" and not has_sets:
             raise UserError("label_mode = 'set' needs --labels=NAME and --likelihood=sigmoid")
@@ -236,13 +235,16 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                 improved = progress.improves(scores)
                 log.evaluation(scores)
                 is_last |= progress.is_stale(config.patience * config.eval_interval)
-            if is_last and config.model.head.is_kron and not config.eval_only:
+            is_result = is_last and not config.eval_only
+            if is_result and config.model.head.is_kron:
                 log.say(fit_posterior(raw_model, data["train"], processes, cast))
             is_save_step = is_last or step % (config.save_interval or config.eval_interval) == 0
             should_save = improved or (is_save_step and config.always_save_checkpoint)
             if should_save and not config.eval_only:
                 with log.paused():
                     saver.save()
+            if is_result and processes.is_main and config.sharding == "none":
+                write_percentiles(Path(config.out_dir), measure(raw_model, data["val"], cast))
             if is_last:
                 break
 

@@ -53,7 +53,7 @@ def test_two_processes_repeat_the_run_of_one_and_runs_move_between_them(words_da
     assert difference(model, checkpoint.load_model(tmp_path / "muon-two")) < 3e-3
     model = run(words_data, tmp_path / "kron", **SHORT | KRON)
     kron = checkpoint.load_model(tmp_path / "kron-two").lm_head.weights.column_factor
-    assert (kron - model.lm_head.weights.column_factor).abs().max() < 1e-3
+    assert (kron - model.lm_head.weights.column_factor).abs().max() < 1e-6
     longer = SHORT | {"max_iters": 9}
     model = run(words_data, elastic, **longer, init_from="resume")
     assert difference(model, run(words_data, tmp_path / "longer", **longer)) < 1e-4

@@ -1,5 +1,7 @@
 """The kron posterior: a matrix normal, against torch.distributions; its fit, against formulas."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,17 @@ from engine.base.errors import UserError
 from engine.base.options import load_config
 from engine.data.tokens import TokenFile
 from engine.runs.checkpoint import load_model
+from engine.runs.fit import moments
 from heads import Head, HeadConfig
-from tests.helpers import flags, run, same_weights, scores_of, write_nanogpt
+from tests.helpers import (
+    assert_close_in_norm,
+    difference,
+    flags,
+    run,
+    same_weights,
+    scores_of,
+    write_nanogpt,
+)
 from train import TrainConfig, train
 
 V, C = 7, 5
@@ -144,11 +155,47 @@ def test_a_posterior_fitted_to_a_run_predicts_what_the_run_does(
     assert not torch.allclose(factor, torch.eye(32), atol=0.1)
 
 
-def test_the_fit_is_for_trained_runs_and_whole_weights_alone(words_data, tmp_path):
-    head = ["--weights=bayes", "--posterior=kron"]
-    for wrong in ("--max_iters=5", "--sharding=fsdp"):
-        with pytest.raises(UserError, match="--init_from=RUN --max_iters=0"):
-            load_config(TrainConfig, [*head, "--max_iters=0", wrong])
+def test_a_bayesian_training_ends_with_the_fit(words_data, tmp_path):
+    options = {"weights": "bayes", "max_iters": 5, "kl_weight": 0.1}
+    row = run(words_data, tmp_path / "row", **options)
+    kron = run(words_data, tmp_path / "kron", **options, posterior="kron")
+    assert difference(row.transformer, kron.transformer) < 1e-5
+    assert not torch.equal(kron.lm_head.weights.column_factor, torch.eye(32))
+
+
+def test_a_fit_with_shards_is_refused():
+    with pytest.raises(UserError, match="--sharding=none"):
+        load_config(TrainConfig, ["--weights=bayes", "--posterior=kron", "--sharding=fsdp"])
+
+
+def test_a_fit_in_bf16_is_near_that_in_fp32(fitted, trained, words_data, tmp_path):
+    options = {"weights": "bayes", "posterior": "kron", "max_iters": 0, "dtype": "bfloat16"}
+    model = run(words_data, tmp_path, **options, init_from=trained())
+    factors = [m.lm_head.weights.column_factor for m in (model, load_model(fitted["categorical"]))]
+    covariances = [factor @ factor.T for factor in factors]
+    assert_close_in_norm(*covariances, 0.05)
+
+
+def test_a_fit_of_1600_columns_is_the_inverse_of_the_damped_second_moment():
+    n_embd = 1600
+    head = Head(HeadConfig("bayes", posterior="kron", n_data=1000), V, n_embd)
+    x = torch.randn(4000, n_embd, dtype=torch.float64) * torch.logspace(-2, 1, n_embd)
+    second_moment = x.T @ x / len(x)
+    head.weights.fit_columns(second_moment, torch.ones(V) / V, damping=1e-3)
+    factor = head.weights.column_factor.double()
+    damped = second_moment + 1e-3 * second_moment.trace() / n_embd * torch.eye(n_embd)
+    product = factor @ (factor.T @ damped)
+    assert_close_in_norm(product / product.trace() * n_embd, torch.eye(n_embd), 1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_hidden_states_without_a_second_moment_are_refused(words_data, trained, value):
+    model = load_model(trained())
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(value)
+    train_file = TokenFile(words_data, "train")
+    with pytest.raises(UserError, match="hidden states"):
+        moments(model, train_file, distributed.Processes(torch.device("cpu")), nullcontext())
 
 
 def test_another_posterior_does_not_keep_the_fitted_stds(fitted, trained, words_data, tmp_path):

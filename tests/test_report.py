@@ -13,8 +13,9 @@ from torch.distributions import Categorical
 
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.eval.report import table_html, write_page, write_report
-from engine.eval.scored_text import ScoredText, Token, score_text
+from engine.eval.scored_text import COLOURS, ScoredText, Token, score_text
 from engine.eval.table import Table
+from engine.runs.percentiles import percentiles_of
 from tests.helpers import HEADS, WORDS, tiny_gpt
 from tests.test_plots import make_curve, make_row
 
@@ -59,6 +60,7 @@ def test_end_of_text_and_split_characters_have_a_text():
 def make_tokens(texts: list[str], bayes: bool, scale: float = 1.0) -> ScoredText:
     """A text in which token i has nll i * scale; the first has none."""
     tokens = ScoredText([Token(texts[0], 0)])
+    tokens.percentiles = percentiles_of({"nll": torch.linspace(0, 10, 1001)})
     for i, text in enumerate(texts[1:], 1):
         epistemic = 0.01 * i * scale if bayes else 0.0
         top = ((texts[0], 0.25),)
@@ -79,27 +81,24 @@ def write(folder: Path, words: list[str] = WORDS, name: str = "bayes") -> Path:
 def spans(page: Path) -> list[tuple[str, str, str]]:
     """The text, title and style of each token."""
     text = page.read_text(encoding="utf-8")
-    found = re.findall(r'<span .*?title="(.*?)" style="(.*?)">(.*?)</span>', text, re.DOTALL)
+    found = re.findall(r'<span .*?title="([^"]*)"(?: style="(.*?)")?>(.*?)</span>', text, re.DOTALL)
     return [(html.unescape(token), html.unescape(title), style) for title, style, token in found]
 
 
-def test_tokens_are_coloured_by_epistemic_uncertainty_or_for_point_weights_by_nll(tmp_path):
-    """Both have one scale for all texts: the 99th percentile of what is not 0."""
-    i = np.arange(len(WORDS))
-    nll = np.concatenate([i, 2 * i])
-    softmax = i / np.quantile(nll[nll > 0], 0.99)
-    bayes = i / np.quantile(i[1:], 0.99)
-    expected = np.concatenate([softmax, bayes]).clip(0, 1)
-    styles = [style for *_, style in spans(write(tmp_path))]
-    found = [float(re.search(r"/([\d.]+)\)", style)[1]) for style in styles]
-    assert found == pytest.approx(expected, abs=0.006)
+def test_tokens_are_coloured_beyond_the_percentiles_of_the_run(tmp_path):
+    found = [style for *_, style in spans(write(tmp_path))]
+    nll = [*range(len(WORDS)), *(2 * i for i in range(len(WORDS)))]
+    # the run's validation text has an nll of 0 to 10: 7.5, 9.5 and 9.9 are its percentiles
+    limits = (7.5, 9.5, 9.9)
+    expected = [COLOURS[sum(value > limit for limit in limits)] for value in nll]
+    assert [style.partition(":")[2] for style in found] == expected
 
 
 def test_a_token_shows_its_numbers_and_the_likeliest_alternatives(tmp_path):
     first, _, _, (text, title, _), *_ = spans(write(tmp_path))
     assert text == WORDS[3]
     assert first[1] == "given"
-    assert "nll 3 nats" in title
+    assert "nll 3 nats, percentile 30" in title
     assert f"{WORDS[0]!r} 25.0%" in title
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from engine.base.distributed import Processes
 from engine.base.errors import UserError
+from engine.data.tokens import TokenFile
+from engine.data.windows import windows
+from engine.eval.evaluation import evaluate
 from engine.eval.generation import generate
 from engine.eval.run import Continuation, Run, Sampling
 from engine.eval.scored_text import Token
@@ -131,6 +136,25 @@ def test_abstaining_stops_before_the_first_token_of_high_epistemic_uncertainty(b
     assert bayes.generate_text("the ", **options) == stopped.text
 
 
+def test_abstaining_at_a_percentile_is_abstaining_above_its_value_in_nats(bayes):
+    limit = bayes.percentiles.value("epistemic", 80)
+    in_nats = {"abstain": "stop", "max_epistemic": limit}
+    texts = [bayes.generate_text("the ", **options) for options in (in_nats, {"abstain": "80%"})]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) < 500
+
+
+def test_percentiles_are_those_of_the_scores_of_the_validation_split(bayes, words_data):
+    val = TokenFile(words_data, "val")
+    processes = Processes(torch.device("cpu"))
+    scores = evaluate(bayes.model, windows(val, 16, 8), processes).columns
+    for name, key in (("nll", "nll"), ("total", "entropy"), ("epistemic", "mutual_information")):
+        for percentile in (0, 50, 99):
+            value = np.percentile(scores[key], percentile)
+            assert bayes.percentiles.value(name, percentile) == pytest.approx(value, rel=0.02)
+            assert bayes.percentiles.of(name, value) == pytest.approx(percentile, abs=1)
+
+
 # the script
 
 
@@ -160,7 +184,9 @@ def test_marks_follow_uncertain_tokens_in_plain_text_and_in_json(
             marked += "[?]"
             expected.append(i)
     assert len(expected) == 4
-    assert capsys.readouterr().out.startswith("the " + marked)
+    output = capsys.readouterr().out
+    assert output.startswith("the " + marked)
+    assert "4 of 30 tokens" in output
     sample_py(monkeypatch, folder, jsonl="marked.jsonl", **options)
     (record,) = read_lines(folder / "marked.jsonl")
     assert record["uncertain"] == expected
@@ -244,7 +270,8 @@ def test_a_terminal_gets_no_control_characters():
         ({"prompts": "strange.txt", "jsonl": "new"}, "'S'"),
         ({"n_samples": 4, "out_dir": "softmax"}, "--n_samples"),
         ({"interactive": True, "jsonl": "new"}, "--jsonl"),
-        ({"abstain": "stop"}, "--max_epistemic"),
+        ({"abstain": "often"}, "99%"),
+        ({"abstain": "99%", "out_dir": "old"}, "evaluate.py"),
         ({"abstain": "stop", "max_epistemic": 0.1, "out_dir": "softmax"}, "--abstain"),
     ],
 )
@@ -256,6 +283,8 @@ def test_mistakes_end_in_one_line_before_anything_is_written(
     (tmp_path / "strange.txt").write_text("the\nSHIP")
     for name in ("softmax", "bayes"):
         (tmp_path / name).symlink_to(folder / name)
+    shutil.copytree(folder / "bayes", tmp_path / "old")
+    (tmp_path / "old" / "percentiles.json").unlink()
     defaults = {"out_dir": "bayes", "device": "cpu", "start": "the", "max_new_tokens": 2}
     argv = flags(**defaults | options)
     assert word in refused("sample.py", argv, tmp_path, monkeypatch, capsys)

@@ -23,6 +23,7 @@ from engine.eval.scored_text import ScoredText, score_text
 from engine.eval.texts import TextStats, first_document
 from engine.eval.validation import exp
 from engine.runs.checkpoint import check_tokenizer, folder_of
+from engine.runs.percentiles import Percentiles, percentiles_of
 
 VAL_TOKENS = 20_000  # of the validation split, for the temperature and the usual uncertainties
 SHOWN_TOKENS = 600  # of a document that the report colours
@@ -54,6 +55,13 @@ class EvaluationConfig:
         check_options(self)
         if self.mc_dropout and self.n_samples < 1:
             raise UserError("mc_dropout averages passes; add --n_samples=16, for example")
+
+
+def usual(scores: Scores) -> Percentiles:
+    """The percentiles of the uncertainties of validation text."""
+    names = {"nll": "nll", "total": "entropy", "epistemic": "mutual_information"}
+    columns = scores.columns
+    return percentiles_of({name: columns[key] for name, key in names.items() if key in columns})
 
 
 class Evaluator:
@@ -133,12 +141,12 @@ class Evaluator:
         """Fit the baselines to the training and the validation text, and read from the latter what
         uncertainties are usual."""
         temperature = None
-        self.usual = None
+        self.usual = Percentiles()
         if "val" in splits_in(self.file.path.parent):
             val = self._split(self.dataset, "val")
             n_windows = math.ceil(VAL_TOKENS / self.block_size)
             read_val = partial(self._evaluate, val, limit=n_windows)
-            self.usual = read_val()
+            self.usual = usual(read_val())
             temperature = fit_temperature(lambda score: read_val(score=score))
         train = TokenFile(self.dataset, "train")
         self.baselines = Baselines(self.models[0], train, self.processes, self.cast, temperature)
@@ -202,6 +210,7 @@ class Evaluator:
         for title, file in files.items():
             ids = first_document(file, self.tokenizer.eot, SHOWN_TOKENS)
             scored = score_text(self.model, self.tokenizer, ids, self.n_samples)
+            scored.percentiles = self.usual
             found[f"{title}: {file.path}"] = scored
         return found
 

@@ -10,7 +10,7 @@ import string
 from pathlib import Path
 
 from engine.base.files import atomic_write
-from engine.eval.scored_text import ScoredText, colour_scales, coloured_html
+from engine.eval.scored_text import ScoredText, coloured_html
 from engine.eval.table import Table
 
 CAPTIONS = {  # how to read a plot
@@ -73,12 +73,10 @@ def table_html(table: Table) -> str:
 
 
 def texts_html(texts: Texts) -> str:
-    """The texts of all runs, coloured on the same scale."""
-    scales = colour_scales(text for runs in texts.values() for text in runs.values())
     parts = ["<h2>Token by token</h2>"]
     for title, runs in texts.items():
         parts.append(f"<h3>{html.escape(title)}</h3>")
         for run, text in runs.items():
             summary = f"<summary>{html.escape(run)}</summary>"
-            parts.append(f"<details open>{summary}{coloured_html(text, scales)}</details>")
+            parts.append(f"<details open>{summary}{coloured_html(text)}</details>")
     return "\n".join(parts)

@@ -8,10 +8,10 @@ run.predict("The old prince", n_samples=16).epistemic
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 
@@ -21,7 +21,8 @@ from engine.base.options import NonNegativeFloat, NonNegativeInt, Seed, check_op
 from engine.data.tokenizer import incremental_decoder
 from engine.eval.generation import stream
 from engine.eval.scored_text import ScoredText, Token, prediction_scores, score_text
-from engine.runs.checkpoint import read_checkpoint
+from engine.runs.checkpoint import folder_of, read_checkpoint
+from engine.runs.percentiles import read_percentiles
 from heads import Prediction
 
 
@@ -39,10 +40,10 @@ class Sampling:
     n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
     # end the text before this string; | separates several strings; \n is the end of a line
     stop: str = ""
-    # no | mark | stop: mark tokens with an epistemic uncertainty above max_epistemic, or end the
-    # text before the first of them
-    abstain: Literal["no", "mark", "stop"] = "no"
-    # in nats; --show_uncertainty and uncertainty() show a run's usual values
+    # no | mark | stop: mark the tokens of unusually high epistemic uncertainty, or end the text
+    # before the first of them; or a percentile such as 99%: end it beyond that one
+    abstain: str = "no"
+    # what is unusual, in nats; 0: beyond the 99th percentile of the run's own validation text
     max_epistemic: NonNegativeFloat = 0.0
     seed: Seed = 1337  # the same seed, the same text
 
@@ -50,9 +51,9 @@ class Sampling:
         check_options(self)
         if not isinstance(self.stop, str):
             raise UserError(f"stop = {self.stop!r} is not a string; separate several by |")
-        if self.abstain != "no" and not self.max_epistemic:
+        if not re.fullmatch(r"no|mark|stop|\d\d?(\.\d+)?%", str(self.abstain)):
             raise UserError(
-                f"abstain = {self.abstain!r} needs a limit, for example --max_epistemic=0.05"
+                f"abstain = {self.abstain!r} is not no, mark, stop, or a percentile such as 99%"
             )
 
     @property
@@ -125,6 +126,14 @@ class Run:
         checkpoint = read_checkpoint(source)
         self.model = checkpoint.model(self.device)
         self.tokenizer = checkpoint.tokenizer()
+        self.percentiles = read_percentiles(folder_of(source))
+
+    def scored(self, tokens: Iterable[Token], colouring: str) -> ScoredText:
+        """A text with this run's percentiles, to be coloured by nll or total."""
+        text = ScoredText(tokens)
+        text.percentiles = self.percentiles
+        text.colouring = colouring
+        return text
 
     def __repr__(self) -> str:
         return f"Run({self.source!r}): {self.model.config}"
@@ -137,12 +146,25 @@ class Run:
             raise UserError("this tokenizer has no end-of-text token; the prompt must not be empty")
         return [self.tokenizer.eot]
 
-    def check(self, sampling: Sampling) -> None:
-        """Refuse options that need a Bayesian model if this one has point weights."""
+    def with_limit(self, sampling: Sampling) -> Sampling:
+        """The same with max_epistemic in nats. Refuses options that need a Bayesian model if this
+        one has point weights."""
         needs_bayes = sampling.abstain != "no" or sampling.n_samples
         if needs_bayes and not self.model.bayes_layers():
             reason = "has point weights, so no draws and no epistemic uncertainty"
             raise UserError(f"{self.source} {reason}; leave --abstain and --n_samples out")
+        if sampling.abstain == "no" or sampling.max_epistemic:
+            return sampling
+        if "epistemic" not in self.percentiles.quantiles:
+            raise UserError(
+                f"{self.source} has no percentiles; run evaluate.py --out_dir={self.source} "
+                "--split=val, or give --max_epistemic=NATS"
+            )
+        action, level = sampling.abstain, 99.0
+        if action.endswith("%"):
+            action, level = "stop", float(action[:-1])
+        limit = self.percentiles.value("epistemic", level)
+        return replace(sampling, abstain=action, max_epistemic=limit)
 
     def generate_text(self, prompt: str = "", **options: float | str) -> str:
         """The prompt's continuation. Options: the fields of Sampling, such as max_new_tokens."""
@@ -165,11 +187,12 @@ class Run:
         Yields the same list after each token. uncertain: the tokens carry the scores of the
         predictions that they were drawn from.
         """
-        self.check(sampling)
+        sampling = self.with_limit(sampling)
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         texts, decoders = [], []
         for _ in range(num_samples):
-            texts.append(Continuation(sampling))
+            tokens = self.scored((), "total")
+            texts.append(Continuation(sampling, tokens))
             decode = incremental_decoder(self.tokenizer)
             for i in ids:
                 decode(i)  # a character may be split over the prompt's end
@@ -225,4 +248,4 @@ class Run:
         ids = [*before, *self.tokenizer.encode(text).tolist()]
         with self.cast:
             scored = score_text(self.model, self.tokenizer, ids, n_samples)
-        return ScoredText(scored[len(before) :])
+        return self.scored(scored[len(before) :], "nll")

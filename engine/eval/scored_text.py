@@ -1,8 +1,6 @@
 """A text with a model's prediction of each token: nll, uncertainty, likeliest alternatives."""
 
 import html
-import math
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,12 +11,14 @@ from engine.base.distributed import seed_micro_batch
 from engine.data.tokenizer import Tokenizer, incremental_decoder, token_bytes_of
 from engine.data.windows import window_starts
 from engine.eval.evaluation import row_chunks
+from engine.runs.percentiles import Percentiles
 from heads import Prediction, token_scores
 
 N_TOP = 5  # likeliest next tokens that are kept
 AVERAGED = ("nll", "total", "epistemic")  # over a text
 NUMBERS = ("nll", "total", "aleatoric", "epistemic")
-COLOURINGS = ("epistemic", "nll")
+COLOURED = (75, 95, 99)  # percentiles beyond which a token is coloured
+COLOURS = ("", "#ffeb99", "#ffb03b", "#ff6f61")
 
 
 class Token(NamedTuple):
@@ -34,61 +34,86 @@ class Token(NamedTuple):
 
 
 class ScoredText(list[Token]):
-    """Tokens in order. A notebook colours them by epistemic uncertainty, or else by nll."""
+    """Tokens in order, coloured in a notebook by how unusual they are for the run."""
+
+    percentiles = Percentiles()  # what is usual for the run
+    colouring = "nll"  # total for a text that the model wrote itself: its tokens are no surprise
 
     @property
     def text(self) -> str:
         return "".join(token.text for token in self)
 
     def means(self) -> dict[str, float]:
-        """nll, total and epistemic, nats per token."""
-        n = max(1, len(self))
-        return {name: sum(getattr(token, name) for token in self) / n for name in AVERAGED}
+        """nll, total and epistemic, nats per token that was predicted."""
+        scored = [token for token in self if token.nll is not None]
+        n = max(1, len(scored))
+        return {name: sum(getattr(token, name) for token in scored) / n for name in AVERAGED}
+
+    def percentile(self, token: Token, name: str) -> float | None:
+        """The percentile of one of a token's scores; None if it or the run has none."""
+        value = getattr(token, name)
+        if value is None or name not in self.percentiles.quantiles:
+            return None
+        return self.percentiles.of(name, value)
+
+    def shade(self, token: Token) -> int:
+        """From 0, usual, to 3, beyond the 99th percentile."""
+        percentile = self.percentile(token, self.colouring) or 0.0
+        return sum(percentile > limit for limit in COLOURED)
+
+    def summary(self) -> str:
+        """Means in nats, and how many tokens are beyond the run's 99th percentile."""
+        parts = []
+        for name, mean in self.means().items():
+            found = [self.percentile(token, name) for token in self]
+            found = [percentile for percentile in found if percentile is not None]
+            if found:
+                share = sum(percentile > 99 for percentile in found) / len(found)
+                parts.append(f"{name} {mean:.3g} nats, {share:.1%} of the tokens")
+        about = "; ".join(parts) or "unknown"
+        return f"mean, and share of tokens beyond the run's 99th percentile: {about}"
 
     def __repr__(self) -> str:
         return f"ScoredText({self.text!r}, {len(self)} tokens)"
 
     def _repr_html_(self):
-        return coloured_html(self, colour_scales([self]))
+        return coloured_html(self)
 
 
-def colour_scales(texts: Iterable[ScoredText]) -> dict[str, float]:
-    """The value that gets the full colour, for each colouring.
-
-    It is the 99th percentile, over all texts, of the values that are not 0."""
-    tokens = [token for text in texts for token in text if token.nll is not None]
-    scales = {}
-    for name in COLOURINGS:
-        values = np.array([getattr(token, name) for token in tokens])
-        values = values[np.isfinite(values) & (values != 0)]
-        scales[name] = float(np.quantile(values, 0.99)) if len(values) else 0.0
-    return scales
-
-
-def coloured_html(text: ScoredText, scales: dict[str, float]) -> str:
-    """A <span> per token: the higher its value, the more orange; its tooltip has all scores.
-
-    The value is the epistemic uncertainty; for point weights, which have none, the nll.
-    """
-    colouring = "epistemic" if any(token.epistemic for token in text) else "nll"
+def coloured_html(text: ScoredText) -> str:
+    """A <span> per token, coloured by its percentile; its tooltip has all scores."""
     spans = []
     for token in text:
-        value = getattr(token, colouring) or 0.0
-        share = min(1.0, max(0.0, value / (scales[colouring] or math.inf)))
-        colour = f"background:rgb(254 153 41/{share:.2f})"
-        about = html.escape(describe(token))
+        colour = COLOURS[text.shade(token)]
+        style = f' style="background:{colour}"' if colour else ""
+        about = html.escape(describe(token, text))
         shown = html.escape(token.text)
-        spans.append(f'<span tabindex="0" title="{about}" style="{colour}">{shown}</span>')
-    note = f"{colouring}, nats: white 0, orange {scales[colouring]:.3g} and more"
+        spans.append(f'<span tabindex="0" title="{about}"{style}>{shown}</span>')
     style = "white-space: pre-wrap; color: black; background: white"
+    note = html.escape(f"{legend(text)} {text.summary()}")
     return f'<p class="text" style="{style}">{"".join(spans)}</p><small>{note}</small>'
 
 
-def describe(token: Token) -> str:
+def legend(text: ScoredText) -> str:
+    """What the colours mean."""
+    if text.colouring not in text.percentiles.quantiles:
+        return "No colours: evaluate.py --split=val writes the run's percentiles."
+    values = [f"{text.percentiles.value(text.colouring, level):.2f}" for level in COLOURED]
+    return (
+        f"Yellow, orange, red: {text.colouring} beyond the 75th, 95th, 99th percentile of the "
+        f"run's validation text ({', '.join(values)} nats)."
+    )
+
+
+def describe(token: Token, text: ScoredText) -> str:
     """A token's scores and the likeliest alternatives, one per line."""
     if token.nll is None:
         return "given"
-    lines = [f"{name} {getattr(token, name):.3g} nats" for name in NUMBERS]
+    lines = []
+    for name in NUMBERS:
+        percentile = text.percentile(token, name)
+        beside = "" if percentile is None else f", percentile {percentile:.3g}"
+        lines.append(f"{name} {getattr(token, name):.3g} nats{beside}")
     lines += [f"{name!r} {p:.1%}" for name, p in token.top]
     return "\n".join(lines)
 
