@@ -25,7 +25,7 @@ from engine.eval.validation import exp
 from engine.runs.checkpoint import check_tokenizer, folder_of
 from engine.runs.percentiles import Percentiles, percentiles_of
 
-VAL_TOKENS = 20_000  # of the validation split, for the temperature and the usual uncertainties
+VAL_TOKENS = 10_000  # of the validation split, for the temperature and the usual uncertainties
 SHOWN_TOKENS = 600  # of a document that the report colours
 
 
