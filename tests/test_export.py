@@ -130,7 +130,10 @@ def test_the_model_card_has_the_nll_of_the_run_and_of_its_export(tmp_path, words
 def with_tokenizer(tmp_path: Path, tokenizer) -> Path:
     """The export of a model with this tokenizer."""
     model = tiny_gpt(vocab_size=tokenizer.vocab_size)
-    return exported(save(tmp_path / "run", model, tokenizer), tmp_path / "out")
+    folder = exported(save(tmp_path / "run", model, tokenizer), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 16  # llama.cpp reads n_ctx
+    return folder
 
 
 @pytest.mark.parametrize(
