@@ -24,13 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import exclusive_lock, read_json, write_json
-from engine.base.options import NonNegativeInt, PositiveInt, check_options, flatten, load_config
+from engine.base.options import NonNegativeInt, PositiveInt, check_options, load_config
 from engine.data.labels import LABEL_BYTES, identity, pack, paths_of, refuse_other
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.runs.checkpoint import check_tokenizer, load_model
-
-# options that may change when an interrupted run is continued
-MAY_CHANGE = ("teacher", "dataset", "name", "batch_size", "device")
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,6 @@ class Options:
     split: str = "train"  # train | val | test: labels of val and test are for evaluate.py --labels
     # labels per position, the likeliest, renormalised; 4 bytes each on disk
     k: PositiveInt = 8
-    max_tokens: NonNegativeInt = 0  # label only this many positions; 0: all
     # positions to label per window; 0: half the teacher's block_size; all of it is twice as fast
     stride: NonNegativeInt = 0
     batch_size: PositiveInt = 16  # windows at a time; lower it to save memory
@@ -73,9 +69,7 @@ class Teacher:
         if options.stride > self.block_size:
             raise UserError(f"stride = {options.stride} is above {self.block_size}, the block_size")
         self.stride = options.stride or max(1, self.block_size // 2)
-        # nothing follows the last token
-        n_targets = len(self.file) - 1
-        self.n_positions = min(options.max_tokens or n_targets, n_targets)
+        self.n_positions = len(self.file) - 1  # nothing follows the last token
         unread = max(0, self.n_positions - self.block_size)
         self.n_windows = 1 + math.ceil(unread / self.stride)
 
@@ -84,11 +78,11 @@ class Teacher:
         weights = hashlib.sha256()
         for tensor in self.model.state_dict().values():
             weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-        about = flatten(self.options)
-        for name in MAY_CHANGE:
-            del about[name]
-        return about | {
+        return {
             "mode": "topk",
+            "split": self.options.split,
+            "k": self.options.k,
+            "stride": self.options.stride,
             "dtype": self.dtype,
             "teacher_sha256": weights.hexdigest(),
             "vocab_size": self.n_ids,

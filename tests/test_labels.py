@@ -138,9 +138,9 @@ def test_labels_are_the_true_token_and_the_teachers_mixed_or_as_a_set(
 
 
 def test_interrupted_labelling_is_continued_to_the_same_bytes(file, label, monkeypatch):
-    options = {"max_tokens": 3000, "batch_size": 4}
+    options = {"batch_size": 4}
     whole = label("whole", **options)
-    assert whole.rows[:3000, 1].any(-1).all() and not whole.rows[3000:].any()
+    assert whole.rows[:-1, 1].any(-1).all()
     write_json = augmentation.teacher_labels.write_json
 
     def stopping(path, about):
