@@ -60,7 +60,7 @@ class HarnessLM(TemplateLM):
             self.run.model = load(config.out_dir)[0].to(self.run.device)
         for source in others:
             check_tokenizer(source, folder_of(first))
-        self.run.check(Sampling(n_samples=config.n_samples))
+        self.run.with_limit(Sampling(n_samples=config.n_samples))  # refuses draws of point weights
 
     @property
     def eot_token_id(self) -> int:
@@ -110,14 +110,15 @@ def main() -> None:
     config, _ = load_config(HarnessConfig, sys.argv[1:])
     if TemplateLM is object:
         raise UserError("lm_eval is not installed; run: pip install 'lm_eval==0.4.13'")
-    known = TaskManager().all_tasks
+    manager = TaskManager()
     tasks = config.tasks.split(",")
     for task in tasks:
-        if task not in known and not Path(task).is_file():
+        if task not in manager.all_tasks and not Path(task).is_file():
             raise UserError(f"the harness has no task {task!r}; `lm_eval ls tasks` lists all")
     folder = Path(config.results or folder_of(members_of(config.out_dir)[0]))
     check_writable(folder, "results")
-    found = simple_evaluate(HarnessLM(config), tasks=tasks, limit=config.limit or None)
+    model, limit = HarnessLM(config), config.limit or None
+    found = simple_evaluate(model, tasks=tasks, limit=limit, task_manager=manager)
     print(make_table(found))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "harness.json", vars(config) | found["results"])

@@ -14,9 +14,7 @@ from tests.conftest import shared_data
 from tests.helpers import refused, tiny_gpt
 from tests.test_export import exported, save
 
-WHY = "lm_eval is not installed: pip install 'lm_eval[hf]==0.4.13'"
-lm_eval = pytest.importorskip("lm_eval", reason=WHY)
-huggingface = pytest.importorskip("lm_eval.models.huggingface", reason=WHY)
+lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm_eval[hf]==0.4.13'")
 pytestmark = pytest.mark.slow
 
 
@@ -48,8 +46,9 @@ def ours(runs: Path, *names: str, n_samples: int = 0):
 
 
 def answers(lm, kind: str, *arguments: tuple) -> list:
-    instance = lm_eval.api.instance.Instance
-    return getattr(lm, kind)([instance(kind, {}, one, 0) for one in arguments])
+    from lm_eval.api.instance import Instance
+
+    return getattr(lm, kind)([Instance(kind, {}, one, 0) for one in arguments])
 
 
 @pytest.mark.parametrize(("name", "n_samples"), [("softmax", 0), ("bayes", -1)])
@@ -82,8 +81,10 @@ def test_hellaswag_has_the_scores_of_hellaswag_py(name, n_samples, source, runs,
 
 
 def test_every_request_is_answered_as_by_the_harness_own_model(source, runs, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
     folder = exported(runs / "softmax", tmp_path / "gpt2")
-    theirs = huggingface.HFLM(str(folder), device="cpu", batch_size=1)
+    theirs = HFLM(str(folder), device="cpu", batch_size=1)
     lm = ours(runs, "softmax")
     text = source.read_text()
     contexts = [text[i : i + 90] for i in range(0, 900, 90)]
