@@ -1,4 +1,4 @@
-"""The plots of a study: a summary of its variants, curves, calibration, uncertainty."""
+"""The plots of a study: a summary of its variants, and validation curves."""
 
 import textwrap
 from pathlib import Path
@@ -6,15 +6,12 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
-from engine.base.files import read_json
 from engine.eval.plots import (
     COLOURS,
     MARKERS,
     curves_figure,
     panels,
-    reliability_figure,
     styled,
-    uncertainty_figure,
 )
 from study.logs import Variant, read
 
@@ -23,32 +20,18 @@ DRAWN = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid", "bayes_sigmoi
 
 
 def figures(study: Path) -> dict[str, Figure]:
-    """The figures by file name; calibration and uncertainty come from the first seeds."""
+    """The figures by file name."""
     variants = read(study)
     if "softmax" not in variants:
         return {}
-    rows = {}
-    for name, variant in variants.items():
-        if name in DRAWN:
-            row = read_json(study / f"{name}-seed{min(variant.seeds)}" / "eval_test.json")
-            rows[variant.label] = row
-    calibrated = {label: row for label, row in rows.items() if "calibration" in row}
-    ood = {}
-    for label, row in rows.items():
-        # one variant with point weights is enough
-        if "ood" in row and (not ood or "aleatoric" in row):
-            ood[label] = row
     curves = {}
     for name in DRAWN:  # a missing variant keeps its colour
         variant = variants.get(name, Variant(name))
         curves[variant.label] = variant.curves
-    found = {
-        "summary": summary_figure(variants),
-        "val_nll": curves_figure(curves),
-        "reliability": reliability_figure(calibrated),
-        "uncertainty": uncertainty_figure(ood),
-    }
-    return {name: figure for name, figure in found.items() if figure}
+    figures = {"summary": summary_figure(variants)}
+    if curve := curves_figure(curves):
+        figures["val_nll"] = curve
+    return figures
 
 
 @styled

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from engine.data.tokenizer import ByteTokenizer
-from engine.eval.metrics import EDGES, Scores, bootstrap_weights, out_of_domain, risk, spearman
+from engine.eval.metrics import (
+    Scores,
+    bootstrap_weights,
+    out_of_domain,
+    risk,
+    spearman,
+)
 from engine.eval.table import ratio_se
 from engine.eval.texts import TextStats
 from engine.eval.validation import N_BINS
@@ -78,7 +84,7 @@ def test_spearmans_correlation_is_scipys_with_ties():
     assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
 
 
-@pytest.mark.parametrize("name", [*EDGES, "nll"])
+@pytest.mark.parametrize("name", ["confidence", "entropy", "mutual_information", "nll"])
 def test_auroc_of_ood_text_is_scikit_learns_for_tokens_and_blocks(name):
     domains = [random_scores(3000), random_scores(1000, seed=1)]
     scores = []

@@ -1,34 +1,20 @@
 """engine/eval/plots.py: the figures show the numbers that they were given."""
 
-import itertools
 import math
 
-import numpy as np
 import pytest
 
 from engine.eval.plots import (
     curves_figure,
     draw,
     reliability_figure,
-    uncertainty_figure,
     validation_curve,
 )
 
-SCORES = ("confidence", "entropy", "mutual_information")
 
-
-def make_row(bayes: bool = False, ood: bool = True) -> dict:
-    """A row as evaluate.py writes it, of random numbers; its last bin is empty."""
-    random = np.random.default_rng(0)
-
-    def histograms() -> dict:
-        found = {}
-        for score in SCORES if bayes else SCORES[:2]:
-            share = random.dirichlet(np.ones(10))
-            found[score] = {"edges": np.geomspace(0.1, 1, 11).tolist(), "share": share.tolist()}
-        return found
-
-    row = {
+def make_row() -> dict:
+    """A row as evaluate.py writes it; its last bin is empty."""
+    return {
         "dataset": "books",
         "ece": 0.0123,
         "calibration": {
@@ -36,12 +22,7 @@ def make_row(bayes: bool = False, ood: bool = True) -> dict:
             "confidence": [0.2, 0.4, 0.7, 0.0],
             "accuracy": [0.1, 0.5, 0.6, 0.0],
         },
-        "histograms": histograms(),
     }
-    if ood:
-        auroc = {score: {"token": 0.61, "block": 0.93} for score in SCORES}
-        row["ood"] = {"dataset": "plays", "auroc": auroc, "histograms": histograms()}
-    return row
 
 
 def make_curve() -> list[dict]:
@@ -55,7 +36,7 @@ def make_curve() -> list[dict]:
 
 @pytest.fixture
 def rows() -> dict[str, dict]:
-    return {"softmax": make_row(), "bayes": make_row(bayes=True)}
+    return {"softmax": make_row(), "bayes": make_row()}
 
 
 def bars(panel) -> list:
@@ -90,22 +71,8 @@ def test_reliability_shows_accuracy_with_its_error_and_the_share_of_tokens(rows)
         assert high == pytest.approx(0.5 + 1.96 * math.sqrt(0.5 * 0.5 / 300))
 
 
-def test_uncertainty_shows_the_histograms_in_domain_and_ood(rows):
-    panels = uncertainty_figure(rows).axes
-    cases = itertools.product(rows.values(), SCORES)
-    for panel, (row, score) in zip(panels, cases, strict=True):
-        domains = [domain["histograms"] for domain in (row, row["ood"])]
-        expected = [histograms[score] for histograms in domains if score in histograms]
-        for found, histogram in zip(bars(panel), expected, strict=True):
-            at = histogram["edges"].index(found.edges[0])
-            share = histogram["share"][at : at + len(found.values)]
-            assert found.values == pytest.approx(share)
-            assert sum(share) > 0.95  # only thin tails are left out
-
-
 def test_only_plots_with_data_are_drawn(tmp_path, rows):
     assert draw(tmp_path, {}, {}) == {}
-    rows["third"] = make_row(ood=False)
     written = draw(tmp_path, rows, {"softmax": make_curve()})
-    assert list(written) == ["val_nll", "reliability", "uncertainty"]
-    assert list(draw(tmp_path, rows, {})) == ["reliability", "uncertainty"]
+    assert list(written) == ["val_nll", "reliability"]
+    assert list(draw(tmp_path, rows, {})) == ["reliability"]

@@ -72,7 +72,7 @@ def write(folder: Path, words: list[str] = WORDS, name: str = "bayes") -> Path:
     """A report of two runs on a text, with plots. The name is also that of the title and text."""
     texts = {"softmax": make_tokens(words, False), name: make_tokens(words, True, 2.0)}
     table = Table(name, ["run", name], [["softmax", "4.2"], [name, name]])
-    rows = {name: make_row(bayes=True)}
+    rows = {name: make_row()}
     records = {"softmax": make_curve()}
     write_report(folder, name, name, [table], rows, records, {name: texts})
     return folder / "report.html"

@@ -16,12 +16,8 @@ from engine.eval.validation import N_BINS, bins_of, exp
 N_REPLICATES = 1000  # of the bootstrap: a standard error is right to 2 %
 UNITS_AT_ONCE = 1000  # whose bootstrap weights are in memory
 MIN_UNITS = 10  # with fewer there is nothing to resample
-EDGES = {  # of histograms, the same for all runs and texts
-    "confidence": np.linspace(0, 1, 41),
-    "entropy": np.linspace(0, 12, 49),
-    "mutual_information": np.geomspace(1e-5, 10, 61),
-}
-UNCERTAINTIES = (*EDGES, "mahalanobis")  # tokens are ranked by them; confidence: by 1 - confidence
+# tokens are ranked by them; confidence: by 1 - confidence
+UNCERTAINTIES = ("confidence", "entropy", "mutual_information", "mahalanobis")
 TEMPERED = "_tempered"  # ends the names of scores at the fitted temperature
 
 
@@ -65,7 +61,7 @@ class Scores:
             if f"confidence{suffix}" in self.columns:
                 result[f"ece{suffix}"], bins = self.calibration(suffix)
                 result[f"calibration{suffix}"] = bins
-        return result | self.selective_prediction() | {"histograms": self.histograms()}
+        return result | self.selective_prediction()
 
     @cached_property
     def replicates(self) -> dict[str, Tensor]:
@@ -109,16 +105,6 @@ class Scores:
         for name, values in self.uncertainties().items():
             for area, value in risk(values, wrong).items():
                 found[area][name] = value
-        return found
-
-    def histograms(self) -> dict[str, dict]:
-        """The share of the tokens in each bin; values beyond the edges count in the last bins."""
-        found = {}
-        for name in EDGES.keys() & self.columns.keys():
-            edges = EDGES[name]
-            counts, _ = np.histogram(self.columns[name].clamp(edges[0], edges[-1]), edges)
-            shares = counts / len(self)
-            found[name] = {"edges": edges.tolist(), "share": shares.tolist()}
         return found
 
 
@@ -197,7 +183,6 @@ def out_of_domain(in_domain: Scores, ood: Scores) -> dict:
     result = {
         "n_tokens": len(ood),
         "nll": ood.mean("nll"),
-        "histograms": ood.histograms(),
         "auroc": {},
     }
     found = ood.uncertainties() | {"nll": ood.columns["nll"]}

@@ -1,4 +1,4 @@
-"""Plots of a comparison: validation curves, calibration, uncertainty.
+"""Plots of a comparison: validation curves and calibration.
 
 Each ..._figure returns a matplotlib figure, or None if no run has the data for it. Figures are as
 wide as GitHub shows a README, 830 pixels. rows: what evaluate.py writes for each run, by its name.
@@ -14,7 +14,6 @@ from cycler import cycler
 from matplotlib.figure import Figure
 
 from engine.base.files import atomic_write
-from engine.eval.table import ood_results
 
 # Okabe and Ito's colours for the colour-blind, without the pale yellow. Dashes and markers vary
 # too; 7, 4 and 3 have no common divisor, so 84 runs look different.
@@ -35,13 +34,7 @@ STYLE = {
     "lines.markersize": 5,
 }
 styled = matplotlib.rc_context(STYLE)
-IN_DOMAIN, OOD = COLOURS[2], COLOURS[4]
 WIDTH = 8.3  # inches, of 100 pixels each
-SCORES = {  # key in eval_<split>.json -> its name in tables
-    "confidence": "confidence",
-    "entropy": "total uncertainty (nats)",
-    "mutual_information": "epistemic uncertainty (nats)",
-}
 
 
 def draw(
@@ -60,7 +53,6 @@ def draw(
     figures = {
         "val_nll": curves_figure(curves),
         "reliability": reliability_figure(rows),
-        "uncertainty": uncertainty_figure(rows),
     }
     paths = {}
     for name, figure in figures.items():
@@ -145,7 +137,7 @@ def reliability_figure(rows: dict[str, dict]) -> Figure | None:
         error = 1.96 * np.sqrt(variance)
         edges = np.linspace(0, 1, len(n) + 1)
         shares = n / n.sum()
-        panel.stairs(shares, edges, fill=True, color=IN_DOMAIN, alpha=0.5)
+        panel.stairs(shares, edges, fill=True, color=COLOURS[2], alpha=0.5)
         panel.plot([0, 1], [0, 1], color="0.5", linewidth=1, marker="")
         panel.errorbar(confidence, accuracy, error, fmt="ko-", markersize=4, mfc="k")
         panel.text(0.05, 0.92, f"ECE {row['ece']:.4f}", transform=panel.transAxes)
@@ -159,51 +151,6 @@ def reliability_figure(rows: dict[str, dict]) -> Figure | None:
     figure.supxlabel("confidence: probability of the likeliest token")
     figure.supylabel("accuracy; bars: share of tokens")
     return figure
-
-
-@styled
-def uncertainty_figure(rows: dict[str, dict]) -> Figure | None:
-    """Histograms of each score (columns) of each run (rows), in domain and OOD."""
-    if not rows:
-        return None
-    height = 0.8 + 1.4 * len(rows)
-    figure, axes = panels(len(rows), len(SCORES), height, sharex="col")
-    for line, (name, row) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(textwrap.fill(name, 18), fontsize=9)
-        for panel, score in zip(line, SCORES, strict=True):
-            panel.set_yticks([])
-            if score in row["histograms"]:
-                plot_histograms(panel, row, score)
-            else:
-                about = "point weights have none"
-                panel.text(0.5, 0.5, about, transform=panel.transAxes, ha="center")
-    for panel, label in zip(axes[-1], SCORES.values(), strict=True):
-        panel.set_xlabel(label)
-    axes[-1, -1].set_xscale("log")  # epistemic uncertainty
-    axes[-1, -1].xaxis.set_minor_formatter("")
-    figure.supylabel("share of tokens")
-    show_legend(figure)
-    return figure
-
-
-def plot_histograms(panel, row: dict, score: str) -> None:
-    """A score of a run: filled bars in domain, an outline for OOD text."""
-    plot_histogram(panel, row, score, "in domain", fill=True, color=IN_DOMAIN)
-    if oods := ood_results(row):
-        ood = oods[0]
-        plot_histogram(panel, ood, score, "OOD", linewidth=1.5, color=OOD)
-        auroc = ood["auroc"][score]
-        panel.set_title(f"AUROC: token {auroc['token']:.2f}, block {auroc['block']:.2f}")
-
-
-def plot_histogram(panel, row: dict, score: str, domain: str, **style) -> None:
-    """A histogram without the thin tails on both sides."""
-    share = np.array(row["histograms"][score]["share"])
-    bins = np.flatnonzero(share >= share.max() / 200)
-    first, last = bins[0], bins[-1]
-    edges = row["histograms"][score]["edges"][first : last + 2]
-    label = f"{domain}: {Path(row['dataset']).name}"
-    panel.stairs(share[first : last + 1], edges, label=label, **style)
 
 
 def panels(n_rows: int, n_columns: int, height: float, **options):

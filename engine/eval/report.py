@@ -18,9 +18,6 @@ CAPTIONS = {  # how to read a plot
     "first run.",
     "reliability": "Calibration: on the diagonal a prediction is right as often as its confidence "
     "says, above it more often. Error bars: 95 % intervals. Bars: share of tokens.",
-    "uncertainty": "Uncertainty of the predictions: the share of tokens at each value; outlined: "
-    "out-of-domain (OOD) text. AUROC: how often the OOD text of a pair is the less certain one; "
-    "0.5 is chance.",
 }
 
 Texts = dict[str, dict[str, ScoredText]]  # title -> run -> the text with this run's scores
