@@ -46,8 +46,6 @@ RECORDS = ("metrics.jsonl", "config.json", "eval_val.json", "eval_test.json", AV
 class StudyConfig:
     studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2"  # in this order
     rows: str = ""  # only these variants, separated by commas: "bayes,sigmoid_taught"
-    # for a trial of the study in out/tried (delete it first): "--max_iters=20 --compile=False"
-    train_flags: str = ""
     # runs at the same time, each with its share of the processors
     jobs: Annotated[int, ">= 1", "<= 64"] = 1
 
@@ -105,13 +103,11 @@ class Scripts:
 class Runner:
     """Tunes, trains and evaluates the variants of a study."""
 
-    def __init__(self, name: str, config: StudyConfig, scripts: Scripts):
+    def __init__(self, name: str, scripts: Scripts):
         self.study = STUDIES[name]
-        self.config = config
         self.scripts = scripts
-        self.out = Path("out/tried" if config.train_flags else "out/study", name)
-        # a trial of the study is not a result
-        self.logs = Path("out/tried/logs" if config.train_flags else "training_logs", name)
+        self.out = Path("out/study", name)
+        self.logs = Path("training_logs", name)
 
     def run(self, variants: list[str]) -> None:
         distilled = [variant for variant in variants if variant.endswith(DISTILLED)]
@@ -159,7 +155,7 @@ class Runner:
         name = "_".join([variant, *changes])
         folder = self.out / f"{name}-seed{seed}"
         files = [f"config/{self.study.scale}.py", f"config/rows/{variant}.py"]
-        options = [f"--seed={seed}", *flags, *self.config.train_flags.split()]
+        options = [f"--seed={seed}", *flags]
         where = [f"--out_dir={folder}", "--init_from=auto"]
         self.scripts.run(folder / "train.log", "train.py", *files, *options, *where)
         return folder
@@ -176,7 +172,7 @@ class Runner:
         """The flags with the lowest nll on the validation split."""
         study = self.study
         if study.tuned_as:
-            return Runner(study.tuned_as, self.config, self.scripts).tune(variant)
+            return Runner(study.tuned_as, self.scripts).tune(variant)
         if not study.rates:
             return []
         trials = [self.trial(variant, [f"--learning_rate={rate}"]) for rate in study.rates]
@@ -238,7 +234,7 @@ def main() -> None:
     scripts = Scripts(config.jobs)
     for study in studies:
         variants = [name for name in STUDIES[study].all_variants() if name in chosen]
-        Runner(study, config, scripts).run(variants)
+        Runner(study, scripts).run(variants)
     print("tables and plots of training_logs/: make results")
 
 

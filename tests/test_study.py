@@ -29,7 +29,6 @@ from train import TrainConfig
 BOTH = "bayes_sigmoid_weighted"
 SEEDS = (7, 8)
 KEPT = {"softmax-seed7", "softmax-seed8", f"{BOTH}-seed7", f"{BOTH}_taught-seed7"}
-CONFIG = study.StudyConfig(train_flags="--max_iters=8 --log_interval=2")
 
 
 def patch_study(home: Path, put=setattr) -> None:
@@ -86,6 +85,8 @@ def home(tmp_path_factory):
         "dataset": str(write_words(home / "words")),
         "eval_interval": 4,
         "eval_iters": 2,
+        "max_iters": 8,
+        "log_interval": 2,
     }
     lines = [f"{name} = {value!r}\n" for name, value in scale.items()]
     (home / "config/small.py").write_text("".join(lines))
@@ -104,12 +105,12 @@ def small_study(home, monkeypatch):
 
 
 def trials() -> list[dict]:
-    return read_json_lines(Path("out/tried/logs/small/tuning.jsonl"))
+    return read_json_lines(Path("training_logs/small/tuning.jsonl"))
 
 
 def kept_files() -> dict[str, int]:
     """The files of the finished runs, and when they were written."""
-    folder = Path("out/tried/logs/small")
+    folder = Path("training_logs/small")
     return {str(path): path.stat().st_mtime_ns for path in folder.glob("*/*")}
 
 
@@ -124,7 +125,7 @@ def complete(home):
         patch.chdir(home)
         for limit in (5, 7, 9, math.inf, math.inf):
             scripts = InThisProcess(limit)
-            runner = study.Runner("small", CONFIG, scripts)
+            runner = study.Runner("small", scripts)
             try:
                 runner.run(study.STUDIES["small"].all_variants())
             except KeyboardInterrupt:
@@ -141,14 +142,14 @@ def test_each_variant_has_trials_of_full_length_and_all_are_listed(small_study, 
         assert second["flags"] == ["--learning_rate=0.001"]
         better = min(first, second, key=lambda trial: trial["val_nll"])
         assert third["flags"] == [*better["flags"], knob]
-    runs = list(Path("out/tried/small").glob("*-seed*"))
+    runs = list(Path("out/study/small").glob("*-seed*"))
     assert len(runs) == 8  # six trials, softmax with another seed, the distilled variant
     for run in runs:
         assert records(run, "loss")[-1]["step"] == 8
 
 
 def test_every_run_leaves_its_records_and_the_best_trial_is_the_first_seeds(small_study, complete):
-    logs = Path("out/tried/logs/small")
+    logs = Path("training_logs/small")
     assert {path.name for path in logs.iterdir()} == KEPT | {"tuning.jsonl"}
     for name in KEPT:
         names = {path.name for path in (logs / name).iterdir()}
@@ -181,10 +182,12 @@ def test_a_trial_that_diverges_is_listed_as_infinitely_bad_and_ends_no_study(
     small_study, home, monkeypatch
 ):
     # at a rate of 1000 weights grow a million times in a step
-    small = dataclasses.replace(study.STUDIES["small"], rates=(1000, 1e-3))
+    small = dataclasses.replace(study.STUDIES["small"], scale="decaying", rates=(1000, 1e-3))
     monkeypatch.setitem(study.STUDIES, "small", small)
-    config = study.StudyConfig(train_flags="--max_iters=8 --weight_decay=1000")
-    runner = study.Runner("small", config, InThisProcess())
+    (home / "config/decaying.py").write_text(
+        (home / "config/small.py").read_text() + "weight_decay = 1000.0\n"
+    )
+    runner = study.Runner("small", InThisProcess())
     runner.out = home / "out/diverging"
     runner.logs = home / "diverging"
     assert runner.tune("softmax")[0] == "--learning_rate=0.001"
@@ -199,7 +202,8 @@ def test_a_signal_ends_the_scripts_that_the_study_started(home):
         import sys
         from tests.test_study import Path, patch_study, study
         patch_study(Path({str(home)!r}))
-        sys.argv = ["study", "--studies=small"]
+        study.STUDIES["again"] = study.STUDIES["small"]
+        sys.argv = ["study", "--studies=again"]
         study.run_main(study.main)
     """
     process = subprocess.Popen(
@@ -231,7 +235,7 @@ def test_after_a_script_has_failed_with_its_message_no_other_starts(tmp_path, mo
 def test_the_kept_runs_are_complete_and_have_the_options_that_the_code_chooses(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     about = variants.STUDIES[name]
-    runner = study.Runner(name, study.StudyConfig(), None)  # no trial is missing
+    runner = study.Runner(name, None)  # no trial is missing
     for variant in about.all_variants():
         plain = variant.removesuffix(DISTILLED)
         files = [f"config/{about.scale}.py", f"config/rows/{plain}.py"]
@@ -262,9 +266,9 @@ def test_the_makefile_prepares_the_data_of_all_studies():
         ("--rows=softmax,none", "'none'"),
     ],
 )
-def test_a_mistake_ends_in_one_line(small_study, home, argv, word, monkeypatch):
+def test_a_mistake_ends_in_one_line(small_study, argv, word, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study", "--studies=small", argv])
+    monkeypatch.setattr(study, "Runner", None)  # nothing runs
     with pytest.raises(UserError, match=word) as error:
         study.main()
     assert "\n" not in str(error.value)
-    assert not (home / "training_logs").exists()
