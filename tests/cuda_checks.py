@@ -105,7 +105,7 @@ def check_predictions(name, device, folder, quick):
     scores = []
     for where in ("cpu", device):
         model = load_model(out, where)
-        scores.append(scores_of(model, TokenFile(folder / "data", "val"), limit=50, n_samples=-1))
+        scores.append(scores_of(model, TokenFile(folder / "data", "val"), limit=500, n_samples=-1))
     errors |= {key: abs(scores[0][key] - scores[1][key]) for key in ("nll", "ece", "entropy")}
     start = torch.zeros(2, 4, dtype=torch.long, device=device)
     cached = generate(model, start, 12, temperature=0.0)

@@ -1,7 +1,9 @@
 """How processes share a step."""
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from engine.base.errors import UserError
 from engine.base.options import load_config
 from engine.data.batches import Batches
 from engine.data.tokens import TokenFile
+from engine.runs import checkpoint
 from tests.helpers import ROOT, records, run
 from train import TrainConfig
 
@@ -95,3 +98,11 @@ def test_compile_workers_share_the_cores_of_a_machine(monkeypatch):
     monkeypatch.setattr(os, "environ", {"LOCAL_WORLD_SIZE": "8"})
     prepare_compiler(torch.device("cuda"))
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "8"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_the_processes_of_a_machine_share_a_checkpoint_in_memory(trained, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    state = checkpoint.read_newest(trained())
+    mapped = Path("/proc/self/maps").read_text()
+    assert state and str(checkpoint.list_checkpoints(trained())[-1]) in mapped
