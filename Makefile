@@ -109,9 +109,7 @@ notebooks: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(PY) bench/heads.py $(FLAGS)
-	$(PY) bench/heads.py --malloc=default $(FLAGS)
 	$(PY) bench/step.py $(FLAGS)
-	$(PY) bench/step.py --scale=char $(FLAGS)
 	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
 	$(PY) bench/step.py --scale=study $(FLAGS)
 	$(PY) bench/generate.py $(FLAGS)

@@ -23,8 +23,6 @@ from pathlib import Path
 
 import torch
 
-from engine.base.distributed import keep_memory
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results.jsonl"  # or $BENCH_RESULTS
 
@@ -75,36 +73,28 @@ def status(name: str) -> int:
 
 def compare(
     bench: str,
-    allocators: Mapping[str, str],
+    names: Iterable[str],
     baseline: str,
     rounds: int,
     shapes: Mapping[str, int],
 ) -> None:
-    """Report time and peak memory of the cases of bench/<bench>.py.
-
-    allocators: case -> its malloc setting, default or tuned.
-    """
+    """Report time and peak memory of the baseline and of these cases of bench/<bench>.py."""
     make = prepared if torch.cuda.is_available() else InProcess
-    cases = {}
-    for name, allocator in allocators.items():
-        cases[name] = make(f"bench.{bench}", name, allocator, shapes)
+    cases = {name: make(bench, name, shapes) for name in (baseline, *names)}
     seconds = in_turns(cases, rounds)
     memory = {name: memory_of(case) for name, case in cases.items()}
     columns = {}
     for name, n_bytes in memory.items():
         columns[name] = {
-            "allocator": allocators[name],
             "memory_ratio": round(n_bytes / memory[baseline], 4),
             "peak_mib": round(n_bytes / 2**20, 1),
         }
     report(bench, seconds, baseline, shapes, columns)
 
 
-def prepared(module: str, name: str, allocator: str, shapes: Mapping[str, int]) -> Callable:
+def prepared(bench: str, name: str, shapes: Mapping[str, int]) -> Callable:
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
-    if allocator == "tuned":
-        keep_memory()
-    return importlib.import_module(module).prepare(name, **shapes)
+    return importlib.import_module(f"bench.{bench}").prepare(name, **shapes)
 
 
 class InProcess:

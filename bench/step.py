@@ -1,7 +1,6 @@
 """A whole training step: our heads and what users write, against our softmax.
 
     python bench/step.py                        4 layers of 256, V = 50304 (small)
-    python bench/step.py --scale=char           6 layers of 384 on 65 characters
     python bench/step.py --scale=gpt2           124M, one block of 1024
     python bench/step.py --scale=study          config/train_wikitext2_8k.py
     python bench/step.py --scale=gpu            124M, 32 blocks of 1024
@@ -21,20 +20,18 @@ import torch
 
 from bench import measure
 from bench.heads import N_DATA, OURS, PlainHead
-from engine.base.distributed import autocast, pick_device
+from engine.base.distributed import autocast, keep_memory, pick_device
 from engine.base.optim import make_optimizer
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
 USERS = ("plain", "transformers", "torchbnn", "dense_bce")
-VARIED = ("dropout", "muon")
-CASES = (*OURS, *VARIED, *USERS)
+CASES = (*OURS, "dropout", *USERS)
 OF_SCALE = {  # together the cases of gpt2 fit into 24 GiB
     "quick": CASES,
     "small": (*OURS, *USERS),
-    "char": (*OURS, "muon", "plain", "transformers"),
-    "gpt2": ("softmax", "muon", "plain", "transformers"),
-    "study": (*OURS, *VARIED),
+    "gpt2": ("softmax", "plain", "transformers"),
+    "study": (*OURS, "dropout"),
     "gpu": (*OURS,),
 }
 SHAPE = (
@@ -47,7 +44,6 @@ SHAPE = (
 )
 SIZES = {
     "small": (4, 4, 256, 256, 8, 50304),
-    "char": (6, 6, 384, 256, 12, 65),
     "gpt2": (12, 12, 768, 1024, 1, 50304),
     "study": (3, 3, 192, 256, 8, 8192),
     "gpu": (12, 12, 768, 1024, 32, 50304),
@@ -103,14 +99,14 @@ def prepare(case: str, batch_size: int, **shape: int) -> Step:
     device = pick_device("auto")
     size = (2, batch_size, shape["block_size"])
     idx, targets = torch.randint(shape["vocab_size"], size, device=device)
-    if case in (*OURS, *VARIED):
+    if case not in USERS:
+        keep_memory()
         head = HeadConfig(**OURS.get(case, {}), n_data=N_DATA)
         dropout = 0.1 if case == "dropout" else 0.0
         config = GPTConfig(**shape, head=head, dropout=dropout)
         model = GPT(config).to(device)
         loss_of = partial(measure.compiled(model), idx, targets)
-        name = "muon" if case == "muon" else "adamw"
-        optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1, name)
+        optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1)
         return Step(model, loss_of, optimizer, "bfloat16")
     if case == "transformers":
         model = transformers_gpt2(**shape).to(device)
@@ -147,12 +143,9 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
 
 
 def main() -> None:
-    scales = ("small", "char", "gpt2", "study", "gpu")
-    args = measure.arguments(__doc__, CASES, scale=scales)
-    names = ["softmax", *(args.cases or OF_SCALE[args.scale])]
-    allocators = {name: "default" if name in USERS else "tuned" for name in names}
-    shapes = shapes_of(args.scale)
-    measure.compare("step", allocators, "softmax", args.rounds, shapes)
+    args = measure.arguments(__doc__, CASES, scale=("small", "gpt2", "study", "gpu"))
+    names = args.cases or OF_SCALE[args.scale]
+    measure.compare("step", names, "softmax", args.rounds, shapes_of(args.scale))
 
 
 if __name__ == "__main__":
