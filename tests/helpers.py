@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch import Tensor
 
 import train
 from engine.base import distributed
+from engine.base.errors import UserError
+from engine.base.files import read_json, read_json_lines
 from engine.base.options import load_config
 from engine.data.splits import Corpus, in_memory
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
@@ -49,6 +51,7 @@ WORDS = [
     "of",
     "and",
 ]
+ONE = distributed.Processes(torch.device("cpu"))
 TINY = {
     "n_layer": 1,
     "n_head": 2,
@@ -99,7 +102,7 @@ def write_dataset(
     corpus = Corpus(in_memory({split: list(documents) for split, documents in splits.items()}))
     tokenise(corpus, tokenizer, work, shard_tokens, n_threads=1, about={})
     install(work, Path(folder))
-    return json.loads((Path(folder) / "meta.json").read_text())
+    return read_json(Path(folder) / "meta.json")
 
 
 def write_words(folder: Path, tokenizer: Tokenizer | None = None) -> Path:
@@ -138,8 +141,12 @@ def run(dataset: Path | str, out_dir: Path, **options) -> GPT:
 
 def records(out_dir: Path, key: str) -> list[dict]:
     """The records of metrics.jsonl with this key: "loss" (training) or "val_nll" (evaluations)."""
-    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if key in record]
+    return [record for record in read_json_lines(Path(out_dir) / "metrics.jsonl") if key in record]
+
+
+def values(out_dir: Path, key: str, of: str = "") -> list:
+    """This value of each record that has it, or of each that has the key `of`."""
+    return [record[key] for record in records(out_dir, of or key)]
 
 
 def contents(folder: Path) -> dict[str, int]:
@@ -151,16 +158,43 @@ def contents(folder: Path) -> dict[str, int]:
     }
 
 
+def run_script(script: str, *argv: str) -> None:
+    """Run a script in this process as from the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *argv])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def output_of(*command, cwd: Path = ROOT, **environment: str) -> str:
+    """What a process prints on stdout; it must succeed."""
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def refusal(function: Callable, *args, **options) -> str:
+    """The message with which a call is refused: one line."""
+    with pytest.raises(UserError) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def refused(script: str, argv: list[str], folder: Path, monkeypatch, capsys) -> str:
     """Run a script in a folder. It must print one line on stderr, write nothing, and exit with 2.
 
     Returns the line.
     """
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [script, *argv])
     before = contents(folder)
     with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        run_script(script, *argv)
     output = capsys.readouterr()
     assert exit_.value.code == 2, output
     assert "error: " in output.err and output.err.count("\n") == 1
@@ -175,9 +209,7 @@ def scores(model: GPT, *batches: tuple[Tensor, Tensor], cast=None, n_samples: in
         at = end + torch.arange(x.numel()).view_as(x)
         found.append(Windows(x, y, 0, at))
         end += x.numel()
-    return evaluate(
-        model, found, distributed.Processes(torch.device("cpu")), cast, n_samples
-    ).result()
+    return evaluate(model, found, ONE, cast, n_samples).result()
 
 
 def scores_of(

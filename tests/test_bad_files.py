@@ -82,7 +82,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change"), CASES)
+@pytest.mark.parametrize("name, change", CASES)
 def test_a_damaged_file_is_named_in_one_line(folder, monkeypatch, capsys, name, change):
     path = folder / name
     if change is None:
@@ -98,7 +98,7 @@ def test_a_damaged_file_is_named_in_one_line(folder, monkeypatch, capsys, name, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    "changes, named",
     [
         ({"model": 5}, "ckpt_00000001.pt"),
         ({"model": {}}, "transformer.wte.weight"),
@@ -154,7 +154,7 @@ TRAPS = [
 ]
 
 
-@pytest.mark.parametrize(("payload", "form", "name", "command"), TRAPS)
+@pytest.mark.parametrize("payload, form, name, command", TRAPS)
 def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, payload, form, name, command):
     (folder / "words_run" / "ckpt_00000001.pt").unlink()
     state = {"model": {}, "model_args": {}, "model_config": {}, "config": payload}
@@ -172,7 +172,7 @@ def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, payload, form, nam
 
 
 @pytest.mark.parametrize(
-    ("name", "command"),
+    "name, command",
     [
         ("words/meta.pkl", TRAIN),
         ("words_run/meta.pkl", SAMPLE_RUN),

@@ -40,7 +40,7 @@ def records_of(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bench", "baseline", "cases"),
+    "bench, baseline, cases",
     [
         ("heads", "plain", ["bayes_bf16", "torchbnn"]),
         ("step", "softmax", ["dropout", "dense_bce"]),

@@ -100,7 +100,7 @@ def test_nested_options_have_flat_names_and_flatten_undoes_build():
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"),
+    "text, hint",
     [
         ("stepz = 3", "'steps'"),
         ("xyzzy = 3", "underscore"),

@@ -154,7 +154,7 @@ def backward(monkeypatch):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world_size", "n_local"), [(8, 8), (64, 8), (1024, 8), (1024, 1024)])
+@pytest.mark.parametrize("world_size, n_local", [(8, 8), (64, 8), (1024, 8), (1024, 1024)])
 def test_fully_shard_reduces_in_each_micro_batch_and_between_machines_once(
     backward, world_size, n_local
 ):

@@ -62,9 +62,9 @@ def check(head, x, n, tolerance=2e-5):
     return expected
 
 
-@pytest.mark.parametrize(("weights", "likelihood", "options"), CASES, ids=str)
+@pytest.mark.parametrize("weights, likelihood, options", CASES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "n_samples"),
+    "shape, n_samples",
     [
         ((), 1),
         ((5,), 2),
@@ -82,7 +82,7 @@ def test_draws_are_averaged_as_the_slow_formula_does_with_the_same_noise(
 
 @every_likelihood
 @pytest.mark.parametrize(
-    ("log_std", "spread"),
+    "log_std, spread",
     [
         (-9.0, 60.0),
         (-9.0, 150.0),

@@ -34,7 +34,7 @@ def slow(model, n_samples: int) -> torch.Tensor:
     return torch.tensor(sums).double()
 
 
-@pytest.mark.parametrize(("weights", "likelihood"), HEADS)
+@pytest.mark.parametrize("weights, likelihood", HEADS)
 @pytest.mark.parametrize("n_samples", [0, -1])
 def test_endings_in_a_batch_score_as_each_alone(weights, likelihood, n_samples):
     model = tiny_gpt(weights, likelihood, std=0.3)

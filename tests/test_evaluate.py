@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.base.errors import UserError
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokens import TokenFile
 from engine.eval.ensemble import Ensemble
@@ -25,6 +24,7 @@ from tests.helpers import (
     ROOT,
     contents,
     flags,
+    refusal,
     refused,
     run,
     scores_of,
@@ -159,7 +159,7 @@ def test_many_documents_are_the_units_of_the_standard_errors(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "unit"), [({"split": "train"}, "stretch"), ({"limit": 12}, "window")]
+    "options, unit", [({"split": "train"}, "stretch"), ({"limit": 12}, "window")]
 )
 def test_few_documents_are_resampled_in_stretches_and_a_part_of_them_in_windows(
     runs, options, unit
@@ -190,7 +190,7 @@ def test_monte_carlo_dropout_repeats_itself_and_changes_the_prediction(runs):
 
 
 @pytest.mark.parametrize(
-    ("out_dir", "options", "word"),
+    "out_dir, options, word",
     [
         ("softmax", {"labels": "none"}, "--name=none"),
         ("softmax", {"dataset": "characters"}, "tokenizer"),
@@ -232,8 +232,7 @@ def test_tokens_of_unknown_text_are_evaluated_and_sampling_says_what_is_missing(
     for name in ("run", "gpt2"):
         evaluate_py(out_dir=tmp_path / name, dataset=data)
         assert read(tmp_path / name)["nll"] == pytest.approx(expected)
-        with pytest.raises(UserError, match="itos"):
-            Run(tmp_path / name).generate_text("a")
+        assert "itos" in refusal(Run(tmp_path / name).generate_text, "a")
 
 
 def test_with_a_folder_for_results_the_runs_do_not_change(runs, both, tmp_path):

@@ -174,7 +174,7 @@ def test_characters_are_characters_in_transformers_and_unknown_ones_an_error(tmp
 
 
 @pytest.mark.parametrize(
-    ("weights", "likelihood"),
+    "weights, likelihood",
     [
         ("bayes", "categorical"),
         ("point", "sigmoid"),

@@ -60,7 +60,7 @@ def test_two_processes_repeat_the_run_of_one_and_runs_move_between_them(words_da
     check_same_scores(elastic, tmp_path / "longer")
 
 
-@pytest.mark.parametrize(("n", "processes"), [(4, 1), pytest.param(8, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n, processes", [(4, 1), pytest.param(8, 2, marks=pytest.mark.slow)])
 def test_after_signals_at_any_instant_a_run_resumes_and_ends_as_if_undisturbed(
     words_data, tmp_path, n, processes
 ):

@@ -7,21 +7,13 @@ import pytest
 import torch
 
 import train
-from engine.base.errors import UserError
 from engine.base.options import load_config
 from engine.data.tokens import TokenFile, gather
 from engine.runs import checkpoint
 from engine.runs.checkpoint import read_checkpoint
 from engine.runs.finetune import from_weights
 from heads.likelihoods import linear_fit
-from tests.helpers import (
-    TINY,
-    flags,
-    records,
-    run,
-    tiny_gpt,
-    write_bytes,
-)
+from tests.helpers import TINY, flags, records, refusal, run, tiny_gpt, write_bytes
 from tests.test_model import tiny_gpt2
 from tests.test_pretrained import write_nanogpt
 from tests.test_train import scripted
@@ -85,7 +77,7 @@ def nll_of(source, data) -> float:
     return scores(checkpoint.load_model(source), data)[0]
 
 
-@pytest.mark.parametrize(("old", "new"), PAIRS)
+@pytest.mark.parametrize("old, new", PAIRS)
 def test_step_0_has_the_nll_of_the_original(words_data, trained, old, new):
     source = trained(*old.split("-"))
     nll = nll_of(source, words_data)
@@ -142,8 +134,9 @@ def test_a_bias_is_kept_and_a_new_one_starts_at_0(words_data, softmax, sigmoid):
     nll = nll_of(softmax, words_data)
     assert scores(model, words_data)[0] == pytest.approx(nll, abs=1e-5)
     for source in (softmax, sigmoid):
-        with pytest.raises(UserError, match="logit_bias"):
-            started(words_data, source, likelihood="sigmoid", logit_bias="none")
+        assert "logit_bias" in refusal(
+            started, words_data, source, likelihood="sigmoid", logit_bias="none"
+        )
 
 
 def test_a_new_posterior_has_the_width_that_training_would_start_from(words_data, softmax):
@@ -168,8 +161,7 @@ def test_a_posterior_is_kept_or_a_warning_says_that_it_is_not(
     started(words_data, source)
     assert "--weights=bayes" in capsys.readouterr().err
     run(words_data, tmp_path, weights="bayes", posterior="full", max_iters=1, n_embd=8)
-    with pytest.raises(UserError, match="--posterior=full"):
-        started(words_data, tmp_path, weights="bayes")
+    assert "--posterior=full" in refusal(started, words_data, tmp_path, weights="bayes")
 
 
 @pytest.mark.parametrize("source", ["transformers", "nanogpt", "file"])
@@ -207,8 +199,9 @@ def test_options_hold_on_the_weights_of_another(words_data, softmax, tmp_path):
 
 
 def test_weights_with_another_tokenizer_are_refused(softmax, tmp_path):
-    with pytest.raises(UserError, match="tokenizer"):
-        run(write_bytes(tmp_path / "bytes"), tmp_path / "run", init_from=softmax)
+    assert "tokenizer" in refusal(
+        run, write_bytes(tmp_path / "bytes"), tmp_path / "run", init_from=softmax
+    )
 
 
 @pytest.mark.parametrize("always", [True, False])

@@ -66,7 +66,7 @@ def slow_probs(p, temperature, top_k, top_p):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
-    ("top_k", "top_p"),
+    "top_k, top_p",
     [
         (0, 1.0),
         (1, 1.0),

@@ -58,7 +58,7 @@ def test_the_bound_lies_a_little_above_the_expected_loss(likelihood):
 
 
 @pytest.mark.parametrize(
-    ("pos_weight", "sum_penalty"),
+    "pos_weight, sum_penalty",
     [
         (0.2, 0.0),
         (5.0, 0.0),

@@ -12,7 +12,7 @@ from tests.helpers import BOUNDED, HEADS, assert_near, assert_same_loss, tiny_he
 
 V, C = 67, 16  # of tiny_head
 EPS = 0.1  # the default label_smoothing
-every_head = pytest.mark.parametrize(("weights", "likelihood"), HEADS)
+every_head = pytest.mark.parametrize("weights, likelihood", HEADS)
 every_likelihood = pytest.mark.parametrize("likelihood", BOUNDED)
 
 
@@ -128,7 +128,7 @@ def test_a_unigram_start_predicts_the_unigram(weights, likelihood):
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "logit_bias", "n_values"),
+    "likelihood, logit_bias, n_values",
     [
         ("categorical", "auto", 0),
         ("categorical", "uniform", 1),
@@ -153,7 +153,7 @@ def test_a_posterior_starts_narrow_for_frequent_tokens_and_near_the_prior_for_ab
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "options"),
+    "likelihood, options",
     [
         ("categorical", {}),
         ("smooth", {}),

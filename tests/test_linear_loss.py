@@ -21,7 +21,7 @@ CASES = [
     ("bayes", "sigmoid", {"pos_weight": 3.0, "sum_penalty": 0.2}),
     ("bayes", "categorical", {"posterior": "full", "estimator": "sample"}),
 ]
-every_case = pytest.mark.parametrize(("weights", "likelihood", "options"), CASES, ids=str)
+every_case = pytest.mark.parametrize("weights, likelihood, options", CASES, ids=str)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_the_logits_or_the_weights(
 
 
 @every_case
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.03), ("float16", 0.01)])
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.03), ("float16", 0.01)])
 def test_under_autocast_gradients_are_fp32s_to_the_dtypes_precision(
     weights, likelihood, options, dtype, tolerance, small_chunks
 ):
@@ -116,7 +116,7 @@ def test_under_autocast_gradients_are_fp32s_to_the_dtypes_precision(
 
 
 @pytest.mark.parametrize(
-    ("weights", "likelihood", "offset"),
+    "weights, likelihood, offset",
     [
         ("point", "categorical", 0.0),
         ("point", "smooth", 3.0),
@@ -139,7 +139,7 @@ def test_in_float16_gradients_neither_vanish_nor_overflow_with_many_positions(
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "posterior", "tolerance"),
+    "likelihood, posterior, tolerance",
     [
         ("categorical", "row", 5e-3),
         ("sigmoid", "row", 5e-3),
@@ -165,7 +165,7 @@ def test_in_bf16_the_gradient_of_log_std_keeps_the_probabilities_of_frequent_lab
     assert_close_in_norm(*gradients, tolerance)
 
 
-@pytest.mark.parametrize(("weights", "likelihood"), [("point", "smooth"), ("bayes", "sigmoid")])
+@pytest.mark.parametrize("weights, likelihood", [("point", "smooth"), ("bayes", "sigmoid")])
 def test_a_compiled_loss_has_the_gradients_of_the_eager_one(weights, likelihood, small_chunks):
     head = tiny_head(weights, likelihood, logit_bias="uniform", prior_std=0.5)
     x, targets = batch(3, 4)

@@ -6,12 +6,9 @@ import shutil
 import pytest
 import torch
 
-from engine.base.errors import UserError
 from engine.base.optim import make_optimizer
-from tests.helpers import difference, run, same_weights, tiny_gpt
+from tests.helpers import difference, refusal, run, tiny_gpt
 from train import TrainConfig
-
-MUON = {"optimizer": "muon", "max_iters": 12, "lr_decay_iters": 12, "eval_interval": 6}
 
 
 def gradients(model, seed: int) -> None:
@@ -42,14 +39,6 @@ def test_muon_moves_the_blocks_matrices_as_torchs_muon_and_the_rest_as_adamw(bay
     assert difference(model, reference) < 1e-6
 
 
-def test_a_resumed_run_with_muon_is_the_uninterrupted_one(words_data, tmp_path):
-    whole = run(words_data, tmp_path / "whole", **MUON)
-    run(words_data, tmp_path / "parts", **MUON | {"max_iters": 6})
-    assert same_weights(
-        whole, run(words_data, tmp_path / "parts", init_from="resume", max_iters=12)
-    )
-
-
 def test_a_step_that_is_not_finite_changes_nothing():
     """float16's scaler leaves out a step of the two optimizers together."""
     model = tiny_gpt()
@@ -68,12 +57,12 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 def test_a_run_keeps_its_optimizer(words_data, trained, tmp_path):
     shutil.copytree(trained(), tmp_path / "run")
-    with pytest.raises(UserError, match="optimizer"):
-        run(words_data, tmp_path / "run", init_from="resume", optimizer="muon", max_iters=40)
+    assert "optimizer" in refusal(
+        run, words_data, tmp_path / "run", init_from="resume", optimizer="muon", max_iters=40
+    )
     run(words_data, tmp_path / "tuned", init_from=trained(), optimizer="muon", max_iters=2)
     assert json.loads((tmp_path / "tuned/config.json").read_text())["optimizer"] == "muon"
 
 
 def test_shards_have_no_muon():
-    with pytest.raises(UserError, match="--sharding=none"):
-        TrainConfig(optimizer="muon", sharding="fsdp")
+    assert "--sharding=none" in refusal(TrainConfig, optimizer="muon", sharding="fsdp")

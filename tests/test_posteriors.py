@@ -11,7 +11,6 @@ import torchbnn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from engine.base.optim import make_optimizer
 from engine.runs.checkpoint import load_model
 from heads import HeadConfig
 from heads.weights import BayesLayer, BayesLinear
@@ -20,19 +19,14 @@ from tests.helpers import (
     assert_near,
     assert_same_loss,
     compiling,
-    records,
     run,
-    same_weights,
     tiny_gpt,
     tiny_head,
     value_and_gradients,
 )
 from tests.test_head_options import slow_noise
 from tests.test_heads import C, V, batch, every_likelihood, slow_nll
-
-
-def tokens(*shape):
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(1))
+from tests.test_model import tokens
 
 
 def slow_kl(layer, prior_std):
@@ -47,7 +41,7 @@ def slow_kl(layer, prior_std):
 
 
 @pytest.mark.parametrize(
-    ("posterior", "prior_mean", "prior_std"),
+    "posterior, prior_mean, prior_std",
     [
         ("row", 0.0, 0.05),
         ("full", -0.3, 0.7),
@@ -61,7 +55,7 @@ def test_kl_and_its_gradients_are_those_of_torch_distributions(posterior, prior_
 
 
 @pytest.mark.parametrize(
-    ("posterior", "compiled"),
+    "posterior, compiled",
     [
         ("row", False),
         pytest.param("full", True, marks=pytest.mark.slow),
@@ -86,7 +80,7 @@ def test_the_kl_is_float64s_at_gpt2s_size(posterior, compiled):
     assert kl.item() == pytest.approx(expected.item(), rel=3e-6)
 
 
-@pytest.mark.parametrize(("posterior", "prior_mean"), [("row", 0.0), ("full", 0.4)])
+@pytest.mark.parametrize("posterior, prior_mean", [("row", 0.0), ("full", 0.4)])
 def test_the_empirical_prior_is_the_one_of_least_kl_around_prior_mean(posterior, prior_mean):
     head = tiny_head("bayes", posterior=posterior, prior_mean=prior_mean)
     best = scipy.optimize.minimize_scalar(
@@ -148,7 +142,7 @@ def test_the_torchbnn_posteriors_loss_and_gradients_are_the_librarys(likelihood)
 
 
 @pytest.mark.parametrize(
-    ("weights", "likelihood", "bayes_mlp", "prior_std"),
+    "weights, likelihood, bayes_mlp, prior_std",
     [
         ("point", "sigmoid", False, 0.2),
         ("point", "categorical", True, 0.2),
@@ -177,16 +171,6 @@ def test_a_models_loss_is_its_data_loss_plus_ramp_times_kl_weight_times_kl_per_t
         loss, _ = model.scores(idx, idx)
         assert model(idx, idx).item() == expected and loss.item() == expected
     assert "lm_head.kl_ramp" not in model.state_dict()
-
-
-@pytest.mark.parametrize("posterior", ["row", "full"])
-def test_every_matrix_is_decayed_but_no_log_std(posterior):
-    model = tiny_gpt("bayes", bias=True, posterior=posterior, bayes_mlp=True)
-    names = {p: name for name, p in model.named_parameters()}
-    for group in make_optimizer(model, 1e-3, (0.9, 0.95), 0.1).param_groups:
-        for p in group["params"]:
-            is_decayed = p.dim() == 2 and not names[p].endswith("log_std")
-            assert group["weight_decay"] == (0.1 if is_decayed else 0.0)
 
 
 # bayes_mlp
@@ -228,7 +212,7 @@ def with_drawn_mlps(model):
 
 
 @pytest.mark.parametrize(
-    ("weights", "posterior", "estimator"),
+    "weights, posterior, estimator",
     [
         ("bayes", "row", "bound"),
         ("point", "full", "sample"),
@@ -256,35 +240,7 @@ def test_each_draw_of_a_prediction_has_matrices_that_all_its_positions_share(
     assert len(model.hiddens(idx, 0)) == 1
 
 
-def test_sampling_ends_with_its_block_also_after_an_exception():
-    model, idx = noisy_gpt("point"), tokens(1, 5)
-    before = model.hidden(idx)
-    with pytest.raises(ZeroDivisionError), model.sampling():
-        assert not torch.equal(model.hidden(idx), before)
-        raise ZeroDivisionError
-    assert torch.equal(model.hidden(idx), before)
-
-
 # training end to end
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"likelihood": "sigmoid", "posterior": "torchbnn", "prior_std": 0.1},
-        {"posterior": "full", "estimator": "sample", "bayes_mlp": True, "bias": True},
-    ],
-    ids=["torchbnn", "mlp and head"],
-)
-def test_training_lowers_the_nll_and_resumes_bit_for_bit(words_data, tmp_path, options):
-    schedule = {"warmup_iters": 10, "lr_decay_iters": 30, "eval_interval": 15}
-    options = {"weights": "bayes", "kl_weight": 0.1} | schedule | options
-    whole = run(words_data, tmp_path / "whole", **options)
-    nlls = [record["val_nll"] for record in records(tmp_path / "whole", "val_nll")]
-    assert nlls[-1] < 0.8 * nlls[0]
-    run(words_data, tmp_path / "parts", **options | {"max_iters": 15})
-    resumed = run(words_data, tmp_path / "parts", **options, init_from="resume")
-    assert same_weights(whole, resumed) and same_weights(whole, load_model(tmp_path / "whole"))
 
 
 def test_mlps_made_bayesian_start_around_their_weights_and_leave_the_heads_posterior(

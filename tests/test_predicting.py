@@ -15,7 +15,7 @@ from tests.test_draws import slow_log_probs
 from tests.test_heads import EPS, C, V, batch, every_head
 
 every_bayesian = pytest.mark.parametrize(
-    ("likelihood", "options"),
+    "likelihood, options",
     [
         ("categorical", {"posterior": "full"}),
         ("smooth", {"posterior": "row"}),
@@ -90,7 +90,7 @@ def test_each_draw_of_the_hidden_states_has_its_own_draw_of_the_output_weights(w
 
 
 @pytest.mark.parametrize(
-    ("std", "tolerance"),
+    "std, tolerance",
     [
         (0.0, 1e-6),
         (0.3, 1e-4),
@@ -138,7 +138,7 @@ def slow_soft_loss(head: Head, x: torch.Tensor, target: torch.Tensor) -> torch.T
 
 
 @pytest.mark.parametrize(
-    ("weights", "likelihood", "options"),
+    "weights, likelihood, options",
     [
         *((weights, likelihood, {}) for weights, likelihood in HEADS),
         ("point", "sigmoid", {"pos_weight": 4.0}),

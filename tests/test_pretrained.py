@@ -3,38 +3,29 @@ them; the optimizer.
 """
 
 import json
-import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 
-from engine.base.errors import UserError
-from engine.base.optim import learning_rate_at, make_optimizer
+from engine.base.optim import make_optimizer
 from engine.gpt2.loading import load_state
 from engine.runs.checkpoint import load_model
 from heads import HeadConfig
 from model import GPT
-from tests.helpers import same_weights, tiny_gpt
+from tests.helpers import assert_near, refusal, same_weights, tiny_gpt
 from tests.test_model import V, tiny_gpt2, tokens
-
-
-def refusal(source) -> str:
-    """The one line with which a source is refused."""
-    with pytest.raises(UserError) as error:
-        load_model(source)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def same_log_probs(ours: GPT, theirs) -> None:
     """ours must predict what theirs, a model of transformers, does."""
-    idx = tokens(3, 11)
-    with torch.no_grad():
-        expected = theirs(idx).logits.log_softmax(-1)
-        torch.testing.assert_close(ours.log_probs(idx), expected, atol=1e-4, rtol=0)
+    for n_tokens in (1, 16):
+        idx = tokens(3, n_tokens)
+        with torch.no_grad():
+            expected = theirs(idx).logits.log_softmax(-1)
+            assert expected.std() > 1  # a network that does something
+            assert_near(ours.log_probs(idx), expected, 1e-4)
 
 
 def write_nanogpt(path, model: GPT, bias: bool, prefix: str = "_orig_mod."):
@@ -59,12 +50,14 @@ def write_nanogpt(path, model: GPT, bias: bool, prefix: str = "_orig_mod."):
 
 
 @pytest.mark.parametrize(
-    ("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.float16)]
+    "tied, dtype", [(True, torch.float32), (False, torch.float32), (True, torch.float16)]
 )
 def test_a_transformers_folder_predicts_as_transformers_does(tmp_path, tied, dtype):
     theirs = tiny_gpt2(tie_word_embeddings=tied).to(dtype)
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
+    names = {name for name, _ in theirs.named_parameters()}
+    assert {name.replace(".weights", "") for name, _ in ours.named_parameters()} == names
     same_log_probs(ours, theirs.float())
     assert ours.config.head == HeadConfig(tie_head=tied)
     assert ours.config.bias and not ours.training
@@ -82,7 +75,7 @@ def test_the_hubs_own_file_with_bare_names_and_masks_loads_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "name, value",
     [
         ("activation_function", "relu"),
         ("scale_attn_by_inverse_layer_idx", True),
@@ -97,7 +90,7 @@ def test_a_config_that_is_not_gpt2s_is_refused_by_name_and_value(tmp_path, name,
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {name: value}))
-    message = refusal(tmp_path)
+    message = refusal(load_model, tmp_path)
     assert name in message and repr(value) in message
 
 
@@ -106,7 +99,7 @@ def test_a_gpt2_saved_without_its_head_is_tied_unless_its_config_says_otherwise(
     theirs.transformer.save_pretrained(tmp_path)
     same_log_probs(load_model(tmp_path), theirs)
     tiny_gpt2(tie_word_embeddings=False).transformer.save_pretrained(tmp_path)
-    assert "lm_head.weight" in refusal(tmp_path)
+    assert "lm_head.weight" in refusal(load_model, tmp_path)
 
 
 def test_weights_in_several_files_load_and_a_bad_file_is_named(tmp_path):
@@ -116,7 +109,7 @@ def test_weights_in_several_files_load_and_a_bad_file_is_named(tmp_path):
     assert len(files) > 2
     same_log_probs(load_model(tmp_path), theirs)
     files[1].unlink()
-    assert files[1].name in refusal(tmp_path)
+    assert files[1].name in refusal(load_model, tmp_path)
 
 
 def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path):
@@ -125,7 +118,7 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path)
     weights = tmp_path / "model.safetensors"
     torch.save(safetensors.torch.load_file(weights), tmp_path / "pytorch_model.bin")
     weights.unlink()
-    _, code = refusal(tmp_path).split('python -c "')
+    _, code = refusal(load_model, tmp_path).split('python -c "')
     exec(code.removesuffix('"'), {})
     assert same_weights(load_model(tmp_path), expected)
 
@@ -137,15 +130,13 @@ def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path):
     tensors = safetensors.torch.load_file(path)
     tensors[name] = tensors[name].t().contiguous()  # as nn.Linear would store it
     safetensors.torch.save_file(tensors, path)
-    assert name in refusal(tmp_path)
+    assert name in refusal(load_model, tmp_path)
     del tensors[name]
     safetensors.torch.save_file(tensors, path)
-    assert name in refusal(tmp_path)
+    assert name in refusal(load_model, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("bias", "tied", "prefix"), [(True, True, "_orig_mod."), (False, False, "")]
-)
+@pytest.mark.parametrize("bias, tied, prefix", [(True, True, "_orig_mod."), (False, False, "")])
 def test_a_nanogpt_checkpoint_loads_unless_it_has_an_option_that_gpt2_lacks(
     tmp_path, bias, tied, prefix, capsys
 ):
@@ -160,74 +151,35 @@ def test_a_nanogpt_checkpoint_loads_unless_it_has_an_option_that_gpt2_lacks(
     contents = torch.load(source, weights_only=True)
     contents["model_args"]["rope"] = True
     torch.save(contents, source)
-    assert "rope" in refusal(tmp_path)
+    assert "rope" in refusal(load_model, tmp_path)
 
 
 def test_a_source_that_is_missing_empty_or_on_a_hub_out_of_reach_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for source in (tmp_path / "none", tmp_path, "gpt2-xl"):
-        assert str(source) in refusal(source)
+        assert str(source) in refusal(load_model, source)
 
 
 def test_a_shorter_block_size_keeps_the_predictions_within_it():
     source, idx = tiny_gpt("bayes", "sigmoid", std=0.3), tokens(2, 9)
     shorter = GPT(replace(source.config, block_size=9)).eval()
     assert load_state(shorter, source.state_dict()) == []
-    expected = source.log_probs(idx)
-    torch.testing.assert_close(shorter.log_probs(idx), expected, atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="transformer.wpe.weight"):
-        load_state(source, shorter.state_dict())
+    assert_near(shorter.log_probs(idx), source.log_probs(idx))
+    assert "transformer.wpe.weight" in refusal(load_state, source, shorter.state_dict())
 
 
 def test_untied_output_weights_never_overwrite_the_embedding():
     untied, tied = tiny_gpt(std=0.3, tie_head=False), tiny_gpt()
-    with pytest.raises(UserError, match="tie_head"):
-        load_state(tied, untied.state_dict())
+    assert "tie_head" in refusal(load_state, tied, untied.state_dict())
     assert load_state(untied, tied.state_dict()) == []  # this direction loses nothing
     idx = tokens(1, 5)
     assert torch.equal(untied.log_probs(idx), tied.log_probs(idx))
 
 
-def nanogpt_get_lr(it: int, config: SimpleNamespace) -> float:
-    """nanoGPT's get_lr, as it stands there."""
-    if it < config.warmup_iters:
-        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
-    if it > config.lr_decay_iters:
-        return config.min_lr
-    decay_ratio = (it - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
-    return config.min_lr + coeff * (config.learning_rate - config.min_lr)
-
-
-@pytest.mark.parametrize(
-    ("warmup_iters", "lr_decay_iters"),
-    [
-        (7, 40),
-        (10, 11),
-        (0, 60),
-    ],
-)
-def test_the_learning_rate_is_nanogpts_at_every_step(warmup_iters, lr_decay_iters):
-    config = SimpleNamespace(
-        learning_rate=6e-4,
-        min_lr=6e-5,
-        max_iters=60,
-        decay_lr=True,
-        warmup_iters=warmup_iters,
-        lr_decay_iters=lr_decay_iters,
-    )
-    expected = [nanogpt_get_lr(step, config) for step in range(61)]
-    if lr_decay_iters == 60:
-        config.lr_decay_iters = 0  # which means max_iters
-    assert [learning_rate_at(step, config) for step in range(61)] == pytest.approx(expected)
-    config.decay_lr = False
-    assert learning_rate_at(60, config) == 6e-4
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_weight_decay_acts_on_matrices_and_embeddings_alone(tied):
-    model = tiny_gpt("bayes", "sigmoid", bias=True, logit_bias="unigram", tie_head=tied)
+    model = tiny_gpt("bayes", "sigmoid", bias=True, tie_head=tied, bayes_mlp=True)
     optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:

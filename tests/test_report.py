@@ -30,7 +30,7 @@ HOSTILE = [  # each must stay text
 ]
 
 
-@pytest.mark.parametrize(("weights", "likelihood"), HEADS)
+@pytest.mark.parametrize("weights, likelihood", HEADS)
 def test_each_token_has_the_scores_of_its_prediction(weights, likelihood):
     model = tiny_gpt(weights, likelihood, std=0.3)
     ids = np.random.default_rng(0).integers(0, 60, 41)

@@ -12,7 +12,7 @@ from engine.base.errors import UserError
 from engine.data.batches import Batches, BlockOrder
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokens import TokenFile
-from tests.helpers import ROOT, run, words, write_dataset, write_nanogpt
+from tests.helpers import ROOT, refusal, run, words, write_dataset, write_nanogpt
 
 
 def sharded(folder: Path, **splits: list[np.ndarray]) -> Path:
@@ -75,8 +75,7 @@ def test_a_shard_that_is_missing_or_has_another_size_is_named(tmp_path):
     path = folder / "train_000003.bin"
     for damage in (lambda: os.truncate(path, 100), path.unlink):
         damage()
-        with pytest.raises(UserError, match=path.name):
-            TokenFile(folder, "train")
+        assert path.name in refusal(TokenFile, folder, "train")
 
 
 def test_a_bad_id_ends_training_with_its_file_and_position(tmp_path):
@@ -202,5 +201,4 @@ def test_ten_thousand_shards_and_a_file_of_a_gigabyte_are_read_in_flat_memory(tm
 def test_ids_of_4_or_8_bytes_are_refused_with_the_repair(dtype, tmp_path):
     ids = np.random.default_rng(0).zipf(1.2, 4000) % 50257  # some often, most of them rarely
     ids.astype(dtype).tofile(tmp_path / "train.bin")
-    with pytest.raises(UserError, match="uint16"):
-        TokenFile(tmp_path, "train")
+    assert "uint16" in refusal(TokenFile, tmp_path, "train")

@@ -117,7 +117,7 @@ def test_a_separator_divides_texts_of_every_kind_of_line_end(line_end, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("text", "encoding"),
+    "text, encoding",
     [
         ("Le café est fermé, à côté", "cp1252"),
         ("数据在哪里 are the data", "gb18030"),
@@ -189,7 +189,7 @@ def test_files_folders_and_globs_are_read_in_order_each_once(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "replaced"),
+    "name, data, replaced",
     [
         ("a.txt", "naïve 東京 x".encode() + b"caf\xe9", "naïve 東京 xcaf\ufffd"),
         ("a.txt", b"sixteen bytes it\xf0\x9f\x98", "sixteen bytes it\ufffd"),
@@ -204,7 +204,7 @@ def test_text_that_is_not_utf8_is_refused_or_replaced(name, data, replaced, smal
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    "line, expected",
     [
         ('{"text": "x"', "JSONDecodeError"),
         ("[" * 100_000, "RecursionError"),
@@ -224,7 +224,7 @@ WHOLE = gzip.compress(b"a long text", mtime=0)  # two workers collect the same n
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
+    "name, data",
     [
         ("a.txt", b"PK\x03\x04\x14\x00"),  # zip
         ("a.parquet", b"PAR1" * 10),

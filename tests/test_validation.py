@@ -37,7 +37,7 @@ def measure(model: GPT, file: TokenFile) -> dict[str, float]:
     return mean_loss(model, batches, file, cpu, contextlib.nullcontext())
 
 
-@pytest.mark.parametrize(("weights", "likelihood"), HEADS)
+@pytest.mark.parametrize("weights, likelihood", HEADS)
 def test_nll_calibration_error_and_loss_are_those_of_all_predictions_at_once(
     file, weights, likelihood
 ):

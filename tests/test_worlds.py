@@ -65,7 +65,7 @@ def test_more_and_smaller_micro_batches_train_the_same(words_data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"),
+    "name, peak",
     [("NVIDIA L40S", 362e12), ("NVIDIA L40", 181e12), ("NVIDIA H100 PCIe", 756e12)],
 )
 def test_a_gpu_has_the_peak_of_its_own_data_sheet(name, peak, monkeypatch):
