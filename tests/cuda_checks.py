@@ -27,12 +27,11 @@ RUN = {"max_iters": 20, "lr_decay_iters": 20, "eval_interval": 10, "vocab_size":
 def cases(
     part: str, device: str, folder: Path, quick: bool
 ) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-    """The names of a part's checks and their functions. quick: smaller, and compile one head."""
+    """The names of a part's checks and their functions. quick: compile one head only."""
     write_ids(folder / "data", RUN["vocab_size"])
-    check, names = CHECKS[part]
-    for name in names:
+    for name, check in CHECKS[part].items():
         if not quick or "compiled" not in name or name == "softmax compiled":
-            yield name, partial(check, name, device, folder, quick)
+            yield name, partial(check, name, device, folder)
 
 
 def write_ids(folder: Path, vocab_size: int) -> Path:
@@ -44,17 +43,16 @@ def write_ids(folder: Path, vocab_size: int) -> Path:
     return write_nanogpt(folder, {"train": ids[n_val:], "val": ids[:n_val]})
 
 
-def check_head(name, device, folder, quick):
+def check_head(name, device, folder):
     """The loss and all gradients of a head."""
     options = OURS[name.split()[0]]
-    # more than a chunk; no multiple of 64
-    n, vocab_size = (100, 515) if quick else (2100, 50257)
+    n, vocab_size, n_embd = 600, 50257, 16  # on CUDA more than a chunk of float32
     torch.manual_seed(0)
-    reference = Head(HeadConfig(**options, n_data=10**8), vocab_size, 64)
+    reference = Head(HeadConfig(**options, n_data=10**8), vocab_size, n_embd)
     torch.nn.init.normal_(reference.weights.weight, std=0.2)
     if "estimator" in options:  # each device draws its own noise
         reference.weights.log_std.requires_grad_(False).fill_(-20.0)
-    x, targets = torch.randn(1, n, 64), torch.randint(vocab_size, (1, n))
+    x, targets = torch.randn(1, n, n_embd), torch.randint(vocab_size, (1, n))
     results = []
     for where, dtype in (("cpu", "float32"), (device, "float32"), (device, "bfloat16")):
         head, inputs = copy.deepcopy(reference).to(where), x.to(where).requires_grad_()
@@ -82,31 +80,30 @@ def run_errors(found, expected, tolerance):
     return errors
 
 
-def check_steps(name, device, folder, quick):
-    """20 steps."""
-    compile = "compiled" in name
-    dtype = "bfloat16" if compile else "float32"
-    options = RUN | OURS[name.split()[0]]
-    run(folder / "data", folder / f"{name} cpu", **options)
-    options |= {"device": device, "dtype": dtype, "compile": compile}
-    run(folder / "data", folder / name, **options)
-    return run_errors(folder / name, folder / f"{name} cpu", TOLERANCE[dtype])
+def check_training(name, device, folder):
+    """20 steps, or ten and ten more from their checkpoint."""
+    data, out, expected = folder / "data", folder / name, folder / f"{name} cpu"
+    options, dtype = RUN | OURS[name.split()[0]], "float32"
+    run(data, expected, **options)
+    if "compiled" in name:
+        dtype = "bfloat16"
+    options |= {"device": device, "dtype": dtype, "compile": "compiled" in name}
+    if "resumed" in name:
+        run(data, out, **options | {"max_iters": 10})
+    run(data, out, **options, init_from="auto")
+    return run_errors(out, expected, TOLERANCE[dtype])
 
 
-def check_predictions(name, device, folder, quick):
-    """Ten steps and ten more from their checkpoint are twenty. The scores of the model are those
-    that a CPU finds. Compiled steps (CUDA graphs) write the same text as cached ones."""
-    out, whole = folder / name, folder / f"{name} whole"
-    options = RUN | OURS[name] | {"device": device}
-    run(folder / "data", out, **options | {"max_iters": 10})
-    run(folder / "data", out, **options, init_from="resume")
-    run(folder / "data", whole, **options)
-    errors = run_errors(out, whole, TOLERANCE["float32"])
+def check_predictions(name, device, folder):
+    """The scores of a model are those that a CPU finds. Compiled steps (CUDA graphs) write the same
+    text as cached ones."""
+    data, out = folder / "data", folder / name
+    run(data, out, **RUN, **OURS[name], device=device)
     scores = []
     for where in ("cpu", device):
         model = load_model(out, where)
-        scores.append(scores_of(model, TokenFile(folder / "data", "val"), limit=500, n_samples=-1))
-    errors |= {key: abs(scores[0][key] - scores[1][key]) for key in ("nll", "ece", "entropy")}
+        scores.append(scores_of(model, TokenFile(data, "val"), limit=500, n_samples=-1))
+    errors = {key: abs(scores[0][key] - scores[1][key]) for key in ("nll", "ece", "entropy")}
     start = torch.zeros(2, 4, dtype=torch.long, device=device)
     cached = generate(model, start, 12, temperature=0.0)
     compile_step(model)
@@ -116,20 +113,18 @@ def check_predictions(name, device, folder, quick):
     return errors
 
 
-def check_group(name, device, folder, quick):
+def check_group(name, device, folder):
     """Under torchrun, even with one process: fully_shard against DDP."""
     assert torch.distributed.is_torchelastic_launched()
-    outs = []
+    options = RUN | {"device": device, "compile": name == "compiled"}
     for sharding in ("none", "fsdp"):
-        outs.append(folder / f"{sharding} {name}")
-        options = RUN | {"device": device, "sharding": sharding, "compile": name == "compiled"}
-        run(folder / "data", outs[-1], **options)
-    return run_errors(*outs, TOLERANCE["float32"])
+        run(folder / "data", folder / f"{name} {sharding}", **options, sharding=sharding)
+    return run_errors(folder / f"{name} fsdp", folder / f"{name} none", TOLERANCE["float32"])
 
 
 CHECKS = {
-    "heads": (check_head, [*OURS, *(f"{name} compiled" for name in OURS)]),
-    "train": (check_steps, [*OURS, "sigmoid compiled", "bayes compiled"]),
-    "resume": (check_predictions, ["softmax", "bayes_sigmoid"]),
-    "processes": (check_group, ["eager", "compiled"]),
+    "heads": dict.fromkeys([*OURS, *(f"{name} compiled" for name in OURS)], check_head),
+    "train": dict.fromkeys([*OURS, "sigmoid compiled", "bayes compiled"], check_training),
+    "resume": {"softmax resumed": check_training, "bayes_sigmoid": check_predictions},
+    "processes": dict.fromkeys(["eager", "compiled"], check_group),
 }

@@ -127,39 +127,28 @@ def test_a_step_compiles_only_the_first_time_and_breaks_only_at_the_fused_loss(h
 
 
 @pytest.fixture
-def backward(monkeypatch):
-    """backward(world_size, n_local, sharding): the wrapped model of the first of many processes,
-    after its three micro-batches of a step; the operators; the sizes of DDP's all-reduces."""
+def first_of_many(monkeypatch):
+    """first_of_many(world_size, n_local, sharding): the first process and its wrapped model."""
 
-    def run(world_size, n_local, sharding):
+    def join(world_size, n_local, sharding):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n_local))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-        processes, buckets = Processes(torch.device("cpu"), 0, world_size), []
-        model = processes.wrap(GPT(GPTConfig(**SHAPE)), False, sharding)
+        processes = Processes(torch.device("cpu"), 0, world_size)
+        return processes, processes.wrap(GPT(GPTConfig(**SHAPE)), False, sharding)
 
-        def reduce(_, bucket):
-            buckets.append(bucket.buffer().numel())
-            reduced = torch.futures.Future()
-            reduced.set_result(bucket.buffer())
-            return reduced
-
-        if sharding == "none":
-            model.register_comm_hook(None, reduce)
-        with Operators() as operators:
-            for _ in processes.micro_batches(model, 0, 3 * world_size):
-                model(*torch.randint(67, (2, 2, 16))).backward()
-        return model, operators.counts, buckets
-
-    yield run
+    yield join
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size, n_local", [(8, 8), (64, 8), (1024, 8), (1024, 1024)])
 def test_fully_shard_reduces_in_each_micro_batch_and_between_machines_once(
-    backward, world_size, n_local
+    first_of_many, world_size, n_local
 ):
-    model, counts, _ = backward(world_size, n_local, "fsdp")
-    n_layer = SHAPE["n_layer"]
+    processes, model = first_of_many(world_size, n_local, "fsdp")
+    with Operators() as operators:
+        for _ in processes.micro_batches(model, 0, 3 * world_size):
+            model(*torch.randint(67, (2, 2, 16))).backward()
+    n_layer, counts = SHAPE["n_layer"], operators.counts
     # the weights of a block once for the forward pass and once for the backward pass
     assert counts["c10d::_allgather_base_"] == 3 * (2 * n_layer + 1)
     assert counts["c10d::_reduce_scatter_base_"] == 3 * (n_layer + 1)
@@ -168,10 +157,10 @@ def test_fully_shard_reduces_in_each_micro_batch_and_between_machines_once(
     assert len(weight.to_local()) == len(weight.grad.to_local()) == -(-67 // n_local)
 
 
-@pytest.mark.parametrize("world_size", [8, 1024])
-def test_ddp_averages_gradients_in_the_last_micro_batch(backward, world_size):
-    model, _, buckets = backward(world_size, 8, "none")
-    assert sum(buckets) == sum(p.numel() for p in model.parameters())
+def test_ddp_averages_gradients_in_the_last_micro_batch(first_of_many):
+    processes, model = first_of_many(1024, 8, "none")
+    numbers = processes.micro_batches(model, 0, 3 * 1024)
+    assert [model.require_backward_grad_sync for _ in numbers] == [False, False, True]
 
 
 if __name__ == "__main__":
