@@ -28,8 +28,7 @@ from engine.eval.ensemble import members_of
 from engine.eval.evaluator import EvaluationConfig, Evaluator
 from engine.eval.report import write_report
 from engine.eval.table import Table, as_text, comparable, tables
-from engine.gpt2.loading import HUB
-from engine.runs.checkpoint import folder_of
+from engine.runs.checkpoint import folder_of, results_folder
 from engine.runs.logger import read_records
 from engine.runs.percentiles import write_percentiles
 
@@ -145,7 +144,7 @@ def result_file(source: str, config: EvaluateConfig) -> Path:
 
     With --results, that folder's name in the folder of results."""
     first, *others = members_of(source)
-    folder = Path("out", first) if first in HUB else folder_of(first)
+    folder = results_folder(first)
     if config.results:
         folder = Path(config.results, folder.resolve().name)
     name = f"eval_{config.evaluation.split}"

@@ -5,7 +5,7 @@
     python harness.py --out_dir=out/a+out/b+out/c --tasks=arc_easy,my_task.yaml --limit=100
 
 Prints the harness' table and writes harness.json. The harness downloads a task's data from the
-Hugging Face Hub. Its HellaSwag is that of hellaswag.py --style=harness.
+Hugging Face Hub.
 """
 
 import sys
@@ -20,7 +20,7 @@ from engine.data.tokenizer import END_OF_TEXT
 from engine.eval.endings import score_endings
 from engine.eval.ensemble import Ensemble, load, members_of
 from engine.eval.run import Run, Sampling
-from engine.runs.checkpoint import check_tokenizer, folder_of
+from engine.runs.checkpoint import check_tokenizer, folder_of, results_folder
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -115,7 +115,7 @@ def main() -> None:
     for task in tasks:
         if task not in manager.all_tasks and not Path(task).is_file():
             raise UserError(f"the harness has no task {task!r}; `lm_eval ls tasks` lists all")
-    folder = Path(config.results or folder_of(members_of(config.out_dir)[0]))
+    folder = Path(config.results or results_folder(members_of(config.out_dir)[0]))
     check_writable(folder, "results")
     model, limit = HarnessLM(config), config.limit or None
     found = simple_evaluate(model, tasks=tasks, limit=limit, task_manager=manager)

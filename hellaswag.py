@@ -1,22 +1,20 @@
 """HellaSwag (Zellers et al. 2019): which of four endings fits? For any head, by its log_probs.
 
     python hellaswag.py --download               # the 10,042 validation items, into data/hellaswag
-    python hellaswag.py --model=gpt2 --style=harness
+    python hellaswag.py --out_dir=gpt2
     python hellaswag.py --out_dir=out/quickstart/bayes --limit=1000 --n_samples=16
 
-There are two styles, whose scores cannot be compared. completion reads the raw ctx, then " " + the
-ending; harness cleans the text as lm-evaluation-harness does. acc takes the ending with the highest
-sum of log-probabilities; acc_norm divides the sum by the number of the ending's tokens (completion)
-or characters (harness). aurc is the error rate of acc_norm's most certain answers, averaged over
-all numbers of answers.
+The context is the raw ctx, an ending follows after a space. acc takes the ending with the highest
+sum of log-probabilities; acc_norm divides the sum by the number of the ending's tokens. aurc is the
+error rate of acc_norm's most certain answers, averaged over all numbers of answers.
+harness.py --tasks=hellaswag cleans the text and divides by characters: its scores are others.
 """
 
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 
@@ -27,8 +25,7 @@ from engine.base.options import PositiveInt, check_options, load_config
 from engine.data.corpus import check_sha256, fetch
 from engine.eval.endings import encode, score_endings
 from engine.eval.evaluation import check_n_samples
-from engine.gpt2.loading import HUB
-from engine.runs.checkpoint import Checkpoint, folder_of, read_checkpoint
+from engine.runs.checkpoint import Checkpoint, read_checkpoint, results_folder
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -37,14 +34,11 @@ ITEMS = DATA_ROOT / "hellaswag" / "hellaswag_val.jsonl"
 
 @dataclass(frozen=True)
 class HellaSwagConfig:
-    # the folder of a run, or of a transformers model; results go there
+    # a run, a checkpoint file, a folder of nanoGPT or transformers, gpt2*
     out_dir: str = ""
-    # instead: gpt2 | gpt2-medium | gpt2-large | gpt2-xl; results go to out/<model>
-    model: Literal[("", *HUB)] = ""
-    results: str = ""  # write hellaswag.json to this folder instead
+    results: str = ""  # folder for hellaswag.json; default: that of the run, out/gpt2* for GPT-2
     download: bool = False  # download the items to data/hellaswag first; alone: only that
     source: str = ""  # the items, a JSONL file; default: those in data/hellaswag
-    style: Literal["completion", "harness"] = "completion"  # of the text, see above
     # only the first items (3,243 are from ActivityNet, then 6,799 from WikiHow)
     limit: PositiveInt | Literal["all"] = "all"
     batch_size: PositiveInt = 16  # items at a time: speed and memory
@@ -55,24 +49,18 @@ class HellaSwagConfig:
 
     def __post_init__(self):
         check_options(self)
-        if self.out_dir and self.model:
-            raise UserError("which model? give --out_dir or --model, not both")
 
 
-class Item(NamedTuple):
-    context: str
-    endings: list[str]  # four, each with its space
-    n_chars: list[int]  # of each ending
-    label: int
+Item = tuple[str, list[str], int]  # context, four endings with their spaces, index of the true one
 
 
 def main() -> None:
     config, _ = load_config(HellaSwagConfig, sys.argv[1:])
     if config.download:
         download()
-    elif not (config.out_dir or config.model):
-        raise UserError("which model? give --out_dir=RUN or --model=gpt2")
-    if config.out_dir or config.model:
+    elif not config.out_dir:
+        raise UserError("which model? give --out_dir=RUN or --out_dir=gpt2")
+    if config.out_dir:
         evaluate(config)
 
 
@@ -88,21 +76,20 @@ def download() -> None:
 
 def evaluate(config: HellaSwagConfig) -> None:
     """Score the endings, and write hellaswag.json."""
-    source = config.model or config.out_dir
-    folder = Path("out", source) if config.model else folder_of(source)
-    folder = Path(config.results or folder)
+    source = config.out_dir
+    folder = Path(config.results or results_folder(source))
     items = read_items(config)
     checkpoint = read_checkpoint(source)
     check_writable(folder, "results")
     log_probs, lengths = score(config, checkpoint, items)
     if not log_probs.isfinite().all():
         raise UserError(f"{source} gives log-probabilities that are not finite; train it again")
-    labels = torch.tensor([item.label for item in items])
-    result = judge(log_probs, lengths, labels)
+    labels = [label for _, _, label in items]
+    result = judge(log_probs, lengths, torch.tensor(labels))
     result |= asdict(config) | {"model": source}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "hellaswag.json", result)
-    text = "{model}, {style} style, {n:,} items: acc {acc:.4f} ± {acc_stderr:.4f}, "
+    text = "{model}, {n:,} items: acc {acc:.4f} ± {acc_stderr:.4f}, "
     text += "acc_norm {acc_norm:.4f} ± {acc_norm_stderr:.4f}, AURC {aurc:.4f}"
     print(text.format(**result))
 
@@ -110,23 +97,20 @@ def evaluate(config: HellaSwagConfig) -> None:
 def score(
     config: HellaSwagConfig, checkpoint: Checkpoint, items: list[Item]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, 4) each: the sum of log p over each ending, and its length in the style's unit."""
+    """(n, 4) each: the sum of log p over each ending, and its number of tokens."""
     device = pick_device(config.device)
     model = checkpoint.model(device)
     tokenizer = checkpoint.tokenizer()
-    check_n_samples(model, config.n_samples, config.model or config.out_dir)
-    texts = [encode(tokenizer, item.context, item.endings) for item in items]
+    check_n_samples(model, config.n_samples, config.out_dir)
+    texts = [encode(tokenizer, context, endings) for context, endings, _ in items]
     cast, _ = autocast(device, config.dtype)
     log_probs, _ = score_endings(model, texts, 4 * config.batch_size, cast, config.n_samples)
-    if config.style == "completion":
-        lengths = [[len(ids) for ids in endings] for _, endings in texts]
-    else:
-        lengths = [item.n_chars for item in items]
+    lengths = [[len(ids) for ids in endings] for _, endings in texts]
     return log_probs.view(-1, 4), torch.tensor(lengths)
 
 
 def read_items(config: HellaSwagConfig) -> list[Item]:
-    """The items, prepared in the style of the options."""
+    """The items that the options name."""
     path = Path(config.source or ITEMS)
     if not path.is_file():
         raise UserError(
@@ -139,33 +123,18 @@ def read_items(config: HellaSwagConfig) -> list[Item]:
     n = len(lines) if config.limit == "all" else config.limit
     for number, line in enumerate(lines[:n], 1):
         try:
-            items.append(prepare(json.loads(line), config.style))
+            items.append(item_of(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, item {number} is not a HellaSwag item: {error!r}") from None
     return items
 
 
-def prepare(record: dict, style: str) -> Item:
-    """One item in this style."""
+def item_of(record: dict) -> Item:
+    """The item of a JSON object."""
     endings, label = record["endings"], int(record["label"])  # a string in the Hub's copy
     if len(endings) != 4 or label not in range(4):
         raise ValueError("an item needs 4 endings and a label from 0 to 3")
-    context, space = record["ctx"], " "
-    if style == "harness":
-        ctx_b = record["ctx_b"].capitalize()
-        cleaned = clean(f"{record['activity_label']}: {record['ctx_a']} {ctx_b}")
-        endings = [clean(ending) for ending in endings]
-        context = cleaned.rstrip()  # a space belongs to the ending, as it does to GPT-2's tokens
-        space = cleaned[len(context) :] + " "
-    n_chars = [len(ending) for ending in endings]
-    return Item(context, [space + ending for ending in endings], n_chars, label)
-
-
-def clean(text: str) -> str:
-    """Remove WikiHow's marks in brackets, as lm-evaluation-harness does."""
-    text = text.strip().replace(" [title]", ". ")
-    text = re.sub(r"\[.*?\]", "", text)
-    return text.replace("  ", " ")
+    return record["ctx"], [" " + ending for ending in endings], label
 
 
 def judge(log_probs: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> dict:

@@ -1,15 +1,12 @@
-"""harness.py answers as lm-evaluation-harness' own model and hellaswag.py do, text by text."""
+"""harness.py answers as lm-evaluation-harness' own model does, text by text."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 
-import hellaswag
 from engine.base.errors import UserError
 from engine.data.tokenizer import BPETokenizer
-from engine.runs.checkpoint import read_checkpoint
 from tests.conftest import shared_data
 from tests.helpers import refused, tiny_gpt
 from tests.test_export import exported, save
@@ -49,35 +46,6 @@ def answers(lm, kind: str, *arguments: tuple) -> list:
     from lm_eval.api.instance import Instance
 
     return getattr(lm, kind)([Instance(kind, {}, one, 0) for one in arguments])
-
-
-@pytest.mark.parametrize(("name", "n_samples"), [("softmax", 0), ("bayes", -1)])
-def test_hellaswag_has_the_scores_of_hellaswag_py(name, n_samples, source, runs, monkeypatch):
-    import datasets
-    import lm_eval.tasks
-
-    items = [json.loads(line) for line in source.read_text().splitlines()]
-    splits = dict.fromkeys(("train", "validation"), datasets.Dataset.from_list(items))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
-    task = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
-    manager = lm_eval.tasks.TaskManager(include_path=task, include_defaults=False)
-    lm = ours(runs, name, n_samples=n_samples)
-    found = lm_eval.simple_evaluate(lm, tasks=["hellaswag"], task_manager=manager)
-    samples = sorted(found["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
-
-    config = hellaswag.HellaSwagConfig(
-        out_dir=str(runs / name),
-        source=str(source),
-        style="harness",
-        n_samples=n_samples,
-        device="cpu",
-    )
-    prepared = hellaswag.read_items(config)
-    log_probs, lengths = hellaswag.score(config, read_checkpoint(runs / name), prepared)
-    for expected, n_chars, sample in zip(log_probs, lengths, samples, strict=True):
-        responses = [float(response[0]) for response in sample["filtered_resps"]]
-        assert responses == pytest.approx(expected.tolist(), rel=1e-4)
-        assert n_chars.tolist() == [len(choice) for choice in sample["doc"]["choices"]]
 
 
 def test_every_request_is_answered_as_by_the_harness_own_model(source, runs, tmp_path):

@@ -1,4 +1,4 @@
-"""hellaswag.py: both styles of text, scores as transformers', and the user's mistakes."""
+"""hellaswag.py: scores as transformers', and the user's mistakes."""
 
 import hashlib
 import json
@@ -15,9 +15,6 @@ from engine.runs.checkpoint import read_checkpoint
 from tests.helpers import flags, refusal, refused, run, write_bytes
 
 WIKIHOW = {
-    "activity_label": "Home and Garden",
-    "ctx_a": "[header] How to sow [title] Choose a  pot. [substeps] Clay is best. [step]",
-    "ctx_b": "",
     "ctx": "[header] How to sow [title] Choose a  pot. [substeps] Clay is best. [step]",
     "endings": [
         " Use a dry [substeps] pot.",
@@ -28,14 +25,10 @@ WIKIHOW = {
     "label": 2,
 }
 ACTIVITY = {
-    "activity_label": "Canoeing",
-    "ctx_a": "Two women sit in a canoe.",
-    "ctx_b": "the Older one",
     "ctx": "Two women sit in a canoe. the Older one",
     "endings": ["paddles.", "sings a song.", "is a tree.", "swims away from the canoe."],
     "label": "1",  # as on the Hub
 }
-STYLES = ["completion", "harness"]
 
 
 def call(**options) -> None:
@@ -50,8 +43,7 @@ def write_items(path: Path, *records: dict) -> Path:
     return path
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_a_transformers_folder_has_the_scores_of_transformers(tmp_path, style):
+def test_a_transformers_folder_has_the_scores_of_transformers(tmp_path):
     shape = {"n_positions": 64, "n_layer": 2, "n_head": 2, "n_embd": 16}
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.3)).eval()
@@ -60,39 +52,24 @@ def test_a_transformers_folder_has_the_scores_of_transformers(tmp_path, style):
     tokenizer = GPT2Tokenizer()
     sums, lengths = [], []
     for record in (WIKIHOW, ACTIVITY):
-        item = hellaswag.prepare(record, style)
-        context = tokenizer.encode(item.context).tolist()
-        for ending, n_chars in zip(item.endings, item.n_chars, strict=True):
-            ids = tokenizer.encode(ending).tolist()
+        context = tokenizer.encode(record["ctx"]).tolist()
+        for ending in record["endings"]:
+            ids = tokenizer.encode(" " + ending).tolist()
             with torch.no_grad():
                 logits = model(torch.tensor([context + ids])).logits[0]
             log_probs = logits[len(context) - 1 : -1].log_softmax(-1)
             sums.append(log_probs[range(len(ids)), ids].sum().item())
-            lengths.append(len(ids) if style == "completion" else n_chars)
+            lengths.append(len(ids))
     source = write_items(tmp_path / "items.jsonl", WIKIHOW, ACTIVITY)
-    config = hellaswag.HellaSwagConfig(str(tmp_path), source=str(source), style=style, device="cpu")
+    config = hellaswag.HellaSwagConfig(str(tmp_path), source=str(source), device="cpu")
     items = hellaswag.read_items(config)
     found, found_lengths = hellaswag.score(config, read_checkpoint(tmp_path), items)
     assert found.flatten().tolist() == pytest.approx(sums, abs=1e-3)
     assert found_lengths.flatten().tolist() == lengths
-    call(out_dir=tmp_path, source=source, style=style)
+    call(out_dir=tmp_path, source=source)
     result = json.loads((tmp_path / "hellaswag.json").read_text())
     expected = hellaswag.judge(found, found_lengths, torch.tensor([2, 1]))
     assert expected.items() <= result.items()
-    assert result["style"] == style
-
-
-def test_completion_leaves_the_text_as_it_is_and_harness_cleans_it():
-    item = hellaswag.prepare(WIKIHOW, "completion")
-    assert item.context == WIKIHOW["ctx"]
-    assert item.endings == [" " + ending for ending in WIKIHOW["endings"]]
-    item = hellaswag.prepare(WIKIHOW, "harness")
-    assert item.context == "Home and Garden: How to sow. Choose a pot. Clay is best."
-    assert item.endings == ["  Use a dry pot.", "   Wait.", "  Fill it. Put soil in.", "  Water é."]
-    assert item.n_chars == [14, 6, 21, 8]
-    assert item.label == 2
-    item = hellaswag.prepare(ACTIVITY, "harness")
-    assert item.context == "Canoeing: Two women sit in a canoe. The older one"
 
 
 def test_scores_errors_and_the_area_by_hand():
@@ -147,9 +124,6 @@ def test_a_line_that_is_no_item_is_named(line, tmp_path):
         ({"out_dir": ".", "source": "none.jsonl"}, "--download"),
         ({"out_dir": ".", "source": "empty.jsonl"}, "empty.jsonl"),
         ({"out_dir": ".", "limit": 0}, "limit"),
-        ({"out_dir": ".", "style": "mine"}, "style"),
-        ({"out_dir": ".", "model": "gpt2"}, "--model"),
-        ({"model": "mine"}, "model"),
         ({}, "--out_dir"),
     ],
 )

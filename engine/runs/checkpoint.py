@@ -148,6 +148,11 @@ def folder_of(source: str | Path) -> Path:
     return Path(source).parent if Path(source).is_file() else Path(source)
 
 
+def results_folder(source: str | Path) -> Path:
+    """The folder for a model's results: that of its run, or out/gpt2* for OpenAI's."""
+    return Path("out", source) if source in HUB else folder_of(source)
+
+
 def check_tokenizer(source: str | Path, dataset: Path) -> None:
     """Refuse data with a tokenizer other than the model's, if both are known."""
     folder, theirs = folder_of(source), read_meta(dataset)
