@@ -71,7 +71,7 @@ class HarnessLM(TemplateLM):
         return self.run.tokenizer.encode(string).tolist()
 
     def _loglikelihood_tokens(self, requests, **_):
-        items = [(context, [ending]) for _, context, ending in requests]
+        items = [(context or [self.eot_token_id], [ending]) for _, context, ending in requests]
         batch_size, n_samples = self.config.batch_size, self.config.n_samples
         sums, greedy = score_endings(self.run.model, items, batch_size, n_samples=n_samples)
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
