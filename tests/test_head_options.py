@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from engine.base.errors import UserError
 from heads import Head, HeadConfig
@@ -55,32 +54,6 @@ def test_the_bound_lies_a_little_above_the_expected_loss(likelihood):
     error = losses.std().item() / math.sqrt(500)
     expected = losses.mean().item()
     assert expected + 4 * error < head.data_loss(x, targets).item() < 1.2 * expected
-
-
-@pytest.mark.parametrize(
-    "pos_weight, sum_penalty",
-    [
-        (0.2, 0.0),
-        (5.0, 0.0),
-        (5.0, 0.3),
-    ],
-)
-def test_the_sigmoid_loss_is_weighted_binary_cross_entropy_and_a_penalty_on_the_sum(
-    pos_weight, sum_penalty
-):
-    head = tiny_head("point", "sigmoid", pos_weight=pos_weight, sum_penalty=sum_penalty)
-    x, targets = batch(3, 5)
-    inputs = [x.requires_grad_(), *head.parameters()]
-    logits = head.logits(x).double()
-    cross_entropy = F.binary_cross_entropy_with_logits(
-        logits,
-        F.one_hot(targets, V).double(),
-        pos_weight=torch.tensor(pos_weight),
-        reduction="none",
-    )
-    sums = torch.sigmoid(logits - math.log(pos_weight)).sum(-1)
-    slow = cross_entropy.sum(-1) + sum_penalty * (sums - 1).square()
-    assert_same_loss(head.loss(x, targets), slow.mean(), inputs)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 from torch.distributions import Categorical, Normal
-from torch.nn import functional as F
 
 from heads import LIKELIHOODS, Head, HeadConfig
 from heads.draws import entropy
 from heads.likelihoods import expected_log_sigmoid
-from tests.helpers import HEADS, assert_same_loss, tiny_head
+from tests.helpers import tiny_head
 from tests.test_draws import slow_log_probs
-from tests.test_heads import EPS, C, V, batch, every_head
+from tests.test_heads import C, V, batch, every_head
 
 every_bayesian = pytest.mark.parametrize(
     "likelihood, options",
@@ -115,50 +114,6 @@ def test_the_entropy_is_finite_if_tokens_are_impossible():
 
 
 # soft labels
-
-
-def slow_soft_loss(head: Head, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """data_loss for a dense target (..., V), in float64; for a posterior Jensen's bound."""
-    config = head.config
-    parameters = {name: p.double() for name, p in head.named_parameters()}
-    x, weight = x.double(), parameters["weights.weight"]
-    mean = x @ weight.T + parameters.get("bias", 0.0)
-    raised = mean
-    if config.weights == "bayes":
-        variance = (2 * parameters["weights.log_std"]).exp().expand_as(weight)
-        raised = mean + x.square() @ variance.T / 2
-    if config.likelihood != "sigmoid":
-        if config.likelihood == "smooth":
-            target = (1 - EPS) * target + EPS / (V - 1) * (1 - target)
-        return (raised.logsumexp(-1) - (target * mean).sum(-1)).mean()
-    of_labels = (config.pos_weight - 1) * target * (F.softplus(raised) - mean)
-    p = (raised - math.log(config.pos_weight)).sigmoid()
-    penalty = config.sum_penalty * (p.sum(-1) - 1).square()
-    return ((F.softplus(raised) - target * mean + of_labels).sum(-1) + penalty).mean()
-
-
-@pytest.mark.parametrize(
-    "weights, likelihood, options",
-    [
-        *((weights, likelihood, {}) for weights, likelihood in HEADS),
-        ("point", "sigmoid", {"pos_weight": 4.0}),
-        ("point", "sigmoid", {"pos_weight": 0.2, "sum_penalty": 0.1}),
-        ("bayes", "sigmoid", {"pos_weight": 4.0, "posterior": "full"}),
-        ("bayes", "sigmoid", {"sum_penalty": 0.3}),
-        ("bayes", "categorical", {"posterior": "full"}),
-    ],
-    ids=str,
-)
-def test_the_loss_of_soft_labels_and_its_gradients_are_those_of_the_dense_target(
-    weights, likelihood, options
-):
-    head = tiny_head(weights, likelihood, **options)
-    x, targets = batch(15)
-    targets = torch.stack([targets, targets.flip(0), targets], -1)  # the first id twice
-    labels = torch.rand(15, 3).softmax(-1)
-    dense = torch.zeros(15, V).double().scatter_add(-1, targets, labels.double())
-    found = head.data_loss(x.requires_grad_(), targets, labels)
-    assert_same_loss(found, slow_soft_loss(head, x, dense), [x, *head.parameters()])
 
 
 @pytest.mark.parametrize("label_smoothing", [0.05, 0.3])
