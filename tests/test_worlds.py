@@ -106,3 +106,19 @@ def test_the_processes_of_a_machine_share_a_checkpoint_in_memory(trained, monkey
     state = checkpoint.read_newest(trained())
     mapped = Path("/proc/self/maps").read_text()
     assert state and str(checkpoint.list_checkpoints(trained())[-1]) in mapped
+
+
+def test_a_step_reads_the_device_once(words_data, tmp_path, monkeypatch):
+    reads = []
+
+    def counted(read):
+        return lambda self, *arguments: reads.append(self) or read(self, *arguments)
+
+    for name in ("item", "tolist", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    n_reads = []
+    for n in (3, 7):
+        run(words_data, tmp_path / str(n), max_iters=n, eval_interval=100, lr_decay_iters=100)
+        n_reads.append(len(reads))
+        reads.clear()
+    assert n_reads[1] - n_reads[0] == 4
