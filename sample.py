@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 from engine.base.errors import UserError, run_main
-from engine.base.files import check_writable, parse_json
+from engine.base.files import check_writable
 from engine.base.options import check_options, load_config
 from engine.data.tokenizer import incremental_decoder
 from engine.eval.generation import compile_step
@@ -39,7 +39,7 @@ class SampleConfig:
     # the prompt; FILE:prompt.txt reads it; "" or "<|endoftext|>" starts a new document; \n ends a
     # line
     start: str = "\n"
-    prompts: str = ""  # a file of prompts: one per line, or .jsonl with a field "prompt"
+    prompts: str = ""  # a file of prompts, one per line
     # ask for prompts; an empty one continues the last text, Ctrl-C ends a text, Ctrl-D the program
     interactive: bool = False
     # continuations of each prompt; --interactive shows one
@@ -85,17 +85,18 @@ def main() -> None:
     screen = Screen(out, config.sampling, config.show_uncertainty)
     scored = {}
     try:
-        for i, (record, ids) in enumerate(prompts):
+        for i, (shown, ids) in enumerate(prompts):
             sampling = replace(config.sampling, seed=config.sampling.seed + i)
             decode = incremental_decoder(run.tokenizer)
             prompt = ScoredText(Token(decode(id_), id_) for id_ in ids)
             texts = generate(run, prompt, sampling, config, screen)
             previous[:] = ids + [token.id for token in texts[0].tokens]
             for number, text in enumerate(texts):
-                title = f"{i + 1}. {record['prompt'][:40]!r}, sample {number + 1}"
+                title = f"{i + 1}. {shown[:40]!r}, sample {number + 1}"
                 scored[title] = {source: run.scored(prompt + text.tokens, "total")}
                 if config.jsonl:
-                    line = record | {"sample": number} | as_record(text, config.show_uncertainty)
+                    line = {"prompt": shown, "sample": number}
+                    line |= as_record(text, config.show_uncertainty)
                     with open(config.jsonl, "a", encoding="utf-8") as file:
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     finally:  # also after an interrupt, with the texts so far
@@ -127,8 +128,8 @@ def generate(
     return texts
 
 
-def read_prompts(run: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]:
-    """The records and ids of all prompts, checked before the first is used."""
+def read_prompts(run: Run, config: SampleConfig) -> list[tuple[str, list[int]]]:
+    """All prompts and their ids, checked before the first is used."""
     if config.prompts:
         lines = [line for line in read_text(config.prompts).split("\n") if line.strip()]
         if not lines:
@@ -142,19 +143,10 @@ def read_prompts(run: Run, config: SampleConfig) -> list[tuple[dict, list[int]]]
                 run.encode(config.start)
             except UserError:  # its characters have no newline
                 lines = [run.tokenizer.decode([0])]
-    found = []
-    for number, line in enumerate(lines, 1):
-        record = {"prompt": line}
-        if config.prompts.endswith(".jsonl"):
-            where = f"prompt {number} of {config.prompts}"
-            record = parse_json(line.encode(), where)
-            if not isinstance(record.get("prompt"), str):
-                raise UserError(f'{where} has no field "prompt" with a text')
-        found.append((record, run.encode(record["prompt"])))
-    return found
+    return [(line, run.encode(line)) for line in lines]
 
 
-def ask_prompts(run: Run, previous: list[int]) -> Iterator[tuple[dict, list[int]]]:
+def ask_prompts(run: Run, previous: list[int]) -> Iterator[tuple[str, list[int]]]:
     """Prompts from the keyboard; an empty one continues the previous text."""
     with contextlib.suppress(ImportError):  # for line editing
         import readline  # noqa: F401
@@ -172,7 +164,7 @@ def ask_prompts(run: Run, previous: list[int]) -> Iterator[tuple[dict, list[int]
         except (UserError, UnicodeDecodeError) as error:
             print(f"error: {error}", file=sys.stderr)
         else:
-            yield {"prompt": prompt}, ids
+            yield prompt, ids
 
 
 def read_text(path: str) -> str:

@@ -1,7 +1,6 @@
 """sample.py and engine/eval/run.py: texts against generate(), how they end, where they go."""
 
 import io
-import json
 import shlex
 import shutil
 import subprocess
@@ -177,14 +176,13 @@ def test_marks_follow_uncertain_tokens_in_plain_text_and_in_json(
 
 
 def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, capsys):
-    prompts = [{"prompt": "the ship", "id": 7}, {"prompt": "old "}]
-    (folder / "prompts.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, prompts)))
-    options = {"prompts": "prompts.jsonl", "num_samples": 2, "jsonl": "texts.jsonl"}
+    (folder / "prompts.txt").write_text("\ufeffthe ship\n\nold \n")
+    options = {"prompts": "prompts.txt", "num_samples": 2, "jsonl": "texts.jsonl"}
     sample_py(monkeypatch, folder, "--show_uncertainty", **options)
     assert capsys.readouterr().out == ""
     records = read_json_lines(folder / "texts.jsonl")
-    about = [(record["prompt"], record.get("id"), record["seed"]) for record in records]
-    assert about == [("the ship", 7, 1337)] * 2 + [("old ", None, 1338)] * 2
+    about = [(record["prompt"], record["seed"]) for record in records]
+    assert about == [("the ship", 1337)] * 2 + [("old ", 1338)] * 2
     nlls = [token["nll"] for token in records[0]["tokens"]]
     assert records[0]["n_tokens"] == len(nlls) == 30
     assert records[0]["nll"] == pytest.approx(np.mean(nlls), abs=1e-4)
@@ -250,7 +248,6 @@ def test_a_terminal_gets_no_control_characters():
         ("--html=there.txt", "there.txt"),
         ("--jsonl=there.txt", "there.txt"),
         ("--prompts=there.txt", "there.txt"),
-        ("--prompts=bad.jsonl --jsonl=new", "prompt 2"),
         ("--prompts=strange.txt --jsonl=new", "'S'"),
         ("--n_samples=4 --out_dir=softmax", "--n_samples"),
         ("--interactive --jsonl=new", "--jsonl"),
@@ -263,7 +260,6 @@ def test_mistakes_end_in_one_line_before_anything_is_written(
     folder, tmp_path, monkeypatch, capsys, options, word
 ):
     (tmp_path / "there.txt").write_text("\n")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "the"}\n{"text": "the"}\n')
     (tmp_path / "strange.txt").write_text("the\nSHIP")
     for name in ("softmax", "bayes"):
         (tmp_path / name).symlink_to(folder / name)
