@@ -63,7 +63,8 @@ study: .venv/.installed study-data
 # the data sets of the study that are missing; one with another's tokenizer comes after that
 study-data: $(if $(findstring wikitext_100m,$(FLAGS)),data/wikitext/meta.json data/sotu/meta.json,\
 	data/wikitext2_8k_tenth/meta.json data/sotu_by_wikitext2_8k/meta.json \
-	data/wikitext2_by_sotu_8k/meta.json data/wikitext2/meta.json data/sotu/meta.json)
+	data/wikitext2_by_sotu_8k/meta.json data/wikitext2/meta.json data/sotu/meta.json \
+	data/foreign/uniform/meta.json)
 
 WIKITEXT2 = $(PY) data/wikitext/prepare.py --version=2 --source='$(WIKITEXT)'
 ADDRESSES = $(PY) data/text/prepare.py --separator='\n\n' --source='$(or $(SOTU),$(error \
@@ -86,6 +87,8 @@ data/sotu_8k/meta.json: | .venv/.installed
 	$(ADDRESSES) --name=sotu_8k $(LEARNT)
 data/sotu_by_wikitext2_8k/meta.json: | data/wikitext2_8k/meta.json
 	$(ADDRESSES) --name=sotu_by_wikitext2_8k --tokenizer=data/wikitext2_8k
+data/foreign/uniform/meta.json: | data/wikitext2_8k/meta.json
+	$(PY) data/foreign/prepare.py --dataset=wikitext2_8k --tokens=25601 $(if $(FOREIGN),--source='$(FOREIGN)')
 
 test: .venv/.installed-dev
 	.venv/bin/ruff check .

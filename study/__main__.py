@@ -44,7 +44,8 @@ RECORDS = ("metrics.jsonl", "config.json", "eval_val.json", "eval_test.json", AV
 
 @dataclass(frozen=True)
 class StudyConfig:
-    studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2"  # in this order
+    # in this order
+    studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2,foreign_8k,foreign_8k_tenth"
     rows: str = ""  # only these variants, separated by commas: "bayes,sigmoid_taught"
     # runs at the same time, each with its share of the processors
     jobs: Annotated[int, ">= 1", "<= 64"] = 1
@@ -131,23 +132,40 @@ class Runner:
     def finish(self, variant: str) -> None:
         """Tune a variant, train and evaluate it with each seed, and keep the records."""
         plain = variant.removesuffix(DISTILLED)
-        ood = f"--ood_dataset={self.study.ood}"
+        flags = [f"--ood_dataset={self.study.ood}", f"--limit={self.study.limit}"]
+        if self.study.fitted:
+            better, of_better = self.study.better
+            folder = Runner(better, self.config, self.scripts).train("softmax", SEEDS[0], of_better)
+            flags.append(f"--better={folder}")
         for seed in self.study.seeds(variant):
-            kept = self.kept(variant, seed)
-            if kept.is_dir():
+            if self.kept(variant, seed).is_dir():
                 continue
             labels = [] if variant == plain else ["--labels=study"]
-            flags = [*self.tune(plain), *labels]
-            folder = self.train(plain, seed, flags)
-            if plain in AVERAGED and not (folder / AVERAGE).is_file():
-                self.evaluate(folder, "test", ood, *AVERAGED[plain])
+            folder = self.train(plain, seed, [*self.tune(plain), *labels])
+            folders = {variant: folder}
+            if variant in self.study.fitted:
+                folders = {f"{variant}_kron": self.fit(variant, seed, folder)} | folders
+            elif plain in AVERAGED and not (folder / AVERAGE).is_file():
+                self.evaluate(folder, "test", *flags, *AVERAGED[plain])
                 (folder / "eval_test.json").rename(folder / AVERAGE)
-            self.evaluate(folder, "val")
-            self.evaluate(folder, "test", ood)
-            with new_folder(kept) as new:
-                for path in folder.iterdir():
-                    if path.name in RECORDS:
-                        shutil.copy(path, new)
+            for name, folder in folders.items():
+                if not self.study.fitted:
+                    self.evaluate(folder, "val")
+                self.evaluate(folder, "test", *flags)
+                with new_folder(self.kept(name, seed)) as new:
+                    for path in folder.iterdir():
+                        if path.name in RECORDS:
+                            shutil.copy(path, new)
+
+    def fit(self, variant: str, seed: int, trained: Path) -> Path:
+        """Fit a kron posterior to a run; returns the folder of the Bayesian run."""
+        folder = self.out / f"{variant}_kron-seed{seed}"
+        script = "train_bayes_sigmoid.py" if "sigmoid" in variant else "train_bayes.py"
+        options = ["--max_iters=0", "--posterior=kron", "--kl_weight=0.03"]
+        where = [f"--out_dir={folder}", f"--init_from={trained}"]
+        if not (folder / "percentiles.json").is_file():
+            self.scripts.run(folder / "train.log", script, *options, *where)
+        return folder
 
     def train(self, variant: str, seed: int, flags: list[str]) -> Path:
         """Train or resume a run unless it is complete; returns its folder."""

@@ -11,7 +11,7 @@ from statistics import mean
 
 from engine.base.files import read_json
 from engine.eval.plots import validation_curve
-from engine.eval.table import flat
+from engine.eval.table import flat, ood_results
 from engine.runs.logger import read_records
 
 DISTILLED = "_taught"  # ends the names of variants that learn from a teacher's labels
@@ -22,11 +22,14 @@ LABELS = {  # of variants, in the order of the tables
     "softmax_taught_everywhere": "softmax, distilled at every position",
     "smooth_05": "smooth, ε = 0.05",
     "smooth": "smooth, ε = 0.1",
+    "softmax_kron": "softmax, kron fitted",
     "bayes": "Bayes",
+    "bayes_kron": "Bayes, kron fitted",
     "bayes_again": "Bayes, trained again",
     "bayes_stronger_prior": "Bayes, stronger prior",
     "bayes_more_decay": "Bayes, more decay",
     "sigmoid": "sigmoid",
+    "sigmoid_kron": "sigmoid, kron fitted",
     "sigmoid_regularised": "sigmoid regularised",
     "sigmoid_weighted": "sigmoid weighted",
     "bayes_sigmoid": "Bayes + sigmoid",
@@ -41,6 +44,7 @@ NAMED = {
     "sum_penalty": (0, "sigmoid"),
     "dropout": (0, ""),
 }
+RATIOS = {"nll": "ratio", "nll_tempered": "ratio_tempered"}
 KINDS = {  # of evaluations of a run
     "": "",
     "_averaged": ", averaged",
@@ -74,7 +78,10 @@ def read(study: Path) -> dict[str, Variant]:
             path = folder / f"eval_test{kind}.json"
             if path.is_file():
                 variant = found.setdefault(name + kind, Variant(label_of(name + kind, config)))
-                variant.seeds[seed] = flat(read_json(path))
+                row = read_json(path)
+                numbers = variant.seeds[seed] = flat(row)
+                for ood in ood_results(row):
+                    numbers |= flat(ood["auroc"], f"{Path(ood['dataset']).name}_")
         records = read_records(folder / "metrics.jsonl")
         curve = validation_curve(records)
         if curve and name in found:
@@ -82,14 +89,16 @@ def read(study: Path) -> dict[str, Variant]:
             if seed in found[name].seeds and "seconds" in records[-1]:
                 found[name].seeds[seed]["training_seconds"] = records[-1]["seconds"]
     softmax = found.get("softmax", Variant("")).seeds
-    nlls = {seed: numbers["nll"] for seed, numbers in softmax.items()}
     for name, variant in found.items():
         for seed, numbers in variant.seeds.items():
             if "ensemble" not in name:
                 numbers["n_seeds"] = len(variant.seeds)
-            if seed in nlls:
-                base = mean(nlls.values()) if "ensemble" in name else nlls[seed]
-                numbers["ratio"] = math.exp(numbers["nll"] - base)
+            for nll, ratio in RATIOS.items():
+                base = softmax.get(seed, {}).get(nll)
+                if "ensemble" in name and softmax:
+                    base = mean(numbers.get(nll, 0) for numbers in softmax.values())
+                if base and nll in numbers:
+                    numbers[ratio] = math.exp(numbers[nll] - base)
     return found
 
 

@@ -16,13 +16,16 @@ from statistics import mean, stdev
 from engine.base.errors import UserError, run_main
 from engine.base.files import atomic_write, read_json_lines
 from engine.eval.plots import save
+from engine.eval.table import NAMES
 from study.logs import LABELS, Variant, label_of, place, read, without_kind
 from study.plots import DRAWN, figures
+from study.variants import FOREIGN
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "training_logs"
 PAGES = [ROOT / "README.md", *sorted(LOGS.rglob("README.md")), *sorted(ROOT.glob("docs/*.md"))]
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->).*?(<!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
+RANKED = {name: head for name, head in NAMES.items() if name != "nll"}
 # kind of table -> number -> head of its column: format, ± if the deviation over seeds is shown
 SHORT = {  # only the variants of DRAWN, under labels without options
     "brief": {
@@ -62,11 +65,29 @@ COLUMNS = {
         "aurc_mutual_information": "AURC by epistemic: .4f",
         "log_sum_sigma": "ln Σσ: +.4f",
     },
+    "calibration": {
+        "temperature": "temperature: .3f ±",
+        "perplexity": "perplexity: .2f",
+        "ratio": "vs softmax: .3f ±",
+        "perplexity_tempered": "tempered: .2f",
+        "ratio_tempered": "vs tempered softmax: .3f ±",
+        "ece": "ECE: .4f ±",
+        "ece_tempered": "tempered ECE: .4f ±",
+        "brier": "Brier: .4f",
+        "brier_tempered": "tempered Brier: .4f",
+    },
+    "errors": {f"prr_{name}": f"{head}: .3f ±" for name, head in RANKED.items()},
+    "reducible": {f"better_spearman_{name}": f"{head}: .3f ±" for name, head in RANKED.items()},
     "texts": {
         "continuations_self_bleu": "Self-BLEU: .2f",
         "continuations_distinct_4": "Distinct-4: .3f",
     },
 }
+for name in RANKED:  # AUROC on each OOD text: confidence_block, confidence_token ...
+    for level in ("block", "token"):
+        COLUMNS[f"{name}_{level}"] = {
+            f"{text}_{name}_{level}": f"{text.replace('_', ' ')}: .3f ±" for text in FOREIGN
+        }
 
 
 def table(study: Path, kind: str) -> str:

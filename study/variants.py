@@ -36,13 +36,16 @@ AVERAGED = {
 }
 
 
+FOREIGN = ("speeches", "shakespeare", "wiki_markup", "python", "uniform", "shuffled")
+
+
 @dataclass(frozen=True)
 class Study:
     """A scale, its variants, and their tuning."""
 
     scale: str  # config/<scale>.py
     dataset: str  # of the scale; the Makefile prepares it
-    ood: str  # the OOD data set, in the scale's tokens
+    ood: str  # the OOD data sets, in the scale's tokens
     variants: tuple[str, ...] = PAPER
     rates: tuple[float, ...] = ()  # learning rates to try; if empty, see tuned_as
     knobs: dict[str, float] = field(default_factory=dict)  # option -> the last trial's value
@@ -51,6 +54,11 @@ class Study:
     distilled: tuple[str, ...] = ()
     n_seeds: int = 1  # of the main variants; more for the others would double the time
     ensemble: bool = False  # of the runs of softmax
+    # variants to which a kron posterior is fitted, as variants of their own; all are then compared
+    # with a better softmax run: a study, and flags of its softmax
+    fitted: tuple[str, ...] = ()
+    better: tuple[str, tuple[str, ...]] = ("", ())
+    limit: int = 0  # windows of a text to evaluate
 
     def all_variants(self) -> list[str]:
         return [*self.variants, *(variant + DISTILLED for variant in self.distilled)]
@@ -90,5 +98,27 @@ STUDIES = {
         n_seeds=3,
     ),
     "wikitext2": Study("train_gpt2_wikitext2_cpu", "wikitext2", "sotu"),
+    "foreign_8k": Study(
+        "train_wikitext2_8k",
+        "wikitext2_8k",
+        ",".join(f"foreign/{name}" for name in FOREIGN),
+        MAIN,
+        tuned_as="wikitext2_8k",
+        n_seeds=3,
+        fitted=("softmax", "bayes", "sigmoid"),
+        better=("foreign_8k", ("--learning_rate=0.002", "--max_iters=2632")),
+        limit=400,
+    ),
+    "foreign_8k_tenth": Study(
+        "train_wikitext2_8k_tenth",
+        "wikitext2_8k_tenth",
+        ",".join(f"foreign/{name}" for name in FOREIGN),
+        MAIN,
+        tuned_as="wikitext2_8k_tenth",
+        n_seeds=3,
+        fitted=("softmax", "bayes", "sigmoid"),
+        better=("foreign_8k", ("--learning_rate=0.002",)),
+        limit=400,
+    ),
     "wikitext_100m": Study("train_gpt2_wikitext_100m", "wikitext", "sotu"),  # for a GPU
 }

@@ -21,7 +21,7 @@ from engine.data.splits import Corpus, draw, in_memory, with_val
 from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.data.tokens import TokenFile
 from tests.faults import SHARD, documents, token_files
-from tests.helpers import ROOT, flags, refusal
+from tests.helpers import ROOT, flags, refusal, words, write_dataset
 
 
 @pytest.fixture
@@ -272,3 +272,25 @@ def test_scripts_of_the_hub_prepare_local_files(name, tmp_path, monkeypatch):
     splits = json.loads((tmp_path / "out/meta.json").read_text())["splits"]
     n_train, n_val = (splits[split]["documents"] for split in ("train", "val"))
     assert n_train + n_val == 40 and abs(n_val - 10) <= 1
+
+
+def test_foreign_texts_are_source_code_random_and_shuffled_ids_and_files(tmp_path, monkeypatch):
+    (tmp_path / "play.txt").write_text("the storm and the sea " * 50)
+    write_dataset(tmp_path / "data", {"test": [words(300)]}, ByteTokenizer())
+    argv = flags(
+        dataset=tmp_path / "data",
+        source=tmp_path / "play.txt",
+        folder=tmp_path / "foreign",
+        tokens=500,
+    )
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *argv])
+    runpy.run_path(str(ROOT / "data" / "foreign" / "prepare.py"), run_name="__main__")
+    ids = {}
+    for name in ("python", "uniform", "shuffled", "play"):
+        ids[name] = TokenFile(tmp_path / "foreign" / name, "test").ids.tolist()
+        assert len(ids[name]) == 500
+    own = TokenFile(tmp_path / "data", "test").ids.tolist()
+    assert ids["shuffled"] != own[:500] and sorted(ids["shuffled"]) == sorted(own[:500])
+    assert len(set(ids["uniform"])) > 200
+    assert ByteTokenizer().decode(ids["play"]).startswith("the storm and the sea the")
+    assert "Record of phased-in" in ByteTokenizer().decode(ids["python"])  # __future__.py

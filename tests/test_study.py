@@ -248,12 +248,38 @@ def test_the_kept_runs_are_complete_and_have_the_options_that_the_code_chooses(n
     assert ensemble.is_file() == about.ensemble
 
 
+def test_a_fitted_posterior_is_a_variant_and_judged_by_a_better_run(small_study, monkeypatch):
+    fitted = dataclasses.replace(
+        study.STUDIES["small"],
+        variants=("softmax",),
+        rates=(),
+        distilled=(),
+        ensemble=False,
+        fitted=("softmax",),
+        better=("fitted", ("--max_iters=9",)),
+        limit=4,
+    )
+    monkeypatch.setitem(study.STUDIES, "fitted", fitted)
+    study.Runner("fitted", CONFIG, InThisProcess()).run(["softmax"])
+    logs = Path("out/tried/logs/fitted")
+    assert {path.name for path in logs.iterdir()} == {
+        f"softmax{kron}-seed{seed}" for kron in ("", "_kron") for seed in SEEDS
+    }
+    row = read_json(logs / "softmax_kron-seed7" / "eval_test.json")
+    assert "mutual_information" in row["better"]["spearman"]
+    assert row["nll"] == pytest.approx(
+        read_json(logs / "softmax-seed7" / "eval_test.json")["nll"], abs=1e-6
+    )
+
+
 def test_the_makefile_prepares_the_data_of_all_studies():
     command = ["make", "-nB", "study-data", "WIKITEXT=folder", "SOTU=file"]
     prepared = subprocess.check_output(command, cwd=ROOT, text=True)
     for name, about in variants.STUDIES.items():
         if name != "wikitext_100m":  # which needs FLAGS
-            for data in (about.dataset, about.ood):
+            assert not about.fitted or "data/foreign/prepare.py" in prepared
+            texts = () if about.fitted else (about.ood,)
+            for data in (about.dataset, *texts):
                 assert re.search(rf"--(folder=data/|name=){data}\s", prepared)
 
 
