@@ -135,7 +135,7 @@ class Runner:
         flags = [f"--ood_dataset={self.study.ood}", f"--limit={self.study.limit}"]
         if self.study.fitted:
             better, of_better = self.study.better
-            folder = Runner(better, self.config, self.scripts).train("softmax", SEEDS[0], of_better)
+            folder = Runner(better, self.scripts).train("softmax", SEEDS[0], of_better)
             flags.append(f"--better={folder}")
         for seed in self.study.seeds(variant):
             if self.kept(variant, seed).is_dir():

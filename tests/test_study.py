@@ -256,12 +256,12 @@ def test_a_fitted_posterior_is_a_variant_and_judged_by_a_better_run(small_study,
         distilled=(),
         ensemble=False,
         fitted=("softmax",),
-        better=("fitted", ("--max_iters=9",)),
+        better=("fitted", ("--max_iters=31",)),
         limit=4,
     )
     monkeypatch.setitem(study.STUDIES, "fitted", fitted)
-    study.Runner("fitted", CONFIG, InThisProcess()).run(["softmax"])
-    logs = Path("out/tried/logs/fitted")
+    study.Runner("fitted", InThisProcess()).run(["softmax"])
+    logs = Path("training_logs/fitted")
     assert {path.name for path in logs.iterdir()} == {
         f"softmax{kron}-seed{seed}" for kron in ("", "_kron") for seed in SEEDS
     }
