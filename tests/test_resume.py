@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from engine.base.files import read_json
 from engine.base.optim import set_learning_rate
 from engine.data.tokens import TokenFile
 from engine.runs import checkpoint
@@ -117,8 +116,7 @@ def test_a_run_killed_between_checkpoints_leaves_no_record_twice(
 
 def test_a_folder_of_the_first_edition_resumes_bit_for_bit(words_data, whole, half):
     state = checkpoint.read(half / NEWEST)
-    splits = read_json(words_data / "meta.json")["splits"]
-    state["data"] = {split: splits[split]["sha256"] for split in ("train", "val")}
+    state["data"] = {split: TokenFile(words_data, split).sha256 for split in ("train", "val")}
     state["config"]["allow_change"] = "dataset"
     torch.save(state, half / NEWEST)
     assert same_weights(run(words_data, half, **LONG, init_from="resume"), whole[0])

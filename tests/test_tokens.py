@@ -100,11 +100,8 @@ def test_meta_json_holds_counts_and_hashes(tmp_path):
     expected = [*"été".encode(), 256, ord("b")]
     assert np.frombuffer(data, "<u2").tolist() == expected
     assert meta["vocab_size"] == 257
-    assert meta["splits"]["train"] == {
-        "documents": 2,
-        "tokens": 7,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    shard = {"file": "train.bin", "tokens": 7, "sha256": hashlib.sha256(data).hexdigest()}
+    assert meta["splits"]["train"] == {"documents": 2, "tokens": 7, "shards": [shard]}
 
 
 @pytest.mark.parametrize("size", [0, 5, 18])
@@ -142,8 +139,13 @@ def test_counts_are_bincounts_and_frequencies_add_half_an_occurrence(tmp_path, m
 
 def test_a_missing_split_is_refused_with_the_others_or_the_command_to_make_it(numbered, tmp_path):
     assert "train" in refusal(TokenFile, tmp_path, "test")
-    sought = rf"{os.getcwd()}/wikitext_of_mine.*python data/wikitext/prepare\.py.*--dataset="
-    assert sought in refusal(TokenFile, "wikitext_of_mine", "train")
+    message = refusal(TokenFile, "wikitext_of_mine", "train")
+    for advice in (
+        f"{os.getcwd()}/wikitext_of_mine",
+        "python data/wikitext/prepare.py",
+        "--dataset",
+    ):
+        assert advice in message
 
 
 def test_a_nanogpt_folder_with_characters_trains_unmodified(tmp_path):

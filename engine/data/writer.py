@@ -20,7 +20,6 @@ import numpy as np
 
 from engine.base.errors import UserError
 from engine.base.files import flush, read_json, sha256_of, write_json
-from engine.data.shards import joined
 from engine.data.splits import SPLITS, Corpus, Position, walk
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -146,9 +145,8 @@ class SplitWriter:
             advice = "give more text or another --val_fraction"
             raise UserError(f"there is no text for the {self.split} split; {advice}")
         if len(self.shards) == 1:
-            del self.about["shards"]
-            return self.about | {"sha256": self.shards[0]["sha256"]}
-        return self.about | {"sha256": joined(shard["sha256"] for shard in self.shards)}
+            self.shards[0]["file"] = f"{self.split}.bin"
+        return self.about
 
 
 def shard_name(split: str, i: int) -> str:
@@ -212,8 +210,7 @@ def install(work: Path, folder: Path) -> None:
     meta = read_journal(work)["meta"]
     moves = {}
     for split, about in meta["splits"].items():
-        shards = about.get("shards", [{"file": f"{split}.bin"}])
-        for i, shard in enumerate(shards):
+        for i, shard in enumerate(about["shards"]):
             moves[folder / shard["file"]] = work / shard_name(split, i)
     for path in folder.iterdir():
         is_old = path not in moves or moves[path].is_file()
