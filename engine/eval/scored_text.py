@@ -65,13 +65,12 @@ class ScoredText(list[Token]):
         """Means in nats, and how many tokens are beyond the run's 99th percentile."""
         parts = []
         for name, mean in self.means().items():
-            found = [self.percentile(token, name) for token in self]
-            found = [percentile for percentile in found if percentile is not None]
+            percentiles = [self.percentile(token, name) for token in self]
+            found = [percentile for percentile in percentiles if percentile is not None]
             if found:
                 share = sum(percentile > 99 for percentile in found) / len(found)
-                parts.append(f"{name} {mean:.3g} nats, {share:.1%} of the tokens")
-        about = "; ".join(parts) or "unknown"
-        return f"mean, and share of tokens beyond the run's 99th percentile: {about}"
+                parts.append(f"{name} {mean:.3g} nats ({share:.1%} beyond the 99th percentile)")
+        return f"Means: {', '.join(parts)}." if parts else ""
 
     def __repr__(self) -> str:
         return f"ScoredText({self.text!r}, {len(self)} tokens)"
