@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from engine.base.errors import UserError
 from engine.data.corpus import Options, prepare
 from engine.data.sources import source_of
 from engine.data.splits import Corpus, draw, in_memory, with_val
-from engine.data.tokenizer import ByteTokenizer, load_tokenizer
+from engine.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from engine.data.tokens import TokenFile
 from tests.faults import SHARD, documents, token_files
 from tests.helpers import ROOT, flags, refusal, words, write_dataset
@@ -233,6 +234,18 @@ def test_token_files_of_another_program_are_not_overwritten(tmp_path):
 def test_in_a_read_only_repository_another_folder_is_advised(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     assert "--folder" in refusal(prepare_in, tmp_path)
+
+
+def test_while_a_bpe_is_trained_ctrl_c_ends_the_process(tmp_path, monkeypatch):
+    train, before, during = BPETokenizer.train, signal.getsignal(signal.SIGINT), []
+
+    def spy(*arguments):
+        during.append(signal.getsignal(signal.SIGINT))
+        return train(*arguments)
+
+    monkeypatch.setattr(BPETokenizer, "train", spy)
+    prepare_in(tmp_path, tokenizer="bpe", vocab_size=300)
+    assert during == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) == before
 
 
 MEMORY = """

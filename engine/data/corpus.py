@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import urllib.request
 from collections import Counter
@@ -159,7 +160,12 @@ def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:
         return ByteTokenizer()
     if kind == "bpe":
         train = (text for split, text, *_ in walk(corpus, Position()) if split == "train")
-        return BPETokenizer.train(itertools.islice(train, LEARN_FROM), options.vocab_size)
+        # Ctrl-C kills the process: the library, which is not Python, would ignore an exception
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            return BPETokenizer.train(itertools.islice(train, LEARN_FROM), options.vocab_size)
+        finally:
+            signal.signal(signal.SIGINT, handler)
     if kind == "char":
         characters, documents = set(), Counter()
         for split, text, is_start, _ in walk(corpus, Position()):

@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +52,7 @@ class BPETokenizer:
         )
         # only these pieces of a long word: the time to learn from it is quadratic in its length
         pieces = (piece for text in texts for piece in LONG_WORD.split(text))
-        with ThreadPool(1) as pool:  # the library ignores Ctrl-C, but this thread does not
-            pool.apply(bpe.train_from_iterator, (pieces, trainer))
+        bpe.train_from_iterator(pieces, trainer)
         return cls(bpe)
 
     @classmethod
