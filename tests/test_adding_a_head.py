@@ -1,13 +1,11 @@
 """A head that a user adds as docs/heads.md says is right in every mode, or the mode is refused."""
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, output_of
 
 MAX_LINES = 40  # that a head may cost
 FOLDERS = ("heads", "engine", "tests", "study", "bench", "config")
@@ -47,12 +45,4 @@ def test_the_soft_capped_softmax_of_the_docs_is_right_in_every_mode_or_refused(t
     replace_once(file, next_option, textwrap.indent(option, "    ") + next_option)
 
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(
-        [*command, "tests/softcap.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    output_of(*command, "tests/softcap.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))

@@ -3,7 +3,6 @@ nothing written; and nothing runs in files made to run code when they are read.
 """
 
 import io
-import json
 import os
 import pickle
 import shutil
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.base.files import read_json, write_json
 from engine.data.tokenizer import BPETokenizer
 from tests.helpers import TINY, WORDS, flags, refused, run, write_words
 
@@ -39,10 +39,10 @@ def good(tmp_path_factory) -> Path:
     for name in ("words", "bpe"):
         run(root / name, root / f"{name}_run", max_iters=1)
     (root / "openai").mkdir()
-    (root / "openai" / "config.json").write_text(json.dumps(GPT2))
+    write_json(root / "openai" / "config.json", GPT2)
     save_file({"wte.weight": torch.zeros(27, 32)}, root / "openai" / "model.safetensors")
     (root / "words" / "train.top.labels").touch()
-    (root / "words" / "train.top.labels.json").write_text(json.dumps(LABELS))
+    write_json(root / "words" / "train.top.labels.json", LABELS)
     return root
 
 
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_named_in_one_line(folder, monkeypatch, capsys, name, 
         path.unlink()
         path.mkdir()
     elif isinstance(change, dict):
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        write_json(path, read_json(path) | change)
     else:
         path.write_bytes(change)
     script, *argv = COMMANDS[name]

@@ -1,6 +1,5 @@
 """A user's mistake ends in one line that names it, with exit code 2 and nothing written."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests.helpers import (
     refusal,
     refused,
     run,
+    run_script,
     words,
     write_dataset,
     write_nanogpt,
@@ -139,9 +139,8 @@ def test_a_mistake_is_one_line_that_names_it(prepared, monkeypatch, capsys, scri
 
 def test_a_run_of_nothing_but_damaged_checkpoints_names_each(prepared, monkeypatch, capsys):
     monkeypatch.chdir(prepared)
-    monkeypatch.setattr(sys, "argv", ["sample.py", *COMMON["sample.py"], "--out_dir=damaged"])
     with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+        run_script("sample.py", *COMMON["sample.py"], "--out_dir=damaged")
     warning, error = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2
     assert "ckpt_00000002.pt" in warning and "ckpt_00000001.pt" in error

@@ -9,15 +9,12 @@ import functools
 import re
 import runpy
 import shlex
-import subprocess
 
 from engine.base.options import load_config
-from tests.helpers import ROOT
+from tests.helpers import ROOT, output_of
 from tests.test_config import FIXED
 
-TRACKED = subprocess.run(
-    ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-).stdout.split()
+TRACKED = output_of("git", "ls-files").split()
 # what a reader adds: a config file, the head of docs/heads.md, the data set of docs/data.md
 PLACEHOLDERS = {"mine.py", "config/mine.py", "--likelihood=softcap", "data/enwik8/prepare.py"}
 COMMAND = re.compile(r"\b(?:python3?|torchrun|sbatch|\$\(PY\)) ([^\n`|]*)")

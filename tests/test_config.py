@@ -3,14 +3,12 @@
 import inspect
 import re
 import runpy
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 
-from engine.base.errors import UserError
 from engine.base.options import (
     PositiveInt,
     build,
@@ -21,7 +19,7 @@ from engine.base.options import (
 )
 from evaluate import EvaluateConfig
 from sample import SampleConfig
-from tests.helpers import ROOT
+from tests.helpers import ROOT, refusal, run_script
 from train import TrainConfig
 
 # script -> the options that it fixes
@@ -55,13 +53,6 @@ class Options:
 def write(path: Path, text: str) -> str:
     path.write_text(inspect.cleandoc(text))
     return str(path)
-
-
-def refusal(argv: list[str], cls: type = Options, fixed: dict | None = None) -> str:
-    with pytest.raises(UserError) as error:
-        load_config(cls, argv, fixed)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_flags_win_over_files_and_files_over_defaults_and_of_two_the_later_wins(tmp_path):
@@ -116,10 +107,11 @@ def test_nested_options_have_flat_names_and_flatten_undoes_build():
 )
 def test_unknown_names_and_wrong_values_are_refused_in_files_and_flags(tmp_path, text, hint):
     name, value = text.split(" = ")
-    message = refusal([write(tmp_path / "a.py", text)])
+    message = refusal(load_config, Options, [write(tmp_path / "a.py", text)])
     assert name in message and hint in message
-    assert name in refusal([f"--{name}={value}"])
-    assert f"--{name}" in refusal([f"--{name}", "--steps=3"])  # without a value
+    assert name in refusal(load_config, Options, [f"--{name}={value}"])
+    # without a value
+    assert f"--{name}" in refusal(load_config, Options, [f"--{name}", "--steps=3"])
 
 
 def test_a_config_file_may_import_define_functions_and_keep_helpers_with_an_underscore(tmp_path):
@@ -136,19 +128,21 @@ def test_a_config_file_may_import_define_functions_and_keep_helpers_with_an_unde
     config, given = load_config(Options, [first])
     assert (config.steps, config.name, given) == (16, "r2", {"steps", "name"})
     # files do not see each other
-    assert "NameError" in refusal([first, write(tmp_path / "b.py", "steps = _layers[0]")])
+    files = [first, write(tmp_path / "b.py", "steps = _layers[0]")]
+    assert "NameError" in refusal(load_config, Options, files)
 
 
 def test_a_missing_config_file_gets_a_suggestion(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert "'config/quickstart.py'" in refusal(["config/quickstat.py"])
+    message = refusal(load_config, Options, ["config/quickstat.py"])
+    assert "'config/quickstart.py'" in message
 
 
 def test_what_a_script_fixes_cannot_be_overridden(tmp_path):
     fixed = FIXED["train_bayes.py"]
     files = [write(tmp_path / "a.py", "weights = 'point'")]
-    assert "--likelihood=sigmoid" in refusal(["--likelihood=sigmoid"], TrainConfig, fixed)
-    assert "weights" in refusal(files, TrainConfig, fixed)
+    for argv, word in ((["--likelihood=sigmoid"], "--likelihood=sigmoid"), (files, "weights")):
+        assert word in refusal(load_config, TrainConfig, argv, fixed)
     # the same value is no contradiction
     config, _ = load_config(TrainConfig, ["--weights=bayes"], fixed)
     assert fixed.items() <= flatten(config).items()
@@ -159,7 +153,7 @@ def test_each_training_script_fixes_its_head(monkeypatch):
     monkeypatch.setattr("train.main", lambda **fixed: called.update(fixed))
     for script, fixed in FIXED.items():
         if fixed:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            run_script(script)
             assert called == fixed
 
 
@@ -169,10 +163,9 @@ for path in ROOT.glob("data/*/prepare.py"):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_every_option_with_a_comment(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+def test_help_lists_every_option_with_a_comment(script, capsys):
     with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        run_script(script, "--help")
     found = re.findall(r"^  --(\w+)=.*\n {8}.....", capsys.readouterr().out, re.MULTILINE)
     # a name that two nested dataclasses share would be listed twice
     assert exit_.value.code == 0 and sorted(found) == sorted(flat_fields(SCRIPTS[script]))

@@ -8,7 +8,6 @@ Process groups of the backend "fake" answer at once.
 import collections
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from engine.base.optim import make_optimizer
 from engine.base.sharding import clip_gradients
 from heads import HeadConfig, linear_loss
 from model import GPT, GPTConfig
-from tests.helpers import ROOT
+from tests.helpers import ROOT, output_of
 
 SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
 
@@ -93,15 +92,9 @@ def fake_cuda(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_step_of_124m_stays_on_the_device_and_multiplies_in_its_dtype(fake_cuda):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_cuda_simulated"],
-        cwd=ROOT,
-        env=os.environ | {"LD_PRELOAD": str(fake_cuda), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    steps = [json.loads(line) for line in done.stdout.splitlines()]
+    command = [sys.executable, "-m", "tests.test_cuda_simulated"]
+    lines = output_of(*command, LD_PRELOAD=str(fake_cuda)).splitlines()
+    steps = [json.loads(line) for line in lines]
     assert len(steps) == 3 * len(OURS)
     for head, dtype, products, mixed in steps:
         assert products == [dtype] and mixed == [], head

@@ -2,7 +2,6 @@
 
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokens import TokenFile
 from tests.conftest import shared_data
-from tests.helpers import ROOT, refused
+from tests.helpers import ROOT, refused, run_script
 
 BIG = """\
 The Project Gutenberg EBook of Sea Tales
@@ -64,20 +63,8 @@ def g(): pass
 """
 
 
-def script(name: str, run_name: str = "") -> dict:
-    """The names that data/<name>/prepare.py defines."""
-    return runpy.run_path(str(ROOT / "data" / name / "prepare.py"), run_name=run_name)
-
-
-@pytest.fixture
-def prepare(monkeypatch):
-    """prepare(name, folder, flags) runs data/<name>/prepare.py in this process."""
-
-    def run_script(name: str, folder: Path, *flags: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["prepare.py", f"--folder={folder}", *flags])
-        script(name, "__main__")
-
-    return run_script
+def prepare(name: str, folder: Path, *flags: str) -> None:
+    run_script(f"data/{name}/prepare.py", f"--folder={folder}", *flags)
 
 
 @pytest.fixture
@@ -102,7 +89,7 @@ def documents_of(folder: Path) -> list[list[str]]:
 
 
 def test_quickstart_keeps_prose_and_drops_what_is_around_it():
-    names = script("quickstart")
+    names = runpy.run_path(str(ROOT / "data/quickstart/prepare.py"))
     (chapters,) = [names["chapters"](book) for book in names["BOOK"].findall(BIG)]
     ship = (
         "CHAPTER I\n\nTHE SHIP\n\nThe Mast.--She had a tall mast, and a keel.\n\n"
@@ -125,7 +112,7 @@ def test_without_the_package_index_the_quickstart_asks_for_a_local_copy(monkeypa
     assert "no route to host" in message and "--source" in message
 
 
-def test_text_of_many_documents_is_divided_by_documents_and_comes_back_whole(tmp_path, prepare):
+def test_text_of_many_documents_is_divided_by_documents_and_comes_back_whole(tmp_path):
     texts = [f"{i}: naïve café, 東京.\n\nSecond paragraph of {i}." for i in range(40)]
     source = tmp_path / "text.txt"
     source.write_text("\n\n\n".join(texts), encoding="utf-8")
@@ -136,7 +123,7 @@ def test_text_of_many_documents_is_divided_by_documents_and_comes_back_whole(tmp
     assert sorted(sum(documents, [])) == sorted(texts)
 
 
-def test_text_of_few_documents_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path, prepare):
+def test_text_of_few_documents_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
     text = "".join(f"Paragraph {i} has a few words.\n\n" for i in range(500))
     (tmp_path / "text.txt").write_text(text)
     prepare("text", tmp_path, f"--source={tmp_path}/text.txt", "--tokenizer=char")
@@ -165,7 +152,7 @@ def test_text_refuses_bad_input_in_one_line(tmp_path, refusal):
 
 
 @pytest.mark.slow
-def test_wikitext_2_has_the_published_counts_and_every_byte(tmp_path, prepare):
+def test_wikitext_2_has_the_published_counts_and_every_byte(tmp_path):
     source = shared_data("wikitext2")
     prepare("wikitext", tmp_path, "--version=2", f"--source={source}")
     splits = TokenFile(tmp_path, "train").meta["splits"]
@@ -186,7 +173,7 @@ def wikitext(tmp_path) -> Path:
     return tmp_path
 
 
-def test_wikitext_can_have_fewer_train_articles_or_draw_val_from_them(wikitext, prepare):
+def test_wikitext_can_have_fewer_train_articles_or_draw_val_from_them(wikitext):
     documents = []
     for flag in ("--train_articles=0", "--train_articles=2", "--val_fraction=0.3"):
         folder = wikitext / flag
@@ -200,7 +187,7 @@ def test_wikitext_can_have_fewer_train_articles_or_draw_val_from_them(wikitext, 
     assert sorted(drawn_train + drawn_val) == sorted(train)
 
 
-def test_wikitext_from_the_hub_equals_wikitext_from_files(wikitext, prepare, monkeypatch):
+def test_wikitext_from_the_hub_equals_wikitext_from_files(wikitext, monkeypatch):
     datasets = pytest.importorskip("datasets")
     names = {"train": "train", "validation": "valid", "test": "test"}
     for split, name in names.items():
@@ -215,7 +202,7 @@ def test_wikitext_from_the_hub_equals_wikitext_from_files(wikitext, prepare, mon
     assert documents_of(wikitext / "1") == documents_of(wikitext / "2")
 
 
-def test_shakespeare_char_has_nanogpts_ids(tmp_path, prepare):
+def test_shakespeare_char_has_nanogpts_ids(tmp_path):
     source = shared_data("tinyshakespeare/input.txt")
     prepare("shakespeare_char", tmp_path, f"--source={source}")
     data = source.read_text()

@@ -2,31 +2,31 @@
 
 import contextlib
 import io
-import json
 import math
 import pickle
-import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine.base.files import read_json
 from engine.data.tokenizer import ByteTokenizer
 from engine.data.tokens import TokenFile
 from engine.eval.ensemble import Ensemble
 from engine.eval.run import Run
 from engine.eval.table import flat
 from engine.runs.checkpoint import load_model
+from tests.faults import TORCHRUN
 from tests.helpers import (
-    ROOT,
     contents,
     flags,
+    output_of,
     refusal,
     refused,
     run,
+    run_script,
     scores_of,
     words,
     write_bytes,
@@ -42,15 +42,13 @@ ENSEMBLE = "eval_test_ensemble_of_2.json"
 def evaluate_py(**options) -> str:
     """Run the script in this process; returns what it prints."""
     output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        argv = flags(**{"device": "cpu", "report": "none"} | options)
-        patch.setattr(sys, "argv", ["evaluate.py", *argv])
-        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    with contextlib.redirect_stdout(output):
+        run_script("evaluate.py", *flags(**{"device": "cpu", "report": "none"} | options))
     return output.getvalue()
 
 
 def read(folder: Path, file: str = "eval_test.json") -> dict:
-    return json.loads((folder / file).read_text())
+    return read_json(folder / file)
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +124,9 @@ def test_two_processes_and_another_batch_size_find_the_same_numbers(runs, both):
     options = {"out_dir": both, "n_samples": 4, "report": "none", "ood_dataset": runs / "noise"}
     evaluate_py(**options)
     one = [read(runs / name) for name in NAMES]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = flags(device="cpu", batch_size=3, **options)
-    command = [*torchrun, "evaluate.py", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("likelihood (") == 1  # only one process prints
+    output = output_of(sys.executable, *TORCHRUN, "evaluate.py", *argv)
+    assert output.count("likelihood (") == 1  # only one process prints
     for name, expected in zip(NAMES, one, strict=True):
         assert flat(read(runs / name)) == pytest.approx(flat(expected), rel=1e-5, abs=1e-7)
 
@@ -190,26 +185,26 @@ def test_monte_carlo_dropout_repeats_itself_and_changes_the_prediction(runs):
 
 
 @pytest.mark.parametrize(
-    "out_dir, options, word",
+    "options, word",
     [
-        ("softmax", {"labels": "none"}, "--name=none"),
-        ("softmax", {"dataset": "characters"}, "tokenizer"),
-        ("plain", {"mc_dropout": True, "n_samples": 4}, "dropout"),
-        ("softmax+nowhere", {}, "nowhere"),
-        ("softmax+softmax", {}, "twice"),
-        ("softmax", {"better": "characters"}, "characters"),
-        ("softmax,bayes/../softmax", {}, "eval_test.json"),
+        ("softmax --labels=none", "--name=none"),
+        ("softmax --dataset=characters", "tokenizer"),
+        ("plain --mc_dropout --n_samples=4", "dropout"),
+        ("softmax+nowhere", "nowhere"),
+        ("softmax+softmax", "twice"),
+        ("softmax --better=characters", "characters"),
+        ("softmax,bayes/../softmax", "eval_test.json"),
     ],
 )
 def test_mistakes_end_in_one_line_before_the_evaluation(
-    runs, trained, words_data, tmp_path, monkeypatch, capsys, out_dir, options, word
+    runs, trained, words_data, tmp_path, monkeypatch, capsys, options, word
 ):
     folders = {"plain": trained("point", "categorical"), "characters": words_data}
     for name in ("softmax", "bayes", "data"):
         folders[name] = runs / name
     for name, folder in folders.items():
         (tmp_path / name).symlink_to(folder)
-    argv = flags(out_dir=out_dir, device="cpu", **options)
+    argv = ["--device=cpu", "--out_dir", *options.split()]
     assert word in refused("evaluate.py", argv, tmp_path, monkeypatch, capsys)
 
 

@@ -14,7 +14,7 @@ from engine.eval.evaluation import NOISE_GROUP, score_windows, set_scores
 from engine.eval.table import flat
 from engine.eval.validation import N_BINS
 from model import GPT
-from tests.helpers import BOUNDED, HEADS, refusal, scores, scores_of, tiny_gpt, write_nanogpt
+from tests.helpers import HEADS, refusal, scores, scores_of, tiny_gpt, write_nanogpt
 
 V, T = 67, 16  # of tiny_gpt
 
@@ -63,26 +63,15 @@ def test_scores_are_their_definitions(weights, likelihood):
     if likelihood == "smooth":
         desmoothed = model.lm_head.likelihood.desmoothed(p.log())
         expected["nll_desmoothed"] = -desmoothed.gather(-1, y.unsqueeze(-1)).mean()
+    prediction = model.lm_head.predict(model.hidden(x))
+    expected["aleatoric"] = prediction.aleatoric.mean()
+    if weights == "bayes":
+        expected["mutual_information"] = prediction.epistemic.mean()
     found = scores(model, *zip(x.split(3), y.split(3), strict=True))
     for name, value in expected.items():
         assert found[name] == pytest.approx(value.item(), rel=1e-5), name
     assert found["n_tokens"] == 256
     assert 0.01 < found["accuracy"] < 0.9
-
-
-@pytest.mark.parametrize("likelihood", BOUNDED)
-@pytest.mark.parametrize("n_samples", [0, -1, 3])
-def test_the_uncertainties_are_those_of_the_heads_prediction(likelihood, n_samples):
-    model = uncertain_gpt(likelihood)
-    x = torch.randint(V, (2, T))
-    found = scores(model, (x, x), n_samples=n_samples)
-    assert found["mutual_information"] > 0.01
-    total = found["aleatoric"] + found["mutual_information"]
-    assert total == pytest.approx(found["entropy"], rel=1e-5)
-    if n_samples < 1:  # no draws
-        expected = model.lm_head.predict(model.hidden(x), n_samples)
-        aleatoric = expected.aleatoric.mean().item()
-        assert found["aleatoric"] == pytest.approx(aleatoric, rel=1e-4)
 
 
 def test_the_brier_score_is_exact_at_gpt2s_vocabulary():

@@ -1,6 +1,5 @@
 """export.py: transformers loads the exported folder, and predicts and tokenizes as we do."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,18 +11,13 @@ from huggingface_hub import ModelCard
 import engine.gpt2.exporting
 import export
 from engine.base.errors import UserError
+from engine.base.files import read_json, write_json
 from engine.base.options import flatten
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.data.tokens import TokenFile
 from engine.runs.checkpoint import load_model
 from model import GPT
-from tests.helpers import (
-    contents,
-    flags,
-    scores_of,
-    tiny_gpt,
-    write_dataset,
-)
+from tests.helpers import assert_near, contents, flags, scores_of, tiny_gpt, write_dataset
 from tests.test_model import tiny_gpt2, tokens
 from tests.test_tokenizer import STRANGE, TEXT, make
 
@@ -37,7 +31,7 @@ def save(folder: Path, model: GPT, tokenizer=None) -> Path:
     checkpoint = {"model": model.state_dict(), "model_config": flatten(model.config)}
     torch.save(checkpoint, folder / "ckpt_00000007.pt")
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": model.config.vocab_size}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_json(folder / "meta.json", meta)
     tokenizer.save(folder)
     return folder
 
@@ -89,7 +83,7 @@ def test_a_softmax_head_keeps_its_log_probs_in_transformers(tmp_path, options):
         expected = model.log_probs(idx)
         assert expected.std() > 1
         log_probs = theirs(idx).logits.log_softmax(-1)
-        torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
+        assert_near(log_probs, expected, 1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -98,7 +92,7 @@ def test_a_folder_of_transformers_comes_out_as_it_went_in(tmp_path, tied):
     theirs = tiny_gpt2(tie_word_embeddings=tied)
     theirs.save_pretrained(tmp_path / "in")
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": 67}
-    (tmp_path / "in/meta.json").write_text(json.dumps(meta))
+    write_json(tmp_path / "in/meta.json", meta)
     back = in_transformers(exported(tmp_path / "in", tmp_path / "out"))
     before, after = theirs.state_dict(), back.state_dict()
     assert before.keys() == after.keys()
@@ -121,7 +115,7 @@ def with_tokenizer(tmp_path: Path, tokenizer) -> Path:
     """The export of a model with this tokenizer."""
     model = tiny_gpt(vocab_size=tokenizer.vocab_size)
     folder = exported(save(tmp_path / "run", model, tokenizer), tmp_path / "out")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     assert config["n_ctx"] == config["n_positions"] == 16  # llama.cpp reads n_ctx
     return folder
 
@@ -186,7 +180,7 @@ def test_an_approximate_export_has_the_mean_logits_and_must_be_asked_for(
     with torch.no_grad():
         logits = model.lm_head.logits(model.hidden(idx))
         log_probs = theirs(idx).logits.log_softmax(-1)
-        torch.testing.assert_close(log_probs, logits.log_softmax(-1), atol=1e-4, rtol=0)
+        assert_near(log_probs, logits.log_softmax(-1), 1e-4)
 
 
 def test_an_export_that_predicts_something_else_leaves_nothing(tmp_path, monkeypatch):

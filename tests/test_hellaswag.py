@@ -10,6 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
+from engine.base.files import read_json
 from engine.data.tokenizer import GPT2Tokenizer
 from engine.runs.checkpoint import read_checkpoint
 from tests.helpers import flags, refusal, refused, run, write_bytes
@@ -67,7 +68,7 @@ def test_a_transformers_folder_has_the_scores_of_transformers(tmp_path):
     assert found.flatten().tolist() == pytest.approx(sums, abs=1e-3)
     assert found_lengths.flatten().tolist() == lengths
     call(out_dir=tmp_path, source=source)
-    result = json.loads((tmp_path / "hellaswag.json").read_text())
+    result = read_json(tmp_path / "hellaswag.json")
     expected = hellaswag.judge(found, found_lengths, torch.tensor([2, 1]))
     assert expected.items() <= result.items()
 
@@ -96,7 +97,7 @@ def test_a_run_is_scored_unless_its_tokenizer_lacks_a_character(tmp_path, traine
     run(write_bytes(tmp_path / "bytes"), out_dir, max_iters=1, weights="bayes")
     results = tmp_path / "results"
     call(out_dir=out_dir, source=source, limit=1, n_samples=2, results=results)
-    assert json.loads((results / "hellaswag.json").read_text())["n"] == 1
+    assert read_json(results / "hellaswag.json")["n"] == 1
     assert not (out_dir / "hellaswag.json").exists()
     assert "character" in refusal(call, out_dir=trained("point", "categorical"), source=source)
 

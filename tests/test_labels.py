@@ -1,7 +1,6 @@
 """Teacher labels: what the teacher predicts, stored exactly, and what training makes of them."""
 
 import json
-import runpy
 import shutil
 import sys
 
@@ -11,18 +10,19 @@ import torch
 
 import augmentation.teacher_labels
 from augmentation.teacher_labels import main
-from engine.base.errors import UserError
+from engine.base.files import read_json, write_json
 from engine.data.batches import Batches
 from engine.data.labels import LabelFile, unpack
 from engine.data.tokens import TokenFile
 from engine.runs.checkpoint import load_model
 from tests.helpers import (
-    ROOT,
+    assert_near,
     contents,
     flags,
     records,
     refusal,
     run,
+    run_script,
     same_weights,
     write_bytes,
     write_nanogpt,
@@ -135,7 +135,7 @@ def test_labels_are_the_true_token_and_the_teachers_mixed_or_as_a_set(
     expected = torch.where(is_used, mixed, one_hot)
     if mode == "set":
         expected = (teacher + one_hot > 0).double()
-    torch.testing.assert_close(dense(targets, weights), expected, rtol=0, atol=2e-7)
+    assert_near(dense(targets, weights), expected, 2e-7)
 
 
 def test_interrupted_labelling_is_continued_to_the_same_bytes(file, label, monkeypatch):
@@ -162,12 +162,11 @@ def test_interrupted_labelling_is_continued_to_the_same_bytes(file, label, monke
     assert parts.about == whole.about
 
 
-def test_a_teacher_ranks_its_own_labels_of_val_first(teacher, label, monkeypatch):
+def test_a_teacher_ranks_its_own_labels_of_val_first(teacher, label):
     label("val", split="val", stride=T)  # the very blocks that evaluate.py reads
     options = {"out_dir": teacher, "split": "val", "labels": "val", "device": "cpu"}
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags(**options)])
-    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-    found = json.loads((teacher / "eval_val.json").read_text())
+    run_script("evaluate.py", *flags(**options))
+    found = read_json(teacher / "eval_val.json")
     # only a true token beyond the K likeliest can have a lower rank
     assert K / (K + 1) < found["recall_at_k"] <= 1
 
@@ -206,9 +205,8 @@ def test_a_mistake_in_labelling_is_refused_and_nothing_changes(
 def test_training_refuses_labels_that_are_absent_or_do_not_fit(
     data, top, tmp_path, changes, message
 ):
-    with pytest.raises(UserError, match=r"teacher_labels\.py"):
-        run(data, tmp_path / "new", labels="absent")
-    (data / "train.other.labels.json").write_text(json.dumps(top.about | changes))
+    assert "teacher_labels.py" in refusal(run, data, tmp_path / "new", labels="absent")
+    write_json(data / "train.other.labels.json", top.about | changes)
     shutil.copy(top.path, data / "train.other.labels")
     assert message in refusal(run, data, tmp_path / "new", labels="other")
     assert not (tmp_path / "new").exists()

@@ -1,12 +1,11 @@
 """Imports only go down, and heavy packages are imported where they are used."""
 
 import ast
-import subprocess
 import sys
 
 import numpy as np
 
-from tests.helpers import ROOT, TINY, flags, write_nanogpt
+from tests.helpers import ROOT, TINY, flags, output_of, write_nanogpt
 
 # lowest first; a file imports from its own layer or a lower one
 LAYERS = [
@@ -56,5 +55,4 @@ sys.argv[1:] = {flags(**options)!r}
 train.main()
 print(*sorted({heavy!r} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "", done.stderr
+    assert output_of(sys.executable, "-c", code).splitlines()[-1] == ""

@@ -13,7 +13,7 @@ import torch
 from engine.base.distributed import Processes
 from engine.runs import logger
 from engine.runs.logger import Logger, has_account
-from tests.helpers import records, refusal, run, same_weights
+from tests.helpers import records, refusal, run, same_weights, values
 from train import Progress
 
 
@@ -74,7 +74,7 @@ def test_a_failing_wandb_gives_one_warning_and_does_not_stop_the_run(
     run(words_data, out_dir, wandb_log=True, max_iters=2, weights="bayes")
     options = wandb.init.call_args.kwargs
     assert options["name"] == "study/bayes" and options["config"]["weights"] == "bayes"
-    assert records(out_dir, "val_nll")[-1]["step"] == 2
+    assert values(out_dir, "step", "val_nll")[-1] == 2
     assert capsys.readouterr().out.count("the service is down") == 1
 
 
@@ -110,7 +110,7 @@ def test_wandb_without_an_account_logs_offline_and_the_newest_file_holds_all_of_
     with open(out_dir / "metrics.jsonl", "a") as file:  # of a killed process
         file.write('{"step": 6, "tokens": 1, "val_nll": 99.0}\n')
     run(words_data, out_dir, **options, max_iters=8, init_from="resume")
-    nlls = [record["val_nll"] for record in records(out_dir, "val_nll")]
+    nlls = values(out_dir, "val_nll")
     assert len(nlls) == 5 and 99.0 not in nlls
     texts = ["val/nll", "objective/val_loss", "train/grad_norm", *map(repr, nlls)]
     newest = max(out_dir.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime)

@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
+from engine.base.files import read_json
 from notebooks.execute import execute
 from study import summary
 from tests.helpers import ROOT, TINY, flags, run, write_bytes
@@ -91,7 +92,7 @@ def test_results_shows_the_studies_of_a_folder(copy):
     shutil.copytree(copy / "training_logs/quickstart", copy / "logs/mine")
     (copy / "logs/new/softmax-seed1").mkdir(parents=True)  # not evaluated yet
     notebook = execute(copy / "notebooks/results.ipynb", logs="logs")
-    scores = json.loads((copy / "logs/mine/sigmoid-seed1337/eval_test.json").read_text())
+    scores = read_json(copy / "logs/mine/sigmoid-seed1337/eval_test.json")
     assert f"| sigmoid | 1 | {scores['nll']:.3f} |" in shown(notebook)
     assert n_pictures(notebook) == 2
 

@@ -1,13 +1,11 @@
 """With every socket closed, training, resuming, evaluating and sampling work from local files."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import ROOT, TINY, flags, records
+from tests.helpers import ROOT, TINY, flags, output_of, values
 
 # an audit hook sees every way to the network that Python has; unix sockets are local
 CLOSED = """
@@ -41,11 +39,8 @@ def test_training_resuming_evaluating_and_sampling_need_no_network(words_data, t
     ]
     for command in commands:
         command[0] = str(ROOT / command[0])
-    environment = {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment["PATH"] = os.environ["PATH"]
-    argv = [sys.executable, "-c", CLOSED, json.dumps(commands)]
-    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert records(tmp_path / "run", "val_nll")[-1]["step"] == 4
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    output_of(sys.executable, "-c", CLOSED, json.dumps(commands), cwd=tmp_path, **environment)
+    assert values(tmp_path / "run", "step", "val_nll")[-1] == 4
     assert (tmp_path / "run" / "eval_test.json").is_file()
     assert wandb_log or not (tmp_path / "network.txt").exists()

@@ -1,11 +1,11 @@
 """Muon and AdamW as one optimizer, against torch's own two."""
 
-import json
 import shutil
 
 import pytest
 import torch
 
+from engine.base.files import read_json
 from engine.base.optim import make_optimizer
 from tests.helpers import difference, refusal, run, tiny_gpt
 from train import TrainConfig
@@ -61,7 +61,7 @@ def test_a_run_keeps_its_optimizer(words_data, trained, tmp_path):
         run, words_data, tmp_path / "run", init_from="resume", optimizer="muon", max_iters=40
     )
     run(words_data, tmp_path / "tuned", init_from=trained(), optimizer="muon", max_iters=2)
-    assert json.loads((tmp_path / "tuned/config.json").read_text())["optimizer"] == "muon"
+    assert read_json(tmp_path / "tuned/config.json")["optimizer"] == "muon"
 
 
 def test_shards_have_no_muon():

@@ -8,7 +8,6 @@ from engine.eval.plots import (
     curves_figure,
     draw,
     reliability_figure,
-    validation_curve,
 )
 
 
@@ -52,11 +51,6 @@ def test_curves_are_means_over_seeds_and_differences_with_the_same_seed():
     assert list(first.get_ydata()) == [5.5, 4.5]
     assert list(second.get_ydata()) == [(4.25 + 7) / 2]  # where both seeds have a point
     assert [list(line.get_ydata()) for line in right.lines] == [[0, 0], [0.5, 0.25]]
-
-
-def test_a_curve_is_drawn_without_step_0():
-    curve = validation_curve(make_curve())
-    assert list(curve) == [2048 * step for step in range(1, 21)]
 
 
 def test_reliability_shows_accuracy_with_its_error_and_the_share_of_tokens(rows):

@@ -9,7 +9,7 @@ from torch.distributions import Categorical, Normal
 from heads import LIKELIHOODS, Head, HeadConfig
 from heads.draws import entropy
 from heads.likelihoods import expected_log_sigmoid
-from tests.helpers import tiny_head
+from tests.helpers import assert_near, tiny_head
 from tests.test_draws import slow_log_probs
 from tests.test_heads import C, V, batch, every_head
 
@@ -52,8 +52,8 @@ def test_the_prediction_without_sampling_is_that_of_20000_draws(likelihood, opti
     average = found.log_probs.exp().double()
     assert (average / expected - 1).abs().max() < 0.02
     assert (average - expected).abs().sum(-1).max() < 0.01
-    torch.testing.assert_close(found.total.double(), total, atol=0.01, rtol=0)
-    torch.testing.assert_close(found.aleatoric.double(), aleatoric, atol=0.015, rtol=0)
+    assert_near(found.total.double(), total, 0.01)
+    assert_near(found.aleatoric.double(), aleatoric, 0.015)
     epistemic = total - aleatoric
     torch.testing.assert_close(found.epistemic.double(), epistemic, atol=1e-3, rtol=0.12)
 
@@ -66,7 +66,7 @@ def test_without_posterior_variance_the_average_is_the_mean_weights_prediction(l
     for n_samples in (-1, 0):
         found = head.predict(x, n_samples)
         torch.testing.assert_close(found.log_probs, expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found.epistemic, torch.zeros(2, 3), atol=1e-6, rtol=0)
+        assert_near(found.epistemic, torch.zeros(2, 3), 1e-6)
 
 
 @every_head
@@ -126,5 +126,5 @@ def test_desmoothed_inverts_smoothing_and_is_finite_below_the_floor(label_smooth
     assert p.min() > 0.01 * label_smoothing / (V - 1)  # above what is kept of the floor
     torch.testing.assert_close(desmoothed(q.log()).exp(), p, rtol=1e-9, atol=0)
     below = desmoothed((10 * torch.randn(20, V)).log_softmax(-1))  # as an untrained model predicts
-    torch.testing.assert_close(below.logsumexp(-1), torch.zeros(20), atol=1e-5, rtol=0)
+    assert_near(below.logsumexp(-1), torch.zeros(20))
     assert below.isfinite().all()

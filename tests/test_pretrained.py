@@ -2,13 +2,13 @@
 them; the optimizer.
 """
 
-import json
 from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
+from engine.base.files import read_json, write_json
 from engine.base.optim import make_optimizer
 from engine.gpt2.loading import load_state
 from engine.runs.checkpoint import load_model
@@ -88,8 +88,8 @@ def test_the_hubs_own_file_with_bare_names_and_masks_loads_too(tmp_path):
 def test_a_config_that_is_not_gpt2s_is_refused_by_name_and_value(tmp_path, name, value):
     tiny_gpt2().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {name: value}))
+    config = read_json(path)
+    write_json(path, config | {name: value})
     message = refusal(load_model, tmp_path)
     assert name in message and repr(value) in message
 

@@ -1,29 +1,14 @@
 """The quick start from beginning to end, at a tiny size: `make run` itself, on the real corpus."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 
 from engine.base.files import read_json
-from tests.helpers import ROOT, flags
+from tests.helpers import ROOT, flags, output_of
 
 HEADS = ("softmax", "smooth", "bayes", "sigmoid", "bayes_sigmoid")
 TINY = flags(n_layer=1, n_head=1, n_embd=32, block_size=64, eval_interval=4, eval_iters=1)
-
-
-def output_of(*command: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "FORCE_COLOR": "1"}
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -36,7 +21,7 @@ def test_make_run_resumes_trains_compares_and_samples(tmp_path):
     started = ["train.py", "config/quickstart.py", f"--out_dir={tmp_path}/softmax", *TINY]
     output_of(sys.executable, *started, "--max_iters=4")
     options = " ".join([*TINY, "--max_iters=8"])
-    shown = output_of("make", "run", f"OUT={tmp_path}", f"FLAGS={options}")
+    shown = output_of("make", "run", f"OUT={tmp_path}", f"FLAGS={options}", FORCE_COLOR="1")
     assert shown.count("resuming at step 4") == 1
     table = shown[shown.index("quickstart, test split") :].splitlines()
     assert [line.split()[0] for line in table[4:10]] == ["unigram", *HEADS]

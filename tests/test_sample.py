@@ -20,7 +20,18 @@ from engine.eval.run import Continuation, Run, Sampling
 from engine.eval.scored_text import Token
 from engine.eval.terminal import Screen
 from sample import SampleConfig, read_prompts
-from tests.helpers import ONE, ROOT, flags, refusal, refused, run, run_script, words, write_bytes
+from tests.helpers import (
+    ONE,
+    ROOT,
+    assert_near,
+    flags,
+    refusal,
+    refused,
+    run,
+    run_script,
+    words,
+    write_bytes,
+)
 from tests.test_report import spans
 
 
@@ -90,7 +101,7 @@ def test_predict_is_the_models_prediction_after_the_last_block(bayes, n_samples)
     found = bayes.predict(prompt, n_samples)
     idx = torch.tensor([bayes.encode(prompt)[-16:]])
     expected = bayes.model.log_probs(idx, n_samples)[0, -1]
-    torch.testing.assert_close(found.log_probs, expected, rtol=0, atol=1e-5)
+    assert_near(found.log_probs, expected)
 
 
 @pytest.mark.parametrize("seed", range(20))

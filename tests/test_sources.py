@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from engine.base.errors import UserError
 from engine.data import sources
 from engine.data.sources import Source, find, hub, split_documents
 from engine.data.tokenizer import BPETokenizer, GPT2Tokenizer
+from tests.helpers import refusal
 
 ODD = [
     *filter(str.isspace, map(chr, range(0x110000))),
@@ -70,11 +70,7 @@ def lines(texts: list) -> str:
 
 def refused(read) -> str:
     """The one line that says why something cannot be read."""
-    with pytest.raises(UserError) as error:
-        documents_of(read())
-    message = str(error.value)
-    assert message.isprintable()
-    return message
+    return refusal(lambda: documents_of(read()))
 
 
 def file_refused(path: str, **options) -> str:

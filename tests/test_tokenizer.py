@@ -1,8 +1,6 @@
 """Tokenizers: text and ids and back, kept in data sets and runs."""
 
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from engine.data.tokenizer import (
     load_tokenizer,
 )
 from engine.gpt2.exporting import transformers_tokenizer
-from tests.helpers import ROOT, flags, run, words, write_nanogpt, write_words
+from tests.helpers import flags, refusal, run, run_script, words, write_nanogpt, write_words
 
 TEXT = words(300)
 STRANGE = [
@@ -136,8 +134,7 @@ def test_a_tokenizer_of_the_tokenizers_library_is_used_unless_it_lacks_bytes(tmp
     ]
     for other in others:
         transformers_tokenizer(other).save(path)
-        with pytest.raises(UserError, match=r"tokenizer\.json"):
-            load_tokenizer(tmp_path)
+        assert "tokenizer.json" in refusal(load_tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["letter", "numbers", "nested"])
@@ -149,9 +146,7 @@ def test_a_damaged_gpt2_json_is_refused_in_one_line(gpt2, tmp_path, damage):
         "nested": b"[" * 100_000,
     }
     (tmp_path / "gpt2.json").write_bytes(damaged[damage])
-    with pytest.raises(UserError, match=r"gpt2\.json") as error:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(error.value)
+    assert "gpt2.json" in refusal(load_tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "char"])
@@ -165,8 +160,7 @@ def test_a_run_folder_alone_is_enough_to_sample(kind, tmp_path, monkeypatch, cap
     shutil.move(tmp_path / "run", tmp_path / "moved")
     options = {"out_dir": tmp_path / "moved", "device": "cpu", "start": "the sea"}
     options |= {"num_samples": 1, "max_new_tokens": 3}
-    monkeypatch.setattr(sys, "argv", ["sample.py", *flags(**options)])
-    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    run_script("sample.py", *flags(**options))
     assert "the sea" in capsys.readouterr().out
 
 

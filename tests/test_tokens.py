@@ -10,7 +10,6 @@ import torch
 
 import engine.data.batches
 import engine.data.tokens
-from engine.base.errors import UserError
 from engine.data.batches import Batches
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from engine.data.tokens import TokenFile, gather
@@ -108,8 +107,8 @@ def test_meta_json_holds_counts_and_hashes(tmp_path):
 def test_a_file_with_another_size_than_its_ids_is_refused_by_name(tmp_path, size):
     write_dataset(tmp_path, {"train": ["a long text"]}, ByteTokenizer())
     os.truncate(tmp_path / "train.bin", size)
-    with pytest.raises(UserError, match=r"train\.bin .*prepare"):
-        TokenFile(tmp_path, "train")
+    message = refusal(TokenFile, tmp_path, "train")
+    assert "train.bin" in message and "prepare" in message
 
 
 def test_an_id_outside_the_vocabulary_is_refused_with_its_position(tmp_path):
@@ -123,8 +122,8 @@ def test_an_id_outside_the_vocabulary_is_refused_with_its_position(tmp_path):
         lambda: file[90:],
         lambda: file.counts(67),
     ):
-        with pytest.raises(UserError, match=r"train\.bin .* 67, .* 67, at position 95"):
-            read()
+        message = refusal(read)
+        assert "train.bin" in message and "67, at position 95" in message
 
 
 def test_counts_are_bincounts_and_frequencies_add_half_an_occurrence(tmp_path, monkeypatch):
@@ -170,7 +169,6 @@ GPT2S = np.random.default_rng(0).zipf(1.2, 4000) % 50257  # some ids often, most
     [
         GPT2S,
         np.zeros(1000),
-        np.tile([0, 9], 1000),
         np.append(np.tile([50, 0], 1000), [50, 9]),
         np.tile([50, 0], 20),  # too short to know
     ],
@@ -184,5 +182,4 @@ def test_a_file_cut_short_while_it_is_used_is_refused_by_name(numbered):
     batches[0]
     os.truncate(numbered.path, 1000)
     for read in (lambda: batches[1], lambda: numbered.ids):
-        with pytest.raises(UserError, match=r"train\.bin"):
-            read()
+        assert "train.bin" in refusal(read)

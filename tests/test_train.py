@@ -97,6 +97,9 @@ def test_training_records_hold_the_contract(plain):
     assert all(keys <= record.keys() for record in found)
     assert all(math.isfinite(value) for record in found for value in record.values())
     assert [record["tokens"] for record in found] == [128 * record["step"] for record in found]
+    # without lr_decay_iters the cosine ends with the run
+    middle = 1e-3 + 9e-3 * (1 + math.cos(math.pi * 13 / 27)) / 2
+    assert found[16]["lr"] == pytest.approx(middle)
     seconds = values(plain, "seconds", "loss")
     assert seconds == sorted(seconds) and seconds[0] > 0
 

@@ -1,22 +1,18 @@
 """How processes share a step."""
 
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from engine.base import distributed
-from engine.base.distributed import Processes, divide_step, peak_flops, prepare_compiler
+from engine.base.distributed import Processes, divide_step, peak_flops
 from engine.base.errors import UserError
 from engine.base.options import load_config
 from engine.data.batches import Batches
 from engine.data.tokens import TokenFile
 from engine.runs import checkpoint
-from tests.helpers import ROOT, records, run
+from tests.helpers import ROOT, run, values
 from train import TrainConfig
 
 GPU_CONFIGS = sorted({*ROOT.glob("config/train_*gpt2*.py")} - {*ROOT.glob("config/*_cpu.py")})
@@ -57,10 +53,7 @@ def test_more_and_smaller_micro_batches_train_the_same(words_data, tmp_path):
     assert torch.equal(whole[3][0], torch.cat([divided[i][0] for i in range(12, 16)]))
     run(words_data, tmp_path / "whole", max_iters=10)
     run(words_data, tmp_path / "divided", max_iters=10, batch_size=2, gradient_accumulation_steps=4)
-    losses = [
-        [record["loss"] for record in records(tmp_path / name, "loss")]
-        for name in ("whole", "divided")
-    ]
+    losses = [values(tmp_path / name, "loss") for name in ("whole", "divided")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -71,33 +64,6 @@ def test_more_and_smaller_micro_batches_train_the_same(words_data, tmp_path):
 def test_a_gpu_has_the_peak_of_its_own_data_sheet(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
-
-
-@pytest.mark.parametrize("world_size", [2, 64])
-def test_processes_find_each_other_with_few_messages_each(world_size, monkeypatch):
-    """Also after a restart, when the store has the name of a killed process."""
-    store, messages = dist.HashStore(), []
-
-    class Recorder:
-        def __getattr__(self, name):
-            messages.append(name)
-            return getattr(store, name)
-
-    store.set("name_1", "killed")
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(Recorder(), 0, 0)]))
-    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: prefix)
-    with ThreadPoolExecutor(world_size) as pool:
-        ranks = range(world_size)
-        prefixes = pool.map(lambda rank: distributed._fresh_store(rank, world_size, None), ranks)
-    assert len(set(prefixes)) == 1
-    assert len(messages) <= 20 * world_size
-
-
-def test_compile_workers_share_the_cores_of_a_machine(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "environ", {"LOCAL_WORLD_SIZE": "8"})
-    prepare_compiler(torch.device("cuda"))
-    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "8"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")

@@ -17,7 +17,7 @@ from engine.base.errors import Diverged, run_main
 from engine.base.options import load_config
 from engine.runs import checkpoint
 from model import GPT
-from tests.helpers import HEADS, TINY, difference, flags, records, same_weights
+from tests.helpers import HEADS, TINY, difference, flags, records, same_weights, values
 
 SHORT = TINY | {
     "max_iters": 6,
@@ -96,7 +96,7 @@ def compiled(processes, data: str, folder: Path) -> None:
         limit = {"recompile_limit": 2, "fail_on_recompile_limit_hit": True}
         with torch._dynamo.config.patch(**limit):
             trained(processes, data, folder / sharding, **options, sharding=sharding)
-        losses.append([record["loss"] for record in records(folder / sharding, "loss")])
+        losses.append(values(folder / sharding, "loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
@@ -123,7 +123,7 @@ def patience(processes, data: str, folder: Path) -> None:
         "patience": 2,
     }
     trained(processes, data, folder / "stale", **stale)
-    steps = [record["step"] for record in records(folder / "stale", "val_nll")]
+    steps = values(folder / "stale", "step", "val_nll")
     assert steps == [0, 1, 2]
 
 
@@ -146,9 +146,9 @@ def nan(processes, data: str, folder: Path) -> None:
     GPT.forward = sometimes
     model = trained(processes, data, folder / "some", max_iters=8)
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    skipped = [record["step"] for record in records(folder / "some", "skipped_loss")]
-    assert skipped == [4, 5] and records(folder / "some", "loss")[-1]["skipped"] == 2
-    assert records(folder / "some", "val_nll")[-1]["step"] == 8
+    skipped = values(folder / "some", "step", "skipped_loss")
+    assert skipped == [4, 5] and values(folder / "some", "skipped", "loss")[-1] == 2
+    assert values(folder / "some", "step", "val_nll")[-1] == 8
     bad_loss = range(10**9)
     try:
         trained(processes, data, folder / "all", max_iters=100, eval_interval=100)
