@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import runpy
 import shutil
@@ -186,20 +187,26 @@ def refusal(function: Callable, *args, **options) -> str:
     return str(error.value)
 
 
-def refused(script: str, argv: list[str], folder: Path, monkeypatch, capsys) -> str:
+def refused(script: str, argv: list[str], folder: Path) -> str:
     """Run a script in a folder. It must print one line on stderr, write nothing, and exit with 2.
 
     Returns the line.
     """
-    monkeypatch.chdir(folder)
     before = contents(folder)
-    with pytest.raises(SystemExit) as exit_:
+    output, error = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(error),
+        pytest.raises(SystemExit) as exit_,
+    ):
+        patch.chdir(folder)
         run_script(script, *argv)
-    output = capsys.readouterr()
-    assert exit_.value.code == 2, output
-    assert "error: " in output.err and output.err.count("\n") == 1
-    assert output.out == "" and contents(folder) == before
-    return output.err
+    line = error.getvalue()
+    assert exit_.value.code == 2, line
+    assert "error: " in line and line.count("\n") == 1
+    assert output.getvalue() == "" and contents(folder) == before
+    return line
 
 
 def scores(model: GPT, *batches: tuple[Tensor, Tensor], cast=None, n_samples: int = 0) -> dict:

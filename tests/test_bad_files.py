@@ -83,7 +83,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("name, change", CASES)
-def test_a_damaged_file_is_named_in_one_line(folder, monkeypatch, capsys, name, change):
+def test_a_damaged_file_is_named_in_one_line(folder, name, change):
     path = folder / name
     if change is None:
         path.unlink()
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_named_in_one_line(folder, monkeypatch, capsys, name, 
         path.write_bytes(change)
     script, *argv = COMMANDS[name]
     named = "train.top.labels" if "labels" in name else name
-    assert named in refused(script, argv, folder, monkeypatch, capsys)
+    assert named in refused(script, argv, folder)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_a_damaged_file_is_named_in_one_line(folder, monkeypatch, capsys, name, 
         ({"optimizer": ...}, "--init_from=words_run"),
     ],
 )
-def test_a_checkpoint_with_other_contents_is_refused(folder, monkeypatch, capsys, changes, named):
+def test_a_checkpoint_with_other_contents_is_refused(folder, changes, named):
     path = folder / "words_run" / "ckpt_00000001.pt"
     state = torch.load(path, weights_only=True) | changes
     torch.save({name: part for name, part in state.items() if part is not ...}, path)
     script, *argv = RESUME if "optimizer" in changes else SAMPLE_RUN
-    assert named in refused(script, argv, folder, monkeypatch, capsys)
+    assert named in refused(script, argv, folder)
 
 
 MARK = "mark.txt"  # the payloads write it in the folder where the script runs
@@ -155,7 +155,7 @@ TRAPS = [
 
 
 @pytest.mark.parametrize("payload, form, name, command", TRAPS)
-def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, payload, form, name, command):
+def test_no_checkpoint_runs_code(folder, payload, form, name, command):
     (folder / "words_run" / "ckpt_00000001.pt").unlink()
     state = {"model": {}, "model_args": {}, "model_config": {}, "config": payload}
     trap = FORMATS[form](state)
@@ -167,7 +167,7 @@ def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, payload, form, nam
     Path(MARK).unlink()
     (folder / "words_run" / name).write_bytes(trap)
     script, *argv = command
-    assert f"words_run/{name}" in refused(script, argv, folder, monkeypatch, capsys)
+    assert f"words_run/{name}" in refused(script, argv, folder)
     assert not Path(MARK).exists()
 
 
@@ -180,7 +180,7 @@ def test_no_checkpoint_runs_code(folder, monkeypatch, capsys, payload, form, nam
         ("openai/pytorch_model.bin", [*TRAIN, "--init_from=openai"]),
     ],
 )
-def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command):
+def test_no_other_file_runs_code(folder, name, command):
     path = folder / name
     trap = pickle.dumps({"vocab_size": 3, "itos": SYSTEM})
     (folder / "openai" / "model.safetensors").unlink()
@@ -188,5 +188,5 @@ def test_no_other_file_runs_code(folder, monkeypatch, capsys, name, command):
         path.with_suffix(".json").unlink()
     path.write_bytes(trap)
     script, *argv = command
-    refused(script, argv, folder, monkeypatch, capsys)
+    refused(script, argv, folder)
     assert not Path(MARK).exists()

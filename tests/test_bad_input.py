@@ -132,9 +132,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("script, added, named", CASES)
-def test_a_mistake_is_one_line_that_names_it(prepared, monkeypatch, capsys, script, added, named):
+def test_a_mistake_is_one_line_that_names_it(prepared, script, added, named):
     argv = COMMON[script] + added.split()
-    assert named in refused(script, argv, prepared, monkeypatch, capsys)
+    assert named in refused(script, argv, prepared)
 
 
 def test_a_run_of_nothing_but_damaged_checkpoints_names_each(prepared, monkeypatch, capsys):
@@ -153,26 +153,26 @@ def test_as_a_process_of_its_own_a_script_leaves_no_traceback(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_under_torchrun_an_error_names_its_rank(prepared, monkeypatch, capsys):
+def test_under_torchrun_an_error_names_its_rank(prepared, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    error = refused("train.py", ["--n_layers=3"], prepared, monkeypatch, capsys)
+    error = refused("train.py", ["--n_layers=3"], prepared)
     assert error.startswith("[rank 1] error: ")
 
 
-def test_without_its_package_the_harness_says_how_to_install_it(prepared, monkeypatch, capsys):
+def test_without_its_package_the_harness_says_how_to_install_it(prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert "pip install" in refused("harness.py", [], prepared, monkeypatch, capsys)
+    assert "pip install" in refused("harness.py", [], prepared)
 
 
 @pytest.mark.parametrize("port", ["", "port"])
-def test_processes_that_torchrun_did_not_start_are_refused(prepared, monkeypatch, capsys, port):
+def test_processes_that_torchrun_did_not_start_are_refused(prepared, monkeypatch, port):
     monkeypatch.setenv("WORLD_SIZE", "2")
     if port:
         monkeypatch.setenv("MASTER_ADDR", "localhost")
         monkeypatch.setenv("MASTER_PORT", port)
     argv = [*TRAIN, "--backend=gloo"]
-    assert "torchrun" in refused("train.py", argv, prepared, monkeypatch, capsys)
+    assert "torchrun" in refused("train.py", argv, prepared)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: ...")])

@@ -67,15 +67,9 @@ def prepare(name: str, folder: Path, *flags: str) -> None:
     run_script(f"data/{name}/prepare.py", f"--folder={folder}", *flags)
 
 
-@pytest.fixture
-def refusal(tmp_path, monkeypatch, capsys):
-    """refusal(name, flags) is the one line on stderr with which the script refuses."""
-
-    def run_script(name: str, *flags: str) -> str:
-        argv = [f"--folder={tmp_path}/out", *flags]
-        return refused(f"data/{name}/prepare.py", argv, tmp_path, monkeypatch, capsys)
-
-    return run_script
+def refusal(folder: Path, name: str, *flags: str) -> str:
+    """The one line on stderr with which the script refuses."""
+    return refused(f"data/{name}/prepare.py", [f"--folder={folder}/out", *flags], folder)
 
 
 def documents_of(folder: Path) -> list[list[str]]:
@@ -98,17 +92,17 @@ def test_quickstart_keeps_prose_and_drops_what_is_around_it():
     assert chapters == [ship, 'Chapter II\n\n"It blew--hard!" said Tom.\n']
 
 
-def test_another_text_than_the_published_one_is_refused(tmp_path, refusal):
+def test_another_text_than_the_published_one_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text(BIG)
-    assert "sha256" in refusal("quickstart", "--source=text.txt")
-    assert "wiki.train.raw" in refusal("wikitext", "--source=.")
-    assert "data/text/prepare.py" in refusal("shakespeare", "--source=text.txt")
+    assert "sha256" in refusal(tmp_path, "quickstart", "--source=text.txt")
+    assert "wiki.train.raw" in refusal(tmp_path, "wikitext", "--source=.")
+    assert "data/text/prepare.py" in refusal(tmp_path, "shakespeare", "--source=text.txt")
 
 
-def test_without_the_package_index_the_quickstart_asks_for_a_local_copy(monkeypatch, refusal):
+def test_without_the_package_index_the_quickstart_asks_for_a_local_copy(monkeypatch, tmp_path):
     pip = subprocess.CompletedProcess([], 1, stderr="no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pip)
-    message = refusal("quickstart")
+    message = refusal(tmp_path, "quickstart")
     assert "no route to host" in message and "--source" in message
 
 
@@ -135,7 +129,7 @@ def test_text_of_few_documents_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path
     assert load_tokenizer(tmp_path).eot is None  # one document a split needs none
 
 
-def test_text_refuses_bad_input_in_one_line(tmp_path, refusal):
+def test_text_refuses_bad_input_in_one_line(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "good.txt").write_text("good " * 100)
     good = "--source=good.txt"
@@ -148,7 +142,7 @@ def test_text_refuses_bad_input_in_one_line(tmp_path, refusal):
         ("train", good, "--val_fraction=0.6", "--test_fraction=0.4"),
         ("--name", good, "--name=wikitext"),
     ):
-        assert word in refusal("text", *flags)
+        assert word in refusal(tmp_path, "text", *flags)
 
 
 @pytest.mark.slow

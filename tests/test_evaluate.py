@@ -197,7 +197,7 @@ def test_monte_carlo_dropout_repeats_itself_and_changes_the_prediction(runs):
     ],
 )
 def test_mistakes_end_in_one_line_before_the_evaluation(
-    runs, trained, words_data, tmp_path, monkeypatch, capsys, options, word
+    runs, trained, words_data, tmp_path, options, word
 ):
     folders = {"plain": trained("point", "categorical"), "characters": words_data}
     for name in ("softmax", "bayes", "data"):
@@ -205,15 +205,13 @@ def test_mistakes_end_in_one_line_before_the_evaluation(
     for name, folder in folders.items():
         (tmp_path / name).symlink_to(folder)
     argv = ["--device=cpu", "--out_dir", *options.split()]
-    assert word in refused("evaluate.py", argv, tmp_path, monkeypatch, capsys)
+    assert word in refused("evaluate.py", argv, tmp_path)
 
 
-def test_a_run_folder_without_write_access_is_refused_before_the_evaluation(
-    runs, monkeypatch, capsys
-):
+def test_a_run_folder_without_write_access_is_refused_before_the_evaluation(runs, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     argv = flags(out_dir="softmax", device="cpu")
-    message = refused("evaluate.py", argv, runs, monkeypatch, capsys)
+    message = refused("evaluate.py", argv, runs)
     assert "softmax" in message and "--results" in message
 
 

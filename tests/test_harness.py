@@ -90,5 +90,5 @@ def test_an_ensemble_scores_by_the_mean_probability_and_cannot_generate(runs):
         answers(ensemble, "generate_until", ("a man", {"until": ["."]}))
 
 
-def test_a_task_that_the_harness_does_not_know_is_named(runs, monkeypatch, capsys):
-    assert "'lambda'" in refused("harness.py", ["--tasks=lambda"], runs, monkeypatch, capsys)
+def test_a_task_that_the_harness_does_not_know_is_named(runs):
+    assert "'lambda'" in refused("harness.py", ["--tasks=lambda"], runs)

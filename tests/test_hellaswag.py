@@ -128,10 +128,10 @@ def test_a_line_that_is_no_item_is_named(line, tmp_path):
         ({}, "--out_dir"),
     ],
 )
-def test_mistakes_end_in_one_line(options, word, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_one_line(options, word, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     argv = flags(device="cpu", **options)
-    assert word in refused("hellaswag.py", argv, tmp_path, monkeypatch, capsys)
+    assert word in refused("hellaswag.py", argv, tmp_path)
 
 
 def test_download_fetches_the_items_once_and_checks_them(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_fitted_columns_are_the_inverse_second_moment_and_rows_laplaces(n_embd):
 
 
 @pytest.fixture(scope="module")
-def fitted(words_data, trained, tmp_path_factory):
+def fitted(trained, tmp_path_factory):
     """likelihood -> the folder of a kron posterior fitted to a run with point weights."""
     folders = {}
     for likelihood in ("categorical", "sigmoid"):
@@ -192,7 +192,7 @@ def test_another_posterior_does_not_keep_the_fitted_stds(fitted, trained, words_
     assert same_weights(of_fitted, of_trained)
 
 
-def test_too_little_text_for_a_fit_is_refused(trained, words_data, tmp_path):
+def test_too_little_text_for_a_fit_is_refused(tmp_path):
     ids = np.arange(200) % 20
     folder = write_nanogpt(tmp_path / "few", {"train": ids, "val": ids})
     assert str(20 * 32) in refusal(

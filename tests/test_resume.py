@@ -164,7 +164,7 @@ def test_an_option_that_is_given_on_resuming_wins_and_is_printed(words_data, who
     assert group["weight_decay"] == 50.0 and group["betas"][0] == 0.0
 
 
-def test_an_option_that_is_not_given_on_resuming_keeps_its_value(words_data, whole, half):
+def test_an_option_that_is_not_given_on_resuming_keeps_its_value(whole, half):
     argv = flags(out_dir=half, init_from="resume", device="cpu", max_iters=12)
     run_script("train.py", *argv)
     assert same_weights(checkpoint.load_model(half), whole[0])

@@ -267,9 +267,7 @@ def test_a_terminal_gets_no_control_characters():
         ("--abstain=stop --max_epistemic=0.1 --out_dir=softmax", "--abstain"),
     ],
 )
-def test_mistakes_end_in_one_line_before_anything_is_written(
-    folder, tmp_path, monkeypatch, capsys, options, word
-):
+def test_mistakes_end_in_one_line_before_anything_is_written(folder, tmp_path, options, word):
     (tmp_path / "there.txt").write_text("\n")
     (tmp_path / "strange.txt").write_text("the\nSHIP")
     for name in ("softmax", "bayes"):
@@ -277,7 +275,7 @@ def test_mistakes_end_in_one_line_before_anything_is_written(
     shutil.copytree(folder / "bayes", tmp_path / "old")
     (tmp_path / "old" / "percentiles.json").unlink()
     argv = flags(out_dir="bayes", device="cpu", start="the", max_new_tokens=2) + options.split()
-    assert word in refused("sample.py", argv, tmp_path, monkeypatch, capsys)
+    assert word in refused("sample.py", argv, tmp_path)
 
 
 def test_mistakes_are_one_line_in_a_notebook_too(bayes):

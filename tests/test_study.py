@@ -5,6 +5,7 @@ variants.
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,17 @@ from engine.base.options import flatten, load_config
 from engine.data.tokenizer import CharTokenizer
 from study import variants
 from study.logs import DISTILLED
-from tests.helpers import ROOT, TINY, refusal, run_script, values, words, write_dataset, write_words
+from tests.helpers import (
+    ROOT,
+    TINY,
+    output_of,
+    refusal,
+    run_script,
+    values,
+    words,
+    write_dataset,
+    write_words,
+)
 from train import TrainConfig
 
 BOTH = "bayes_sigmoid_weighted"
@@ -270,7 +281,7 @@ def test_a_fitted_posterior_is_a_variant_and_judged_by_a_better_run(small_study,
 
 def test_the_makefile_prepares_the_data_of_all_studies():
     command = ["make", "-nB", "study-data", "WIKITEXT=folder", "SOTU=file"]
-    prepared = subprocess.check_output(command, cwd=ROOT, text=True)
+    prepared = output_of(*command)
     for name, about in variants.STUDIES.items():
         if name != "wikitext_100m":  # which needs FLAGS
             assert not about.fitted or "data/foreign/prepare.py" in prepared

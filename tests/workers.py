@@ -46,9 +46,9 @@ def trained(processes, data: str, out_dir: Path, **options) -> GPT:
 def check_same_scores(a: Path, b: Path) -> None:
     """Two runs agree to rounding, which Adam amplifies in the gradients of the first steps."""
     for key in ("loss", "grad_norm", "val_nll", "val_perplexity", "val_ece", "val_loss"):
-        values = [[record[key] for record in records(folder, key)] for folder in (a, b)]
+        found = [values(folder, key) for folder in (a, b)]
         tolerance = 1e-3 if key == "grad_norm" else 1e-5
-        assert values[0] == pytest.approx(values[1], tolerance, tolerance), (key, a)
+        assert found[0] == pytest.approx(found[1], tolerance, tolerance), (key, a)
 
 
 def heads(processes, data: str, folder: Path) -> None:

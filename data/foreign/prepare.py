@@ -35,12 +35,12 @@ class Options:
 
     def __post_init__(self):
         check_options(self)
-        if not self.dataset:
-            raise UserError("give --dataset=NAME, the data set of the model to test")
 
 
 def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
+    if not options.dataset:
+        raise UserError("give --dataset=NAME, the data set of the model to test")
     file = TokenFile(options.dataset, "test")
     tokenizer = load_tokenizer(dataset_folder(options.dataset))
     modules = sorted(Path(os.__file__).parent.glob("*.py"))
