@@ -113,7 +113,7 @@ notebooks: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(PY) bench/heads.py $(FLAGS)
 	$(PY) bench/step.py $(FLAGS)
-	$(PY) bench/step.py --scale=gpt2 $(FLAGS)
+	$(PY) bench/step.py --scale=gpt2 --cases plain transformers $(FLAGS)
 	$(PY) bench/step.py --scale=study $(FLAGS)
 	$(PY) bench/generate.py $(FLAGS)
 

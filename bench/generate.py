@@ -20,7 +20,7 @@ import torch
 from bench import measure
 from bench.heads import N_DATA, OURS
 from bench.step import shapes_of, transformers_gpt2
-from engine.base.distributed import autocast, keep_memory, pick_device
+from engine.base.distributed import autocast, pick_device
 from engine.eval.generation import compile_step, generate
 from heads import HeadConfig
 from model import GPT, GPTConfig
@@ -29,7 +29,6 @@ from model import GPT, GPTConfig
 def main() -> None:
     args = measure.arguments(__doc__, scale=("small", "gpt2"))
     shape = shapes_of(args.scale)
-    keep_memory()
     device = pick_device("auto")
     softmax = gpt("softmax", **shape)
     bayes = gpt("bayes", **shape)
@@ -59,9 +58,7 @@ def main() -> None:
             "batch": batch,
         }
         for group in (cases, draws):
-            baseline = next(iter(group))
-            seconds = measure.in_turns(group, args.rounds)
-            measure.report("generate", seconds, baseline, shape | sizes, {})
+            measure.compare("generate", group, args.rounds, shape | sizes)
 
 
 def gpt(name: str, batch_size: int, **shape: int) -> GPT:

@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from bench import measure
-from engine.base.distributed import autocast, keep_memory, pick_device
+from engine.base.distributed import autocast, pick_device
 from heads import Head, HeadConfig
 
 N_DATA = 1_000_000  # tokens of a training set, the N of KL / N
@@ -42,7 +42,7 @@ OURS = {
         "likelihood": "sigmoid",
     },
 }
-CASES = ["plain_bf16", "dense_bce", "torchbnn"]
+CASES = ["plain", "plain_bf16", "dense_bce", "torchbnn"]
 CASES += [*OURS, *(f"{name}_bf16" for name in OURS)]
 SHAPES = {
     "small": {
@@ -65,7 +65,6 @@ SHAPES = {
 
 def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[[], None]:
     """Returns a function of one forward and backward pass, which frees the gradients."""
-    keep_memory()
     torch.manual_seed(0)
     device = pick_device("auto")
     x = torch.randn(8, n_tokens // 8, n_embd, device=device, requires_grad=True)
@@ -123,8 +122,10 @@ def dense_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     args = measure.arguments(__doc__, CASES, scale=("small", "gpu"))
-    names = args.cases or CASES
-    measure.compare("heads", names, "plain", args.rounds, SHAPES[args.scale])
+    shapes = SHAPES[args.scale]
+    names = ["plain", *(args.cases or CASES)]
+    cases = {name: prepare(name, **shapes) for name in names}
+    measure.compare("heads", cases, args.rounds, shapes)
 
 
 if __name__ == "__main__":

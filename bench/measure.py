@@ -1,27 +1,23 @@
 """Measure cases in turns: medians and spreads over rounds.
 
 A machine's speed drifts, so the ratio of two cases is the median over rounds of their ratio within
-a round. On a CPU each case whose memory is measured has its own process, because earlier work of a
-process changes how much memory it needs later. A case is a function without arguments, made by
-prepare(case, **shapes) of its module.
+a round. A case is a function without arguments.
 """
 
 import argparse
-import ctypes
 import datetime
-import gc
-import importlib
 import json
-import multiprocessing
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+
+from engine.base.distributed import keep_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results.jsonl"  # or $BENCH_RESULTS
@@ -42,114 +38,49 @@ def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def peak_memory(case: Callable[[], object]) -> int:
-    """Bytes that one call allocates at its peak, beyond those allocated before it."""
-    gc.collect()
+    """Bytes of the tensors that one call allocates at its peak, without those from before it."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         case()
         return torch.cuda.max_memory_allocated() - before
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory would hide allocations of this call
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
-    case()
-    return status("VmHWM") - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        case()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    sizes = [event["args"] for event in events if event["name"] == "[memory]"]
+    return max(size["Total Allocated"] for size in sizes)
 
 
 def memory_of(case: Callable[[], object]) -> int:
     """The peak memory of a call plus the memory that the case holds between calls."""
-    if hasattr(case, "memory"):
-        return case.memory()
     held = case.held() if hasattr(case, "held") else 0
     return held + peak_memory(case)
 
 
-def status(name: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
-
-
 def compare(
-    bench: str,
-    names: Iterable[str],
-    baseline: str,
-    rounds: int,
-    shapes: Mapping[str, int],
+    bench: str, cases: Mapping[str, Callable[[], object]], rounds: int, shapes: Mapping[str, int]
 ) -> None:
-    """Report time and peak memory of the baseline and of these cases of bench/<bench>.py."""
-    make = prepared if torch.cuda.is_available() else InProcess
-    cases = {name: make(bench, name, shapes) for name in (baseline, *names)}
+    """Print the median time of each case, and its ratios to the first case with the middle half.
+
+    Appends a record for each other case to the results."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
+    keep_memory()
     seconds = in_turns(cases, rounds)
     memory = {name: memory_of(case) for name, case in cases.items()}
-    columns = {}
-    for name, n_bytes in memory.items():
-        columns[name] = {
-            "memory_ratio": round(n_bytes / memory[baseline], 4),
-            "peak_mib": round(n_bytes / 2**20, 1),
-        }
-    report(bench, seconds, baseline, shapes, columns)
-
-
-def prepared(bench: str, name: str, shapes: Mapping[str, int]) -> Callable:
-    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
-    return importlib.import_module(f"bench.{bench}").prepare(name, **shapes)
-
-
-class InProcess:
-    """A prepared case in its own process."""
-
-    def __init__(self, *setup):
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, spawn, _prepare, setup)
-
-    def __call__(self) -> None:
-        self.pool.submit(_call).result()
-
-    def memory(self) -> int:
-        return self.pool.submit(_memory).result()
-
-
-def _prepare(*setup):
-    global case
-    case = prepared(*setup)
-
-
-def _call():
-    case()
-
-
-def _memory():
-    return memory_of(case)
-
-
-def compiled(function: Callable) -> Callable:
-    """torch.compile for a function that one process compiles for many models."""
-    torch._dynamo.config.recompile_limit = 64  # beyond the limit (default 8) it would run eagerly
-    return torch.compile(function, dynamic=False)
-
-
-def report(
-    bench: str,
-    seconds: Mapping[str, list[float]],
-    baseline: str,
-    shapes: Mapping[str, int],
-    columns: Mapping[str, dict],
-) -> None:
-    """Print the median time of each case, and its ratio to the baseline with the middle half.
-
-    Appends a record for each case except the baseline to the results. columns: case -> more fields.
-    """
+    baseline = next(iter(cases))
     print(f"\n{bench}: ratios to {baseline}; {shapes}")
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds[baseline], strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
         median = statistics.median(times)
-        more = columns.get(name, {})
+        memory_ratio = memory[name] / max(1, memory[baseline])
+        peak_mib = memory[name] / 2**20
         print(
-            f"  {name:<21} {median * 1e3:9.3f} ms  x {ratio:.3f} ({low:.3f} - {high:.3f})",
-            *(f" {key} {value}" for key, value in more.items()),
+            f"  {name:<21} {median * 1e3:9.3f} ms  x {ratio:.3f} ({low:.3f} - {high:.3f})"
+            f"  {peak_mib:8.1f} MiB  x {memory_ratio:.3f}",
             flush=True,
         )
         if name == baseline:
@@ -160,7 +91,8 @@ def report(
             "baseline": baseline,
             "time_ratio": round(ratio, 4),
             "seconds": round(median, 7),
-            **more,
+            "memory_ratio": round(memory_ratio, 4),
+            "peak_mib": round(peak_mib, 1),
             "shapes": shapes,
             "machine": machine(),
             "torch": torch.__version__,
@@ -168,6 +100,12 @@ def report(
         }
         with open(os.environ.get("BENCH_RESULTS", RESULTS), "a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for a function that one process compiles for many models."""
+    torch._dynamo.config.recompile_limit = 64  # beyond the limit (default 8) it would run eagerly
+    return torch.compile(function, dynamic=False)
 
 
 def arguments(description: str, cases: Iterable[str] = (), **options) -> argparse.Namespace:

@@ -5,8 +5,8 @@
     python bench/step.py --scale=study          config/train_wikitext2_8k.py
     python bench/step.py --scale=gpu            124M, 32 blocks of 1024
 
-Our steps run as in training with --compile: bf16 autocast, torch.compile, fused AdamW, the tuned
-allocator. What users write is eager fp32 with the defaults of AdamW and malloc.
+Our steps run as in training with --compile: bf16 autocast, torch.compile, fused AdamW. What users
+write is eager fp32 with the defaults of AdamW. All have the malloc setting of training.
 """
 
 import sys
@@ -20,20 +20,13 @@ import torch
 
 from bench import measure
 from bench.heads import N_DATA, OURS, PlainHead
-from engine.base.distributed import autocast, keep_memory, pick_device
+from engine.base.distributed import autocast, pick_device
 from engine.base.optim import make_optimizer
 from heads import HeadConfig
 from model import GPT, GPTConfig
 
 USERS = ("plain", "transformers", "torchbnn", "dense_bce")
 CASES = (*OURS, "dropout", *USERS)
-OF_SCALE = {  # together the cases of gpt2 fit into 24 GiB
-    "quick": CASES,
-    "small": (*OURS, *USERS),
-    "gpt2": ("softmax", "plain", "transformers"),
-    "study": (*OURS, "dropout"),
-    "gpu": (*OURS,),
-}
 SHAPE = (
     "n_layer",
     "n_head",
@@ -100,7 +93,6 @@ def prepare(case: str, batch_size: int, **shape: int) -> Step:
     size = (2, batch_size, shape["block_size"])
     idx, targets = torch.randint(shape["vocab_size"], size, device=device)
     if case not in USERS:
-        keep_memory()
         head = HeadConfig(**OURS.get(case, {}), n_data=N_DATA)
         dropout = 0.1 if case == "dropout" else 0.0
         config = GPTConfig(**shape, head=head, dropout=dropout)
@@ -144,8 +136,10 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
 
 def main() -> None:
     args = measure.arguments(__doc__, CASES, scale=("small", "gpt2", "study", "gpu"))
-    names = args.cases or OF_SCALE[args.scale]
-    measure.compare("step", names, "softmax", args.rounds, shapes_of(args.scale))
+    shapes = shapes_of(args.scale)
+    names = ["softmax", *(args.cases or CASES)]
+    cases = {name: prepare(name, **shapes) for name in names}
+    measure.compare("step", cases, args.rounds, shapes)
 
 
 if __name__ == "__main__":
