@@ -1,4 +1,4 @@
-"""Count the bytes, words and documents of a split while it is read; find its documents."""
+"""Count the bytes, words and documents of a split while it is read; find the first document."""
 
 import codecs
 
@@ -10,7 +10,7 @@ from engine.data.tokens import TokenFile
 
 STRETCH = 1024  # tokens, the bootstrap's unit for a text of few documents
 FEW_DOCUMENTS = 20  # with fewer, the bootstrap resamples stretches
-SEARCHED = 1 << 26  # documents are searched for in the first tokens of a split
+SEARCHED = 1 << 16  # the first document is searched for in the first tokens of a split
 
 
 class TextStats:
@@ -66,18 +66,11 @@ class TextStats:
             self._within_word = not text[-1].isspace()
 
 
-def document_bounds(file: TokenFile, eot: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The starts and ends of the non-empty documents in a split's first SEARCHED tokens."""
-    ids = file[:SEARCHED]
-    found = np.flatnonzero(ids == eot)
-    starts = np.append(0, found + 1)
-    ends = np.append(found, len(ids))
-    kept = ends > starts
-    return starts[kept], ends[kept]
-
-
 def first_document(file: TokenFile, eot: int | None, n_tokens: int) -> np.ndarray:
-    """The first document, at most n_tokens ids of it."""
-    starts, ends = document_bounds(file, eot)
-    start = starts[0]
-    return file[start : min(start + n_tokens, ends[0])]
+    """The first document that is not empty, at most n_tokens ids of it."""
+    ids = file[:SEARCHED]
+    is_text = ids != eot
+    start = is_text.argmax()
+    found = ids[start : start + n_tokens]
+    ends = np.flatnonzero(found == eot)
+    return found[: ends[0]] if len(ends) else found
