@@ -68,7 +68,7 @@ class TrainConfig:
     # checkpoint file, or a folder of nanoGPT or transformers
     init_from: str = "scratch"
     seed: Seed = 1337  # of weights, data order, dropout and noise
-    # also log to Weights & Biases (offline without an account); its val/ charts compare heads
+    # also log to Weights & Biases; its val/ charts compare heads
     wandb_log: bool = False
     wandb_project: str = "owt"  # project name in Weights & Biases
     # run name there; empty: out_dir (nanoGPT's default, gpt2, would give all heads one name)

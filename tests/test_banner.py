@@ -45,8 +45,8 @@ def test_config_json_has_all_options_and_the_starts_of_a_run(words_data, tmp_pat
     written = start(max_iters=2, dropout=0.1)
     (first,) = written["starts"]
     assert written["dropout"] == 0.1 and first["command"]
-    assert written["environment"]["commit"] == "unknown"
-    assert written["environment"].items() <= first.items()
+    assert first["commit"] == "unknown"
+    assert banner.environment().items() <= first.items()
     monkeypatch.setattr(banner, "_git", lambda *_: "other")
     first, second = start(max_iters=4, init_from="resume")["starts"]
     assert (first["step"], second["step"], second["diff"]) == (0, 2, "other")

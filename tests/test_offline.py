@@ -39,7 +39,7 @@ def test_training_resuming_evaluating_and_sampling_need_no_network(words_data, t
     ]
     for command in commands:
         command[0] = str(ROOT / command[0])
-    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
     output_of(sys.executable, "-c", CLOSED, json.dumps(commands), cwd=tmp_path, **environment)
     assert values(tmp_path / "run", "step", "val_nll")[-1] == 4
     assert (tmp_path / "run" / "eval_test.json").is_file()

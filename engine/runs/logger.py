@@ -114,11 +114,8 @@ class Logger:
             with self._wandb_may_fail():
                 import wandb
 
-                mode = os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
                 run_id = self.progress.wandb_id or None  # a resumed run continues its charts
-                self.wandb = wandb.init(
-                    **options, dir=out_dir, mode=mode, id=run_id, resume="allow"
-                )
+                self.wandb = wandb.init(**options, dir=out_dir, id=run_id, resume="allow")
                 self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
                 for group in ("train", "val", "objective"):
                     self.wandb.define_metric(f"{group}/*", step_metric="tokens")
@@ -170,13 +167,6 @@ class Logger:
         except Exception as error:
             self.wandb = None
             self.say(f"warning: training without wandb ({type(error).__name__}: {error})")
-
-
-def has_account() -> bool:
-    """Whether there is a key for wandb in the environment or in ~/.netrc."""
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    in_netrc = netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
-    return in_netrc or "WANDB_API_KEY" in os.environ
 
 
 def read_records(path: Path) -> list[dict]:

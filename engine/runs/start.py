@@ -16,7 +16,7 @@ from engine.data.labels import LabelFile
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
-from engine.runs.banner import banner, code_line, earlier_starts, environment, this_start
+from engine.runs.banner import banner, code_line, earlier_starts, this_start
 from engine.runs.finetune import from_weights
 from engine.runs.fit import check_text
 from engine.runs.logger import Logger, forget_after
@@ -158,8 +158,8 @@ def open_run(
             # evaluating a run again only adds a record
             if not (progress.step and config.eval_only):
                 checkpoint.copy_tokenizer(dataset_folder(config.dataset), meta, out_dir)
-                facts = {"environment": environment(), "starts": [*before, start]}
-                write_json(out_dir / "config.json", flatten(config) | facts)
+                facts = flatten(config) | {"starts": [*before, start]}
+                write_json(out_dir / "config.json", facts)
                 forget_after(out_dir / "metrics.jsonl", progress.step)
         log = Logger(
             out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters
