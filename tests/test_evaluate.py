@@ -85,7 +85,7 @@ def test_every_run_gets_the_scores_of_the_contract(runs, evaluated):
     assert shared | bayesian <= bayes.keys()
     file = TokenFile(runs / "data", "test")
     frequencies = TokenFile(runs / "data", "train").frequencies(257)
-    unigram = -frequencies[file.ids[1:].astype(int)].log().mean().item()
+    unigram = -frequencies[file[1:].astype(int)].log().mean().item()
     for name, found in zip(NAMES, (softmax, bayes), strict=True):
         expected = scores_of(load_model(runs / name), file, batch_size=5)["nll"]
         assert found["nll"] == pytest.approx(expected)

@@ -116,7 +116,7 @@ def test_windows_count_every_target_once_with_at_least_the_rest_of_a_window_befo
 
 def test_a_stride_of_1_gives_each_token_a_whole_window_of_context(file):
     model = tiny_gpt(std=0.3)
-    ids = torch.from_numpy(file.ids.astype(np.int64))
+    ids = torch.from_numpy(file[:].astype(np.int64))
     expected = []
     for end in range(1, len(ids)):
         log_probs = model.log_probs(ids[max(0, end - T) : end][None])[0, -1]

@@ -79,7 +79,7 @@ def dense(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def test_top_k_labels_are_the_teachers_likeliest_ids_renormalised(file, teacher, top):
     model = load_model(teacher)
-    ids = torch.from_numpy(file.ids.astype(np.int64))
+    ids = torch.from_numpy(file[:].astype(np.int64))
     n = len(file)
     for position in [*range(40), *range(n - 25, n - 1)]:
         # the window that labels this position in its last half, or the first window
@@ -122,7 +122,7 @@ def test_labels_are_the_true_token_and_the_teachers_mixed_or_as_a_set(
     batches = Batches(file, 200, T, 3, labels)
     _, targets, weights = batches[0]
     positions = torch.from_numpy(batches.starts(0))[:, None] + torch.arange(T)
-    y = torch.from_numpy(file.ids.astype(np.int64))[positions + 1]
+    y = torch.from_numpy(file[:].astype(np.int64))[positions + 1]
     assert torch.equal(targets[..., 0], y)
     one_hot = torch.nn.functional.one_hot(y, V).double()
     teacher = dense(ids[positions], stored[positions])

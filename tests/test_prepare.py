@@ -206,7 +206,7 @@ def test_the_tokenizer_of_a_run_or_a_data_set_can_be_used_again(tmp_path):
     for folder in (first, run):
         second = tmp_path / f"as_{folder.name}"
         prepare_in(second, lambda: train_only(["the old sea"]), tokenizer=str(folder))
-        ids = TokenFile(second, "train").ids.tolist()
+        ids = TokenFile(second, "train")[:].tolist()
         assert ids == tokenizer.encode("the old sea").tolist()
 
 
@@ -218,7 +218,7 @@ def test_data_without_a_val_split_are_said_to_be_of_no_use_to_train_py(tmp_path,
 def test_end_of_text_inside_a_text_stays_text(tmp_path):
     texts = [f"a <|endoftext|> in document {i}" for i in range(20)]
     prepare_in(tmp_path, lambda: train_only(texts), tokenizer="gpt2")
-    tokenizer, ids = load_tokenizer(tmp_path), TokenFile(tmp_path, "train").ids
+    tokenizer, ids = load_tokenizer(tmp_path), TokenFile(tmp_path, "train")[:]
     assert (ids == tokenizer.eot).sum() == 19
     assert tokenizer.decode(ids) == "<|endoftext|>".join(texts)
 
@@ -295,9 +295,9 @@ def test_foreign_texts_are_source_code_random_and_shuffled_ids_and_files(tmp_pat
     run_script("data/foreign/prepare.py", *argv)
     ids = {}
     for name in ("python", "uniform", "shuffled", "play"):
-        ids[name] = TokenFile(tmp_path / "foreign" / name, "test").ids.tolist()
+        ids[name] = TokenFile(tmp_path / "foreign" / name, "test")[:].tolist()
         assert len(ids[name]) == 500
-    own = TokenFile(tmp_path / "data", "test").ids.tolist()
+    own = TokenFile(tmp_path / "data", "test")[:].tolist()
     assert ids["shuffled"] != own[:500] and sorted(ids["shuffled"]) == sorted(own[:500])
     assert len(set(ids["uniform"])) > 200
     assert ByteTokenizer().decode(ids["play"]).startswith("the storm and the sea the")

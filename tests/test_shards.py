@@ -43,14 +43,14 @@ LENGTHS = [len(shard) for shard in SHARDS]
 def test_files_are_read_in_the_order_of_their_numbers(tmp_path):
     shards = {f"fineweb_train_{number}": [number, 7] for number in (10, 9, 100)}
     file = TokenFile(write_nanogpt(tmp_path / "d", shards), "train")
-    assert file.ids.tolist() == [9, 7, 10, 7, 100, 7]
+    assert file[:].tolist() == [9, 7, 10, 7, 100, 7]
     assert file.rows(np.array([0, 3]), 3).tolist() == [[9, 7, 10], [7, 100, 7]]
 
 
 def test_rows_and_slices_continue_in_the_next_shard(tmp_path):
     file = TokenFile(sharded(tmp_path / "d", train=SHARDS), "train")
     assert len(file) == len(TEXT)
-    assert file.ids.tolist() == TEXT.tolist()
+    assert file[:].tolist() == TEXT.tolist()
     for length in (1, 17, 93, 1000):
         starts = np.arange(0, len(TEXT) - length, 29)
         expected = TEXT[starts[:, None] + np.arange(length)]

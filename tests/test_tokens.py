@@ -87,7 +87,7 @@ MANY = CharTokenizer([*RARE, *"aes"])
 def test_ids_take_two_bytes_if_they_fit_and_else_four(tmp_path, tokenizer, n_bytes):
     write_dataset(tmp_path, {"train": ["sea"]}, tokenizer)
     assert (tmp_path / "train.bin").stat().st_size == 3 * n_bytes
-    ids = TokenFile(tmp_path, "train").ids
+    ids = TokenFile(tmp_path, "train")[:]
     assert ids.tolist() == tokenizer.encode("sea").tolist()
 
 
@@ -114,7 +114,7 @@ def test_a_file_with_another_size_than_its_ids_is_refused_by_name(tmp_path, size
 def test_an_id_outside_the_vocabulary_is_refused_with_its_position(tmp_path):
     file = plain(tmp_path, [0] * 95 + [67] + [0] * 4)
     file.check(vocab_size=68)
-    assert file.ids.max() == 67
+    assert file[:].max() == 67
     file.check(vocab_size=67)
     file.rows(np.array([0, 96]), 4)  # all but the bad one can be read
     for read in (
@@ -181,5 +181,5 @@ def test_a_file_cut_short_while_it_is_used_is_refused_by_name(numbered):
     batches = Batches(numbered, 8, 16, seed=0)
     batches[0]
     os.truncate(numbered.path, 1000)
-    for read in (lambda: batches[1], lambda: numbered.ids):
+    for read in (lambda: batches[1], lambda: numbered[:]):
         assert "train.bin" in refusal(read)

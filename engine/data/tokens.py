@@ -53,11 +53,6 @@ class TokenFile:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    @property
-    def ids(self) -> np.ndarray:
-        """All ids (n,), read into memory."""
-        return self[:]
-
     def __getitem__(self, where: slice) -> np.ndarray:
         begin, end, _ = where.indices(len(self))
         return self.rows(np.array([begin]), max(0, end - begin))[0]
