@@ -40,7 +40,6 @@ class GPTConfig:
     dropout: Annotated[float, ">= 0", "< 1"] = 0.0
     # True: biases in all linear and norm layers, like GPT-2. False: a bit better and faster
     bias: bool = False
-    qkv_bias: bool = False  # with bias=False: a bias in the attention's c_attn only
     # recompute each block in the backward pass: less memory, about a third more time
     gradient_checkpointing: bool = False
     # Bayesian MLPs, under any head, with the Bayesian head's options; bound acts as local there
@@ -102,8 +101,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        has_qkv_bias = config.bias or config.qkv_bias
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=has_qkv_bias)
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=config.bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -64,7 +64,7 @@ def in_transformers(folder: Path) -> transformers.GPT2LMHeadModel:
     [
         {"tie_head": False},
         {"logit_bias": "unigram"},
-        {"likelihood": "smooth", "qkv_bias": True, "tie_head": False, "logit_bias": "unigram"},
+        {"likelihood": "smooth", "tie_head": False, "logit_bias": "unigram"},
     ],
 )
 def test_a_softmax_head_keeps_its_log_probs_in_transformers(tmp_path, options):

@@ -32,12 +32,6 @@ def tiny_gpt2(**options):
     return model
 
 
-def test_qkv_bias_adds_the_attentions_input_bias_alone():
-    names = [name for name, _ in tiny_gpt(qkv_bias=True).named_parameters()]
-    biases = {name for name in names if name.endswith("bias")}
-    assert biases == {f"transformer.h.{layer}.attn.c_attn.bias" for layer in range(2)}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("n_samples", [0, 2])
 def test_a_prediction_depends_on_no_later_token(n_samples):

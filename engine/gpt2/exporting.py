@@ -51,7 +51,7 @@ def nearest_gpt2(model: GPT) -> GPT:
     means = {name: tensor for name, tensor in state.items() if not name.endswith(".log_std")}
     logit_bias = "uniform" if "lm_head.bias" in means else "none"
     head = HeadConfig(tie_head=model.config.head.tie_head, logit_bias=logit_bias)
-    config = replace(model.config, bias=True, qkv_bias=False, bayes_mlp=False, head=head)
+    config = replace(model.config, bias=True, bayes_mlp=False, head=head)
     gpt2 = GPT(config)
     for name, parameter in gpt2.named_parameters():
         if name.endswith(".bias"):

@@ -13,7 +13,7 @@ from engine.runs.checkpoint import Checkpoint, check_tokenizer
 from engine.runs.fit import states
 from model import GPT, GPTConfig
 
-BACKBONE = ("n_layer", "n_head", "n_embd", "bias", "qkv_bias", "vocab_size")
+BACKBONE = ("n_layer", "n_head", "n_embd", "bias", "vocab_size")
 POSITIONS = 4096  # of the training text, on which one likelihood's logits are fitted to another's
 
 

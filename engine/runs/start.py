@@ -25,7 +25,7 @@ from model import GPT
 # options of a start, not of the run: a checkpoint does not restore them
 PER_LAUNCH = {"out_dir", "init_from", "eval_only", "backend", "device", "hang_timeout"}
 # options of the model and the optimizer, which must be those of the checkpoint
-FIXED = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "qkv_bias", "bayes_mlp"}
+FIXED = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "bayes_mlp"}
 FIXED |= {"weights", "likelihood", "posterior", "tie_head", "logit_bias", "optimizer"}
 
 
