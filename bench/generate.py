@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, scale=("small", "gpt2"))
+    args = measure.arguments(__doc__, ("small", "gpt2"))
     shape = shapes_of(args.scale)
     device = pick_device("auto")
     softmax = gpt("softmax", **shape)

@@ -121,7 +121,7 @@ def dense_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, CASES, scale=("small", "gpu"))
+    args = measure.arguments(__doc__, ("small", "gpu"), CASES)
     shapes = SHAPES[args.scale]
     names = ["plain", *(args.cases or CASES)]
     cases = {name: prepare(name, **shapes) for name in names}

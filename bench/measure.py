@@ -12,7 +12,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -108,17 +108,15 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def arguments(description: str, cases: Iterable[str] = (), **options) -> argparse.Namespace:
-    """Parse the command line.
-
-    cases: the names that --cases takes; options: the choices of further options, default first.
-    """
+def arguments(
+    description: str, scales: Sequence[str], cases: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Parse the command line. The first scale is the default; cases: the names for --cases."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of all cases in turns")
     parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE", default=[])
-    for name, choices in options.items():
-        parser.add_argument(f"--{name}", choices=choices, default=choices[0])
+    parser.add_argument("--scale", choices=scales, default=scales[0])
     args = parser.parse_args()
     args.rounds = max(2, args.rounds)
     if args.quick:

@@ -5,8 +5,8 @@
     python bench/step.py --scale=study          config/train_wikitext2_8k.py
     python bench/step.py --scale=gpu            124M, 32 blocks of 1024
 
-Our steps run as in training with --compile: bf16 autocast, torch.compile, fused AdamW. What users
-write is eager fp32 with the defaults of AdamW. All have the malloc setting of training.
+Our steps run as in training with --compile: bf16 autocast and torch.compile. What users write is
+eager fp32. All have fused AdamW and the malloc setting of training.
 """
 
 import sys
@@ -92,28 +92,21 @@ def prepare(case: str, batch_size: int, **shape: int) -> Step:
     device = pick_device("auto")
     size = (2, batch_size, shape["block_size"])
     idx, targets = torch.randint(shape["vocab_size"], size, device=device)
-    if case not in USERS:
+    if case == "transformers":
+        model = transformers_gpt2(**shape)
+        loss_of = lambda: model(idx, labels=idx).loss  # noqa: E731  it shifts the labels itself
+    elif case in USERS:
+        model = PlainGPT(case, GPTConfig(**shape))
+        loss_of = partial(model, idx, targets)
+    else:
         head = HeadConfig(**OURS.get(case, {}), n_data=N_DATA)
         dropout = 0.1 if case == "dropout" else 0.0
-        config = GPTConfig(**shape, head=head, dropout=dropout)
-        model = GPT(config).to(device)
+        model = GPT(GPTConfig(**shape, head=head, dropout=dropout))
         loss_of = partial(measure.compiled(model), idx, targets)
-        optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1)
-        return Step(model, loss_of, optimizer, "bfloat16")
-    if case == "transformers":
-        model = transformers_gpt2(**shape).to(device)
-        loss_of = lambda: model(idx, labels=idx).loss  # noqa: E731  it shifts the labels itself
-    else:
-        config = GPTConfig(**shape)
-        model = PlainGPT(case, config).to(device)
-        loss_of = partial(model, idx, targets)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=6e-4,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-    )
-    return Step(model, loss_of, optimizer, "float32")
+    model.to(device)
+    optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1)
+    dtype = "float32" if case in USERS else "bfloat16"
+    return Step(model, loss_of, optimizer, dtype)
 
 
 def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
@@ -135,7 +128,7 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, CASES, scale=("small", "gpt2", "study", "gpu"))
+    args = measure.arguments(__doc__, ("small", "gpt2", "study", "gpu"), CASES)
     shapes = shapes_of(args.scale)
     names = ["softmax", *(args.cases or CASES)]
     cases = {name: prepare(name, **shapes) for name in names}
