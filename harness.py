@@ -11,11 +11,10 @@ Hugging Face Hub.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from engine.base.errors import UserError, run_main
 from engine.base.files import check_writable, write_json
-from engine.base.options import NonNegativeInt, PositiveInt, check_options, load_config
+from engine.base.options import Draws, NonNegativeInt, PositiveInt, check_options, load_config
 from engine.data.tokenizer import END_OF_TEXT
 from engine.eval.endings import score_endings
 from engine.eval.ensemble import Ensemble, load, members_of
@@ -39,7 +38,7 @@ class HarnessConfig:
     tasks: str = ""  # the harness' names for them, or .yaml files, separated by commas
     limit: NonNegativeInt = 0  # only the first items of each task; 0: all
     # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
-    n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
+    n_samples: Draws = 0
     batch_size: PositiveInt = 64  # texts at a time: speed and memory
     results: str = ""  # folder for harness.json; default: that of the run, or of the first one
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto

@@ -14,14 +14,14 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import DATA_ROOT, atomic_write, check_writable, write_json
-from engine.base.options import PositiveInt, check_options, load_config
+from engine.base.options import Draws, PositiveInt, check_options, load_config
 from engine.data.corpus import check_sha256, fetch
 from engine.eval.endings import encode, score_endings
 from engine.eval.evaluation import check_n_samples
@@ -43,7 +43,7 @@ class HellaSwagConfig:
     limit: PositiveInt | Literal["all"] = "all"
     batch_size: PositiveInt = 16  # items at a time: speed and memory
     # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
-    n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
+    n_samples: Draws = 0
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 

@@ -36,6 +36,7 @@ NonNegativeInt = Annotated[int, ">= 0", "<= 1e12"]
 NonNegativeFloat = Annotated[float, ">= 0", "<= 1e6"]
 Fraction = Annotated[float, ">= 0", "<= 1"]
 Seed = Annotated[int, ">= 0", "<= 9e18"]
+Draws = Annotated[int, ">= -1", "<= 1e6"]  # of Bayesian weights; -1: all, not sampled
 
 COMPARISONS = {
     ">=": operator.ge,

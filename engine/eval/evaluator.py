@@ -3,13 +3,12 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 from tqdm import tqdm
 
 from engine.base.distributed import Processes, autocast
 from engine.base.errors import UserError
-from engine.base.options import NonNegativeInt, PositiveInt, check_options
+from engine.base.options import Draws, NonNegativeInt, PositiveInt, check_options
 from engine.data.labels import LabelFile
 from engine.data.shards import splits_in
 from engine.data.tokenizer import has_tokenizer, load_tokenizer
@@ -44,7 +43,7 @@ class EvaluationConfig:
     # this many windows, evenly spread over the split; 0: the whole split
     limit: NonNegativeInt = 0
     # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
-    n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
+    n_samples: Draws = 0
     # average n_samples passes with dropout, for runs that were trained with it
     mc_dropout: bool = False
     # a label set of this split (augmentation/teacher_labels.py --split): recall@k

@@ -17,7 +17,14 @@ import torch
 
 from engine.base.distributed import autocast, pick_device, seed_micro_batch
 from engine.base.errors import UserError
-from engine.base.options import NonNegativeFloat, NonNegativeInt, Seed, check_options, flat_fields
+from engine.base.options import (
+    Draws,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Seed,
+    check_options,
+    flat_fields,
+)
 from engine.data.tokenizer import incremental_decoder
 from engine.eval.generation import stream
 from engine.eval.scored_text import ScoredText, Token, prediction_scores, score_text
@@ -37,7 +44,7 @@ class Sampling:
     # draw from the likeliest tokens that together have this probability
     top_p: Annotated[float, "> 0", "<= 1"] = 1.0
     # Bayesian heads: posterior draws averaged per token; 0: the mean weights; -1: all, not sampled
-    n_samples: Annotated[int, ">= -1", "<= 1e6"] = 0
+    n_samples: Draws = 0
     # end the text before this string; | separates several strings; \n is the end of a line
     stop: str = ""
     # no | mark | stop: mark the tokens of unusually high epistemic uncertainty, or end the text
