@@ -100,12 +100,6 @@ def earlier_starts(out_dir: Path) -> list[dict]:
     return read_json(path).get("starts", []) if path.is_file() else []
 
 
-def code_line(start: dict) -> str:
-    """The line with commit and versions."""
-    versions = ", ".join(f"{name} {start[name]}" for name in ("torch", "numpy", "python"))
-    return f"  code         {start['commit']}, {versions}"
-
-
 def _git(*arguments):
     """The output of git in this repository, on the first process; "" if git or the repository is
     missing.

@@ -67,7 +67,6 @@ class Logger:
         step, seconds = self.progress.step, self.progress.seconds
         n_tokens = (step - self.last_step) * self.tokens_per_step
         speed = n_tokens / (seconds - self.last_seconds)
-        is_first = self.last_step == self.start_step
         self.last_step, self.last_seconds = step, seconds
         seconds_per_step = (self.clock - self.start_time) / (step - self.start_step)
         left = timedelta(seconds=int((self.max_iters - step) * seconds_per_step))
@@ -78,9 +77,8 @@ class Logger:
             record["mfu"] = mfu
             line += f" | mfu {mfu:.1%}"
         if self.device.type == "cuda":
-            record["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            if is_first:
-                self.say(f"  memory       {record['memory_gb']:.2f} GB at the peak so far")
+            peak = record["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            line += f" | {peak:.2f} GB"
         if self.progress.skipped:
             record["skipped"] = self.progress.skipped
         self._write(record, f"{line} | {left} left")

@@ -16,7 +16,7 @@ from engine.data.labels import LabelFile
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
-from engine.runs.banner import banner, code_line, earlier_starts, this_start
+from engine.runs.banner import banner, earlier_starts, this_start
 from engine.runs.finetune import from_weights
 from engine.runs.fit import check_text
 from engine.runs.logger import Logger, forget_after
@@ -167,7 +167,6 @@ def open_run(
         stack.callback(log.close)
         for line in banner(config, processes, model, dtype, len(data["train"]), progress.step):
             log.say(line)
-        log.say(code_line(start))
         if meta is None:
             log.say(f"{config.dataset} has no meta.json: assuming GPT-2's tokens")
         if config.wandb_log:
