@@ -1,6 +1,5 @@
 """HellaSwag (Zellers et al. 2019): which of four endings fits? For any head, by its log_probs.
 
-    python hellaswag.py --download               # the 10,042 validation items, into data/hellaswag
     python hellaswag.py --out_dir=gpt2
     python hellaswag.py --out_dir=out/quickstart/bayes --limit=1000 --n_samples=16
 
@@ -20,24 +19,21 @@ import torch
 
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
-from engine.base.files import DATA_ROOT, atomic_write, check_writable, write_json
+from engine.base.files import DATA_ROOT, check_writable, write_json
 from engine.base.options import Draws, PositiveInt, check_options, load_config
-from engine.data.corpus import check_sha256, fetch
 from engine.eval.endings import encode, score_endings
 from engine.eval.evaluation import check_n_samples
 from engine.runs.checkpoint import Checkpoint, read_checkpoint, results_folder
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 ITEMS = DATA_ROOT / "hellaswag" / "hellaswag_val.jsonl"
 
 
 @dataclass(frozen=True)
 class HellaSwagConfig:
     # a run, a checkpoint file, a folder of nanoGPT or transformers, gpt2*
-    out_dir: str = ""
+    out_dir: str = "out"
     results: str = ""  # folder for hellaswag.json; default: that of the run, out/gpt2* for GPT-2
-    download: bool = False  # download the items to data/hellaswag first; alone: only that
     source: str = ""  # the items, a JSONL file; default: those in data/hellaswag
     # only the first items (3,243 are from ActivityNet, then 6,799 from WikiHow)
     limit: PositiveInt | Literal["all"] = "all"
@@ -56,26 +52,6 @@ Item = tuple[str, list[str], int]  # context, four endings with their spaces, in
 
 def main() -> None:
     config, _ = load_config(HellaSwagConfig, sys.argv[1:])
-    if config.download:
-        download()
-    elif not config.out_dir:
-        raise UserError("which model? give --out_dir=RUN or --out_dir=gpt2")
-    if config.out_dir:
-        evaluate(config)
-
-
-def download() -> None:
-    """Download the items, unless they are there."""
-    if not ITEMS.is_file():
-        check_writable(ITEMS.parent)
-        data = check_sha256(fetch(URL), SHA256, URL)
-        ITEMS.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(ITEMS, lambda temporary: temporary.write_bytes(data))
-    print(f"items: {ITEMS}")
-
-
-def evaluate(config: HellaSwagConfig) -> None:
-    """Score the endings, and write hellaswag.json."""
     source = config.out_dir
     folder = Path(config.results or results_folder(source))
     items = read_items(config)
@@ -114,7 +90,7 @@ def read_items(config: HellaSwagConfig) -> list[Item]:
     path = Path(config.source or ITEMS)
     if not path.is_file():
         raise UserError(
-            f"{path} is missing; run: python hellaswag.py --download, or give --source=FILE"
+            f"{path} is missing; give --source=FILE, or: curl -f --create-dirs -o '{path}' {URL}"
         )
     lines = [line for line in path.read_bytes().splitlines() if line.strip()]
     if not lines:

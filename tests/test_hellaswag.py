@@ -1,6 +1,5 @@
 """hellaswag.py: scores as transformers', and the user's mistakes."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -122,27 +121,12 @@ def test_a_line_that_is_no_item_is_named(line, tmp_path):
 @pytest.mark.parametrize(
     "options, word",
     [
-        ({"out_dir": ".", "source": "none.jsonl"}, "--download"),
+        ({"out_dir": ".", "source": "none.jsonl"}, "curl"),
         ({"out_dir": ".", "source": "empty.jsonl"}, "empty.jsonl"),
         ({"out_dir": ".", "limit": 0}, "limit"),
-        ({}, "--out_dir"),
     ],
 )
 def test_mistakes_end_in_one_line(options, word, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     argv = flags(device="cpu", **options)
     assert word in refused("hellaswag.py", argv, tmp_path)
-
-
-def test_download_fetches_the_items_once_and_checks_them(tmp_path, monkeypatch):
-    original = write_items(tmp_path / "original.jsonl", ACTIVITY)
-    items = tmp_path / "hellaswag" / "items.jsonl"
-    monkeypatch.setattr(hellaswag, "URL", original.as_uri())
-    monkeypatch.setattr(hellaswag, "ITEMS", items)
-    assert "sha256" in refusal(call, download=True)  # other bytes than the items
-    assert not items.exists()
-    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(original.read_bytes()).hexdigest())
-    call(download=True)
-    assert items.read_bytes() == original.read_bytes()
-    original.unlink()
-    call(download=True)  # the items are there
