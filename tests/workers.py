@@ -147,7 +147,7 @@ def nan(processes, data: str, folder: Path) -> None:
     model = trained(processes, data, folder / "some", max_iters=8)
     assert all(value.isfinite().all() for value in model.state_dict().values())
     skipped = values(folder / "some", "step", "skipped_loss")
-    assert skipped == [4, 5] and values(folder / "some", "skipped", "loss")[-1] == 2
+    assert skipped == [4, 5] and values(folder / "some", "skipped")[-1] == 2
     assert values(folder / "some", "step", "val_nll")[-1] == 8
     bad_loss = range(10**9)
     try:
