@@ -10,7 +10,6 @@ README.md has the scores of both on the validation split.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from engine.data.shards import splits_in
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.data.windows import windows
 from engine.eval.evaluation import evaluate
+from engine.gpt2.card import comparison, model_card
 from engine.gpt2.exporting import (
     nearest_gpt2,
     unsupported_features,
@@ -81,8 +81,8 @@ def main() -> None:
         found = comparison(unsupported, difference)
         if file:
             found += "\n\n" + nll_table(model, exported, file)
-        readme = f"# {to.name}\n\n{source}, exported for transformers. {found}\n"
-        (folder / "README.md").write_text(readme, encoding="utf-8")
+        card = model_card(to.name, model, checkpoint.about, found)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     print(found)
     print(f"\ntransformers.GPT2LMHeadModel.from_pretrained({config.to!r}) loads it")
@@ -108,15 +108,6 @@ def validation_split(config: ExportConfig, own: str | None, model: GPT) -> Token
     file = TokenFile(dataset, "val")
     file.check(model.config.vocab_size)
     return file
-
-
-def comparison(unsupported: Sequence[str], difference: float) -> str:
-    """unsupported: from unsupported_features(); difference: the largest of log-probabilities."""
-    if not unsupported:
-        return f"The export is exact: log-probabilities differ by at most {difference:.1e} nats."
-    lines = ["The export is approximate. GPT-2 cannot represent:", ""]
-    lines += [f"- {feature}" for feature in unsupported]
-    return "\n".join(lines)
 
 
 @torch.no_grad()

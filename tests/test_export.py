@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 import engine.gpt2.exporting
 import export
@@ -98,15 +99,16 @@ def test_a_folder_of_transformers_comes_out_as_it_went_in(tmp_path, tied):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_readme_has_the_nll_of_the_run_and_of_its_export(tmp_path, words_data, trained):
+def test_the_model_card_has_the_nll_of_the_run_and_of_its_export(tmp_path, words_data, trained):
     source = trained("bayes", "sigmoid")
     folder = exported(source, tmp_path / "gpt2", "--approximate")
-    readme = (folder / "README.md").read_text()
+    card = ModelCard.load(folder / "README.md")  # as the Hub reads it
+    assert card.data.library_name == "transformers"
     file = TokenFile(words_data, "val")
     nlls = [scores_of(load_model(path), file)["nll"] for path in (source, folder)]
     assert nlls[0] != nlls[1]
     for nll in nlls:
-        assert f" {nll:.4f} |" in readme
+        assert f" {nll:.4f} |" in card.text
 
 
 def with_tokenizer(tmp_path: Path, tokenizer) -> Path:
