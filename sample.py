@@ -1,6 +1,7 @@
 """Continue a prompt with a trained model of any head. Tokens are printed as they are drawn.
 
     python sample.py --out_dir=out/quickstart/bayes --start="The old man" --show_uncertainty
+    python sample.py --out_dir=out/quickstart/bayes --interactive
     python sample.py --init_from=gpt2-xl --prompts=prompts.txt --jsonl=texts.jsonl --stop='\\n\\n'
 
 --show_uncertainty colours each token whose prediction was unusually uncertain for this run: beyond
@@ -9,9 +10,11 @@ unusually high epistemic uncertainty, the part that comes from uncertain weights
 scores.
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +29,6 @@ from engine.eval.run import Continuation, Run, Sampling
 from engine.eval.scored_text import ScoredText, Token
 from engine.eval.terminal import Screen
 
-RULE = "---------------\n"  # after each text, as in nanoGPT
-
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -39,7 +40,10 @@ class SampleConfig:
     # line
     start: str = "\n"
     prompts: str = ""  # a file of prompts, one per line
-    num_samples: Annotated[int, ">= 1", "<= 1e6"] = 10  # continuations of each prompt
+    # ask for prompts; an empty one continues the last text, Ctrl-C ends a text, Ctrl-D the program
+    interactive: bool = False
+    # continuations of each prompt; --interactive shows one
+    num_samples: Annotated[int, ">= 1", "<= 1e6"] = 10
     sampling: Sampling = Sampling()
     # colour tokens by total uncertainty; with --jsonl, write the scores of each token
     show_uncertainty: bool = False
@@ -65,13 +69,18 @@ class SampleConfig:
 
 
 def main() -> None:
-    config, _ = load_config(SampleConfig, sys.argv[1:])
+    config, given = load_config(SampleConfig, sys.argv[1:])
+    if config.interactive:
+        for name in given & {"num_samples", "prompts", "jsonl"}:
+            raise UserError(f"--interactive shows one text for each prompt; leave --{name} out")
+        config = replace(config, num_samples=1)
     source = config.out_dir if config.init_from == "resume" else config.init_from
     run = Run(source, config.device, config.dtype)
     config = replace(config, sampling=run.with_limit(config.sampling))
     if config.compile:
         compile_step(run.model)
-    prompts = read_prompts(run, config)
+    previous: list[int] = []  # the ids of the newest text and its prompt
+    prompts = ask_prompts(run, previous) if config.interactive else read_prompts(run, config)
     out = open(os.devnull, "w") if config.jsonl else sys.stdout  # noqa: SIM115
     screen = Screen(out, config.sampling, config.show_uncertainty)
     scored = {}
@@ -81,6 +90,7 @@ def main() -> None:
             decode = incremental_decoder(run.tokenizer)
             prompt = ScoredText(Token(decode(id_), id_) for id_ in ids)
             texts = generate(run, prompt, sampling, config, screen)
+            previous[:] = ids + [token.id for token in texts[0].tokens]
             for number, text in enumerate(texts):
                 title = f"{i + 1}. {shown[:40]!r}, sample {number + 1}"
                 scored[title] = {source: run.scored(prompt + text.tokens, "total")}
@@ -98,16 +108,23 @@ def generate(
     run: Run, prompt: ScoredText, sampling: Sampling, config: SampleConfig, screen: Screen
 ) -> list[Continuation]:
     """Continue a prompt. Print the first text while it is drawn, the others when all are done."""
+    shown_prompt = "" if config.interactive else prompt.text
+    rule = "" if config.interactive else "---------------\n"
     uncertain = config.show_uncertainty or config.html != "" or sampling.abstain != "no"
     ids = [token.id for token in prompt]
-    screen.begin(prompt.text)
-    for texts in run.stream(ids, config.num_samples, sampling, uncertain):
-        screen.show(texts[0])
-    screen.end(texts[0], RULE)
+    texts = [Continuation(sampling, run.scored((), "total"))]
+    screen.begin(shown_prompt)
+    try:
+        for texts in run.stream(ids, config.num_samples, sampling, uncertain):
+            screen.show(texts[0])
+    except KeyboardInterrupt:
+        if not config.interactive:
+            raise
+    screen.end(texts[0], rule)
     for text in texts[1:]:
-        screen.begin(prompt.text)
+        screen.begin(shown_prompt)
         screen.show(text)
-        screen.end(text, RULE)
+        screen.end(text, rule)
     return texts
 
 
@@ -122,6 +139,27 @@ def read_prompts(run: Run, config: SampleConfig) -> list[tuple[str, list[int]]]:
     else:
         lines = [config.start.replace("\\n", "\n").replace("\\t", "\t")]  # as in --stop
     return [(line, run.encode(line)) for line in lines]
+
+
+def ask_prompts(run: Run, previous: list[int]) -> Iterator[tuple[str, list[int]]]:
+    """Prompts from the keyboard; an empty one continues the previous text."""
+    with contextlib.suppress(ImportError):  # for line editing
+        import readline  # noqa: F401
+    mark = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            prompt = input(mark)
+            if not mark:  # a pipe shows no input
+                print(prompt)
+            ids = list(previous) if previous and not prompt else run.encode(prompt)
+        except EOFError:
+            return
+        except KeyboardInterrupt:  # ask again, as a shell does
+            print()
+        except (UserError, UnicodeDecodeError) as error:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            yield prompt, ids
 
 
 def read_text(path: str) -> str:

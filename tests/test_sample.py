@@ -58,7 +58,8 @@ def stream(run: Run, prompt="the ", n: int = 1, **options) -> list[Continuation]
 def sample_py(monkeypatch, folder, *more: str, **options) -> None:
     monkeypatch.chdir(folder)
     defaults = {"out_dir": "bayes", "device": "cpu", "dtype": "float32", "start": "the "}
-    defaults["num_samples"] = 1
+    if "--interactive" not in more:
+        defaults["num_samples"] = 1
     argv = flags(**defaults | {"max_new_tokens": 30} | options)
     run_script("sample.py", *argv, *more)
 
@@ -197,6 +198,23 @@ def test_prompts_come_from_a_file_and_texts_go_to_another(folder, monkeypatch, c
     assert records[0]["nll"] == pytest.approx(np.mean(nlls), abs=1e-4)
 
 
+def test_a_conversation_continues_its_last_text_and_survives_mistakes(
+    folder, bayes, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the \n\nTHE\nold "))
+    sample_py(monkeypatch, folder, "--interactive", max_new_tokens=10)
+    output = capsys.readouterr()
+    prompts = ["the ", "", "old "]
+    shown = []
+    for i, prompt in enumerate(prompts):
+        whole = prompt or "the " + shown[1]
+        text = bayes.generate_text(whole, max_new_tokens=10, seed=1337 + i)
+        shown += [prompt, text]  # a pipe does not show what it feeds
+    shown.insert(4, "THE")
+    assert output.out == "\n".join([*shown, ""])
+    assert "'T'" in output.err
+
+
 def test_an_interrupt_keeps_the_texts_that_are_done(folder, monkeypatch):
     add = Continuation.add
 
@@ -242,6 +260,7 @@ def test_a_terminal_gets_no_control_characters():
         ("--prompts=there.txt", "there.txt"),
         ("--prompts=strange.txt --jsonl=new", "'S'"),
         ("--n_samples=4 --out_dir=softmax", "--n_samples"),
+        ("--interactive --jsonl=new", "--jsonl"),
         ("--abstain=often", "99%"),
         ("--abstain=99% --out_dir=old", "evaluate.py"),
         ("--abstain=stop --max_epistemic=0.1 --out_dir=softmax", "--abstain"),
