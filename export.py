@@ -33,8 +33,9 @@ from engine.gpt2.exporting import (
 from engine.runs.checkpoint import check_tokenizer, load_model, read_checkpoint
 from model import GPT
 
-# of the validation split; a few are enough, because both models get the same ones
-N_TOKENS = 20_480
+N_TOKENS = (
+    20_480  # of the validation split; a few are enough, because both models get the same ones
+)
 TOLERANCE = 1e-4  # largest allowed difference of log-probabilities of an exact export, in nats
 
 
@@ -45,6 +46,7 @@ class ExportConfig:
     to: str = ""  # the new folder; a folder with files is never changed
     approximate: bool = False  # export the nearest GPT-2 if GPT-2 cannot represent the model
     dataset: str = ""  # measure on this data set instead of the run's (same tokenizer)
+    license: str = "unknown"  # for the card: mit, apache-2.0, cc-by-4.0 ...
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto; for the measurement
 
 
@@ -79,9 +81,11 @@ def main() -> None:
                 f"{difference:.1e} nats; nothing is exported: please report this"
             )
         found = comparison(unsupported, difference)
+        nlls = {}
         if file:
-            found += "\n\n" + nll_table(model, exported, file)
-        card = model_card(to.name, model, checkpoint.about, found)
+            table, nlls[file.path.parent.name] = nll_table(model, exported, file)
+            found += "\n\n" + table
+        card = model_card(to.name, model, checkpoint.about, found, config.license, nlls)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     print(found)
@@ -119,17 +123,25 @@ def largest_difference(model: GPT, exported: GPT) -> float:
     return (model.log_probs(idx) - exported.log_probs(idx)).abs().max().item()
 
 
-def nll_table(model: GPT, exported: GPT, file: TokenFile) -> str:
-    """A Markdown table with the nlls of the original and of the export on the same tokens."""
+def nll_table(model: GPT, exported: GPT, file: TokenFile) -> tuple[str, float]:
+    """A Markdown table with the nlls of the original and of the export on the same tokens, and the
+    export's."""
     processes = Processes(model.transformer.wte.weight.device)
     block_size = model.config.block_size
     batches = list(windows(file, block_size, 8, limit=max(1, N_TOKENS // block_size)))
     n_tokens = sum(batch.y.numel() for batch in batches)
-    rows = [f"| {n_tokens:,} tokens of the validation split | nats per token |", "|---|---|"]
-    for name, either in (("the original", model), ("the export", exported)):
-        nll = evaluate(either, batches, processes).mean("nll")
+
+    def measure(name: str, model: GPT, n_samples: int = 0) -> float:
+        nll = evaluate(model, batches, processes, n_samples=n_samples).mean("nll")
         rows.append(f"| {name} | {nll:.4f} |")
-    return "\n".join(rows)
+        return nll
+
+    rows = [f"| {n_tokens:,} tokens of the validation split | nats per token |", "|---|---|"]
+    measure("the original", model)
+    if model.bayes_layers() and not model.config.bayes_mlp:  # hidden layers need draws
+        measure("the original, averaged over its posterior", model, n_samples=-1)
+    nll = measure("the export", exported)
+    return "\n".join(rows), nll
 
 
 if __name__ == "__main__":

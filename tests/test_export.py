@@ -15,6 +15,7 @@ from engine.base.files import read_json, write_json
 from engine.base.options import flatten
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
 from engine.data.tokens import TokenFile
+from engine.gpt2.card import model_card
 from engine.runs.checkpoint import load_model
 from model import GPT
 from tests.helpers import assert_near, contents, flags, scores_of, tiny_gpt, write_dataset
@@ -101,14 +102,23 @@ def test_a_folder_of_transformers_comes_out_as_it_went_in(tmp_path, tied):
 
 def test_the_model_card_has_the_nll_of_the_run_and_of_its_export(tmp_path, words_data, trained):
     source = trained("bayes", "sigmoid")
-    folder = exported(source, tmp_path / "gpt2", "--approximate")
-    card = ModelCard.load(folder / "README.md")  # as the Hub reads it
-    assert card.data.library_name == "transformers"
-    file = TokenFile(words_data, "val")
-    nlls = [scores_of(load_model(path), file)["nll"] for path in (source, folder)]
-    assert nlls[0] != nlls[1]
-    for nll in nlls:
-        assert f" {nll:.4f} |" in card.text
+    folder = exported(source, tmp_path / "gpt2", "--approximate", "--license=mit")
+    card = (folder / "README.md").read_text()
+    model, file = load_model(source), TokenFile(words_data, "val")
+    original = scores_of(model, file)["nll"]
+    averaged = scores_of(model, file, n_samples=-1)["nll"]
+    export = scores_of(load_model(folder), file)["nll"]
+    assert original != averaged and original != export
+    for nll in (original, averaged, export):
+        assert f" {nll:.4f} |" in card
+    data = ModelCard.load(folder / "README.md").data  # as the Hub reads it
+    (result,) = data.eval_results
+    assert data.license == "mit" and result.dataset_name == words_data.name
+    assert result.metric_value == pytest.approx(export, abs=1e-4)
+    text = model_card("it's", model, {"config": {"init_from": "gpt2"}}, "", "mit", {"a: 'b'": 1.0})
+    data = ModelCard(text).data
+    assert data.base_model == "openai-community/gpt2"
+    assert (data.model_name, data.eval_results[0].dataset_name) == ("it's", "a: 'b'")
 
 
 def with_tokenizer(tmp_path: Path, tokenizer) -> Path:

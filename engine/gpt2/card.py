@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.gpt2.loading import HUB
 from model import GPT
 
 CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
+{metadata}
 ---
 
 # {name}
@@ -26,17 +28,36 @@ model = GPT2LMHeadModel.from_pretrained("{name}")
 {found}
 """
 
+RESULT = """
+model-index:
+- name: {name!r}
+  results:
+  - task: {{type: text-generation}}
+    dataset: {{type: {dataset!r}, name: {dataset!r}, split: val}}
+    metrics:
+    - {{type: nll, name: nats per token, value: {nll:.4f}}}"""
 
-def model_card(name: str, model: GPT, about: dict, found: str) -> str:
+
+def model_card(
+    name: str, model: GPT, about: dict, found: str, license: str, nlls: dict[str, float]
+) -> str:
     """Markdown for the Hugging Face Hub.
 
     model: the trained model; about: its checkpoint's description; found: the comparison with the
-    export.
+    export; nlls: data set -> the export's on its validation split; empty or one.
     """
+    config = about.get("config", {})
     training = f" for {about['step']:,} steps" if "step" in about else ""
-    if dataset := about.get("config", {}).get("dataset"):
+    if dataset := config.get("dataset"):
         training += f" on {Path(dataset).name}"
-    return CARD.format(name=name, shape=model.config, training=training, found=found)
+    metadata = f"license: {license}"
+    if base_model := HUB.get(config.get("init_from")):
+        metadata += f"\nbase_model: {base_model}"
+    for dataset, nll in nlls.items():
+        metadata += RESULT.format(name=name, dataset=dataset, nll=nll)
+    return CARD.format(
+        metadata=metadata, name=name, shape=model.config, training=training, found=found
+    )
 
 
 def comparison(unsupported: Sequence[str], difference: float) -> str:
