@@ -138,7 +138,7 @@ def test_the_page_opens_offline_and_shows_a_tokens_numbers_on_a_click(browser, t
     page = write(tmp_path, HOSTILE)
     browser.get(page.resolve().as_uri())
     loaded = "return [...document.images].filter(image => image.naturalWidth > 0).length"
-    assert browser.execute_script(loaded) == 3
+    assert browser.execute_script(loaded) == 2
     requests = "return performance.getEntriesByType('resource').map(entry => entry.name)"
     urls = browser.execute_script(requests)
     assert [url for url in urls if not url.startswith("data:")] == []

@@ -41,6 +41,8 @@ def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
     if not options.dataset:
         raise UserError("give --dataset=NAME, the data set of the model to test")
+    if not options.dataset:
+        raise UserError("give --dataset=NAME, the data set of the model to test")
     file = TokenFile(options.dataset, "test")
     tokenizer = load_tokenizer(dataset_folder(options.dataset))
     modules = sorted(Path(os.__file__).parent.glob("*.py"))
