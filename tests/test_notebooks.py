@@ -72,10 +72,11 @@ def test_bayes_gpt_uses_any_bayesian_run(copy):
         copy / "notebooks/bayes_gpt.ipynb",
         bayes="out/bayes",
         softmax="out/point",
+        fitted="out/kron",
         prompt="the old",
         n_blocks=8,
     )
-    assert n_pictures(notebook) == 5
+    assert n_pictures(notebook) == 4
     assert "mutual_information" in shown(notebook)
 
 
