@@ -130,17 +130,10 @@ def nll_table(model: GPT, exported: GPT, file: TokenFile) -> tuple[str, float]:
     block_size = model.config.block_size
     batches = list(windows(file, block_size, 8, limit=max(1, N_TOKENS // block_size)))
     n_tokens = sum(batch.y.numel() for batch in batches)
-
-    def measure(name: str, model: GPT, n_samples: int = 0) -> float:
-        nll = evaluate(model, batches, processes, n_samples=n_samples).mean("nll")
-        rows.append(f"| {name} | {nll:.4f} |")
-        return nll
-
     rows = [f"| {n_tokens:,} tokens of the validation split | nats per token |", "|---|---|"]
-    measure("the original", model)
-    if model.bayes_layers() and not model.config.bayes_mlp:  # hidden layers need draws
-        measure("the original, averaged over its posterior", model, n_samples=-1)
-    nll = measure("the export", exported)
+    for name, either in (("the original", model), ("the export", exported)):
+        nll = evaluate(either, batches, processes).mean("nll")
+        rows.append(f"| {name} | {nll:.4f} |")
     return "\n".join(rows), nll
 
 
