@@ -138,6 +138,11 @@ def read_prompts(run: Run, config: SampleConfig) -> list[tuple[str, list[int]]]:
         lines = [read_text(config.start.removeprefix("FILE:"))]
     else:
         lines = [config.start.replace("\\n", "\n").replace("\\t", "\t")]  # as in --stop
+        if config.start == SampleConfig.start:
+            try:
+                run.encode(config.start)
+            except UserError:  # its characters have no newline
+                lines = [run.tokenizer.decode([0])]
     return [(line, run.encode(line)) for line in lines]
 
 

@@ -19,6 +19,7 @@ from engine.eval.generation import generate
 from engine.eval.run import Continuation, Run, Sampling
 from engine.eval.scored_text import Token
 from engine.eval.terminal import Screen
+from sample import SampleConfig, read_prompts
 from tests.helpers import (
     ONE,
     ROOT,
@@ -282,3 +283,11 @@ def test_mistakes_are_one_line_in_a_notebook_too(bayes):
         bayes.encode("Ж")
     assert error.value._render_traceback_() == [f"error: {error.value}"]
     assert "temperature" in refusal(bayes.generate_text, "the", temprature=1)
+
+
+def test_the_command_that_a_run_ends_with_works_without_a_newline(trained):
+    run = Run(trained())
+    prompts = read_prompts(run, SampleConfig())
+    assert [ids for _, ids in prompts] == [[0]]
+    # as a shell gives it
+    assert r"character '\n'" in refusal(read_prompts, run, SampleConfig(start="the\\nsea"))
