@@ -1,6 +1,7 @@
 """A whole training step: our heads and what users write, against our softmax.
 
     python bench/step.py                        4 layers of 256, V = 50304 (small)
+    python bench/step.py --scale=char           6 layers of 384 on 65 characters
     python bench/step.py --scale=gpt2           124M, one block of 1024
     python bench/step.py --scale=study          config/train_wikitext2_8k.py
     python bench/step.py --scale=gpu            124M, 32 blocks of 1024
@@ -26,7 +27,7 @@ from heads import HeadConfig
 from model import GPT, GPTConfig
 
 USERS = ("plain", "transformers", "torchbnn", "dense_bce")
-CASES = (*OURS, "dropout", *USERS)
+CASES = (*OURS, "dropout", "muon", *USERS)
 SHAPE = (
     "n_layer",
     "n_head",
@@ -37,6 +38,7 @@ SHAPE = (
 )
 SIZES = {
     "small": (4, 4, 256, 256, 8, 50304),
+    "char": (6, 6, 384, 256, 12, 65),
     "gpt2": (12, 12, 768, 1024, 1, 50304),
     "study": (3, 3, 192, 256, 8, 8192),
     "gpu": (12, 12, 768, 1024, 32, 50304),
@@ -128,7 +130,7 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, ("small", "gpt2", "study", "gpu"), CASES)
+    args = measure.arguments(__doc__, ("small", "char", "gpt2", "study", "gpu"), CASES)
     shapes = shapes_of(args.scale)
     names = ["softmax", *(args.cases or CASES)]
     cases = {name: prepare(name, **shapes) for name in names}
