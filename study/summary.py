@@ -66,6 +66,7 @@ COLUMNS = {
         "log_sum_sigma": "ln Σσ: +.4f",
     },
     "calibration": {
+        "n_seeds": "seeds: .0f",
         "temperature": "temperature: .3f ±",
         "perplexity": "perplexity: .2f",
         "ratio": "vs softmax: .3f ±",
