@@ -1,4 +1,4 @@
-"""Write teacher labels: a trained model's predictions at each position of a data set.
+"""Write teacher labels: a trained model's predictions at each position of a training text.
 
     python augmentation/teacher_labels.py --teacher=out/softmax --dataset=wikitext --name=mine
     python train_sigmoid.py config/mine.py --dataset=wikitext --labels=mine
@@ -35,7 +35,6 @@ class Options:
     teacher: str = ""  # a run folder or checkpoint file of any head, or gpt2, gpt2-medium ...
     dataset: str = ""  # a folder in data/, or the path of a folder with train.bin
     name: str = ""  # of the label set; a data set can have any number of them
-    split: str = "train"  # train | val | test: labels of val and test are for evaluate.py --labels
     # labels per position, the likeliest, renormalised; 4 bytes each on disk
     k: PositiveInt = 8
     # positions to label per window; 0: half the teacher's block_size; all of it is twice as fast
@@ -55,7 +54,7 @@ class Teacher:
         self.options = options
         self.device = pick_device(options.device)
         self.cast, self.dtype = autocast(self.device, options.dtype)
-        self.file = TokenFile(options.dataset, options.split)
+        self.file = TokenFile(options.dataset, "train")
         check_tokenizer(options.teacher, dataset_folder(options.dataset))
         self.model = load_model(options.teacher, self.device)
         self.block_size = self.model.config.block_size
@@ -80,7 +79,6 @@ class Teacher:
             weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
         return {
             "mode": "topk",
-            "split": self.options.split,
             "k": self.options.k,
             "stride": self.options.stride,
             "dtype": self.dtype,

@@ -187,7 +187,6 @@ def test_monte_carlo_dropout_repeats_itself_and_changes_the_prediction(runs):
 @pytest.mark.parametrize(
     "options, word",
     [
-        ("softmax --labels=none", "--name=none"),
         ("softmax --dataset=characters", "tokenizer"),
         ("plain --mc_dropout --n_samples=4", "dropout"),
         ("softmax+nowhere", "nowhere"),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from engine.data.tokens import TokenFile
 from engine.data.windows import eval_batches, windows
-from engine.eval.evaluation import NOISE_GROUP, score_windows, set_scores
+from engine.eval.evaluation import NOISE_GROUP, score_windows
 from engine.eval.table import flat
 from engine.eval.validation import N_BINS
 from model import GPT
@@ -160,17 +160,3 @@ def test_neighbouring_tokens_share_their_draws_and_others_do_not(tmp_path):
     groups = nll.view(4, NOISE_GROUP)[:, ::T]  # the first token of each window
     assert groups.std(1).max() < 1e-5
     assert groups.mean(1).std() > 1e-3
-
-
-def test_recall_of_a_set_is_its_share_among_the_k_best_ids():
-    torch.manual_seed(0)
-    n, V, K = 40, 30, 5
-    ids = torch.rand(n, V).argsort()[:, :K]
-    ids[:10, 4] = ids[:10, 0]  # a repeated id counts once: its second column is no member
-    is_member = torch.ones(n, K)
-    is_member[:10, 4] = 0
-    dense = torch.zeros(n, V).scatter_reduce(-1, ids, is_member, "amax")
-    without_ties = torch.randn(n, V)
-    best = torch.zeros(n, V).scatter(-1, without_ties.topk(K).indices, 1.0)
-    recall = set_scores(without_ties, ids, is_member)["recall_at_k"]
-    torch.testing.assert_close(recall, (best * dense).sum(-1) / dense.sum(-1))

@@ -1,10 +1,10 @@
-"""Teacher labels: K ids and weights for each position of a split.
+"""Teacher labels: K ids and weights for each position of a training text.
 
-augmentation/teacher_labels.py writes them to <split>.<name>.labels, next to <split>.bin. Row i,
+augmentation/teacher_labels.py writes them to train.<name>.labels, next to train.bin. Row i,
 (2, K) little-endian uint16, labels the token after token i: the ids, then their weights (the bits
 of float16). The ids of a row differ and its weights sum to 1. A row of zeros has no labels. Rows
 that are not written yet are a hole in the file, which reads as zeros and takes no space.
-<split>.<name>.labels.json records what the labels depend on and how many windows are done.
+train.<name>.labels.json records what the labels depend on and how many windows are done.
 """
 
 import hashlib
@@ -87,7 +87,7 @@ class LabelFile:
         self.path, description = paths_of(file, name)
         self.mode = mode
         self.weight = weight
-        make = f"run augmentation/teacher_labels.py with --name={name} --split={file.path.stem}"
+        make = f"run augmentation/teacher_labels.py with --name={name}"
         if not (description.is_file() and self.path.is_file()):
             raise UserError(f"{self.path} or its .json is missing; {make}")
         self.about = read_json(description)

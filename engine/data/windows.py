@@ -26,16 +26,10 @@ class Windows(NamedTuple):
     y: torch.Tensor
     first: int
     at: torch.Tensor  # (B, T - first): the positions in the split of these targets
-    labels: tuple[torch.Tensor, ...] = ()  # (B, T, K) each, from an engine.data.labels.LabelFile
 
 
 def windows(
-    file: TokenFile,
-    block_size: int,
-    batch_size: int,
-    limit: int = 0,
-    stride: int = 0,
-    labels=None,
+    file: TokenFile, block_size: int, batch_size: int, limit: int = 0, stride: int = 0
 ) -> Iterator[Windows]:
     """Windows of block_size tokens that cover a split, so that every target counts once.
 
@@ -47,8 +41,7 @@ def windows(
         x, y = gather(file, starts, length)
         first = block_size - stride if starts[0] else 0
         at = torch.from_numpy(starts)[:, None] + torch.arange(first + 1, length + 1)
-        of_labels = () if labels is None else labels.targets(y, starts)
-        yield Windows(x, y, first, at, of_labels)
+        yield Windows(x, y, first, at)
 
 
 def window_starts(

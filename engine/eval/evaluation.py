@@ -102,19 +102,19 @@ def score_windows(
         sizes = n_rows.tolist()
         seeds = groups.tolist()
     columns = []
-    for column in (*hiddens, batch.y, *batch.labels):
+    for column in (*hiddens, batch.y):
         rows = column[:, batch.first :].flatten(0, 1)
         columns.append(rows.to(device).split(sizes))
     found = []
-    for seed, *parts in zip(seeds, *columns, strict=False):
+    for seed, *states, targets in zip(seeds, *columns, strict=False):
         if n_samples > 0:
             seed_micro_batch(1, seed)
-        prediction = model.lm_head.predict(parts[:n_hiddens], n_samples)
-        targets, *labels = parts[len(hiddens) :]
+        own = states[:n_hiddens]
+        prediction = model.lm_head.predict(own, n_samples)
         of_better = None
         if better:
-            of_better = better.lm_head.predict(parts[n_hiddens : len(hiddens)]).log_probs
-        chunk = Chunk(model, parts[:n_hiddens], prediction, targets, labels, of_better)
+            of_better = better.lm_head.predict(states[n_hiddens:]).log_probs
+        chunk = Chunk(model, own, prediction, targets, of_better)
         found.append((score or score_tokens)(chunk))
     return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
 
@@ -132,7 +132,6 @@ class Chunk(NamedTuple):
     hiddens: list[torch.Tensor]  # (n, C) each: see GPT.hiddens
     prediction: Prediction  # (n, ...)
     targets: torch.Tensor  # (n,)
-    labels: list[torch.Tensor]  # () or ids and weights, (n, K) each
     of_better: torch.Tensor | None  # (n, V), the log-probabilities of a better model
 
 
@@ -157,8 +156,6 @@ def score_tokens(chunk: Chunk) -> dict[str, torch.Tensor]:
     if hasattr(head.likelihood, "log_sum_sigma"):
         logits = head.logits(chunk.hiddens[0])
         values["log_sum_sigma"] = head.likelihood.log_sum_sigma(logits)
-    if chunk.labels:
-        values |= set_scores(log_p, *chunk.labels)
     if chunk.of_better is not None:
         of_better = chunk.of_better
         values["reducible"] = (of_better.exp() * (of_better - log_p)).sum(-1)
@@ -170,15 +167,3 @@ def brier(log_probs: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
     # a norm of 50,304 fp32 numbers is too small by 1e-5 on a CPU
     sum_of_squares = log_probs.exp().square_().sum(-1)
     return sum_of_squares - 2 * (-nll).exp() + 1
-
-
-def set_scores(
-    scores: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """How well scores (n, V) rank a set of ids (n, K), those with weights (n, K) above 0.
-
-    recall_at_k: the share of the set that is among the K best ids."""
-    is_member = weights > 0
-    best = scores.topk(ids.size(-1)).values
-    found = is_member & (scores.gather(-1, ids) >= best[:, -1:])
-    return {"recall_at_k": found.sum(-1) / is_member.sum(-1)}

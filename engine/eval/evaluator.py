@@ -9,7 +9,6 @@ from tqdm import tqdm
 from engine.base.distributed import Processes, autocast
 from engine.base.errors import UserError
 from engine.base.options import Draws, NonNegativeInt, PositiveInt, check_options
-from engine.data.labels import LabelFile
 from engine.data.shards import splits_in
 from engine.data.tokenizer import has_tokenizer, load_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
@@ -46,8 +45,6 @@ class EvaluationConfig:
     n_samples: Draws = 0
     # average n_samples passes with dropout, for runs that were trained with it
     mc_dropout: bool = False
-    # a label set of this split (augmentation/teacher_labels.py --split): recall@k
-    labels: str = ""
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
@@ -106,10 +103,6 @@ class Evaluator:
         n_ids = self.model.config.vocab_size
         self.file = self._split(self.dataset)
         self.frequencies = TokenFile(self.dataset, "train").frequencies(n_ids)
-        self.labels = None
-        if config.labels:
-            self.labels = LabelFile(self.file, config.labels, "set")
-            self.labels.check(n_ids)
         folder = folder_of(self.members[0])
         if not has_tokenizer(folder):
             folder = dataset_folder(self.dataset)
@@ -160,9 +153,7 @@ class Evaluator:
         if eot is not None:
             n_documents = self.file.counts(self.model.config.vocab_size)[eot].item()
         text = TextStats(self.tokenizer, self.frequencies, n_documents, part=bool(config.limit))
-        scores = self._evaluate(
-            self.file, text, self.labels, config.limit, score=score, better=self.better
-        )
+        scores = self._evaluate(self.file, text, config.limit, score, self.better)
         row = scores.result()
         nats = row["nll"] * row["n_tokens"]
         row |= {
@@ -182,8 +173,6 @@ class Evaluator:
             "word_perplexity": exp(nats / max(1, text.n_words)),
             "bits_per_byte": nats / max(1, text.n_bytes) / math.log(2),
         }
-        if self.labels:
-            row |= {"labels": config.labels, "k": self.labels.about["k"] + 1}
         if self.model.bayes_layers() and len(self.members) == 1:
             row["kl"] = self.model.kl().item()
             row["kl_weight"] = self.model.config.head.kl_weight
@@ -213,12 +202,12 @@ class Evaluator:
             found[f"{title}: {file.path}"] = scored
         return found
 
-    def _evaluate(self, file, text=None, labels=None, limit=0, score=None, better=None):
+    def _evaluate(self, file, text=None, limit=0, score=None, better=None):
         config = self.config
         n_windows = math.ceil((len(file) - 1) / self.stride)
         n_windows = min(n_windows, limit or n_windows)
         bar = tqdm(
-            windows(file, self.block_size, config.batch_size, limit, self.stride, labels),
+            windows(file, self.block_size, config.batch_size, limit, self.stride),
             desc=f"{self.source}, {file.path}",
             total=math.ceil(n_windows / config.batch_size),
             leave=False,

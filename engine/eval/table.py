@@ -15,7 +15,6 @@ GROUPS = {
         "bits_per_byte": "bits per byte: .4f",
         "word_perplexity": "word perplexity: .1f",
         "accuracy": "accuracy: .4f",
-        "recall_at_k": "recall at k: .4f",
         "vs_first": "vs first: .3f",
         "vs_first_se": "±: .3f",
     },
