@@ -4,8 +4,7 @@
     python hellaswag.py --out_dir=out/quickstart/bayes --limit=1000 --n_samples=16
 
 The context is the raw ctx, an ending follows after a space. acc takes the ending with the highest
-sum of log-probabilities; acc_norm divides the sum by the number of the ending's tokens. aurc is the
-error rate of acc_norm's most certain answers, averaged over all numbers of answers.
+sum of log-probabilities; acc_norm divides the sum by the number of the ending's tokens.
 harness.py --tasks=hellaswag cleans the text and divides by characters: its scores are others.
 """
 
@@ -21,7 +20,7 @@ from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import DATA_ROOT, check_writable, write_json
 from engine.base.options import Draws, PositiveInt, check_options, load_config
-from engine.eval.endings import encode, score_endings
+from engine.eval.endings import score_endings
 from engine.eval.evaluation import check_n_samples
 from engine.runs.checkpoint import Checkpoint, read_checkpoint, results_folder
 
@@ -66,7 +65,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "hellaswag.json", result)
     text = "{model}, {n:,} items: acc {acc:.4f} ± {acc_stderr:.4f}, "
-    text += "acc_norm {acc_norm:.4f} ± {acc_norm_stderr:.4f}, AURC {aurc:.4f}"
+    text += "acc_norm {acc_norm:.4f} ± {acc_norm_stderr:.4f}"
     print(text.format(**result))
 
 
@@ -78,7 +77,10 @@ def score(
     model = checkpoint.model(device)
     tokenizer = checkpoint.tokenizer()
     check_n_samples(model, config.n_samples, config.out_dir)
-    texts = [encode(tokenizer, context, endings) for context, endings, _ in items]
+    texts = []
+    for context, endings, _ in items:  # encoded apart, so that all endings follow the same tokens
+        first, *others = [tokenizer.encode(text).tolist() for text in (context, *endings)]
+        texts.append((first, others))
     cast, _ = autocast(device, config.dtype)
     log_probs, _ = score_endings(model, texts, 4 * config.batch_size, cast, config.n_samples)
     lengths = [[len(ids) for ids in endings] for _, endings in texts]
@@ -124,11 +126,6 @@ def judge(log_probs: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) 
         result[name] = share
         variance = share * (1 - share) / max(1, n - 1)
         result[f"{name}_stderr"] = variance**0.5
-    best, second = means.topk(2).values.unbind(1)
-    most_certain_first = (best - second).argsort(descending=True, stable=True)
-    n_right = correct[most_certain_first].cumsum(0)
-    error_rates = 1 - n_right / torch.arange(1, n + 1)
-    result["aurc"] = error_rates.mean().item()
     return result
 
 

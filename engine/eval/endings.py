@@ -7,7 +7,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from engine.base.distributed import seed_micro_batch
-from engine.data.tokenizer import Tokenizer
 from engine.eval.evaluation import row_chunks
 from heads.head import token_scores
 
@@ -61,9 +60,3 @@ def score_endings(
                 is_wrong = ~scores.correct.cpu()
                 are_likeliest[owners[rows][is_wrong]] = False
     return sums, are_likeliest
-
-
-def encode(tokenizer: Tokenizer, context: str, endings: list[str]) -> Item:
-    """Encode context and endings separately, so that all endings follow the same tokens."""
-    encoded = [tokenizer.encode(ending).tolist() for ending in endings]
-    return tokenizer.encode(context).tolist(), encoded

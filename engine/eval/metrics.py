@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.eval.validation import N_BINS, bins_of, exp
 
 N_REPLICATES = 1000  # of the bootstrap: a standard error is right to 2 %
-UNITS_AT_ONCE = 1000  # whose bootstrap weights are in memory
 MIN_UNITS = 10  # with fewer there is nothing to resample
 # tokens are ranked by them; confidence: by 1 - confidence
 UNCERTAINTIES = ("confidence", "entropy", "mutual_information", "mahalanobis")
@@ -74,10 +73,8 @@ class Scores:
         gaps = torch.bincount(bins, confidence - self.columns["accuracy"], n_units * N_BINS)
         sums = torch.column_stack([n, nll, gaps.view(n_units, N_BINS)])
         total = 0.0
-        for part, unit_sums in zip(
-            numbers.split(UNITS_AT_ONCE), sums.split(UNITS_AT_ONCE), strict=True
-        ):
-            total = total + bootstrap_weights(part.tolist()).T @ unit_sums
+        for unit, of_unit in zip(numbers.tolist(), sums, strict=True):
+            total = total + bootstrap_weights(unit).outer(of_unit)
         n_tokens, nll, *gaps = total.unbind(1)
         ece = torch.stack(gaps).abs().sum(0) / n_tokens
         return {"nll": nll / n_tokens, "ece": ece}
@@ -108,16 +105,13 @@ class Scores:
         return found
 
 
-def bootstrap_weights(units: list[int]) -> Tensor:
-    """(len(units), N_REPLICATES): how often each unit occurs in each resampled text.
+def bootstrap_weights(unit: int) -> Tensor:
+    """(N_REPLICATES,): how often a unit occurs in each resampled text.
 
     Poisson(1) is the bootstrap's multinomial without its fixed total (Hanley and MacGibbon 2006).
     The weights depend on the unit's number alone, so all models are compared on the same texts."""
-    draws = []
-    for unit in units:
-        generator = np.random.Generator(np.random.Philox(key=unit))
-        draws.append(generator.poisson(1.0, N_REPLICATES))
-    return torch.from_numpy(np.stack(draws)).double()
+    generator = np.random.Generator(np.random.Philox(key=unit))
+    return torch.from_numpy(generator.poisson(1.0, N_REPLICATES)).double()
 
 
 def spread(replicates: Tensor) -> float:
@@ -128,31 +122,23 @@ def spread(replicates: Tensor) -> float:
 def risk(uncertainty: Tensor, wrong: Tensor) -> dict[str, float]:
     """Areas under risk curves, if only the k most certain tokens are answered; means over k.
 
-    uncertainty, wrong (n,). Ties are in random order. aurc: of the error rate among the answers
-    (Geifman et al. 2019). augrc: of the share of all tokens that are answered wrong (Traub et al.
-    2024). prr: how much of the possible gain in aurc an uncertainty has; 0 is a random order, 1
-    the best one (Malinin et al. 2020).
+    uncertainty, wrong (n,). Ties share the mean of their errors. aurc: of the error rate among the
+    answers (Geifman et al. 2019). augrc: of the share of all tokens that are answered wrong (Traub
+    et al. 2024). prr: how much of the possible gain in aurc an uncertainty has; 0 is a random
+    order, 1 the best one (Malinin et al. 2020).
     """
     _, group, n = uncertainty.unique(return_inverse=True, return_counts=True)
-    n = n.double()
-    wrong_in = torch.bincount(group, wrong)
-    n_before = n.cumsum(0) - n
-    wrong_before = wrong_in.cumsum(0) - wrong_in
-    # of n tokens after N: the sum over j <= n of 1 / (N + j), and of (E + e j / n) / (N + j)
-    reciprocals = torch.digamma(n_before + n + 1) - torch.digamma(n_before + 1)
-    areas = wrong_in + reciprocals * (wrong_before - wrong_in / n * n_before)
-    shares = n * wrong_before + wrong_in * (n + 1) / 2
+    shares = torch.bincount(group, wrong) / n
+    n_wrong = shares.repeat_interleave(n).cumsum(0)  # among the k most certain
     total = len(wrong)
-    aurc = areas.sum().item() / total
-    # the best order has all wrong tokens last
-    n_wrong = int(wrong.sum())
-    answers = torch.arange(total - n_wrong + 1, total + 1, dtype=torch.double)
-    best = (1 - (total - n_wrong) / answers).sum().item() / total
-    by_chance = n_wrong / total
+    k = torch.arange(1, total + 1)
+    aurc = (n_wrong / k).mean().item()
+    best = (wrong.sort().values.cumsum(0) / k).mean().item()  # all wrong tokens last
+    by_chance = wrong.mean().item()
     possible = by_chance - best
     return {
         "aurc": aurc,
-        "augrc": shares.sum().item() / total**2,
+        "augrc": n_wrong.mean().item() / total,
         "prr": (by_chance - aurc) / possible if possible else 0.0,
     }
 
