@@ -8,9 +8,9 @@
 
 Every score comes from log_probs, the normalised distribution over the next token. The whole split
 is read in consecutive blocks of block_size, and each token is predicted once. Each run gets
-eval_<split>.json; the comparison gets a folder with plots and report.html. In the tables, `unigram`
-always predicts the token frequencies of the training text. torchrun shares the work between
-processes, with the same results.
+eval_<split>.json; the comparison gets a folder with a plot and report.html. In the tables,
+`unigram` always predicts the token frequencies of the training text. torchrun shares the work
+between processes, with the same results.
 """
 
 import os
@@ -27,9 +27,8 @@ from engine.base.options import load_config
 from engine.eval.ensemble import members_of
 from engine.eval.evaluator import EvaluationConfig, Evaluator
 from engine.eval.report import write_report
-from engine.eval.table import Table, as_text, comparable, tables
-from engine.runs.checkpoint import folder_of, results_folder
-from engine.runs.logger import read_records
+from engine.eval.table import Table, as_text, tables
+from engine.runs.checkpoint import results_folder
 from engine.runs.percentiles import write_percentiles
 
 
@@ -41,7 +40,7 @@ class EvaluateConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     # folder for the runs' scores and the report, if the runs are read-only; default: theirs
     results: str = ""
-    # folder for plots and report.html, or none; default: report_<split> next to the first run
+    # folder for the plot and report.html, or none; default: report_<split> next to the first run
     report: str = ""
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
 
@@ -110,12 +109,10 @@ def compare(
                     texts.setdefault(title, {})[name] = text
         run.model.to("cpu")
     if processes.is_main:
-        report(config, runs, tables(rows, scores), rows, texts)
+        report(config, tables(rows, scores), rows, texts)
 
 
-def report(
-    config: EvaluateConfig, runs: dict[str, Evaluator], found: list[Table], rows: dict, texts: dict
-) -> None:
+def report(config: EvaluateConfig, found: list[Table], rows: dict, texts: dict) -> None:
     """Print the comparison and write it to a folder.
 
     rows: by run name. texts: for each document, its tokens with each run's scores."""
@@ -128,14 +125,8 @@ def report(
     if config.report == "none":
         return
     folder = config.report_folder
-    curves = {}
-    for name, run in runs.items():
-        if len(run.members) == 1:
-            curves[name] = read_records(folder_of(run.source) / "metrics.jsonl")
-    if not comparable(rows):  # then the plots would mislead
-        rows, curves = {}, {}
     settings = f"n_samples = {config.evaluation.n_samples}"
-    write_report(folder, title, settings, found, rows, curves, texts)
+    write_report(folder, title, settings, found, rows, texts)
     print(f"report: {os.path.relpath(folder / 'report.html')}")
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from engine.eval.plots import (
     curves_figure,
-    draw,
     reliability_figure,
 )
 
@@ -22,15 +21,6 @@ def make_row() -> dict:
             "accuracy": [0.1, 0.5, 0.6, 0.0],
         },
     }
-
-
-def make_curve() -> list[dict]:
-    """Training records and evaluations of 20 steps, from step 0 on."""
-    records = [{"step": 1, "tokens": 2048, "loss": 5.0}]
-    for step in range(21):
-        nll = 4 + 1 / step if step else 9.0
-        records.append({"step": step, "tokens": step * 2048, "val_nll": nll})
-    return records
 
 
 @pytest.fixture
@@ -63,10 +53,3 @@ def test_reliability_shows_accuracy_with_its_error_and_the_share_of_tokens(rows)
         assert bars(panel)[0].values.tolist() == [0.1, 0.3, 0.6, 0.0]
         _, (_, high) = panel.collections[0].get_segments()[1]
         assert high == pytest.approx(0.5 + 1.96 * math.sqrt(0.5 * 0.5 / 300))
-
-
-def test_only_plots_with_data_are_drawn(tmp_path, rows):
-    assert draw(tmp_path, {}, {}) == {}
-    written = draw(tmp_path, rows, {"softmax": make_curve()})
-    assert list(written) == ["val_nll", "reliability"]
-    assert list(draw(tmp_path, rows, {})) == ["reliability"]

@@ -29,5 +29,5 @@ def test_make_run_resumes_trains_compares_and_samples(tmp_path):
         result = read_json(tmp_path / head / "eval_test.json")
         assert result["n_tokens"] == 169_343
         assert result["nll"] < result["unigram_nll"] + 0.5
-    assert (tmp_path / "report_test" / "val_nll.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report_test" / "reliability.png").read_bytes().startswith(b"\x89PNG")
     assert "\033[38;5;" in shown and "epistemic" in shown

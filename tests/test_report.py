@@ -17,7 +17,7 @@ from engine.eval.scored_text import COLOURS, ScoredText, Token, score_text
 from engine.eval.table import Table
 from engine.runs.percentiles import percentiles_of
 from tests.helpers import HEADS, WORDS, tiny_gpt
-from tests.test_plots import make_curve, make_row
+from tests.test_plots import make_row
 
 HOSTILE = [  # each must stay text
     "<script>window.hacked = 1</script>",
@@ -69,12 +69,11 @@ def make_tokens(texts: list[str], bayes: bool, scale: float = 1.0) -> ScoredText
 
 
 def write(folder: Path, words: list[str] = WORDS, name: str = "bayes") -> Path:
-    """A report of two runs on a text, with plots. The name is also that of the title and text."""
+    """A report of two runs on a text, with a plot. The name is also that of the title and text."""
     texts = {"softmax": make_tokens(words, False), name: make_tokens(words, True, 2.0)}
     table = Table(name, ["run", name], [["softmax", "4.2"], [name, name]])
     rows = {name: make_row()}
-    records = {"softmax": make_curve()}
-    write_report(folder, name, name, [table], rows, records, {name: texts})
+    write_report(folder, name, name, [table], rows, {name: texts})
     return folder / "report.html"
 
 
@@ -138,7 +137,7 @@ def test_the_page_opens_offline_and_shows_a_tokens_numbers_on_a_click(browser, t
     page = write(tmp_path, HOSTILE)
     browser.get(page.resolve().as_uri())
     loaded = "return [...document.images].filter(image => image.naturalWidth > 0).length"
-    assert browser.execute_script(loaded) == 2
+    assert browser.execute_script(loaded) == 1
     requests = "return performance.getEntriesByType('resource').map(entry => entry.name)"
     urls = browser.execute_script(requests)
     assert [url for url in urls if not url.startswith("data:")] == []

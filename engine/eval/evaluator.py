@@ -157,7 +157,6 @@ class Evaluator:
         row = scores.result()
         nats = row["nll"] * row["n_tokens"]
         row |= {
-            "head": self._describe_heads(),
             "dataset": str(self.dataset),
             "split": config.split,
             "sha256": self.file.sha256,
@@ -185,10 +184,6 @@ class Evaluator:
             ood = self._evaluate(file, limit=config.limit, score=score)
             row["ood"].append({"dataset": name} | out_of_domain(scores, ood))
         return row, scores
-
-    def _describe_heads(self):
-        heads = [model.config.head for model in self.models]
-        return " + ".join(f"{head.weights} x {head.likelihood}" for head in heads)
 
     def documents(self) -> dict[str, ScoredText]:
         """title -> the first document of the split and of the OOD text, token by token."""

@@ -1,7 +1,6 @@
-"""Plots of a comparison: validation curves and calibration.
+"""Plots of runs: validation curves and calibration.
 
-Each ..._figure returns a matplotlib figure, or None if no run has the data for it. Figures are as
-wide as GitHub shows a README, 830 pixels. rows: what evaluate.py writes for each run, by its name.
+Figures are as wide as GitHub shows a README, 830 pixels.
 """
 
 import math
@@ -37,32 +36,8 @@ styled = matplotlib.rc_context(STYLE)
 WIDTH = 8.3  # inches, of 100 pixels each
 
 
-def draw(
-    folder: Path,
-    rows: dict[str, dict],
-    records: dict[str, list[dict]],
-) -> dict[str, Path]:
-    """Write the plots that have data; returns name -> PNG. The same data give the same bytes.
-
-    records: the metrics.jsonl of each run that has one.
-    """
-    curves = {}  # also for runs without records, so that the others keep their colours
-    for name in rows | records:
-        curve = validation_curve(records.get(name, []))
-        curves[name] = {0: curve} if curve else {}
-    figures = {
-        "val_nll": curves_figure(curves),
-        "reliability": reliability_figure(rows),
-    }
-    paths = {}
-    for name, figure in figures.items():
-        if figure:
-            paths[name] = folder / f"{name}.png"
-            save(figure, paths[name])
-    return paths
-
-
 def save(figure: Figure, path: Path) -> None:
+    """Write a PNG; the same data give the same bytes."""
     atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=200))
 
 
@@ -74,7 +49,8 @@ def validation_curve(records: list[dict]) -> dict[int, float]:
 
 @styled
 def curves_figure(curves: dict[str, dict[int, dict[int, float]]]) -> Figure | None:
-    """Validation nll by tokens, and its difference to the first run's nll with the same seed.
+    """Validation nll by tokens, and its difference to the first run's nll with the same seed; None
+    if there are no curves.
 
     curves: name -> seed -> validation_curve(). A name without seeds still takes up a colour.
     """
@@ -118,10 +94,11 @@ def plot_band(panel, curves: list[dict[int, float]], label: str) -> None:
 
 
 @styled
-def reliability_figure(rows: dict[str, dict]) -> Figure | None:
-    """A panel per run: accuracy by confidence with 95 % intervals; bars: share of tokens."""
-    if not rows:
-        return None
+def reliability_figure(rows: dict[str, dict]) -> Figure:
+    """A panel per run: accuracy by confidence with 95 % intervals; bars: share of tokens.
+
+    rows: what evaluate.py writes for each run, by its name.
+    """
     n_rows = math.ceil(len(rows) / 4)
     n_columns = math.ceil(len(rows) / n_rows)
     figure, axes = panels(n_rows, n_columns, 2.9 * n_rows, sharex=True, sharey=True)

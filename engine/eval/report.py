@@ -1,4 +1,4 @@
-"""A comparison of runs as one HTML file: tables, plots, and texts coloured by uncertainty.
+"""A comparison of runs as one HTML file: tables, a plot, and texts coloured by uncertainty.
 
 This module fills in the $names of report.html. It escapes all texts and names, and the page's
 Content Security Policy allows no script, so they may contain anything.
@@ -13,12 +13,10 @@ from engine.base.files import atomic_write
 from engine.eval.scored_text import ScoredText, coloured_html
 from engine.eval.table import Table
 
-CAPTIONS = {  # how to read a plot
-    "val_nll": "Validation nll during training: lower is better. Right: the difference to the "
-    "first run.",
-    "reliability": "Calibration: on the diagonal a prediction is right as often as its confidence "
-    "says, above it more often. Error bars: 95 % intervals. Bars: share of tokens.",
-}
+CAPTION = (
+    "Calibration: on the diagonal a prediction is right as often as its confidence says, above it "
+    "more often. Error bars: 95 % intervals. Bars: share of tokens."
+)
 
 Texts = dict[str, dict[str, ScoredText]]  # title -> run -> the text with this run's scores
 
@@ -29,22 +27,18 @@ def write_report(
     note: str,
     tables: list[Table],
     rows: dict[str, dict],
-    records: dict[str, list[dict]],
     texts: Texts,
 ) -> None:
-    """Write the plots and report.html.
-
-    rows: what evaluate.py writes for each run, or {} if the runs cannot be compared. records: the
-    metrics.jsonl of each run."""
-    from engine.eval.plots import draw  # takes half a second: matplotlib
+    """Write reliability.png and report.html. rows: what evaluate.py writes for each run."""
+    from engine.eval.plots import reliability_figure, save  # takes half a second: matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
     parts = [table_html(table) for table in tables]
-    for name, plot in draw(folder, rows, records).items():
-        source = f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"
-        caption = CAPTIONS[name]
-        image = f'<img src="{source}" alt="{caption}">'
-        parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    plot = folder / "reliability.png"
+    save(reliability_figure(rows), plot)
+    source = f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"
+    image = f'<img src="{source}" alt="{CAPTION}">'
+    parts.append(f"<figure>{image}<figcaption>{CAPTION}</figcaption></figure>")
     write_page(folder / "report.html", title, note, "\n".join(parts), texts)
 
 
