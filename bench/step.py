@@ -106,7 +106,8 @@ def prepare(case: str, batch_size: int, **shape: int) -> Step:
         model = GPT(GPTConfig(**shape, head=head, dropout=dropout))
         loss_of = partial(measure.compiled(model), idx, targets)
     model.to(device)
-    optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1)
+    name = "muon" if case == "muon" else "adamw"
+    optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1, name)
     dtype = "float32" if case in USERS else "bfloat16"
     return Step(model, loss_of, optimizer, dtype)
 
