@@ -4,9 +4,9 @@
     python train_sigmoid.py config/mine.py --dataset=wikitext --labels=mine
 
 The teacher is any model that train.py makes, or OpenAI's GPT-2 (--teacher=gpt2). It must have the
-data's tokenizer. It reads overlapping windows of its block_size and labels the last `stride`
-positions of each, because with little context, at the start of a window, its predictions are hardly
-better than token frequencies. After an interruption, run the same command again.
+data's tokenizer. It reads overlapping windows of its block_size and labels the second half of each,
+because with little context, at the start of a window, its predictions are hardly better than token
+frequencies. After an interruption, run the same command again.
 """
 
 import hashlib
@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import exclusive_lock, read_json, write_json
-from engine.base.options import NonNegativeInt, PositiveInt, check_options, load_config
+from engine.base.options import PositiveInt, load_config
 from engine.data.labels import LABEL_BYTES, identity, pack, paths_of, refuse_other
-from engine.data.tokens import TokenFile, dataset_folder
+from engine.data.tokens import TokenFile, dataset_folder, gather
+from engine.data.windows import window_starts
 from engine.runs.checkpoint import check_tokenizer, load_model
 
 
@@ -37,14 +38,9 @@ class Options:
     name: str = ""  # of the label set; a data set can have any number of them
     # labels per position, the likeliest, renormalised; 4 bytes each on disk
     k: PositiveInt = 8
-    # positions to label per window; 0: half the teacher's block_size; all of it is twice as fast
-    stride: NonNegativeInt = 0
     batch_size: PositiveInt = 16  # windows at a time; lower it to save memory
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "auto"  # float32 | bfloat16 | float16 | auto
-
-    def __post_init__(self):
-        check_options(self)
 
 
 class Teacher:
@@ -65,9 +61,7 @@ class Teacher:
             raise UserError(f"the vocabulary has {self.n_ids:,} ids, but a label has 16 bits")
         if options.k > self.n_ids:
             raise UserError(f"k = {options.k} is above {self.n_ids}, the vocabulary")
-        if options.stride > self.block_size:
-            raise UserError(f"stride = {options.stride} is above {self.block_size}, the block_size")
-        self.stride = options.stride or max(1, self.block_size // 2)
+        self.stride = max(1, self.block_size // 2)  # from a window to the next
         self.n_positions = len(self.file) - 1  # nothing follows the last token
         unread = max(0, self.n_positions - self.block_size)
         self.n_windows = 1 + math.ceil(unread / self.stride)
@@ -80,7 +74,6 @@ class Teacher:
         return {
             "mode": "topk",
             "k": self.options.k,
-            "stride": self.options.stride,
             "dtype": self.dtype,
             "teacher_sha256": weights.hexdigest(),
             "vocab_size": self.n_ids,
@@ -88,30 +81,20 @@ class Teacher:
         }
 
     @torch.no_grad()
-    def label(self, windows: range) -> np.ndarray:
-        """The rows (n, 2, K) of all positions that these windows label."""
-        begin = windows.start * self.stride
-        length = (len(windows) - 1) * self.stride + self.block_size
-        ids = self.file[begin : begin + length].astype(np.int64)
-        tokens = torch.from_numpy(np.pad(ids, (0, length - len(ids))))
-        blocks = tokens.unfold(0, self.block_size, self.stride).to(self.device)
-        parts = []
+    def label(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The rows (n, 2, K) of all positions that the windows at `starts` label."""
+        x, _ = gather(self.file, starts, length)
+        rows = []
         with self.cast:
-            for window, hidden in zip(windows, self.model.hidden(blocks), strict=True):
-                parts.append(self.label_one(window, hidden))
-        return np.concatenate(parts)
+            for hidden in self.model.hidden(x.to(self.device)):  # (T, C), one window at a time
+                log_probs = self.model.lm_head.log_probs(hidden[self.first(starts) :])
+                values, ids = log_probs[:, : self.n_ids].topk(self.options.k)
+                rows.append(pack(ids.cpu().numpy(), values.softmax(-1).cpu().numpy()))
+        return np.concatenate(rows)
 
-    def label_one(self, window: int, hidden: torch.Tensor) -> np.ndarray:
-        """The rows of one window, given its hidden states (T, C)."""
-        begin = window * self.stride
-        labelled = slice(self.first_position(window) - begin, self.n_positions - begin)
-        log_probs = self.model.lm_head.log_probs(hidden[labelled])[:, : self.n_ids]
-        values, ids = log_probs.topk(self.options.k)
-        return pack(ids.cpu().numpy(), values.softmax(-1).cpu().numpy())
-
-    def first_position(self, window: int) -> int:
-        """The first of the positions that a window labels, which are its last `stride` ones."""
-        return window * self.stride + self.block_size - self.stride if window else 0
+    def first(self, starts: np.ndarray) -> int:
+        """The first position in a window that is labelled: all of the first window's are."""
+        return self.block_size - self.stride if starts[0] else 0
 
 
 def write_labels(teacher: Teacher) -> Path:
@@ -127,14 +110,17 @@ def write_labels(teacher: Teacher) -> Path:
     with exclusive_lock(path, busy), open(path, "r+b") as output:
         done = windows_done(path, description, about)
         output.truncate(row_size * len(file))
-        starts = range(done, teacher.n_windows, options.batch_size)
-        for start in tqdm(starts, options.name, leave=False, disable=None):
-            windows = range(start, min(start + options.batch_size, teacher.n_windows))
-            output.seek(row_size * teacher.first_position(start))
-            output.write(teacher.label(windows).tobytes())
+        n, block_size = teacher.n_positions, teacher.block_size
+        batches = window_starts(n, block_size, options.batch_size, 0, teacher.stride)
+        for starts, length in tqdm(batches, options.name, leave=False, disable=None):
+            now_done = int(starts[-1]) // teacher.stride + 1
+            if now_done <= done:
+                continue
+            output.seek(row_size * int(starts[0] + teacher.first(starts)))
+            output.write(teacher.label(starts, length).tobytes())
             output.flush()
             os.fsync(output.fileno())
-            write_json(description, about | {"done": windows.stop})
+            write_json(description, about | {"done": now_done})
     return path
 
 

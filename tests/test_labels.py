@@ -145,7 +145,7 @@ def test_interrupted_labelling_is_continued_to_the_same_bytes(file, label, monke
 
     def stopping(path, about):
         write_json(path, about)
-        if about["done"] == 20:
+        if about["done"] == 21:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -168,7 +168,7 @@ def test_interrupted_labelling_is_continued_to_the_same_bytes(file, label, monke
         ({"k": 40}, "k = 40"),
         ({"dataset": "bytes"}, "tokenizer"),
         ({"dataset": "high"}, "70"),
-        ({"stride": 3}, "its stride is"),
+        ({"k": 3}, "its k is"),
         ({"name": "alien"}, "json"),
     ],
 )
