@@ -114,11 +114,9 @@ class Logger:
 
                 run_id = self.progress.wandb_id or None  # a resumed run continues its charts
                 self.wandb = wandb.init(**options, dir=out_dir, id=run_id, resume="allow")
-                self.progress.wandb_id, self.next_step = self.wandb.id, self.wandb.starting_step
+                self.progress.wandb_id = self.wandb.id
                 for group in ("train", "val", "objective"):
                     self.wandb.define_metric(f"{group}/*", step_metric="tokens")
-                for record in read_records(self.path):  # a resumed run may have more than wandb
-                    self._chart(record)
         # waiting for an unreachable service takes a minute, which is not training
         self.start_time = self.clock = time.perf_counter()
 
@@ -147,15 +145,9 @@ class Logger:
             ) from None
         self.say(f"step {progress.step:>{len(str(self.max_iters))}}/{self.max_iters} | {line}")
         if self.wandb is not None:
-            with self._wandb_may_fail():
-                self._chart(record)
-
-    def _chart(self, record):
-        """Send a record to wandb, unless wandb has a later one: its steps cannot decrease."""
-        if record["step"] >= self.next_step:
-            self.next_step = record["step"]
             charts = {CHARTS.get(name, f"train/{name}"): value for name, value in record.items()}
-            self.wandb.log(charts, step=record["step"])
+            with self._wandb_may_fail():
+                self.wandb.log(charts, step=progress.step)  # wandb passes over a step that it has
 
     @contextlib.contextmanager
     def _wandb_may_fail(self):
