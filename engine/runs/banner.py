@@ -19,21 +19,11 @@ from engine.base.files import read_json
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def count_parameters(model) -> dict[str, int]:
-    """Parameters of the backbone, the head (with a tied embedding) and the posteriors' stds."""
-    of_head = {id(p) for p in model.lm_head.parameters()}
-    counts = {"backbone": 0, "head": 0, "posterior": 0}
-    for name, p in model.named_parameters():
-        part = "head" if id(p) in of_head else "backbone"
-        counts["posterior" if name.endswith("log_std") else part] += p.numel()
-    return counts
-
-
 def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list[str]:
     """The lines that a run prints first: head, parameters, size of a step, length of the run.
 
     n_data: training tokens; step: the next step."""
-    head, counts = config.model.head, count_parameters(model)
+    head = config.model.head
     how = "compiled" if config.compile else "eager"
     title = f"{config.out_dir}: {head.weights} x {head.likelihood} head, {dtype}, {how}, "
     title += f"{config.optimizer}, on {processes.world_size} x {processes.device.type}"
@@ -43,10 +33,8 @@ def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list
         title += f", resuming at step {step}"
     elif config.init_from not in ("scratch", "resume", "auto"):
         title += f", from the weights of {config.init_from}"
-    parts = ", ".join(f"{part} {_size(n)}" for part, n in counts.items() if n)
-    parameters = f"  parameters   {_size(sum(counts.values()))}: {parts}"
-    if head.tie_head:
-        parameters += " (the head shares the embedding)"
+    n_parameters = sum(p.numel() for p in model.parameters())
+    parameters = f"  parameters   {_size(n_parameters)}"
     if config.eval_only:
         return [title, parameters]
     block_size = config.model.block_size
