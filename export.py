@@ -83,8 +83,10 @@ def main() -> None:
         found = comparison(unsupported, difference)
         nlls = {}
         if file:
-            table, nlls[file.path.parent.name] = nll_table(model, exported, file)
-            found += "\n\n" + table
+            original, nll = nll_of(model, file), nll_of(exported, file)
+            nlls[file.path.parent.name] = nll
+            found += f"\n\nOn the validation split it has {nll:.4f} nats per token, the original "
+            found += f"{original:.4f}."
         card = model_card(to.name, model, checkpoint.about, found, config.license, nlls)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -123,18 +125,12 @@ def largest_difference(model: GPT, exported: GPT) -> float:
     return (model.log_probs(idx) - exported.log_probs(idx)).abs().max().item()
 
 
-def nll_table(model: GPT, exported: GPT, file: TokenFile) -> tuple[str, float]:
-    """A Markdown table with the nlls of the original and of the export on the same tokens, and the
-    export's."""
+def nll_of(model: GPT, file: TokenFile) -> float:
+    """The mean nll of about N_TOKENS tokens, in evenly spaced blocks."""
     processes = Processes(model.transformer.wte.weight.device)
     block_size = model.config.block_size
-    batches = list(windows(file, block_size, 8, limit=max(1, N_TOKENS // block_size)))
-    n_tokens = sum(batch.y.numel() for batch in batches)
-    rows = [f"| {n_tokens:,} tokens of the validation split | nats per token |", "|---|---|"]
-    for name, either in (("the original", model), ("the export", exported)):
-        nll = evaluate(either, batches, processes).mean("nll")
-        rows.append(f"| {name} | {nll:.4f} |")
-    return "\n".join(rows), nll
+    batches = windows(file, block_size, 8, limit=max(1, N_TOKENS // block_size))
+    return evaluate(model, batches, processes).mean("nll")
 
 
 if __name__ == "__main__":

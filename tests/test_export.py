@@ -109,7 +109,7 @@ def test_the_model_card_has_the_nll_of_the_run_and_of_its_export(tmp_path, words
     export = scores_of(load_model(folder), file)["nll"]
     assert original != export
     for nll in (original, export):
-        assert f" {nll:.4f} |" in card
+        assert f" {nll:.4f}" in card
     data = ModelCard.load(folder / "README.md").data  # as the Hub reads it
     (result,) = data.eval_results
     assert data.license == "mit" and result.dataset_name == words_data.name
