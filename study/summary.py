@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from engine.base.errors import UserError, run_main
-from engine.base.files import atomic_write, read_json_lines
+from engine.base.files import read_json_lines, write_text
 from engine.eval.plots import save
 from engine.eval.table import NAMES
 from study.logs import LABELS, Variant, label_of, place, read, without_kind
@@ -199,7 +199,7 @@ def main() -> None:
                 save(figure, study / f"{name}.png")
         print(f"{study.name}: tables and plots")
     for page, text in pages.items():
-        atomic_write(page, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
+        write_text(page, text)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.base.errors import UserError
-from engine.base.files import atomic_write
+from engine.base.files import write_text
 
 # splits text before bytes are merged; as in tiktoken_ext/openai_public.py
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -75,9 +75,7 @@ class GPT2Tokenizer:
         tokens = []
         for token in self.token_bytes()[:-1]:
             tokens.append("".join(STAND_INS[byte] for byte in token))
-        text = json.dumps(tokens, ensure_ascii=False)
-        path = Path(folder) / self.file
-        atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(Path(folder) / self.file, json.dumps(tokens, ensure_ascii=False))
 
 
 # GPT-2's printable character for each byte (its bytes_to_unicode)

@@ -9,7 +9,7 @@ import html
 import string
 from pathlib import Path
 
-from engine.base.files import atomic_write
+from engine.base.files import write_text
 from engine.eval.scored_text import ScoredText, coloured_html
 from engine.eval.table import Table
 
@@ -51,7 +51,7 @@ def write_page(path: Path, title: str, note: str, body: str, texts: Texts) -> No
         body=body,
         texts=texts_html(texts) if texts else "",
     )
-    atomic_write(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
 
 
 def table_html(table: Table) -> str:
