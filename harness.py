@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.base.errors import UserError, run_main
 from engine.base.files import check_writable, write_json
-from engine.base.options import Draws, NonNegativeInt, PositiveInt, check_options, load_config
+from engine.base.options import Draws, NonNegativeInt, PositiveInt, load_config
 from engine.data.tokenizer import END_OF_TEXT
 from engine.eval.endings import score_endings
 from engine.eval.ensemble import Ensemble, load, members_of
@@ -42,9 +42,6 @@ class HarnessConfig:
     batch_size: PositiveInt = 64  # texts at a time: speed and memory
     results: str = ""  # folder for harness.json; default: that of the run, or of the first one
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
-
-    def __post_init__(self):
-        check_options(self)
 
 
 class HarnessLM(TemplateLM):

@@ -19,7 +19,7 @@ import torch
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import DATA_ROOT, check_writable, write_json
-from engine.base.options import Draws, PositiveInt, check_options, load_config
+from engine.base.options import Draws, PositiveInt, load_config
 from engine.eval.endings import score_endings
 from engine.eval.evaluation import check_n_samples
 from engine.runs.checkpoint import Checkpoint, read_checkpoint, results_folder
@@ -41,9 +41,6 @@ class HellaSwagConfig:
     n_samples: Draws = 0
     device: str = "auto"  # cpu | cuda | cuda:1 | mps | auto
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
-
-    def __post_init__(self):
-        check_options(self)
 
 
 Item = tuple[str, list[str], int]  # context, four endings with their spaces, index of the true one

@@ -21,7 +21,7 @@ from typing import Annotated
 
 from engine.base.errors import UserError, run_main
 from engine.base.files import check_writable
-from engine.base.options import check_options, load_config
+from engine.base.options import load_config
 from engine.data.tokenizer import incremental_decoder
 from engine.eval.generation import compile_step
 from engine.eval.report import write_page
@@ -56,7 +56,6 @@ class SampleConfig:
     compile: bool = False
 
     def __post_init__(self):
-        check_options(self)
         for option in ("html", "jsonl"):
             path = Path(getattr(self, option))
             if path == Path():

@@ -31,7 +31,6 @@ from engine.base.options import (
     NonNegativeInt,
     PositiveInt,
     Seed,
-    check_options,
     load_config,
 )
 from engine.base.sharding import clip_gradients
@@ -118,7 +117,6 @@ class TrainConfig:
     compile: bool = torch.cuda.is_available()
 
     def __post_init__(self):
-        check_options(self)
         if self.sharding == "fsdp" and self.dtype == "float16":
             raise UserError(
                 "dtype = 'float16' needs a loss scale, which sharding does not support; "

@@ -31,7 +31,7 @@ from typing import Annotated
 
 from engine.base.errors import Diverged, UserError, run_main
 from engine.base.files import new_folder, read_json, read_json_lines, write_text
-from engine.base.options import check_options, load_config
+from engine.base.options import load_config
 from study.logs import DISTILLED
 from study.variants import AVERAGED, KNOBS, SEEDS, STUDIES
 
@@ -49,9 +49,6 @@ class StudyConfig:
     rows: str = ""  # only these variants, separated by commas: "bayes,sigmoid_taught"
     # runs at the same time, each with its share of the processors
     jobs: Annotated[int, ">= 1", "<= 64"] = 1
-
-    def __post_init__(self):
-        check_options(self)
 
 
 class Scripts:

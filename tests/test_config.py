@@ -12,7 +12,6 @@ import pytest
 from engine.base.options import (
     PositiveInt,
     build,
-    check_options,
     flat_fields,
     flatten,
     load_config,
@@ -37,9 +36,6 @@ class Inner:
     size: PositiveInt = 3  # how big
     rate: Annotated[float, ">= -1"] | Literal["auto"] = "auto"  # a number or a word
     colour: Literal["red", "blue"] = "red"  # one of two
-
-    def __post_init__(self):
-        check_options(self)
 
 
 @dataclass(frozen=True)

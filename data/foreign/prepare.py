@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.base.errors import UserError, run_main
 from engine.base.files import DATA_ROOT, sha256_of, write_json
-from engine.base.options import PositiveInt, check_options, load_config
+from engine.base.options import PositiveInt, load_config
 from engine.data.sources import find
 from engine.data.tokenizer import load_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
@@ -33,14 +33,9 @@ class Options:
     tokens: PositiveInt = 100_000  # of each text, at most
     folder: str = ""  # where to write the data sets; empty: data/foreign
 
-    def __post_init__(self):
-        check_options(self)
-
 
 def main() -> None:
     options, _ = load_config(Options, sys.argv[1:])
-    if not options.dataset:
-        raise UserError("give --dataset=NAME, the data set of the model to test")
     if not options.dataset:
         raise UserError("give --dataset=NAME, the data set of the model to test")
     file = TokenFile(options.dataset, "test")

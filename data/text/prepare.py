@@ -40,7 +40,6 @@ class Options(corpus.Options):
     name: str = "mytext"  # the data set's name: data/<name>/
 
     def __post_init__(self):
-        super().__post_init__()
         is_plain = Path(self.name).name == self.name not in ("", "..")
         if not is_plain or (corpus.DATA_ROOT / self.name / "prepare.py").is_file():
             advice = "give a plain name other than those of the folders with a prepare.py"

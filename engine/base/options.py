@@ -7,9 +7,6 @@
         beta1: Annotated[float, ">= 0", "< 1"] = 0.9  # AdamW's decay of the gradient's average
         model: GPTConfig = GPTConfig()  # nested options have flat names: --n_layer=6
 
-        def __post_init__(self):
-            check_options(self)
-
     config, given = load_config(TrainConfig, sys.argv[1:])  # config/a.py --n_layer=6 --compile
 
 A config file is ordinary Python. It runs in its own namespace, and the plain values in that are
@@ -118,7 +115,9 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
             arguments[name] = build(kind, values)
         elif name in values:
             arguments[name] = _checked({name: kind}, name, values[name], "options: ")
-    return cls(**arguments)
+    options = cls(**arguments)
+    check_options(options)
+    return options
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from engine.base.errors import UserError, run_main, warn
 from engine.base.files import DATA_ROOT, check_writable, exclusive_lock, sha256_of
-from engine.base.options import PositiveInt, check_options, load_config
+from engine.base.options import PositiveInt, load_config
 from engine.data import shards
 from engine.data.sources import Source, find, hub, list_files
 from engine.data.splits import Corpus, Position, in_memory, walk
@@ -62,9 +62,6 @@ class Options:
     errors: Literal["strict", "replace", "ignore"] = "strict"
     encoding: str = ""  # of the source's text; empty: UTF-8, or what a byte-order mark says
     folder: str = ""  # where to write the token files; empty: data/<name>
-
-    def __post_init__(self):
-        check_options(self)
 
 
 def main(options_class: type, corpus: Callable[[Any], Corpus]) -> None:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from engine.base.distributed import Processes, autocast
 from engine.base.errors import UserError
-from engine.base.options import Draws, NonNegativeInt, PositiveInt, check_options
+from engine.base.options import Draws, NonNegativeInt, PositiveInt
 from engine.data.shards import splits_in
 from engine.data.tokenizer import has_tokenizer, load_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
@@ -48,7 +48,6 @@ class EvaluationConfig:
     dtype: str = "float32"  # float32 | bfloat16 | float16 | auto
 
     def __post_init__(self):
-        check_options(self)
         if self.mc_dropout and self.n_samples < 1:
             raise UserError("mc_dropout averages passes; add --n_samples=16, for example")
 
