@@ -46,9 +46,8 @@ class EvaluateConfig:
 
     @property
     def sources(self) -> list[str]:
-        """The runs and ensembles, each once."""
-        names = [name.rstrip("/") for name in self.out_dir.split(",")]
-        return list(dict.fromkeys(filter(None, names)))
+        """The runs and ensembles."""
+        return [name.rstrip("/") for name in self.out_dir.split(",") if name]
 
     @property
     def report_folder(self) -> Path:

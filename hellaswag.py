@@ -12,14 +12,13 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from engine.base.distributed import autocast, pick_device
 from engine.base.errors import UserError, run_main
 from engine.base.files import DATA_ROOT, check_writable, write_json
-from engine.base.options import Draws, PositiveInt, load_config
+from engine.base.options import Draws, NonNegativeInt, PositiveInt, load_config
 from engine.eval.endings import score_endings
 from engine.eval.evaluation import check_n_samples
 from engine.runs.checkpoint import Checkpoint, read_checkpoint, results_folder
@@ -34,8 +33,8 @@ class HellaSwagConfig:
     out_dir: str = "out"
     results: str = ""  # folder for hellaswag.json; default: that of the run, out/gpt2* for GPT-2
     source: str = ""  # the items, a JSONL file; default: those in data/hellaswag
-    # only the first items (3,243 are from ActivityNet, then 6,799 from WikiHow)
-    limit: PositiveInt | Literal["all"] = "all"
+    # only the first items (3,243 are from ActivityNet, then 6,799 from WikiHow); 0: all
+    limit: NonNegativeInt = 0
     batch_size: PositiveInt = 16  # items at a time: speed and memory
     # Bayesian: posterior draws averaged per prediction; 0: the mean weights; -1: all, not sampled
     n_samples: Draws = 0
@@ -95,8 +94,7 @@ def read_items(config: HellaSwagConfig) -> list[Item]:
     if not lines:
         raise UserError(f"{path} has no items; it must have a JSON object on each line")
     items = []
-    n = len(lines) if config.limit == "all" else config.limit
-    for number, line in enumerate(lines[:n], 1):
+    for number, line in enumerate(lines[: config.limit or None], 1):
         try:
             items.append(item_of(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:

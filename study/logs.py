@@ -84,9 +84,9 @@ def read(study: Path) -> dict[str, Variant]:
                     numbers |= flat(ood["auroc"], f"{Path(ood['dataset']).name}_")
         records = read_records(folder / "metrics.jsonl")
         curve = validation_curve(records)
-        if curve and name in found:
+        if curve:
             found[name].curves[seed] = curve
-            if seed in found[name].seeds and "seconds" in records[-1]:
+            if "seconds" in records[-1]:
                 found[name].seeds[seed]["training_seconds"] = records[-1]["seconds"]
     softmax = found.get("softmax", Variant("")).seeds
     for name, variant in found.items():
@@ -105,10 +105,9 @@ def read(study: Path) -> dict[str, Variant]:
 def runs_of(study: Path) -> list[tuple[str, int, Path]]:
     """The runs in order: variant, seed, folder."""
     runs = []
-    for folder in study.glob("*-seed*"):
-        name, _, seed = folder.name.rpartition("-seed")
-        if seed.isdigit():
-            runs.append((name, int(seed), folder))
+    for path in study.glob("*-seed*/eval_test.json"):
+        name, _, seed = path.parent.name.rpartition("-seed")
+        runs.append((name, int(seed), path.parent))
     return sorted(runs, key=lambda run: (place(run[0]), run[1]))
 
 

@@ -59,8 +59,5 @@ def summary_figure(variants: dict[str, Variant]) -> Figure:
 
 def family(name: str) -> int:
     """The index of a variant's colour: the last name in DRAWN with which its own name begins."""
-    found = len(DRAWN)
-    for i, drawn in enumerate(DRAWN):
-        if name.startswith(drawn):
-            found = i
-    return found
+    found = [i for i, drawn in enumerate(DRAWN) if name.startswith(drawn)]
+    return found[-1] if found else len(DRAWN)

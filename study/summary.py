@@ -27,18 +27,14 @@ PAGES = [ROOT / "README.md", *sorted(LOGS.rglob("README.md")), *sorted(ROOT.glob
 MARKED = re.compile(r"(<!-- table: ([^\n]*?) -->).*?(<!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
 RANKED = {name: head for name, head in NAMES.items() if name != "nll"}
 # kind of table -> number -> head of its column: format, ± if the deviation over seeds is shown
+SUMMARY = {
+    "perplexity": "perplexity: .2f",
+    "ratio": "vs softmax: .3f ±",
+    "ece": "ECE: .4f ±",
+}
 SHORT = {  # only the variants of DRAWN, under labels without options
-    "brief": {
-        "perplexity": "perplexity: .2f",
-        "ratio": "vs softmax: .3f",
-        "ece": "ECE: .4f",
-        "training_seconds": "training (s): .0f",
-    },
-    "summary": {
-        "perplexity": "perplexity: .2f",
-        "ratio": "vs softmax: .3f ±",
-        "ece": "ECE: .4f ±",
-    },
+    "summary": SUMMARY,
+    "brief": SUMMARY | {"training_seconds": "training (s): .0f"},
 }
 COLUMNS = {
     "prediction": {

@@ -121,7 +121,7 @@ def test_a_line_that_is_no_item_is_named(line, tmp_path):
     [
         ({"out_dir": ".", "source": "none.jsonl"}, "curl"),
         ({"out_dir": ".", "source": "empty.jsonl"}, "empty.jsonl"),
-        ({"out_dir": ".", "limit": 0}, "limit"),
+        ({"out_dir": ".", "limit": -1}, "limit"),
     ],
 )
 def test_mistakes_end_in_one_line(options, word, tmp_path):

@@ -113,13 +113,12 @@ class Evaluator:
         if config.better:
             check_tokenizer(members_of(config.better)[0], dataset_folder(self.dataset))
             self.better, _ = load(config.better)
-            for name in ("vocab_size", "block_size"):
-                ours, theirs = (getattr(m.config, name) for m in (self.model, self.better))
-                if theirs < ours or (name == "vocab_size" and theirs != ours):
-                    raise UserError(
-                        f"{config.better} has {name} = {theirs}, {self.source} has {ours}; "
-                        "give another --better"
-                    )
+            ours, theirs = self.model.config, self.better.config
+            if theirs.vocab_size != ours.vocab_size or theirs.block_size < ours.block_size:
+                raise UserError(
+                    f"{config.better} has another vocab_size or a smaller block_size than "
+                    f"{self.source}; give another --better"
+                )
 
     def _split(self, dataset, split=""):
         for member in self.members:

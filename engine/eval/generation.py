@@ -38,8 +38,7 @@ def draw(
     total = cumulative[:, -1:]
     if top_p < 1:  # keep the token that crosses top_p, so at least one
         n_below = (cumulative < top_p).sum(-1, keepdim=True)
-        last = cumulative.size(-1) - 1
-        last_kept = n_below.clamp(max=last)
+        last_kept = n_below.clamp(max=cumulative.size(-1) - 1)
         total = cumulative.gather(-1, last_kept)
     u = torch.rand(len(cumulative), 1, dtype=dtype, device=cumulative.device)
     # the first sum above: never a token of probability 0

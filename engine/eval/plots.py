@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 
 from engine.base.files import atomic_write
 
-# Okabe and Ito's colours for the colour-blind, without the pale yellow. Dashes and markers vary
-# too; 7, 4 and 3 have no common divisor, so 84 runs look different.
+# Okabe and Ito's colours for the colour-blind, without the pale yellow; dashes and markers vary too
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 DASHES = ("-", "--", "-.", (0, (1, 1.5)))
 MARKERS = ("o", "s", "^")
-LOOKS = cycler(color=COLOURS * 12) + cycler(linestyle=DASHES * 21) + cycler(marker=MARKERS * 28)
+LOOKS = cycler(color=COLOURS, linestyle=(DASHES * 2)[:7], marker=(MARKERS * 3)[:7])
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,

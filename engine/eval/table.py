@@ -74,8 +74,7 @@ def tables(rows: dict[str, dict], scores: dict[str, Scores]) -> list[Table]:
     first_nll = rows[first]["nll"]
     for name, row in rows.items():
         numbers[name]["vs_first"] = exp(row["nll"] - first_nll)
-        same_units = row["n_units"] == rows[first]["n_units"]
-        if name != first and "nll_se" in row and same_units:
+        if name != first and "nll_se" in row:
             numbers[name]["vs_first_se"] = ratio_se(scores[name], scores[first])
     nll = rows[first]["unigram_nll"]
     unigram = {

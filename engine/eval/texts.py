@@ -1,7 +1,5 @@
 """Count the bytes, words and documents of a split while it is read; find the first document."""
 
-import codecs
-
 import numpy as np
 from torch import Tensor
 
@@ -16,6 +14,8 @@ SEARCHED = 1 << 16  # the first document is searched for in the first tokens of 
 class TextStats:
     """Counts the bytes, words and documents of the tokens given to read(), in order.
 
+    White space separates words, as in WikiText's word counts.
+
     unit: what the bootstrap resamples. By default documents. If the split has few documents,
     stretches of STRETCH tokens; neighbouring stretches depend on each other, so the standard error
     is then too small. If only a part of the split is read, windows."""
@@ -29,41 +29,37 @@ class TextStats:
     ):
         """frequencies: (V,), of the training text. part: only a part of the split is read."""
         self.log_frequencies = frequencies.log()
-        self.eot = tokenizer.eot
+        self.eot = -1 if tokenizer.eot is None else tokenizer.eot
         self.pieces = dict(enumerate(tokenizer.token_bytes()))
         self.pieces[self.eot] = b"\n"  # ends a word
         self.unit = "document" if n_documents >= FEW_DOCUMENTS else "stretch"
         if part:
             self.unit = "window"
-        self.n_bytes = 0
-        self.n_words = 0
+        self.text = bytearray()
         self.n_documents = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._within_word = False
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.text) - self.n_documents
+
+    @property
+    def n_words(self) -> int:
+        return len(self.text.decode(errors="replace").split())
 
     def read(self, at: Tensor, ids: Tensor) -> Tensor:
         """Count the next tokens: positions and ids (B, T) -> the number of each token's unit.
 
         An end-of-text token belongs to the document that it ends."""
-        self._count_text(ids.flatten().tolist())
+        pieces = [self.pieces.get(i, b"") for i in ids.flatten().tolist()]
+        self.text += b"".join(pieces)
+        ends = (ids.flatten() == self.eot).long()
+        documents = self.n_documents + ends.cumsum(0) - ends
+        self.n_documents += int(ends.sum())
         if self.unit == "stretch":
             return at // STRETCH
         if self.unit == "window":
             return at[:, :1].expand_as(at)
-        ends = (ids.flatten() == self.eot).long()
-        documents = self.n_documents + ends.cumsum(0) - ends
-        self.n_documents += int(ends.sum())
         return documents.view_as(ids)
-
-    def _count_text(self, ids):
-        """White space separates words, as in WikiText's word counts."""
-        data = b"".join(self.pieces.get(i, b"") for i in ids)
-        self.n_bytes += len(data) - ids.count(self.eot)
-        text = self._decoder.decode(data)
-        if text:
-            continues = self._within_word and not text[0].isspace()
-            self.n_words += len(text.split()) - continues
-            self._within_word = not text[-1].isspace()
 
 
 def first_document(file: TokenFile, eot: int | None, n_tokens: int) -> np.ndarray:
