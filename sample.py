@@ -17,11 +17,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 from engine.base.errors import UserError, run_main
 from engine.base.files import check_writable
-from engine.base.options import load_config
+from engine.base.options import PositiveInt, load_config
 from engine.data.tokenizer import incremental_decoder
 from engine.eval.generation import compile_step
 from engine.eval.report import write_page
@@ -43,7 +42,7 @@ class SampleConfig:
     # ask for prompts; an empty one continues the last text, Ctrl-C ends a text, Ctrl-D the program
     interactive: bool = False
     # continuations of each prompt; --interactive shows one
-    num_samples: Annotated[int, ">= 1", "<= 1e6"] = 10
+    num_samples: PositiveInt = 10
     sampling: Sampling = Sampling()
     # colour tokens by total uncertainty; with --jsonl, write the scores of each token
     show_uncertainty: bool = False

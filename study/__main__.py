@@ -27,11 +27,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 from engine.base.errors import Diverged, UserError, run_main
 from engine.base.files import new_folder, read_json, read_json_lines, write_text
-from engine.base.options import load_config
+from engine.base.options import PositiveInt, load_config
 from study.logs import DISTILLED
 from study.variants import AVERAGED, KNOBS, SEEDS, STUDIES
 
@@ -48,7 +47,7 @@ class StudyConfig:
     studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2,foreign_8k,foreign_8k_tenth"
     rows: str = ""  # only these variants, separated by commas: "bayes,sigmoid_taught"
     # runs at the same time, each with its share of the processors
-    jobs: Annotated[int, ">= 1", "<= 64"] = 1
+    jobs: PositiveInt = 1
 
 
 class Scripts:

@@ -67,6 +67,21 @@ class Study:
         return SEEDS[: self.n_seeds if variant in MAIN else 1]
 
 
+def foreign(name: str, *flags: str) -> Study:
+    """A study's runs on foreign texts; flags: of the better softmax run."""
+    return Study(
+        f"train_{name}",
+        name,
+        ",".join(f"foreign/{text}" for text in FOREIGN),
+        MAIN,
+        tuned_as=name,
+        n_seeds=3,
+        fitted=("softmax", "bayes", "sigmoid"),
+        better=("foreign_8k", flags),
+        limit=400,
+    )
+
+
 STUDIES = {
     "wikitext2_8k": Study(
         "train_wikitext2_8k",
@@ -98,27 +113,7 @@ STUDIES = {
         n_seeds=3,
     ),
     "wikitext2": Study("train_gpt2_wikitext2_cpu", "wikitext2", "sotu"),
-    "foreign_8k": Study(
-        "train_wikitext2_8k",
-        "wikitext2_8k",
-        ",".join(f"foreign/{name}" for name in FOREIGN),
-        MAIN,
-        tuned_as="wikitext2_8k",
-        n_seeds=3,
-        fitted=("softmax", "bayes", "sigmoid"),
-        better=("foreign_8k", ("--learning_rate=0.002", "--max_iters=2632")),
-        limit=400,
-    ),
-    "foreign_8k_tenth": Study(
-        "train_wikitext2_8k_tenth",
-        "wikitext2_8k_tenth",
-        ",".join(f"foreign/{name}" for name in FOREIGN),
-        MAIN,
-        tuned_as="wikitext2_8k_tenth",
-        n_seeds=3,
-        fitted=("softmax", "bayes", "sigmoid"),
-        better=("foreign_8k", ("--learning_rate=0.002",)),
-        limit=400,
-    ),
+    "foreign_8k": foreign("wikitext2_8k", "--learning_rate=0.002", "--max_iters=2632"),
+    "foreign_8k_tenth": foreign("wikitext2_8k_tenth", "--learning_rate=0.002"),
     "wikitext_100m": Study("train_gpt2_wikitext_100m", "wikitext", "sotu"),  # for a GPU
 }

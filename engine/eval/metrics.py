@@ -171,8 +171,8 @@ def out_of_domain(in_domain: Scores, ood: Scores) -> dict:
         "nll": ood.mean("nll"),
         "auroc": {},
     }
-    found = ood.uncertainties() | {"nll": ood.columns["nll"]}
-    usual = in_domain.uncertainties() | {"nll": in_domain.columns["nll"]}
+    texts = (in_domain, ood)
+    usual, found = (text.uncertainties() | {"nll": text.columns["nll"]} for text in texts)
     for name, values in found.items():
         by_block = auroc(in_domain.block_means(usual[name]), ood.block_means(values))
         result["auroc"][name] = {"token": auroc(usual[name], values), "block": by_block}

@@ -21,6 +21,7 @@ from engine.base.options import (
     Draws,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveInt,
     Seed,
     check_options,
     flat_fields,
@@ -37,7 +38,7 @@ from heads import Prediction
 class Sampling:
     """How to continue a text, and where to end it."""
 
-    max_new_tokens: Annotated[int, ">= 1", "<= 1e6"] = 500  # length of each continuation, at most
+    max_new_tokens: PositiveInt = 500  # length of each continuation, at most
     # below 1: more predictable, above 1: more varied, 0: always the likeliest token
     temperature: NonNegativeFloat = 0.8
     top_k: NonNegativeInt = 200  # draw from the k likeliest tokens; 0: from all
