@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from torch.distributions import MultivariateNormal, kl_divergence
+from torch.distributions import Categorical, MultivariateNormal, kl_divergence
 
 from engine.base.options import load_config
 from engine.data.tokens import TokenFile
@@ -107,6 +107,16 @@ def test_averages_agree_with_draws_of_whole_matrices(n_samples):
     expected = logits.softmax(1).mean(0).T
     found = head.log_probs(x, n_samples).exp().double()
     assert (found - expected).abs().max() < 0.03
+
+
+def test_epistemic_uncertainty_is_the_mutual_information_under_the_exact_posterior():
+    head, x = kron_head(), torch.randn(3, C)
+    head.weights.log_std.data -= 2.5
+    torch.manual_seed(1)
+    logits = as_normal(head).sample((20000,)).view(-1, V, C) @ x.double().T
+    draws = Categorical(probs=logits.softmax(1).transpose(1, 2))
+    expected = Categorical(draws.probs.mean(0)).entropy() - draws.entropy().mean(0)
+    assert_close_in_norm(head.predict(x).epistemic.double(), expected, 0.1)
 
 
 @pytest.mark.parametrize("n_embd", [C, 1600])
