@@ -73,7 +73,10 @@ class Evaluator:
         self.model, dataset = load(source)
         self.models = getattr(self.model, "members", [self.model])
         if config.mc_dropout:
-            self._drop_out()
+            if not all(model.config.dropout for model in self.models):
+                raise UserError(f"{source} was not trained with dropout; leave --mc_dropout out")
+            for model in self.models:
+                model.mc_dropout = True
         draws = self.model.bayes_layers() or config.mc_dropout
         self.n_samples = config.n_samples if draws else 0
         check_n_samples(self.model, self.n_samples, source)
@@ -88,14 +91,6 @@ class Evaluator:
         if self.dataset is None:
             raise UserError(f"{source} does not name its data set; add --dataset=NAME")
         self._open_texts()
-
-    def _drop_out(self):
-        for model in self.models:
-            if not model.config.dropout:
-                raise UserError(
-                    f"{self.source} was not trained with dropout; leave --mc_dropout out"
-                )
-            model.mc_dropout = True
 
     def _open_texts(self):
         config = self.config

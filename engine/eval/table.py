@@ -101,10 +101,7 @@ def ood_results(row: dict) -> list[dict]:
 
 def comparable(rows: dict[str, dict]) -> bool:
     """Whether all runs predicted the same tokens of the same text."""
-    texts = set()
-    for row in rows.values():
-        text = row["sha256"], str(row["tokenizer"]), row["n_tokens"]
-        texts.add(text)
+    texts = {(row["sha256"], str(row["tokenizer"]), row["n_tokens"]) for row in rows.values()}
     return len(texts) == 1
 
 
