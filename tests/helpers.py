@@ -24,7 +24,7 @@ from engine.base.errors import UserError
 from engine.base.files import read_json, read_json_lines
 from engine.base.options import load_config
 from engine.data.splits import Corpus, in_memory
-from engine.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from engine.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, save_tokenizer
 from engine.data.tokens import TokenFile
 from engine.data.windows import Windows, windows
 from engine.data.writer import install, tokenise
@@ -101,7 +101,9 @@ def write_dataset(
     """Write a data set of these documents like the prepare scripts; returns its meta.json."""
     work = Path(folder) / ".preparing-0"
     corpus = Corpus(in_memory({split: list(documents) for split, documents in splits.items()}))
-    tokenise(corpus, tokenizer, work, shard_tokens, n_threads=1, about={})
+    work.mkdir(parents=True)
+    save_tokenizer(tokenizer, work)
+    tokenise(corpus, work, shard_tokens, n_threads=1, about={})
     install(work, Path(folder))
     return read_json(Path(folder) / "meta.json")
 

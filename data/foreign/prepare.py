@@ -17,10 +17,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.base.errors import UserError, run_main
-from engine.base.files import DATA_ROOT, sha256_of, write_json
+from engine.base.files import DATA_ROOT, sha256_of
 from engine.base.options import PositiveInt, load_config
 from engine.data.sources import find
-from engine.data.tokenizer import load_tokenizer
+from engine.data.tokenizer import load_tokenizer, save_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
 
 N_CHARACTERS = 20  # to read for each token
@@ -58,10 +58,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         numbers.astype(file.dtype).tofile(folder / "test.bin")
         about = {"tokens": len(numbers), "documents": 1, "sha256": sha256_of(folder / "test.bin")}
-        meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
-        meta |= {"dtype": file.dtype.name, "splits": {"test": about}}
-        tokenizer.save(folder)
-        write_json(folder / "meta.json", meta)
+        save_tokenizer(tokenizer, folder, dtype=file.dtype.name, splits={"test": about})
         print(f"{folder}, test: {len(numbers):,} tokens")
     print(f"evaluate.py --ood_dataset={','.join(f'{root.name}/{name}' for name in ids)}")
 

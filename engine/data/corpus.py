@@ -31,6 +31,7 @@ from engine.data.tokenizer import (
     has_tokenizer,
     load_tokenizer,
     read_meta,
+    save_tokenizer,
 )
 from engine.data.writer import OURS, install, read_journal, tokenise
 
@@ -67,7 +68,7 @@ class Options:
 def main(options_class: type, corpus: Callable[[Any], Corpus]) -> None:
     """Run a prepare script. options_class.name: the data set's folder in data/."""
 
-    def run() -> None:
+    def run():
         options, _ = load_config(options_class, sys.argv[1:])
         prepare(options, options.name, lambda: corpus(options))
 
@@ -142,10 +143,12 @@ def _key(options, name):
 
 def _write(options, corpus, work, about):
     """Write all files into the work folder, ready to install."""
-    is_resumed = (work / "meta.json").is_file()
-    tokenizer = load_tokenizer(work) if is_resumed else make_tokenizer(options, corpus)
+    if not (work / "meta.json").is_file():  # written last: the tokenizer is complete
+        tokenizer = make_tokenizer(options, corpus)
+        work.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(tokenizer, work)
     n_threads = options.num_proc or os.cpu_count() or 1
-    tokenise(corpus, tokenizer, work, options.shard_tokens, n_threads, about)
+    tokenise(corpus, work, options.shard_tokens, n_threads, about)
 
 
 def make_tokenizer(options: Options, corpus: Corpus) -> Tokenizer:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.base.errors import UserError, warn
-from engine.base.files import read_json
+from engine.base.files import read_json, write_json
 from engine.data.gpt2_bpe import BYTES, GPT2Tokenizer, to_bytes
 
 KINDS = ("gpt2", "bpe", "char", "byte")
@@ -194,7 +194,7 @@ def incremental_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
     token_bytes = token_bytes_of(tokenizer)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def decode(token: int) -> str:
+    def decode(token):
         return END_OF_TEXT if token == tokenizer.eot else decoder.decode(token_bytes[token])
 
     return decode
@@ -224,6 +224,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         warn(f"the text of {folder}'s tokens is unknown: ignore counts of words and bytes")
         return IdTokenizer(map(str, range(meta["vocab_size"])))
     raise UserError(f"{folder} names an unknown tokenizer {kind!r}; known: {', '.join(KINDS)}")
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, **more) -> None:
+    """Write a tokenizer's files, then the meta.json that names it. more: its other entries."""
+    tokenizer.save(folder)
+    meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
+    write_json(folder / "meta.json", meta | more)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -61,13 +61,13 @@ def encode_all(
     other."""
     local = threading.local()
 
-    def load() -> None:
+    def load():
         local.tokenizer = load_tokenizer(folder)
 
-    def encode_batch(batch: dict[str, list]) -> dict[str, Encoded]:
+    def encode_batch(batch):
         return {split: encode(local.tokenizer, pieces) for split, pieces in batch.items()}
 
-    def batches() -> Iterator[tuple[Position, dict[str, list]]]:
+    def batches():
         batch, size, position = {}, 0, start
         for split, text, is_start, position in walk(corpus, start):
             batch.setdefault(split, []).append((text, is_start))
@@ -155,7 +155,6 @@ def shard_name(split: str, i: int) -> str:
 
 def tokenise(
     corpus: Corpus,
-    tokenizer: Tokenizer,
     work: Path,
     shard_tokens: int,
     n_threads: int,
@@ -163,12 +162,8 @@ def tokenise(
 ) -> None:
     """Write the files of a corpus into the work folder. The journal ends with their meta.json.
 
-    about: further entries of meta.json, such as the source."""
-    meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
-    if not (work / "meta.json").is_file():  # written last: the tokenizer is complete
-        work.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(work)
-        write_json(work / "meta.json", meta)
+    The folder holds the tokenizer. about: further entries of meta.json, such as the source."""
+    tokenizer = load_tokenizer(work)
     sources = [source.name for _, source in corpus.sources]
     journal = read_journal(work)
     if journal.get("sources", sources) != sources:
@@ -191,9 +186,10 @@ def tokenise(
             write_json(work / "journal.json", journal)
             n_tokens = sum(about["tokens"] for about in splits.values())
             print(f"{n_tokens:,} tokens; the same command continues from here")
+    meta = read_json(work / "meta.json") | about
     meta["dtype"] = dtype_of(tokenizer).name
     meta["splits"] = {split: writer.finish() for split, writer in writers.items()}
-    write_json(work / "journal.json", {"meta": meta | about})
+    write_json(work / "journal.json", {"meta": meta})
 
 
 def read_journal(work: Path) -> dict:

@@ -19,7 +19,7 @@ import torch
 from engine.base.errors import UserError
 from engine.base.files import write_json
 from engine.data.gpt2_bpe import STAND_INS
-from engine.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, byte_level
+from engine.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, byte_level, save_tokenizer
 from engine.gpt2.loading import CONV1D, FIXED, WEIGHTS, load_state
 from heads import HeadConfig
 from model import GPT
@@ -97,11 +97,7 @@ def write_model(folder: Path, gpt2: GPT, eot: int | None) -> None:
 
     tensors = transformers_tensors(gpt2)
     shape = gpt2.config
-    special_ids = {
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "pad_token_id": eot,
-    }
+    special_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
     config = {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
@@ -111,9 +107,7 @@ def write_model(folder: Path, gpt2: GPT, eot: int | None) -> None:
         "n_positions": shape.block_size,
         "n_ctx": shape.block_size,  # the same, for llama.cpp
         "vocab_size": shape.vocab_size,
-        "embd_pdrop": shape.dropout,
-        "attn_pdrop": shape.dropout,
-        "resid_pdrop": shape.dropout,
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), shape.dropout),
         **special_ids,
         "tie_word_embeddings": "lm_head.weight" not in tensors,
     }
@@ -140,12 +134,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
     if tokenizer.kind != "none":
         transformers_tokenizer(tokenizer).save(str(folder / BPETokenizer.file))
     write_json(folder / "tokenizer_config.json", config)
-    tokenizer.save(folder)
-    meta = {
-        "tokenizer": tokenizer.describe(),
-        "vocab_size": tokenizer.vocab_size,
-    }
-    write_json(folder / "meta.json", meta)
+    save_tokenizer(tokenizer, folder)
 
 
 def transformers_tokenizer(tokenizer: Tokenizer):
