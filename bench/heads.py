@@ -44,22 +44,11 @@ OURS = {
 }
 CASES = ["plain", "plain_bf16", "dense_bce", "torchbnn"]
 CASES += [*OURS, *(f"{name}_bf16" for name in OURS)]
-SHAPES = {
-    "small": {
-        "n_tokens": 2048,
-        "n_embd": 256,
-        "vocab_size": 50304,
-    },
-    "gpu": {
-        "n_tokens": 32768,
-        "n_embd": 768,
-        "vocab_size": 50304,
-    },
-    "quick": {
-        "n_tokens": 512,
-        "n_embd": 8,
-        "vocab_size": 5003,
-    },
+SHAPE = ("n_tokens", "n_embd", "vocab_size")
+SIZES = {
+    "small": (2048, 256, 50304),
+    "gpu": (32768, 768, 50304),
+    "quick": (512, 8, 5003),
 }
 
 
@@ -79,7 +68,7 @@ def prepare(case: str, n_tokens: int, n_embd: int, vocab_size: int) -> Callable[
     dtype = "bfloat16" if case.endswith("_bf16") else "float32"
     cast, _ = autocast(device, dtype)
 
-    def step() -> None:
+    def step():
         with cast:
             loss = loss_of(x, targets)
         loss.backward()
@@ -122,7 +111,7 @@ def dense_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     args = measure.arguments(__doc__, ("small", "gpu"), CASES)
-    shapes = SHAPES[args.scale]
+    shapes = dict(zip(SHAPE, SIZES[args.scale], strict=True))
     names = ["plain", *(args.cases or CASES)]
     cases = {name: prepare(name, **shapes) for name in names}
     measure.compare("heads", cases, args.rounds, shapes)

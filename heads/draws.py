@@ -80,7 +80,7 @@ def _average(likelihood, mean, std, noise, entropies):
         if centred.amin() - 2 * reach > LOWEST_LOG_P:
             return _average_of_numbers(likelihood, centred, std, noise, entropies)
 
-    def components() -> Iterator[WeightedPrediction]:
+    def components():
         for eps in noise:
             logits = torch.addcmul(mean, std, eps)
             log_probs = likelihood.log_probs(logits)

@@ -12,7 +12,7 @@ means the same for all. Shapes: x (B, T, C) hidden states, logits (B, T, V), tar
 labels are targets (B, T, K) with label_weights (B, T, K).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.base.errors import UserError
 from heads.config import HeadConfig
-from heads.draws import WeightedPrediction, draw_batches, entropy, mixture
+from heads.draws import draw_batches, entropy, mixture
 from heads.likelihoods import LIKELIHOODS, linear_fit
 from heads.linear_loss import LOGITS_BYTES_PRODUCT, linear_loss, plain_loss, rows_per_chunk
 from heads.weights import WEIGHTS, BayesLinear
@@ -264,7 +264,7 @@ class Head(nn.Module):
     ):
         """log of the mean p (..., V) of n_samples draws, and their mean entropy (...)."""
 
-        def components() -> Iterator[WeightedPrediction]:
+        def components():
             for i, x in enumerate(xs[:n_samples]):
                 # the last hidden states serve all remaining draws
                 is_last = i == len(xs) - 1

@@ -250,7 +250,7 @@ class _SumSoftplus(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(logits):
         e = torch.exp(-logits.abs())
         s = e / (2 + e)
         series = 1 / 13
@@ -261,13 +261,13 @@ class _SumSoftplus(torch.autograd.Function):
         return softplus.sum(-1), sigmoid
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx, inputs, output):
         _, sigmoid = output
         ctx.save_for_backward(sigmoid)
         ctx.mark_non_differentiable(sigmoid)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _) -> Tensor:
+    def backward(ctx, gradient, _):
         (sigmoid,) = ctx.saved_tensors
         return gradient.unsqueeze(-1) * sigmoid
 

@@ -178,7 +178,7 @@ class _LinearLoss(torch.autograd.Function):
 class _Sums:
     """The loss and its gradients, summed over the chunks so far."""
 
-    def __init__(self, likelihood, compiled: bool, with_grad: bool, given: Factors):
+    def __init__(self, likelihood, compiled, with_grad, given):
         self.likelihood = likelihood
         self.compiled = compiled
         self.with_grad = with_grad
@@ -216,7 +216,7 @@ class _Sums:
         dtype = torch.promote_types(t.dtype, torch.float32)
         return torch.zeros_like(t, dtype=dtype)
 
-    def add_chunk(self, rows: slice, targets: Tensor, label_weights: Tensor | None) -> None:
+    def add_chunk(self, rows, targets, label_weights):
         """Add the loss and the gradients of these rows; targets (n, K)."""
         x = self.x[rows]
         shift = None

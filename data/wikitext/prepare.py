@@ -83,7 +83,7 @@ def read_lines(options: Options, split: str) -> Iterator[str]:
 
 
 def wikitext(options: Options) -> Corpus:
-    def documents(split: str) -> Iterator[str]:
+    def documents(split):
         n = options.train_articles if split == "train" else 0
         return itertools.islice(articles(read_lines(options, split)), n or None)
 

@@ -76,7 +76,7 @@ def find(
     with commas, joined. separator: divides a text into documents. encoding: empty: UTF-8, or what a
     byte-order mark says."""
 
-    def pieces(path: str) -> Pieces:
+    def pieces(path):
         with one_line_errors(path):
             open_text = functools.partial(_open_text, path, errors, encoding)
             if format_of(path) in TEXT:

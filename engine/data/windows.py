@@ -51,7 +51,7 @@ def window_starts(
     n_full = (n - block_size) // stride + 1 if n >= block_size else 0
     n_taken = min(limit or n_full, n_full)
 
-    def starts_of(begin: int, end: int) -> np.ndarray:
+    def starts_of(begin, end):
         return np.arange(begin, end) * n_full // n_taken * stride
 
     first = 0
