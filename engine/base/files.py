@@ -1,6 +1,7 @@
 """Atomic writes, JSON, and locks."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -115,12 +116,10 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     The system releases the lock whenever the process ends."""
     with open(path, "a") as file:
         try:
-            import fcntl
-
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
-        except (ImportError, OSError) as error:  # Windows; a file system without locks
+        except OSError as error:  # a file system without locks
             warn(f"cannot lock {path} ({error}): another process could use this folder, too")
         is_current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         if not is_current:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 # a scheduler and torchrun may both pass on a signal: within this time it counts once
 ECHO_SECONDS = 1.0
 

@@ -41,22 +41,19 @@ def from_weights(config, old: Checkpoint, file: TokenFile, given: Set[str]) -> G
             f"only the means of the posterior of {old.source} are kept; "
             "--weights=bayes or --bayes_mlp keeps its standard deviations"
         )
+
+    def hidden_states():
+        blocks = states(model, file, POSITIONS, contextlib.nullcontext())
+        return torch.cat([hidden for hidden, _ in blocks])
+
     with torch.no_grad():
         if "lm_head.bias" in new:  # trained weights already know the token frequencies
             model.lm_head.bias.zero_()
-        shift = model.lm_head.convert_likelihood(
-            old.config.head, lambda: hidden_states(model, file)
-        )
+        shift = model.lm_head.convert_likelihood(old.config.head, hidden_states)
         if head.tie_head:  # the token embedding has shifted; the position embedding undoes it
             model.transformer.wpe.weight += shift
     model.init_posteriors(file.frequencies(model.config.vocab_size), only=new)
     return model
-
-
-def hidden_states(model: GPT, file: TokenFile) -> torch.Tensor:
-    """Hidden states (n, C) at about POSITIONS positions of a split."""
-    blocks = states(model, file, POSITIONS, contextlib.nullcontext())
-    return torch.cat([hidden for hidden, _ in blocks])
 
 
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:

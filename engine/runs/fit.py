@@ -49,8 +49,6 @@ def moments(model, file: TokenFile, processes, cast) -> tuple[torch.Tensor, torc
         x = hidden.cpu().double()
         x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
         sums += x.T @ x
-    if processes.world_size > 1:
-        sums = sums.to(processes.device)
     totals = processes.all_reduce(sums.flatten())
     sums = torch.tensor(totals, dtype=torch.float64).view(sums.shape)
     if not (sums.isfinite().all() and sums.trace() > sums[-1, -1]):

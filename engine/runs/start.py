@@ -202,6 +202,4 @@ def ending(config, progress) -> str:
         newest = checkpoint.list_checkpoints(path.parent)[-1] == path
         out_dir = shlex.quote(f"--out_dir={path.parent if newest else path}")
         return f"{best}: python sample.py {out_dir}"
-    if progress.step:  # the initial weights are the best
-        return f"{best}: training made it worse; try a lower --learning_rate"
     return best
