@@ -81,20 +81,19 @@ class Teacher:
         }
 
     @torch.no_grad()
-    def label(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The rows (n, 2, K) of all positions that the windows at `starts` label."""
+    def label(self, starts: np.ndarray, length: int) -> tuple[int, np.ndarray]:
+        """The first position that the windows at `starts` label, and the rows (n, 2, K) from it on.
+
+        All positions of the first window are labelled, and the last `stride` of each other one."""
+        first = self.block_size - self.stride if starts[0] else 0
         x, _ = gather(self.file, starts, length)
         rows = []
         with self.cast:
             for hidden in self.model.hidden(x.to(self.device)):  # (T, C), one window at a time
-                log_probs = self.model.lm_head.log_probs(hidden[self.first(starts) :])
+                log_probs = self.model.lm_head.log_probs(hidden[first:])
                 values, ids = log_probs[:, : self.n_ids].topk(self.options.k)
                 rows.append(pack(ids.cpu().numpy(), values.softmax(-1).cpu().numpy()))
-        return np.concatenate(rows)
-
-    def first(self, starts: np.ndarray) -> int:
-        """The first position in a window that is labelled: all of the first window's are."""
-        return self.block_size - self.stride if starts[0] else 0
+        return int(starts[0]) + first, np.concatenate(rows)
 
 
 def write_labels(teacher: Teacher) -> Path:
@@ -116,8 +115,9 @@ def write_labels(teacher: Teacher) -> Path:
             now_done = int(starts[-1]) // teacher.stride + 1
             if now_done <= done:
                 continue
-            output.seek(row_size * int(starts[0] + teacher.first(starts)))
-            output.write(teacher.label(starts, length).tobytes())
+            position, rows = teacher.label(starts, length)
+            output.seek(row_size * position)
+            output.write(rows.tobytes())
             output.flush()
             os.fsync(output.fileno())
             write_json(description, about | {"done": now_done})
