@@ -10,7 +10,6 @@ averages 16 posterior draws per token is compared with one that uses a single dr
 """
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from engine.base.distributed import autocast, pick_device
 from engine.eval.generation import compile_step, generate
 from heads import HeadConfig
 from model import GPT, GPTConfig
+
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": 0}
 
 
 def main() -> None:
@@ -41,12 +42,13 @@ def main() -> None:
     n_new = min(256, shape["block_size"] - n_prompt)
     for batch in (1, 8):
         idx = torch.randint(shape["vocab_size"], (batch, n_prompt), device=device)
+        prompt = {"inputs": idx, "attention_mask": torch.ones_like(idx), "max_new_tokens": n_new}
         cases = {
             "uncached": partial(write, softmax, idx, n_new, use_cache=False),
             "softmax": partial(write, softmax, idx, n_new),
             "bayes": partial(write, bayes, idx, n_new),
             "softmax_float32": partial(write, softmax, idx, n_new, dtype="float32"),
-            "transformers": transformers_text(theirs, idx, n_new),
+            "transformers": partial(theirs.generate, **prompt, **SAMPLED),
         }
         draws = {
             "bayes, draws: 1": partial(write, bayes, idx, n_new, n_samples=1),
@@ -72,21 +74,6 @@ def gpt(name: str, batch_size: int, **shape: int) -> GPT:
 def write(model: GPT, idx: torch.Tensor, n_new: int, dtype: str = "auto", **options) -> None:
     with autocast(idx.device, dtype)[0]:
         generate(model, idx, n_new, temperature=0.8, top_k=200, **options)
-
-
-def transformers_text(
-    model: torch.nn.Module, idx: torch.Tensor, n_new: int
-) -> Callable[[], object]:
-    return partial(
-        model.generate,
-        idx,
-        attention_mask=torch.ones_like(idx),
-        max_new_tokens=n_new,
-        do_sample=True,
-        temperature=0.8,
-        top_k=200,
-        pad_token_id=0,
-    )
 
 
 if __name__ == "__main__":

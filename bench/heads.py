@@ -27,20 +27,8 @@ OURS = {
     "softmax": {},
     "smooth": {"likelihood": "smooth"},
     "bayes": {"weights": "bayes"},
-    "bayes_full_sample": {
-        "weights": "bayes",
-        "posterior": "full",
-        "estimator": "sample",
-    },
     "sigmoid": {"likelihood": "sigmoid"},
-    "sigmoid_regularised": {
-        "likelihood": "sigmoid",
-        "sum_penalty": 1.0,
-    },
-    "bayes_sigmoid": {
-        "weights": "bayes",
-        "likelihood": "sigmoid",
-    },
+    "bayes_sigmoid": {"weights": "bayes", "likelihood": "sigmoid"},
 }
 CASES = ["plain", "plain_bf16", "dense_bce", "torchbnn"]
 CASES += [*OURS, *(f"{name}_bf16" for name in OURS)]

@@ -54,12 +54,6 @@ def peak_memory(case: Callable[[], object]) -> int:
     return max(size["Total Allocated"] for size in sizes)
 
 
-def memory_of(case: Callable[[], object]) -> int:
-    """The peak memory of a call plus the memory that the case holds between calls."""
-    held = case.held() if hasattr(case, "held") else 0
-    return held + peak_memory(case)
-
-
 def compare(
     bench: str, cases: Mapping[str, Callable[[], object]], rounds: int, shapes: Mapping[str, int]
 ) -> None:
@@ -69,7 +63,10 @@ def compare(
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     keep_memory()
     seconds = in_turns(cases, rounds)
-    memory = {name: memory_of(case) for name, case in cases.items()}
+    memory = {name: peak_memory(case) for name, case in cases.items()}
+    for name, case in cases.items():
+        if hasattr(case, "held"):  # what it keeps between calls
+            memory[name] += case.held()
     baseline = next(iter(cases))
     print(f"\n{bench}: ratios to {baseline}; {shapes}")
     for name, times in seconds.items():

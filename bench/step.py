@@ -12,7 +12,6 @@ eager fp32. All have fused AdamW and the malloc setting of training.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -64,32 +63,10 @@ class PlainGPT(torch.nn.Module):
         return self.head(self.backbone.hidden(idx), targets)
 
 
-@dataclass
-class Step:
-    """A training step on a fixed batch."""
-
-    model: torch.nn.Module
-    loss_of: Callable[[], torch.Tensor]
-    optimizer: torch.optim.Optimizer
-    dtype: str
-
-    def __call__(self) -> None:
-        with autocast(pick_device("auto"), self.dtype)[0]:
-            loss = self.loss_of()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def held(self) -> int:
-        """Bytes of the weights and the optimizer's state, which live between steps."""
-        tensors = list(self.model.parameters())
-        for state in self.optimizer.state.values():
-            tensors += state.values()
-        return sum(tensor.nbytes for tensor in tensors)
-
-
-def prepare(case: str, batch_size: int, **shape: int) -> Step:
+def prepare(case: str, batch_size: int, **shape: int) -> Callable[[], None]:
+    """Returns a function of one training step on a fixed batch. Its held() is the number of bytes
+    of the weights and the optimizer's state, which live between steps.
+    """
     torch.manual_seed(0)
     device = pick_device("auto")
     size = (2, batch_size, shape["block_size"])
@@ -108,8 +85,24 @@ def prepare(case: str, batch_size: int, **shape: int) -> Step:
     model.to(device)
     name = "muon" if case == "muon" else "adamw"
     optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1, name)
-    dtype = "float32" if case in USERS else "bfloat16"
-    return Step(model, loss_of, optimizer, dtype)
+    cast, _ = autocast(device, "float32" if case in USERS else "bfloat16")
+
+    def step():
+        with cast:
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def held():
+        tensors = list(model.parameters())
+        for state in optimizer.state.values():
+            tensors += state.values()
+        return sum(tensor.nbytes for tensor in tensors)
+
+    step.held = held
+    return step
 
 
 def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
