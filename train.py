@@ -35,14 +35,14 @@ from engine.base.options import (
 )
 from engine.base.sharding import clip_gradients
 from engine.data.batches import Batch, Batches
-from engine.data.labels import MODES
+from engine.data.labels import MODES, LabelFile
 from engine.data.tokens import TokenFile
 from engine.data.windows import eval_batches
 from engine.eval.validation import mean_loss
 from engine.runs.fit import fit_posterior
 from engine.runs.percentiles import measure, write_percentiles
 from engine.runs.saver import Saver
-from engine.runs.start import open_run, prepare_run, training_labels
+from engine.runs.start import open_run, prepare_run
 from model import GPT, GPTConfig
 
 MAX_SKIPPED = 25  # steps in a row; float16's loss scale falls from 65536 to 1 in 16 steps
@@ -159,10 +159,6 @@ class Progress:
             self.best_val_nll, self.best_step = scores["val_nll"], self.step
         return is_best
 
-    def is_stale(self, patience_steps: int) -> bool:
-        """Whether the best evaluation is at least this many steps ago; 0: never."""
-        return 0 < patience_steps <= self.step - self.best_step
-
     def advance(self, n_tokens: int, is_finite: bool) -> None:
         """Count a step of n_tokens. It was skipped if its loss or gradient was not finite."""
         self.step += 1
@@ -204,7 +200,10 @@ def open_batches(
     n_micro, batch_size = distributed.divide_step(
         config.gradient_accumulation_steps, batch_size, processes.world_size
     )
-    labels = training_labels(config, data["train"])
+    labels = None
+    if config.labels:
+        labels = LabelFile(data["train"], config.labels, config.label_mode, config.label_weight)
+        labels.check(config.model.vocab_size)
     batches = Batches(data["train"], batch_size, block_size, config.seed, labels)
     numbers = processes.share(progress.step * n_micro, config.max_iters * n_micro)
     return n_micro, batches.prefetched(numbers, processes.device), val_batches
@@ -232,7 +231,8 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                     scores = mean_loss(raw_model, val_batches, data["val"], processes, cast)
                 improved = progress.improves(scores)
                 log.evaluation(scores)
-                is_last |= progress.is_stale(config.patience * config.eval_interval)
+                patience_steps = config.patience * config.eval_interval
+                is_last |= 0 < patience_steps <= step - progress.best_step
             is_result = is_last and not config.eval_only
             if is_result and config.model.head.is_kron:
                 log.say(fit_posterior(raw_model, data["train"], processes, cast))

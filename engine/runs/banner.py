@@ -10,11 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from engine.base.distributed import divide_step
-from engine.base.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,12 +25,8 @@ def banner(config, processes, model, dtype: str, n_data: int, step: int) -> list
     how = "compiled" if config.compile else "eager"
     title = f"{config.out_dir}: {head.weights} x {head.likelihood} head, {dtype}, {how}, "
     title += f"{config.optimizer}, on {processes.world_size} x {processes.device.type}"
-    if config.labels:
-        title += f", teacher labels {config.labels} ({config.label_mode})"
     if step:
         title += f", resuming at step {step}"
-    elif config.init_from not in ("scratch", "resume", "auto"):
-        title += f", from the weights of {config.init_from}"
     n_parameters = sum(p.numel() for p in model.parameters())
     parameters = f"  parameters   {_size(n_parameters)}"
     if config.eval_only:
@@ -61,10 +55,8 @@ def environment() -> dict[str, str]:
     return {
         "commit": _git("describe", "--always", "--dirty").strip() or "unknown",
         "torch": torch.__version__,
-        "numpy": np.__version__,
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
-        "machine": platform.machine(),
         "cores": str(os.cpu_count()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
@@ -80,12 +72,6 @@ def this_start(processes, step: int) -> dict:
         "device": str(processes.device),
         "world_size": processes.world_size,
     }
-
-
-def earlier_starts(out_dir: Path) -> list[dict]:
-    """The starts so far, from config.json; older versions recorded none."""
-    path = out_dir / "config.json"
-    return read_json(path).get("starts", []) if path.is_file() else []
 
 
 def _git(*arguments):

@@ -10,13 +10,12 @@ import torch
 
 from engine.base.distributed import Processes
 from engine.base.errors import UserError
-from engine.base.files import check_writable, exclusive_lock, write_json
+from engine.base.files import check_writable, exclusive_lock, read_json, write_json
 from engine.base.options import build, flatten
-from engine.data.labels import LabelFile
 from engine.data.tokens import TokenFile, dataset_folder
 from engine.gpt2.loading import load_state
 from engine.runs import checkpoint
-from engine.runs.banner import banner, earlier_starts, this_start
+from engine.runs.banner import banner, this_start
 from engine.runs.finetune import from_weights
 from engine.runs.fit import check_text
 from engine.runs.logger import Logger, forget_after
@@ -130,15 +129,6 @@ def check_data(data: dict[str, TokenFile], state: dict, out_dir: Path) -> None:
             )
 
 
-def training_labels(config, file: TokenFile) -> LabelFile | None:
-    """The teacher labels of the training split, if the options name any."""
-    if not config.labels:
-        return None
-    labels = LabelFile(file, config.labels, config.label_mode, config.label_weight)
-    labels.check(config.model.vocab_size)
-    return labels
-
-
 @contextlib.contextmanager
 def open_run(
     config, data: dict[str, TokenFile], processes: Processes, model: GPT, dtype: str, progress
@@ -149,7 +139,9 @@ def open_run(
     """
     out_dir, meta = Path(config.out_dir), data["train"].meta
     start = this_start(processes, progress.step)
-    before = earlier_starts(out_dir) if progress.step else []
+    path = out_dir / "config.json"
+    is_resumed = progress.step and path.is_file()
+    before = read_json(path).get("starts", []) if is_resumed else []
     n_blocks = config.gradient_accumulation_steps * config.batch_size
     tokens_per_step = n_blocks * config.model.block_size
     with contextlib.ExitStack() as stack:
@@ -159,7 +151,7 @@ def open_run(
             if not (progress.step and config.eval_only):
                 checkpoint.copy_tokenizer(dataset_folder(config.dataset), meta, out_dir)
                 facts = flatten(config) | {"starts": [*before, start]}
-                write_json(out_dir / "config.json", facts)
+                write_json(path, facts)
                 forget_after(out_dir / "metrics.jsonl", progress.step)
         log = Logger(
             out_dir, processes, tokens_per_step, model.flops_per_token(), progress, config.max_iters
