@@ -69,10 +69,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in state["state"].items():
-        if not hasattr(parameters[i], "full_tensor"):
-            continue
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = _shard_like(parameters[i], moments[name])
+        if hasattr(parameters[i], "full_tensor"):
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = _shard_like(parameters[i], moments[name])
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 

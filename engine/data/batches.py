@@ -95,22 +95,15 @@ class Batches:
     def prefetched(self, numbers: Iterable[int], device: torch.device) -> Iterator[Batch]:
         """Yield these micro-batches on the device. While one is in use, a thread reads the next."""
         with ThreadPoolExecutor(1) as reader:
-            ahead = None
-            for i in numbers:
-                ready = ahead
-                ahead = reader.submit(self._read, i, device)
-                if ready:
-                    yield _to_device(ready.result(), device)
-            if ahead:
-                yield _to_device(ahead.result(), device)
+            batches = (reader.submit(self._read, i, device) for i in numbers)
+            ahead = next(batches, None)
+            while ahead:
+                ready, ahead = ahead, next(batches, None)
+                is_pinned = device.type == "cuda"
+                yield tuple(t.to(device, non_blocking=is_pinned) for t in ready.result())
 
     def _read(self, i, device):
         batch = self[i]
         if device.type == "cuda":  # only pinned memory is copied in the background
             batch = tuple(tensor.pin_memory() for tensor in batch)
         return batch
-
-
-def _to_device(batch, device):
-    is_pinned = device.type == "cuda"
-    return tuple(tensor.to(device, non_blocking=is_pinned) for tensor in batch)
