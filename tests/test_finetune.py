@@ -216,7 +216,7 @@ def test_a_run_ends_when_patience_evaluations_bring_no_lower_nll_and_names_the_b
     # as in nanoGPT, without always_save_checkpoint the newest is the best
     assert checkpoint.read_newest(out_dir)["step"] == (12 if always else 6)
     command = capsys.readouterr().out.splitlines()[-1].split(": ")[-1]
-    assert shlex.split(command)[1:] == ["sample.py", f"--out_dir={best if always else out_dir}"]
+    assert shlex.split(command)[1:] == ["sample.py", f"--out_dir={best}"]
 
 
 def test_patience_survives_a_kill_and_a_stopped_run_stays_stopped(words_data, tmp_path):

@@ -19,12 +19,17 @@ import torch
 from engine.base.errors import UserError
 from engine.base.files import write_json
 from engine.data.gpt2_bpe import STAND_INS
-from engine.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, byte_level, save_tokenizer
+from engine.data.tokenizer import (
+    END_OF_TEXT,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    byte_level,
+    save_tokenizer,
+)
 from engine.gpt2.loading import CONV1D, FIXED, WEIGHTS, load_state
 from heads import HeadConfig
 from model import GPT
-
-EOT = "<|endoftext|>"
 
 
 def unsupported_features(model: GPT) -> list[str]:
@@ -130,7 +135,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None
         "clean_up_tokenization_spaces": False,
     }
     if tokenizer.eot is not None:
-        config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
+        config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     if tokenizer.kind != "none":
         transformers_tokenizer(tokenizer).save(str(folder / BPETokenizer.file))
     write_json(folder / "tokenizer_config.json", config)
@@ -149,7 +154,7 @@ def transformers_tokenizer(tokenizer: Tokenizer):
     if isinstance(tokenizer, BPETokenizer):
         return tokenizer.bpe
     if isinstance(tokenizer, CharTokenizer):
-        names = tokenizer.chars + [EOT] * (tokenizer.eot is not None)
+        names = tokenizer.chars + [END_OF_TEXT] * (tokenizer.eot is not None)
         ids = {name: i for i, name in enumerate(names)}
         # without an unknown token a character outside the table is an error, as in CharTokenizer
         made = TransformersTokenizer(models.WordLevel(ids, unk_token=""))
@@ -159,10 +164,10 @@ def transformers_tokenizer(tokenizer: Tokenizer):
         tokens = []
         for token in tokenizer.token_bytes()[: tokenizer.eot]:
             tokens.append("".join(STAND_INS[byte] for byte in token))
-        ids = {name: i for i, name in enumerate([*tokens, EOT])}
+        ids = {name: i for i, name in enumerate([*tokens, END_OF_TEXT])}
         made = byte_level(models.BPE(ids, merges_of(tokens)))
     if tokenizer.eot is not None:
-        made.add_special_tokens([AddedToken(EOT, normalized=False, special=True)])
+        made.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
     return made
 
 

@@ -191,7 +191,5 @@ def ending(config, progress) -> str:
         best = f"stopped: no lower val nll in {config.patience} evaluations; {best}"
     path = Path(config.out_dir) / checkpoint.name_of(progress.best_step)
     if path.is_file():
-        newest = checkpoint.list_checkpoints(path.parent)[-1] == path
-        out_dir = shlex.quote(f"--out_dir={path.parent if newest else path}")
-        return f"{best}: python sample.py {out_dir}"
+        return f"{best}: python sample.py {shlex.quote(f'--out_dir={path}')}"
     return best
