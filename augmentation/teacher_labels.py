@@ -10,7 +10,6 @@ frequencies. After an interruption, run the same command again.
 """
 
 import hashlib
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -63,8 +62,8 @@ class Teacher:
             raise UserError(f"k = {options.k} is above {self.n_ids}, the vocabulary")
         self.stride = max(1, self.block_size // 2)  # from a window to the next
         self.n_positions = len(self.file) - 1  # nothing follows the last token
-        unread = max(0, self.n_positions - self.block_size)
-        self.n_windows = 1 + math.ceil(unread / self.stride)
+        after_first = max(0, self.n_positions - self.block_size)
+        self.n_windows = 1 + -(-after_first // self.stride)
 
     def about(self) -> dict:
         """All that the labels depend on, for their description."""

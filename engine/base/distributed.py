@@ -31,7 +31,6 @@ PEAK_FLOPS = {  # a part of the name -> FLOP/s; the first that occurs counts
     "L40S": 362e12,
     "L40": 181e12,
     "A10": 125e12,
-    "V100": 125e12,
     "4090": 165e12,
 }
 

@@ -139,8 +139,7 @@ def print_help(cls: type, fixed: Mapping[str, Any]) -> None:
         print(script_doc, "\n")
     comments = _comments(cls)
     for name, default in flatten(build(cls, fixed)).items():
-        note = "  (set by this script)" if name in fixed else ""
-        print(f"  --{name}={default!r}{note}\n        {comments[name]}")
+        print(f"  --{name}={default!r}\n        {comments[name]}")
 
 
 def _comments(cls):
