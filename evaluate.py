@@ -100,8 +100,8 @@ def compare(
             path = result_file(run.source, config)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, row)
-            is_plain = len(run.members) == 1 and not config.evaluation.mc_dropout
-            if is_plain and not config.evaluation.dataset:
+            is_plain_run = Path(run.source).is_dir() and not run.n_samples
+            if is_plain_run and not config.evaluation.dataset and run.usual.quantiles:
                 write_percentiles(path.parent, run.usual)
             if config.report != "none":
                 for title, text in run.documents().items():

@@ -128,6 +128,9 @@ class TrainConfig:
             )
         if self.model.head.is_kron and self.sharding == "fsdp":
             raise UserError("posterior = 'kron' cannot be fitted with fsdp; use --sharding=none")
+        head = self.model.head
+        if head.posterior == "kron" and head.weights == "point" and not self.max_iters:
+            raise UserError("a posterior is fitted to Bayesian weights; use train_bayes.py")
         has_sets = self.labels and self.model.head.likelihood == "sigmoid"
         if self.label_mode == "set" and not has_sets:
             raise UserError("label_mode = 'set' needs --labels=NAME and --likelihood=sigmoid")
@@ -233,16 +236,17 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                 log.evaluation(scores)
                 patience_steps = config.patience * config.eval_interval
                 is_last |= 0 < patience_steps <= step - progress.best_step
-            is_result = is_last and not config.eval_only
-            if is_result and config.model.head.is_kron:
+            is_fitted = is_last and config.model.head.is_kron and not config.eval_only
+            if is_fitted:
                 log.say(fit_posterior(raw_model, data["train"], processes, cast))
             is_save_step = is_last or step % (config.save_interval or config.eval_interval) == 0
-            should_save = improved or (is_save_step and config.always_save_checkpoint)
+            should_save = improved or is_fitted or (is_save_step and config.always_save_checkpoint)
             if should_save and not config.eval_only:
                 with log.paused():
                     saver.save()
-            if is_result and processes.is_main and config.sharding == "none":
-                write_percentiles(Path(config.out_dir), measure(raw_model, data["val"], cast))
+                if is_last and processes.is_main and config.sharding == "none":
+                    usual = measure(raw_model, data["val"], cast)
+                    write_percentiles(Path(config.out_dir), usual)
             if is_last:
                 break
 

@@ -263,6 +263,7 @@ def test_a_terminal_gets_no_control_characters():
         ("--n_samples=4 --out_dir=softmax", "--n_samples"),
         ("--interactive --jsonl=new", "--jsonl"),
         ("--abstain=often", "99%"),
+        ("--abstain=99% --max_epistemic=0.1", "--abstain=stop"),
         ("--abstain=99% --out_dir=old", "evaluate.py"),
         ("--abstain=stop --max_epistemic=0.1 --out_dir=softmax", "--abstain"),
     ],

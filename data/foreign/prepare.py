@@ -60,7 +60,8 @@ def main() -> None:
         about = {"tokens": len(numbers), "documents": 1, "sha256": sha256_of(folder / "test.bin")}
         save_tokenizer(tokenizer, folder, dtype=file.dtype.name, splits={"test": about})
         print(f"{folder}, test: {len(numbers):,} tokens")
-    print(f"evaluate.py --ood_dataset={','.join(f'{root.name}/{name}' for name in ids)}")
+    prefix = options.folder or "foreign"
+    print(f"evaluate.py --ood_dataset={','.join(f'{prefix}/{name}' for name in ids)}")
 
 
 if __name__ == "__main__":

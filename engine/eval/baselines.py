@@ -54,7 +54,7 @@ def fit_temperature(evaluate_with: Callable[[Callable], Scores]) -> float:
     inverse = 1.0
     for _ in range(20):
         scores = evaluate_with(partial(slopes, inverse=inverse))
-        step = scores.mean("slope") / scores.mean("curvature")
+        step = scores.mean("slope") / max(scores.mean("curvature"), 1e-12)
         inverse = max(inverse - step, inverse / 2)
         if abs(step) < 1e-4 * inverse:
             break

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -106,7 +107,12 @@ class Evaluator:
         }
         self.better = None
         if config.better:
-            check_tokenizer(members_of(config.better)[0], dataset_folder(self.dataset))
+            for member in members_of(config.better):
+                check_tokenizer(member, dataset_folder(self.dataset))
+            if Path(config.better).resolve() == Path(self.source).resolve():
+                raise UserError(
+                    f"{self.source} is compared with itself; name another run as --better"
+                )
             self.better, _ = load(config.better)
             ours, theirs = self.model.config, self.better.config
             if theirs.vocab_size != ours.vocab_size or theirs.block_size < ours.block_size:
@@ -129,7 +135,7 @@ class Evaluator:
         self.usual = Percentiles()
         if "val" in splits_in(self.file.path.parent):
             val = self._split(self.dataset, "val")
-            n_windows = math.ceil(VAL_TOKENS / self.block_size)
+            n_windows = 1 + math.ceil(max(0, VAL_TOKENS - self.block_size) / self.stride)
             read_val = partial(self._evaluate, val, limit=n_windows)
             self.usual = usual(read_val())
             temperature = fit_temperature(lambda score: read_val(score=score))
@@ -146,7 +152,8 @@ class Evaluator:
         if eot is not None:
             n_documents = self.file.counts(self.model.config.vocab_size)[eot].item()
         text = TextStats(self.tokenizer, self.frequencies, n_documents, part=bool(config.limit))
-        scores = self._evaluate(self.file, text, config.limit, score, self.better)
+        better = self.better and self.better.to(self.processes.device)
+        scores = self._evaluate(self.file, text, config.limit, score, better)
         row = scores.result()
         nats = row["nll"] * row["n_tokens"]
         row |= {

@@ -1,6 +1,6 @@
 """What follows from the scores of a text's tokens: means, calibration, rankings, OOD detection.
 
-All scores of all tokens are kept, some 80 bytes a token. So ranks and quantiles are exact, and
+All scores of all tokens are kept, some 120 bytes a token. So ranks and quantiles are exact, and
 any batch size and any number of processes give the same result.
 """
 
@@ -151,9 +151,9 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of a and b (n,)."""
+    """Spearman's rank correlation of a and b (n,); 0 if all values of one are the same."""
     both = torch.stack([ranks(a), ranks(b)])
-    return torch.corrcoef(both)[0, 1].item()
+    return torch.corrcoef(both)[0, 1].nan_to_num().item()
 
 
 def auroc(in_domain: Tensor, ood: Tensor) -> float:

@@ -63,6 +63,8 @@ class Sampling:
             raise UserError(
                 f"abstain = {self.abstain!r} is not no, mark, stop, or a percentile such as 99%"
             )
+        if self.abstain.endswith("%") and self.max_epistemic:
+            raise UserError("a percentile and nats are two limits; use --abstain=stop with nats")
 
     @property
     def stops(self) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.base.errors import UserError
 from engine.base.files import read_json, write_json
 from engine.data.tokens import TokenFile
 from engine.runs.fit import states
@@ -47,7 +48,12 @@ def percentiles_of(columns: dict[str, torch.Tensor]) -> Percentiles:
 
 def read_percentiles(folder: Path) -> Percentiles:
     path = folder / FILE
-    return Percentiles(read_json(path) if path.is_file() else {})
+    quantiles = read_json(path) if path.is_file() else {}
+    if any(len(values) != len(LEVELS) for values in quantiles.values()):
+        raise UserError(
+            f"{path} is damaged; delete it, and evaluate.py --split=val writes it again"
+        )
+    return Percentiles(quantiles)
 
 
 def write_percentiles(folder: Path, percentiles: Percentiles) -> None:
