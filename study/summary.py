@@ -80,10 +80,10 @@ COLUMNS = {
         "continuations_distinct_4": "Distinct-4: .3f",
     },
 }
-for name in RANKED:  # AUROC on each OOD text: confidence_block, confidence_token ...
+for kind in ("mutual_information", "mahalanobis", "entropy"):  # AUROC on each OOD text
     for level in ("block", "token"):
-        COLUMNS[f"{name}_{level}"] = {
-            f"{text}_{name}_{level}": f"{text.replace('_', ' ')}: .3f ±" for text in FOREIGN
+        COLUMNS[f"{kind}_{level}"] = {
+            f"{text}_{kind}_{level}": f"{text.replace('_', ' ')}: .3f ±" for text in FOREIGN
         }
 
 
