@@ -29,7 +29,7 @@ from engine.eval.evaluator import EvaluationConfig, Evaluator
 from engine.eval.report import write_report
 from engine.eval.table import Table, as_text, tables
 from engine.runs.checkpoint import results_folder
-from engine.runs.percentiles import write_percentiles
+from engine.runs.percentiles import PERCENTILES
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def compare(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, row)
             is_plain_run = Path(run.source).is_dir() and not run.n_samples
-            if is_plain_run and not config.evaluation.dataset and run.usual.quantiles:
-                write_percentiles(path.parent, run.usual)
+            if is_plain_run and not config.evaluation.dataset and run.usual:
+                write_json(path.with_name(PERCENTILES), run.usual)
             if config.report != "none":
                 for title, text in run.documents().items():
                     texts.setdefault(title, {})[name] = text

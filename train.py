@@ -24,6 +24,7 @@ import torch
 from engine.base import distributed
 from engine.base.distributed import Processes
 from engine.base.errors import Diverged, UserError, run_main
+from engine.base.files import write_json
 from engine.base.optim import make_optimizer, set_learning_rate
 from engine.base.options import (
     Fraction,
@@ -40,7 +41,7 @@ from engine.data.tokens import TokenFile
 from engine.data.windows import eval_batches
 from engine.eval.validation import mean_loss
 from engine.runs.fit import fit_posterior
-from engine.runs.percentiles import measure, write_percentiles
+from engine.runs.percentiles import PERCENTILES, measure
 from engine.runs.saver import Saver
 from engine.runs.start import open_run, prepare_run
 from model import GPT, GPTConfig
@@ -246,7 +247,7 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
                     saver.save()
                 if is_last and processes.is_main and config.sharding == "none":
                     usual = measure(raw_model, data["val"], cast)
-                    write_percentiles(Path(config.out_dir), usual)
+                    write_json(Path(config.out_dir, PERCENTILES), usual)
             if is_last:
                 break
 

@@ -192,7 +192,6 @@ def test_monte_carlo_dropout_repeats_itself_and_changes_the_prediction(runs):
         ("softmax+nowhere", "nowhere"),
         ("softmax+softmax", "twice"),
         ("softmax --better=characters", "characters"),
-        ("softmax --better=softmax", "--better"),
         ("softmax,bayes/../softmax", "eval_test.json"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from engine.data.tokens import TokenFile
 from engine.data.windows import eval_batches, windows
-from engine.eval.evaluation import NOISE_GROUP, score_windows
+from engine.eval.evaluation import NOISE_GROUP, _score_windows
 from engine.eval.table import flat
 from engine.eval.validation import N_BINS
 from model import GPT
@@ -156,7 +156,7 @@ def test_neighbouring_tokens_share_their_draws_and_others_do_not(tmp_path):
     same = write_nanogpt(tmp_path / "d", {"val": np.full(16 * T + 1, 7)})
     (batch,) = windows(TokenFile(same, "val"), T, 16)  # equal windows: only their draws differ
     with torch.no_grad():
-        nll = score_windows(uncertain_gpt(), batch, torch.device("cpu"), 2)["nll"]
+        nll = _score_windows(uncertain_gpt(), batch, torch.device("cpu"), 2)["nll"]
     groups = nll.view(4, NOISE_GROUP)[:, ::T]  # the first token of each window
     assert groups.std(1).max() < 1e-5
     assert groups.mean(1).std() > 1e-3

@@ -23,8 +23,6 @@ from engine.data.sources import find
 from engine.data.tokenizer import load_tokenizer, save_tokenizer
 from engine.data.tokens import TokenFile, dataset_folder
 
-N_CHARACTERS = 20  # to read for each token
-
 
 @dataclass(frozen=True)
 class Options:
@@ -50,7 +48,7 @@ def main() -> None:
         "shuffled": random.permutation(file[: options.tokens]),
     }
     for name, text in texts.items():
-        start = text[: options.tokens * N_CHARACTERS]
+        start = text[: 20 * options.tokens]  # a token has fewer characters
         ids[name] = tokenizer.encode(start)[: options.tokens]
     root = Path(options.folder or DATA_ROOT / "foreign")
     for name, numbers in ids.items():
@@ -60,8 +58,7 @@ def main() -> None:
         about = {"tokens": len(numbers), "documents": 1, "sha256": sha256_of(folder / "test.bin")}
         save_tokenizer(tokenizer, folder, dtype=file.dtype.name, splits={"test": about})
         print(f"{folder}, test: {len(numbers):,} tokens")
-    prefix = options.folder or "foreign"
-    print(f"evaluate.py --ood_dataset={','.join(f'{prefix}/{name}' for name in ids)}")
+    print(f"evaluate.py --ood_dataset={','.join(str(root / name) for name in ids)}")
 
 
 if __name__ == "__main__":

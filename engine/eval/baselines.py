@@ -15,8 +15,6 @@ from engine.eval.metrics import TEMPERED, Scores
 from engine.runs.fit import moments
 from heads import token_scores
 
-LOWEST = -1e4  # log-probabilities are raised to this: 0 * -inf is not a number
-
 
 class Baselines:
     """Scores tokens by the baselines too. temperature: None if there is no validation split."""
@@ -63,7 +61,7 @@ def fit_temperature(evaluate_with: Callable[[Callable], Scores]) -> float:
 
 def slopes(chunk: Chunk, inverse: float) -> dict[str, torch.Tensor]:
     """The nll at the temperature 1 / inverse, and its derivatives by `inverse`."""
-    log_p = chunk.prediction.log_probs.clamp(min=LOWEST)
+    log_p = chunk.prediction.log_probs.clamp(min=-1e4)  # 0 * -inf is not a number
     tempered = (inverse * log_p).log_softmax(-1)
     p = tempered.exp()
     mean = (p * log_p).sum(-1)

@@ -19,112 +19,6 @@ NOISE_GROUP = 64  # this many neighbouring tokens share their draws of the outpu
 CHUNK_ROWS = {"cpu": 64, "cuda": 1024, "mps": 1024}
 
 
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    batches: Iterable[Windows],
-    processes: Processes,
-    cast: contextlib.AbstractContextManager | None = None,
-    n_samples: int = 0,
-    text: TextStats | None = None,
-    score: Callable | None = None,
-    better: torch.nn.Module | None = None,
-) -> Scores:
-    """Score all windows. The processes share the work; each returns the same result.
-
-    With `text`, also unigram_nll, and the bootstrap resamples the units of the text (documents);
-    otherwise it resamples windows. score: a function in place of score_tokens, which lists the
-    other scores. better: a model that it compares with this one."""
-    model.eval()
-    units, blocks, scored = [], [], []
-    n_blocks = 0
-    for i, batch in enumerate(batches):
-        targets = batch.y[:, batch.first :]
-        numbers = torch.arange(n_blocks, n_blocks + len(targets))
-        n_blocks += len(targets)
-        blocks.append(numbers.repeat_interleave(targets.size(1)))
-        of_batch = text.read(batch.at, targets) if text else batch.at[:, :1].expand_as(targets)
-        units.append(of_batch.flatten())
-        if i % processes.world_size != processes.rank:
-            scored.append({})
-            continue
-        with cast or contextlib.nullcontext():
-            values = score_windows(model, batch, processes.device, n_samples, score, better)
-        if not values["nll"].isfinite().all():
-            raise UserError(
-                "the model's log-probabilities are not finite; train it again, "
-                "or use --dtype=float32"
-            )
-        if text:
-            values["unigram_nll"] = -text.log_frequencies[targets.flatten()]
-        scored.append(values)
-    columns = {}
-    for name in processes.broadcast(list(scored[0])):
-        parts = []
-        for values, of_batch in zip(scored, units, strict=True):
-            parts.append(values[name].cpu().double() if values else torch.zeros(len(of_batch)))
-        columns[name] = torch.cat(parts)
-        if processes.world_size > 1:  # another process has the scores in place of zeros
-            total = processes.all_reduce(columns[name].to(processes.device))
-            columns[name] = torch.tensor(total, dtype=torch.float64)
-    return Scores(columns, torch.cat(units), torch.cat(blocks))
-
-
-def check_n_samples(model: torch.nn.Module, n_samples: int, source: str) -> None:
-    if model.config.bayes_mlp and n_samples < 0:
-        raise UserError(
-            f"{source} has Bayesian MLPs, which need draws; add --n_samples=16, for example"
-        )
-
-
-def score_windows(
-    model: torch.nn.Module,
-    batch: Windows,
-    device: torch.device,
-    n_samples: int,
-    score: Callable | None = None,
-    better: torch.nn.Module | None = None,
-) -> dict[str, torch.Tensor]:
-    """name -> (n,), the scores of the targets that count: see evaluate().
-
-    A group's position in the split seeds its draws, so they do not depend on the batch."""
-    seed_micro_batch(0, 0)  # Bayesian hidden layers draw the same weights for all windows
-    x = batch.x.to(device)
-    hiddens = model.hiddens(x, n_samples)
-    n_hiddens = len(hiddens)
-    if better:
-        hiddens = hiddens + better.hiddens(x)
-    sizes = CHUNK_ROWS[device.type]
-    seeds = itertools.repeat(0)
-    if n_samples > 0:
-        groups = (batch.at // NOISE_GROUP).flatten()
-        groups, n_rows = groups.unique_consecutive(return_counts=True)
-        sizes = n_rows.tolist()
-        seeds = groups.tolist()
-    columns = []
-    for column in (*hiddens, batch.y):
-        rows = column[:, batch.first :].flatten(0, 1)
-        columns.append(rows.to(device).split(sizes))
-    found = []
-    for seed, *states, targets in zip(seeds, *columns, strict=False):
-        if n_samples > 0:
-            seed_micro_batch(1, seed)
-        own = states[:n_hiddens]
-        prediction = model.lm_head.predict(own, n_samples)
-        of_better = None
-        if better:
-            of_better = better.lm_head.predict(states[n_hiddens:]).log_probs
-        chunk = Chunk(model, own, prediction, targets, of_better)
-        found.append((score or score_tokens)(chunk))
-    return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
-
-
-def row_chunks(n: int, device: torch.device) -> list[slice]:
-    """n rows in slices of a size that suits the device."""
-    size = CHUNK_ROWS[device.type]
-    return [slice(i, i + size) for i in range(0, n, size)]
-
-
 class Chunk(NamedTuple):
     """Some positions of a text, and a model's predictions of their tokens."""
 
@@ -160,6 +54,105 @@ def score_tokens(chunk: Chunk) -> dict[str, torch.Tensor]:
         of_better = chunk.of_better
         values["reducible"] = (of_better.exp() * (of_better - log_p)).sum(-1)
     return values
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    batches: Iterable[Windows],
+    processes: Processes,
+    cast: contextlib.AbstractContextManager | None = None,
+    n_samples: int = 0,
+    text: TextStats | None = None,
+    score: Callable = score_tokens,
+    better: torch.nn.Module | None = None,
+) -> Scores:
+    """Score all windows. The processes share the work; each returns the same result.
+
+    With `text`, also unigram_nll, and the bootstrap resamples the units of the text (documents);
+    otherwise it resamples windows. score: a function in place of score_tokens, which lists the
+    other scores. better: a model that it compares with this one."""
+    model.eval()
+    units, blocks, scored = [], [], []
+    n_blocks = 0
+    for i, batch in enumerate(batches):
+        targets = batch.y[:, batch.first :]
+        numbers = torch.arange(n_blocks, n_blocks + len(targets))
+        n_blocks += len(targets)
+        blocks.append(numbers.repeat_interleave(targets.size(1)))
+        of_batch = text.read(batch.at, targets) if text else batch.at[:, :1].expand_as(targets)
+        units.append(of_batch.flatten())
+        if i % processes.world_size != processes.rank:
+            scored.append({})
+            continue
+        with cast or contextlib.nullcontext():
+            values = _score_windows(model, batch, processes.device, n_samples, score, better)
+        if not values["nll"].isfinite().all():
+            raise UserError(
+                "the model's log-probabilities are not finite; train it again, "
+                "or use --dtype=float32"
+            )
+        if text:
+            values["unigram_nll"] = -text.log_frequencies[targets.flatten()]
+        scored.append(values)
+    columns = {}
+    for name in processes.broadcast(list(scored[0])):
+        parts = []
+        for values, of_batch in zip(scored, units, strict=True):
+            parts.append(values[name].cpu().double() if values else torch.zeros(len(of_batch)))
+        columns[name] = torch.cat(parts)
+        if processes.world_size > 1:  # another process has the scores in place of zeros
+            total = processes.all_reduce(columns[name].to(processes.device))
+            columns[name] = torch.tensor(total, dtype=torch.float64)
+    return Scores(columns, torch.cat(units), torch.cat(blocks))
+
+
+def check_n_samples(model: torch.nn.Module, n_samples: int, source: str) -> None:
+    if model.config.bayes_mlp and n_samples < 0:
+        raise UserError(
+            f"{source} has Bayesian MLPs, which need draws; add --n_samples=16, for example"
+        )
+
+
+def _score_windows(model, batch, device, n_samples, score=score_tokens, better=None):
+    """name -> (n,), the scores of the targets that count: see evaluate().
+
+    A group's position in the split seeds its draws, so they do not depend on the batch."""
+    seed_micro_batch(0, 0)  # Bayesian hidden layers draw the same weights for all windows
+    x = batch.x.to(device)
+    hiddens = model.hiddens(x, n_samples)
+    n_hiddens = len(hiddens)
+    if better:
+        hiddens = hiddens + better.hiddens(x)
+    sizes = CHUNK_ROWS[device.type]
+    seeds = itertools.repeat(0)
+    if n_samples > 0:
+        groups = (batch.at // NOISE_GROUP).flatten()
+        groups, n_rows = groups.unique_consecutive(return_counts=True)
+        sizes = n_rows.tolist()
+        seeds = groups.tolist()
+    columns = []
+    for column in (*hiddens, batch.y):
+        rows = column[:, batch.first :].flatten(0, 1)
+        columns.append(rows.to(device).split(sizes))
+    found = []
+    for seed, *states, targets in zip(seeds, *columns, strict=False):
+        if n_samples > 0:
+            seed_micro_batch(1, seed)
+        own = states[:n_hiddens]
+        prediction = model.lm_head.predict(own, n_samples)
+        of_better = None
+        if better:
+            of_better = better.lm_head.predict(states[n_hiddens:]).log_probs
+        chunk = Chunk(model, own, prediction, targets, of_better)
+        found.append(score(chunk))
+    return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
+
+
+def row_chunks(n: int, device: torch.device) -> list[slice]:
+    """n rows in slices of a size that suits the device."""
+    size = CHUNK_ROWS[device.type]
+    return [slice(i, i + size) for i in range(0, n, size)]
 
 
 def brier(log_probs: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from engine.data.tokens import TokenFile, dataset_folder
 from engine.data.windows import windows
 from engine.eval.baselines import Baselines, fit_temperature
 from engine.eval.ensemble import load, members_of
-from engine.eval.evaluation import check_n_samples, evaluate
+from engine.eval.evaluation import check_n_samples, evaluate, score_tokens
 from engine.eval.metrics import Scores, out_of_domain, reducible_loss
 from engine.eval.scored_text import ScoredText, score_text
 from engine.eval.texts import TextStats, first_document
@@ -25,6 +24,7 @@ from engine.runs.checkpoint import check_tokenizer, folder_of
 from engine.runs.percentiles import Percentiles, percentiles_of
 
 VAL_TOKENS = 10_000  # of the validation split, for the temperature and the usual uncertainties
+KEYS = {"nll": "nll", "total": "entropy", "epistemic": "mutual_information"}
 SHOWN_TOKENS = 600  # of a document that the report colours
 
 
@@ -51,13 +51,6 @@ class EvaluationConfig:
     def __post_init__(self):
         if self.mc_dropout and self.n_samples < 1:
             raise UserError("mc_dropout averages passes; add --n_samples=16, for example")
-
-
-def usual(scores: Scores) -> Percentiles:
-    """The percentiles of the uncertainties of validation text."""
-    names = {"nll": "nll", "total": "entropy", "epistemic": "mutual_information"}
-    columns = scores.columns
-    return percentiles_of({name: columns[key] for name, key in names.items() if key in columns})
 
 
 class Evaluator:
@@ -109,10 +102,6 @@ class Evaluator:
         if config.better:
             for member in members_of(config.better):
                 check_tokenizer(member, dataset_folder(self.dataset))
-            if Path(config.better).resolve() == Path(self.source).resolve():
-                raise UserError(
-                    f"{self.source} is compared with itself; name another run as --better"
-                )
             self.better, _ = load(config.better)
             ours, theirs = self.model.config, self.better.config
             if theirs.vocab_size != ours.vocab_size or theirs.block_size < ours.block_size:
@@ -137,7 +126,9 @@ class Evaluator:
             val = self._split(self.dataset, "val")
             n_windows = 1 + math.ceil(max(0, VAL_TOKENS - self.block_size) / self.stride)
             read_val = partial(self._evaluate, val, limit=n_windows)
-            self.usual = usual(read_val())
+            columns = read_val().columns
+            found = {name: columns[key] for name, key in KEYS.items() if key in columns}
+            self.usual = percentiles_of(found)
             temperature = fit_temperature(lambda score: read_val(score=score))
         train = TokenFile(self.dataset, "train")
         self.baselines = Baselines(self.models[0], train, self.processes, self.cast, temperature)
@@ -146,14 +137,13 @@ class Evaluator:
         """All scores of the split, as a row and by token."""
         config = self.config
         self.fit()
-        score = self.baselines
         eot = self.tokenizer.eot
         n_documents = 0
         if eot is not None:
             n_documents = self.file.counts(self.model.config.vocab_size)[eot].item()
         text = TextStats(self.tokenizer, self.frequencies, n_documents, part=bool(config.limit))
         better = self.better and self.better.to(self.processes.device)
-        scores = self._evaluate(self.file, text, config.limit, score, better)
+        scores = self._evaluate(self.file, text, config.limit, self.baselines, better)
         row = scores.result()
         nats = row["nll"] * row["n_tokens"]
         row |= {
@@ -181,7 +171,7 @@ class Evaluator:
             row["better"] = {"run": config.better} | reducible_loss(scores)
         row["ood"] = []
         for name, file in self.oods.items():
-            ood = self._evaluate(file, limit=config.limit, score=score)
+            ood = self._evaluate(file, limit=config.limit, score=self.baselines)
             row["ood"].append({"dataset": name} | out_of_domain(scores, ood))
         return row, scores
 
@@ -197,7 +187,7 @@ class Evaluator:
             found[f"{title}: {file.path}"] = scored
         return found
 
-    def _evaluate(self, file, text=None, limit=0, score=None, better=None):
+    def _evaluate(self, file, text=None, limit=0, score=score_tokens, better=None):
         config = self.config
         n_windows = math.ceil((len(file) - 1) / self.stride)
         n_windows = min(n_windows, limit or n_windows)

@@ -165,7 +165,7 @@ class Run:
             raise UserError(f"{self.source} {reason}; leave --abstain and --n_samples out")
         if sampling.abstain == "no" or sampling.max_epistemic:
             return sampling
-        if "epistemic" not in self.percentiles.quantiles:
+        if "epistemic" not in self.percentiles:
             raise UserError(
                 f"{self.source} has no percentiles; run evaluate.py --out_dir={self.source} "
                 "--split=val, or give --max_epistemic=NATS"

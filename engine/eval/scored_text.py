@@ -52,7 +52,7 @@ class ScoredText(list[Token]):
     def percentile(self, token: Token, name: str) -> float | None:
         """The percentile of one of a token's scores; None if it or the run has none."""
         value = getattr(token, name)
-        if value is None or name not in self.percentiles.quantiles:
+        if value is None or name not in self.percentiles:
             return None
         return self.percentiles.of(name, value)
 
@@ -63,12 +63,12 @@ class ScoredText(list[Token]):
 
     def summary(self) -> str:
         """Means in nats, and how many tokens are beyond the run's 99th percentile."""
+        scored = [token for token in self if token.nll is not None]
         parts = []
         for name, mean in self.means().items():
-            percentiles = [self.percentile(token, name) for token in self]
-            found = [percentile for percentile in percentiles if percentile is not None]
-            if found:
-                share = sum(percentile > 99 for percentile in found) / len(found)
+            if scored and name in self.percentiles:
+                limit = self.percentiles.value(name, 99)
+                share = sum(getattr(token, name) > limit for token in scored) / len(scored)
                 parts.append(f"{name} {mean:.3g} nats ({share:.1%} beyond the 99th percentile)")
         return f"Means: {', '.join(parts)}." if parts else ""
 
@@ -95,7 +95,7 @@ def coloured_html(text: ScoredText) -> str:
 
 def legend(text: ScoredText) -> str:
     """What the colours mean."""
-    if text.colouring not in text.percentiles.quantiles:
+    if text.colouring not in text.percentiles:
         return "No colours: evaluate.py --split=val writes the run's percentiles."
     values = [f"{text.percentiles.value(text.colouring, level):.2f}" for level in COLOURED]
     return (

@@ -3,61 +3,53 @@
 Training writes percentiles.json with its last evaluation, and evaluate.py writes it too.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.base.errors import UserError
-from engine.base.files import read_json, write_json
+from engine.base.files import read_json
 from engine.data.tokens import TokenFile
 from engine.runs.fit import states
 from heads import token_scores
 
-FILE = "percentiles.json"
+PERCENTILES = "percentiles.json"
 LEVELS = [*range(100), 99.5, 99.9, 100]  # of the quantiles, in percent
 N_TOKENS = 10_000  # of validation text, at the end of training
 ROWS = 64  # predictions in memory at a time
 
 
-@dataclass(frozen=True)
-class Percentiles:
-    """quantiles: nll, total, epistemic -> the values in nats at LEVELS. Point weights have no
-    epistemic ones, and a run without percentiles.json has none."""
-
-    quantiles: dict[str, list[float]] = field(default_factory=dict)
+class Percentiles(dict[str, list[float]]):
+    """nll, total, epistemic -> the values in nats at LEVELS. Point weights have no epistemic ones,
+    and a run without percentiles.json has none."""
 
     def of(self, name: str, value: float) -> float:
         """The percentile of a value in nats, 0 to 100."""
-        return float(np.interp(value, self.quantiles[name], LEVELS))
+        return np.interp(value, self[name], LEVELS)
 
     def value(self, name: str, percentile: float) -> float:
         """The value in nats at a percentile."""
-        return float(np.interp(percentile, LEVELS, self.quantiles[name]))
+        return np.interp(percentile, LEVELS, self[name])
 
 
 def percentiles_of(columns: dict[str, torch.Tensor]) -> Percentiles:
     """columns: name -> (n,), the values of n tokens."""
-    quantiles = {}
+    found = Percentiles()
     for name, values in columns.items():
         if values.max() > 0:
-            quantiles[name] = np.percentile(values.double().cpu().numpy(), LEVELS).tolist()
-    return Percentiles(quantiles)
+            found[name] = np.percentile(values.double().cpu().numpy(), LEVELS).tolist()
+    return found
 
 
 def read_percentiles(folder: Path) -> Percentiles:
-    path = folder / FILE
+    path = folder / PERCENTILES
     quantiles = read_json(path) if path.is_file() else {}
     if any(len(values) != len(LEVELS) for values in quantiles.values()):
         raise UserError(
             f"{path} is damaged; delete it, and evaluate.py --split=val writes it again"
         )
     return Percentiles(quantiles)
-
-
-def write_percentiles(folder: Path, percentiles: Percentiles) -> None:
-    write_json(folder / FILE, percentiles.quantiles)
 
 
 @torch.no_grad()
