@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import hellaswag
 from engine.base.errors import UserError
 from engine.data.tokenizer import BPETokenizer
+from engine.runs.checkpoint import read_checkpoint
 from tests.conftest import shared_data
 from tests.helpers import refused, tiny_gpt
 from tests.test_export import exported, save
@@ -75,6 +77,16 @@ def test_every_request_is_answered_as_by_the_harness_own_model(source, runs, tmp
     asked = [(text[:n],) for n in (1, 300, 3000)]
     expected = answers(theirs, "loglikelihood_rolling", *asked)
     assert answers(lm, "loglikelihood_rolling", *asked) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["softmax", "bayes"])
+def test_endings_have_the_scores_of_hellaswag_py_item_by_item(source, runs, name):
+    config = hellaswag.HellaSwagConfig(str(runs / name), source=str(source), device="cpu")
+    items = hellaswag.read_items(config)
+    expected, _ = hellaswag.score(config, read_checkpoint(runs / name), items)
+    asked = [(context, ending) for context, endings, _ in items for ending in endings]
+    found = [log_p for log_p, _ in answers(ours(runs, name), "loglikelihood", *asked)]
+    assert found == pytest.approx(expected.flatten().tolist(), rel=1e-5)
 
 
 def test_an_ensemble_scores_by_the_mean_probability_and_cannot_generate(runs):

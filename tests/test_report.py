@@ -12,7 +12,7 @@ import torch
 from torch.distributions import Categorical
 
 from engine.data.tokenizer import ByteTokenizer, CharTokenizer
-from engine.eval.report import write_report
+from engine.eval.report import table_html, write_page, write_report
 from engine.eval.scored_text import COLOURS, ScoredText, Token, score_text
 from engine.eval.table import Table
 from engine.runs.percentiles import percentiles_of
@@ -145,3 +145,15 @@ def test_the_page_opens_offline_and_shows_a_tokens_numbers_on_a_click(browser, t
     browser.find_elements("css selector", ".text span")[3].click()
     shown = "return getComputedStyle(document.activeElement, '::after').content"
     assert "nll 3 nats" in browser.execute_script(shown)
+
+
+@pytest.mark.slow
+def test_a_table_of_many_scores_is_whole_at_1200_pixels(browser, tmp_path):
+    header = ["run", *["tempered score of a block"] * 10]
+    line = ["out/first_run_of_three+out/second_run_of_three", *["0.1234"] * 10]
+    page = tmp_path / "page.html"
+    write_page(page, "", "", table_html(Table("", header, [line])), {})
+    browser.set_window_size(1200, 900)
+    browser.get(page.as_uri())
+    excess = "const w = document.querySelector('.wide'); return w.scrollWidth - w.clientWidth"
+    assert browser.execute_script(excess) == 0
