@@ -35,6 +35,8 @@ class Likelihood:
     linear_in_logits = False
     label_coefficient = 1.0
     mean_coefficient = 0.0
+    # the normaliser is the same without logits of -inf: the fused loss may mask padding
+    ignores_minus_inf = False
     is_softmax = False  # log_probs is a log_softmax of the logits
     # if not: logit - log p for small p, to convert weights to and from softmax; None: not constant
     logit_offset: float | None = None
@@ -91,13 +93,17 @@ class Categorical(Likelihood):
     """Softmax: loss = logsumexp(z) - z_y."""
 
     linear_in_logits = True
+    ignores_minus_inf = True
     is_softmax = True
 
     def normaliser(self, logits: Tensor) -> Tensor:
         normaliser = logits.logsumexp(-1)
         if not self.mean_coefficient:
             return normaliser
-        return normaliser - self.mean_coefficient * logits.mean(-1)
+        if logits.size(-1) > self.vocab_size:  # padded
+            logits = logits.where(logits > -math.inf, 0.0)
+        mean = logits.sum(-1) / self.vocab_size
+        return normaliser - self.mean_coefficient * mean
 
     def of_labels(self, logits: Tensor, label_weights: Tensor | None) -> Tensor:
         return -self.label_coefficient * weighted_sum(logits, label_weights)
@@ -141,6 +147,7 @@ class SmoothCategorical(Categorical):
     """
 
     def __init__(self, config: HeadConfig, vocab_size: int):
+        self.vocab_size = vocab_size
         eps = config.label_smoothing
         self.floor = eps / (vocab_size - 1)
         self.mean_coefficient = eps * vocab_size / (vocab_size - 1)
@@ -170,6 +177,7 @@ class Sigmoid(Likelihood):
     # without a unigram start, the first steps only push V logits down
     default_bias = "unigram"
     linear_in_logits = True
+    ignores_minus_inf = True
 
     def __init__(self, config: HeadConfig, vocab_size: int):
         self.pos_weight = self.label_coefficient = config.pos_weight

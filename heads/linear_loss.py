@@ -11,6 +11,7 @@ between the products; the products are library calls.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ def to_float32(t: Tensor) -> Tensor:
 def pad_rows(weight: Tensor, x: Tensor) -> Tensor:
     """weight (V, K); if x is on CUDA, padded with zeros to a multiple of 64 rows (tensor cores).
 
-    The logits of the padding are cut off before anything reads them.
+    The logits of the padding count nowhere: they are cut off, or masked by -inf.
     """
     n_missing = -len(weight) % 64
     if x.is_cuda and n_missing:
@@ -194,6 +195,8 @@ class _Sums:
         self.x = given.x.to(dtype)
         self.weight = pad_rows(given.weight.to(dtype), given.x)
         self.bias = given.bias
+        if given.bias is not None:
+            self.bias = F.pad(given.bias, (0, len(self.weight) - self.vocab_size))
         self.shift = None
         self.is_rank_one = False
         if given.shift_x is not None:
@@ -236,10 +239,7 @@ class _Sums:
         if shift is not None:
             # before the labels' gradients are added: in bf16, p - 1 would lose p to rounding
             self._add_shift_gradients(rows, shift, targets, grad_logits, grad_raised, grad_shift_x)
-        row_ids = torch.arange(len(x), device=x.device)
-        at_labels = (row_ids.unsqueeze(-1), targets)
-        grad_labels = grad_labels.to(grad_logits.dtype)
-        grad_logits.index_put_(at_labels, grad_labels, accumulate=True)
+        grad_logits.scatter_add_(1, targets, grad_labels.to(grad_logits.dtype))
         self._add_gradients(rows, x, grad_logits)
 
     def _add_label_loss(self, logits, shift, targets, label_weights):
@@ -353,12 +353,17 @@ def _normaliser(
     """
 
     def loss(logits, shift_x):
-        z = to_float32(logits[:, :vocab_size])
+        n_columns = logits.size(1) if likelihood.ignores_minus_inf else vocab_size
+        z = to_float32(logits[:, :n_columns])
         if bias is not None:
-            z = z + bias
+            z = z + bias[:n_columns]
         if shift_x is not None:
-            of_tokens = shift_weight[:vocab_size].squeeze(-1)
-            z = z + shift_x * of_tokens
+            of_columns = shift_weight[:n_columns].squeeze(-1)
+            z = z + shift_x * of_columns
+        if n_columns > vocab_size:
+            # not cut off: in whole rows, a GPU loads 16 bytes at a time instead of 2
+            is_token = torch.arange(n_columns, device=z.device) < vocab_size
+            z = z.where(is_token, -math.inf)
         return likelihood.normaliser(z).sum()
 
     if not with_grad:

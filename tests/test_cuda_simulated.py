@@ -100,6 +100,15 @@ def test_a_step_of_124m_stays_on_the_device_and_multiplies_in_its_dtype(fake_cud
         assert products == [dtype] and mixed == [], head
 
 
+@pytest.mark.slow
+def test_the_pass_over_50257_logits_is_two_kernels_over_whole_rows(fake_cuda):
+    pytest.importorskip("triton", reason="needs the triton package, to generate code")
+    lines = output_of(sys.executable, "-m", "tests.triton_kernels", LD_PRELOAD=str(fake_cuda))
+    for head, n_kernels, sizes in map(json.loads, lines.splitlines()):
+        # 50,304 columns: a multiple of 64, so a thread loads 16 bytes at a time
+        assert n_kernels == 2 and sizes == [2048, 50304], head
+
+
 @pytest.mark.parametrize("head", OURS)
 def test_a_step_compiles_only_the_first_time_and_breaks_only_at_the_fused_loss(head, monkeypatch):
     compiled = functools.cache(functools.partial(torch.compile, backend="eager"))
