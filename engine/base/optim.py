@@ -23,6 +23,45 @@ class Joint(torch.optim.Optimizer):
             first = end
 
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon, but matrices of one shape share their products, which halves the time."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        (group,) = self.param_groups
+        lr, decay = group["lr"], group["weight_decay"]
+        same_shape = {}
+        for p in group["params"]:
+            same_shape.setdefault(p.shape, []).append(p)
+        for shape, matrices in same_shape.items():
+            rate = 0.2 * math.sqrt(max(shape)) * lr  # updates of the size of AdamW's
+            directions = torch.stack([self._direction(p, group["momentum"]) for p in matrices])
+            for p, update in zip(matrices, orthogonal(directions), strict=True):
+                p.mul_(1 - lr * decay).add_(update, alpha=-rate)
+
+    def _direction(self, p, momentum):
+        """Nesterov's average of the gradients."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Matrices (N, rows, columns) -> bf16, with all singular values near 1: five iterations of
+    Newton-Schulz, with Jordan's coefficients."""
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x
+
+
 def make_optimizer(
     model: torch.nn.Module,
     learning_rate: float,
@@ -51,8 +90,7 @@ def make_optimizer(
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     if not matrices:
         return adamw
-    scale = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return Joint(torch.optim.Muon(matrices, lr=learning_rate, **scale), adamw)
+    return Joint(Muon(matrices, learning_rate, weight_decay), adamw)
 
 
 def learning_rate_at(step: int, config) -> float:
