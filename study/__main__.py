@@ -44,7 +44,10 @@ RECORDS = ("metrics.jsonl", "config.json", "eval_val.json", "eval_test.json", AV
 @dataclass(frozen=True)
 class StudyConfig:
     # in this order
-    studies: str = "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2,foreign_8k,foreign_8k_tenth"
+    studies: str = (
+        "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2,wikitext2_8k_muon,foreign_8k,"
+        "foreign_8k_tenth"
+    )
     rows: str = ""  # only these variants, separated by commas: "bayes,sigmoid_taught"
     # runs at the same time, each with its share of the processors
     jobs: PositiveInt = 1
@@ -169,7 +172,7 @@ class Runner:
         name = "_".join([variant, *changes])
         folder = self.out / f"{name}-seed{seed}"
         files = [f"config/{self.study.scale}.py", f"config/rows/{variant}.py"]
-        options = [f"--seed={seed}", *flags]
+        options = [f"--seed={seed}", *self.study.options, *flags]
         where = [f"--out_dir={folder}", "--init_from=auto"]
         self.scripts.run(folder / "train.log", "train.py", *files, *options, *where)
         return folder
@@ -190,10 +193,11 @@ class Runner:
         if not study.rates:
             return []
         trials = [self.trial(variant, [f"--learning_rate={rate}"]) for rate in study.rates]
-        best = min(trials, key=lambda trial: trial["val_nll"])
-        knob = KNOBS.get(variant, "weight_decay")
-        last = self.trial(variant, [*best["flags"], f"--{knob}={study.knobs[knob]}"])
-        return min(best, last, key=lambda trial: trial["val_nll"])["flags"]
+        if study.knobs:
+            flags = best_of(trials)
+            knob = KNOBS.get(variant, "weight_decay")
+            trials.append(self.trial(variant, [*flags, f"--{knob}={study.knobs[knob]}"]))
+        return best_of(trials)
 
     def trial(self, variant: str, flags: list[str]) -> dict:
         """A trial and its nll on the whole validation split; inf if training diverges."""
@@ -228,6 +232,11 @@ class Runner:
         flags.append(f"--ood_dataset={self.study.ood}")
         self.scripts.run(folders[0] / "evaluate.log", "evaluate.py", *flags)
         write_text(kept, (folders[0] / ENSEMBLE).read_text())
+
+
+def best_of(trials: list[dict]) -> list[str]:
+    """The flags of the trial with the lowest nll."""
+    return min(trials, key=lambda trial: trial["val_nll"])["flags"]
 
 
 def check_names(option: str, given: Iterable[str], known: Collection[str]) -> None:

@@ -47,8 +47,10 @@ class Study:
     dataset: str  # of the scale; the Makefile prepares it
     ood: str  # the OOD data sets, in the scale's tokens
     variants: tuple[str, ...] = PAPER
+    options: tuple[str, ...] = ()  # of all its runs
     rates: tuple[float, ...] = ()  # learning rates to try; if empty, see tuned_as
-    knobs: dict[str, float] = field(default_factory=dict)  # option -> the last trial's value
+    # option -> its value in a last trial; empty: no such trial
+    knobs: dict[str, float] = field(default_factory=dict)
     tuned_as: str = ""  # take the choices of this study; "" and no rates: those of the config files
     # variants also trained on the labels of a teacher, the softmax of this study
     distilled: tuple[str, ...] = ()
@@ -110,6 +112,15 @@ STUDIES = {
         "wikitext2_by_sotu_8k",
         MAIN,
         tuned_as="wikitext2_8k",
+        n_seeds=3,
+    ),
+    "wikitext2_8k_muon": Study(
+        "train_wikitext2_8k",
+        "wikitext2_8k",
+        "sotu_by_wikitext2_8k",
+        MAIN,
+        options=("--optimizer=muon", "--kl_weight=0.03"),  # as chosen with AdamW
+        rates=(8e-3, 4e-3, 2e-3),
         n_seeds=3,
     ),
     "wikitext2": Study("train_gpt2_wikitext2_cpu", "wikitext2", "sotu"),
