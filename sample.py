@@ -91,7 +91,10 @@ def main() -> None:
             previous[:] = ids + [token.id for token in texts[0].tokens]
             for number, text in enumerate(texts):
                 title = f"{i + 1}. {shown[:40]!r}, sample {number + 1}"
-                scored[title] = {source: run.scored(prompt + text.tokens, "total")}
+                page_text = run.scored(prompt + text.tokens, "total")
+                if sampling.abstain == "mark":
+                    page_text.max_epistemic = sampling.max_epistemic
+                scored[title] = {source: page_text}
                 if config.jsonl:
                     line = {"prompt": shown, "sample": number}
                     line |= as_record(text, config.show_uncertainty)

@@ -21,7 +21,7 @@ from engine.data.splits import Corpus, draw, in_memory, with_val
 from engine.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from engine.data.tokens import TokenFile
 from tests.faults import SHARD, documents, token_files
-from tests.helpers import flags, output_of, refusal, run_script, words, write_dataset
+from tests.helpers import flags, output_of, refusal, refused, run_script, words, write_dataset
 
 
 @pytest.fixture
@@ -302,3 +302,6 @@ def test_foreign_texts_are_source_code_random_and_shuffled_ids_and_files(tmp_pat
     assert len(set(ids["uniform"])) > 200
     assert ByteTokenizer().decode(ids["play"]).startswith("the storm and the sea the")
     assert "Record of phased-in" in ByteTokenizer().decode(ids["python"])  # __future__.py
+    (tmp_path / "play.txt").rename(tmp_path / "python.txt")
+    argv[1] = argv[1].replace("play", "python")
+    assert "rename the file" in refused("data/foreign/prepare.py", argv, tmp_path)

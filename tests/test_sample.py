@@ -163,7 +163,7 @@ def test_the_text_follows_its_prompt_and_is_plain_when_piped(folder, bayes, monk
     assert "\033" not in output
 
 
-def test_marks_follow_uncertain_tokens_in_plain_text_and_in_json(
+def test_marks_follow_uncertain_tokens_in_plain_text_in_json_and_on_the_page(
     folder, bayes, monkeypatch, capsys
 ):
     (text,) = stream(bayes, max_new_tokens=30)
@@ -181,7 +181,8 @@ def test_marks_follow_uncertain_tokens_in_plain_text_and_in_json(
     output = capsys.readouterr().out
     assert output.startswith("the " + marked)
     assert "4 of 30 tokens" in output
-    sample_py(monkeypatch, folder, jsonl="marked.jsonl", **options)
+    sample_py(monkeypatch, folder, jsonl="marked.jsonl", html="marked.html", **options)
+    assert (folder / "marked.html").read_text().count("<u>") == 4
     (record,) = read_json_lines(folder / "marked.jsonl")
     assert record["uncertain"] == expected
 

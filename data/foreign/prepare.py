@@ -41,7 +41,10 @@ def main() -> None:
     modules = sorted(Path(os.__file__).parent.glob("*.py"))
     texts = {"python": "\n".join(path.read_text(encoding="utf-8") for path in modules)}
     for source in find(options.source) if options.source else ():
-        texts[Path(source.name).stem] = "".join(text for text, _ in source.pieces())
+        name = Path(source.name).stem
+        if name in (*texts, "uniform", "shuffled"):
+            raise UserError(f"{source.name}: there is a text {name} already; rename the file")
+        texts[name] = "".join(text for text, _ in source.pieces())
     random = np.random.default_rng(1337)
     ids = {
         "uniform": random.integers(0, tokenizer.vocab_size, options.tokens),

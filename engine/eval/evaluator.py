@@ -95,9 +95,8 @@ class Evaluator:
         if not has_tokenizer(folder):
             folder = dataset_folder(self.dataset)
         self.tokenizer = load_tokenizer(folder)
-        self.oods = {
-            name: self._split(name) for name in filter(None, config.ood_dataset.split(","))
-        }
+        oods = [name.strip() for name in config.ood_dataset.split(",")]
+        self.oods = {name: self._split(name) for name in oods if name}
         self.better = None
         if config.better:
             for member in members_of(config.better):

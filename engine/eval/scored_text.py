@@ -1,6 +1,7 @@
 """A text with a model's prediction of each token: nll, uncertainty, likeliest alternatives."""
 
 import html
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class ScoredText(list[Token]):
 
     percentiles = Percentiles()  # what is usual for the run
     colouring = "nll"  # total for a text that the model wrote itself: its tokens are no surprise
+    max_epistemic = math.inf  # tokens beyond it are underlined
 
     @property
     def text(self) -> str:
@@ -87,6 +89,8 @@ def coloured_html(text: ScoredText) -> str:
         style = f' style="background:{colour}"' if colour else ""
         about = html.escape(describe(token, text))
         shown = html.escape(token.text)
+        if (token.epistemic or 0.0) > text.max_epistemic:
+            shown = f"<u>{shown}</u>"
         spans.append(f'<span tabindex="0" title="{about}"{style}>{shown}</span>')
     style = "white-space: pre-wrap; color: black; background: white"
     note = html.escape(f"{legend(text)} {text.summary()}")

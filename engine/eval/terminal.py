@@ -22,7 +22,7 @@ class Screen:
         self.sampling = sampling
         self.coloured = coloured
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-        self.has_colours = (out.isatty() and not plain) or "FORCE_COLOR" in os.environ
+        self.has_colours = (out.isatty() and not plain) or os.environ.get("FORCE_COLOR", "0") != "0"
 
     def begin(self, prompt: str) -> None:
         self.n_shown = 0

@@ -47,7 +47,7 @@ def model_card(
     export; nlls: data set -> the export's on its validation split; empty or one.
     """
     config = about.get("config", {})
-    training = f" for {about['step']:,} steps" if "step" in about else ""
+    training = f" for {about['step']:,} steps" if about.get("step") else ""
     if dataset := config.get("dataset"):
         training += f" on {Path(dataset).name}"
     metadata = f"license: {license}"
