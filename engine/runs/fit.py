@@ -32,18 +32,20 @@ def fit_posterior(model, data: TokenFile, processes, cast) -> str:
     """Fit the covariance of the output weights; their means do not change. Returns a line to print.
 
     data: the training split."""
-    _, second_moment, n = moments(model, data, processes, cast)
+    _, second_moment, n = moments(model, data, processes, cast, POSITIONS)
     vocab_size = len(model.lm_head.weights.weight)
     model.lm_head.weights.fit_columns(second_moment, data.frequencies(vocab_size), DAMPING)
     return f"kron posterior fitted on {n:,.0f} positions of the training text"
 
 
-def moments(model, file: TokenFile, processes, cast) -> tuple[torch.Tensor, torch.Tensor, float]:
+def moments(
+    model, file: TokenFile, processes, cast, at_least: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The mean (C,) and second moment (C, C) of hidden states, float64, and their number. They are
     those of evenly spaced blocks, the same ones for any number of processes."""
     n_embd = model.config.n_embd
     sums = torch.zeros(n_embd + 1, n_embd + 1, dtype=torch.float64)
-    blocks = states(model, file, POSITIONS, cast, processes.rank, processes.world_size)
+    blocks = states(model, file, at_least, cast, processes.rank, processes.world_size)
     for hidden, _ in blocks:
         processes.heartbeat()
         x = hidden.cpu().double()
