@@ -105,19 +105,14 @@ def is_noise(paragraph: str) -> bool:
     return is_contents or NOT_PROSE.match(paragraph) is not None
 
 
-def split_chapters(books: list[list[str]]) -> dict[str, list[str]]:
-    splits = {"train": [], "val": [], "test": []}
-    for book in books:
-        for i, chapter in enumerate(book):
-            split = {VAL_CHAPTER: "val", TEST_CHAPTER: "test"}.get(i % EVERY, "train")
-            splits[split].append(chapter)
-    return splits
-
-
 def four_books(options: Options) -> Corpus:
     folder = Path(options.folder or corpus.DATA_ROOT / options.name)
     text = read_big_txt(Path(options.source) if options.source else download(folder))
-    splits = split_chapters([chapters(book) for book in BOOK.findall(text)])
+    splits = {"train": [], "val": [], "test": []}
+    for book in BOOK.findall(text):
+        for i, chapter in enumerate(chapters(book)):
+            split = {VAL_CHAPTER: "val", TEST_CHAPTER: "test"}.get(i % EVERY, "train")
+            splits[split].append(chapter)
     return with_val(in_memory(splits), options.val_fraction)
 
 
