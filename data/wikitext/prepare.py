@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.base.errors import UserError
 from engine.base.options import NonNegativeInt
 from engine.data import corpus
-from engine.data.sources import hub_texts, one_line_errors, source_of
+from engine.data.sources import hub, one_line_errors, source_of
 from engine.data.splits import Corpus, with_val
 
 # our name of each split: its name in files, its name on the Hub
@@ -70,9 +70,10 @@ def read_lines(options: Options, split: str) -> Iterator[str]:
     """The lines of a split, each with its newline, from a file or from the Hub."""
     name, hub_name = SPLITS[split]
     if not options.source:
-        splits = hub_texts("Salesforce/wikitext", f"wikitext-{options.version}-raw-v1")
-        for texts in splits[hub_name].values():
-            yield from (line or " \n" for line in texts())  # on the Hub blank lines are empty
+        splits = hub("Salesforce/wikitext", f"wikitext-{options.version}-raw-v1")
+        for source in splits[hub_name]:
+            # on the Hub blank lines are empty
+            yield from (line or " \n" for line in source.documents())
         return
     found = sorted(Path(options.source).glob(f"wiki.{name}.*"))
     if not found:

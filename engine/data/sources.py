@@ -36,15 +36,22 @@ Pieces = Iterator[tuple[str, bool]]  # text, and whether a document starts with 
 
 
 class Source(NamedTuple):
-    """Documents. Each call of pieces() reads them again, in the same pieces."""
+    """Documents. Each call of pieces() reads them again, in the same pieces.
+
+    documents: the same, each in one and including empty ones; None for a file of any size."""
 
     name: str
     pieces: Callable[[], Pieces]
+    documents: Callable[[], Iterable[str]] | None = None
 
 
 def source_of(name: str, documents: Callable[[], Iterable[str]]) -> Source:
     """A source from a function that returns documents."""
-    return Source(name, lambda: split_documents((text, True) for text in documents()))
+
+    def pieces():
+        return split_documents((text, True) for text in documents())
+
+    return Source(name, pieces, documents)
 
 
 def split_documents(chunks: Chunks) -> Pieces:
@@ -220,19 +227,6 @@ def hub(name: str, subset: str = "", field: str = "text") -> dict[str, list[Sour
     """The files of each split of a data set on the Hugging Face Hub, streamed without a local copy.
 
     name: NAME or NAME@REVISION. Memory holds one row group of a .parquet, usually a few MB."""
-    splits = hub_texts(name, subset, field)
-    return {
-        split: [source_of(title, texts) for title, texts in files.items()]
-        for split, files in splits.items()
-    }
-
-
-def hub_texts(
-    name: str,
-    subset: str = "",
-    field: str = "text",
-) -> dict[str, dict[str, Callable[[], Iterator[str]]]]:
-    """For each file of each split, a function that returns its texts, including empty ones."""
     path, _, revision = name.partition("@")
     splits = {}
     with one_line_errors(name):
@@ -242,13 +236,13 @@ def hub_texts(
         datasets.logging.set_verbosity(logging.CRITICAL)  # the error that is raised says enough
         builder = datasets.load_dataset_builder(path, subset or None, revision=revision or None)
         for split, rows in builder.as_streaming_dataset().items():
-            splits[split] = {}
+            splits[split] = []
             for i in range(rows.num_shards):
-                number = f"{i + 1}/{rows.num_shards}"
                 # each revision has another hash
-                title = f"{name} {subset} {split} {number} {builder.hash}"
+                title = f"{name} {subset} {split} {i + 1}/{rows.num_shards} {builder.hash}"
                 file = rows.shard(num_shards=rows.num_shards, index=i)
-                splits[split][title] = functools.partial(_column, file, field, title)
+                texts = functools.partial(_column, file, field, title)
+                splits[split].append(source_of(title, texts))
     return splits
 
 
