@@ -6,22 +6,22 @@ character that GPT-2 uses for it.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from engine.base.errors import UserError
 from engine.base.files import write_text
+from engine.data.tokenizer_base import END_OF_TEXT, Tokenizer
 
 # splits text before bytes are merged; as in tiktoken_ext/openai_public.py
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-SHA256 = (
-    "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"  # of the tokens, one a line
-)
+# of the tokens, one a line
+SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's 50,257 ids. tokens: all but end-of-text; if none are given, tiktoken's."""
 
     kind, file, vocab_size, eot = "gpt2", "gpt2.json", 50257, 50256
@@ -31,7 +31,7 @@ class GPT2Tokenizer:
 
         if tokens:
             ranks = {to_bytes(token): rank for rank, token in enumerate(tokens)}
-            special = {"<|endoftext|>": self.eot}
+            special = {END_OF_TEXT: self.eot}
             self.bpe = tiktoken.Encoding(
                 "gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
             )
@@ -47,7 +47,7 @@ class GPT2Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "GPT2Tokenizer":
         """Load from a folder's gpt2.json; if there is none, from tiktoken."""
-        path = Path(folder) / cls.file
+        path = folder / cls.file
         if not path.exists():
             return cls()
         try:
@@ -62,20 +62,14 @@ class GPT2Tokenizer:
         """Token ids, (n,) uint32."""
         return self.bpe.encode_to_numpy(text, disallowed_special=())
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.bpe.decode([int(i) for i in ids])
-
     def token_bytes(self) -> list[bytes]:
         return [self.bpe.decode_single_token_bytes(i) for i in range(self.eot)] + [b""]
-
-    def describe(self) -> dict:
-        return {"kind": self.kind}
 
     def save(self, folder: Path) -> None:
         tokens = []
         for token in self.token_bytes()[:-1]:
             tokens.append("".join(STAND_INS[byte] for byte in token))
-        write_text(Path(folder) / self.file, json.dumps(tokens, ensure_ascii=False))
+        write_text(folder / self.file, json.dumps(tokens, ensure_ascii=False))
 
 
 # GPT-2's printable character for each byte (its bytes_to_unicode)

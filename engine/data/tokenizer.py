@@ -1,9 +1,6 @@
 """Text <-> token ids. load_tokenizer(folder) returns the tokenizer that a folder's meta.json names.
 
 There are four kinds: GPT-2's BPE (gpt2_bpe.py), a BPE trained on the corpus, characters, bytes.
-Each has vocab_size, eot (the end-of-text id, or None), encode, decode, token_bytes (the bytes of
-each id), describe (for meta.json) and save. encode never returns end-of-text: "<|endoftext|>"
-inside a text is encoded as text.
 """
 
 import codecs
@@ -21,13 +18,13 @@ import numpy as np
 from engine.base.errors import UserError, warn
 from engine.base.files import read_json, write_json
 from engine.data.gpt2_bpe import BYTES, GPT2Tokenizer, to_bytes
+from engine.data.tokenizer_base import END_OF_TEXT, Tokenizer
 
 KINDS = ("gpt2", "bpe", "char", "byte")
 LONG_WORD = re.compile(r"(\S{1000})")
-END_OF_TEXT = "<|endoftext|>"
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """A byte-level BPE in <folder>/tokenizer.json, the format of the tokenizers library."""
 
     kind, file = "bpe", "tokenizer.json"
@@ -59,7 +56,7 @@ class BPETokenizer:
     def load(cls, folder: Path) -> "BPETokenizer":
         import tokenizers
 
-        path = Path(folder) / cls.file
+        path = folder / cls.file
         try:
             bpe = tokenizers.Tokenizer.from_file(str(path))
             if "ByteLevel" not in str(json.loads(bpe.to_str())["decoder"]):
@@ -80,9 +77,6 @@ class BPETokenizer:
         encoding = self.bpe.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
-
     def token_bytes(self) -> list[bytes]:
         tokens = [self.bpe.id_to_token(i) for i in range(self.vocab_size)]
         return [b"" if i == self.eot else to_bytes(token) for i, token in enumerate(tokens)]
@@ -92,7 +86,7 @@ class BPETokenizer:
         return {"kind": self.kind, "sha256": hashlib.sha256(data).hexdigest()}
 
     def save(self, folder: Path) -> None:
-        self.bpe.save(str(Path(folder) / self.file))
+        self.bpe.save(str(folder / self.file))
 
 
 def byte_level(model):
@@ -105,7 +99,7 @@ def byte_level(model):
     return bpe
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One id per character, in the order of `chars`. With eot, end-of-text is the last id."""
 
     kind = "char"
@@ -124,18 +118,12 @@ class CharTokenizer:
                 f"the character {error.args[0]!r} is not in this data set's vocabulary"
             ) from None
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(END_OF_TEXT if i == self.eot else self.chars[i] for i in ids)
-
     def token_bytes(self) -> list[bytes]:
         characters = [char.encode() for char in self.chars]
         return characters if self.eot is None else [*characters, b""]
 
     def describe(self) -> dict:
         return {"kind": self.kind, "chars": self.chars, "eot": self.eot is not None}
-
-    def save(self, folder: Path) -> None:
-        """Nothing to save: meta.json has the characters."""
 
 
 class IdTokenizer(CharTokenizer):
@@ -156,7 +144,7 @@ class IdTokenizer(CharTokenizer):
         return {"kind": self.kind}
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """The 256 bytes and end-of-text, for any text."""
 
     kind, vocab_size, eot = "byte", 257, 256
@@ -164,21 +152,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        found = [END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in ids]
-        return b"".join(found).decode(errors="replace")
-
     def token_bytes(self) -> list[bytes]:
         return [bytes([i]) for i in range(256)] + [b""]
-
-    def describe(self) -> dict:
-        return {"kind": self.kind}
-
-    def save(self, folder: Path) -> None:
-        """Nothing to save."""
-
-
-Tokenizer = GPT2Tokenizer | BPETokenizer | CharTokenizer | ByteTokenizer
 
 
 @lru_cache(maxsize=4)  # GPT-2's take a tenth of a second
