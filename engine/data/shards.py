@@ -55,13 +55,12 @@ def find(folder: Path, split: str, meta: dict | None) -> list[Shard]:
     """The files of a split in order, after a check of sizes; [] if there are none."""
     meta = meta or {}
     dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+    parts = []
     if "splits" not in meta:
-        return [_shard(path, dtype) for path in _find_by_name(folder, split)]
-    about = meta["splits"].get(split)
-    if about is None:
-        return []
-    parts = about.get("shards", [about | {"file": f"{split}.bin"}])
-    return [_stated(folder, part, dtype) for part in parts]
+        parts = [{"file": name} for name in _find_by_name(folder, split)]
+    elif about := meta["splits"].get(split):
+        parts = about.get("shards", [about | {"file": f"{split}.bin"}])
+    return [_shard(folder, part, dtype) for part in parts]
 
 
 def splits_in(folder: Path) -> list[str]:
@@ -75,7 +74,7 @@ def _token_files(folder):
 
 
 def _find_by_name(folder, split):
-    """The files with the split's name, in the order of their numbers."""
+    """The names of a split's files, in the order of their numbers."""
     found = [match for match in _token_files(folder) if match[2] == split]
     found.sort(key=lambda match: (int(match[3] or 0), match[0]))
     kinds = {(match[1], match[3] is None) for match in found}
@@ -84,38 +83,34 @@ def _find_by_name(folder, split):
         raise UserError(
             f"{folder} has {names}: which is the {split} split? move the other files away"
         )
-    return [folder / match[0] for match in found]
+    return [match[0] for match in found]
 
 
-def _stated(folder, part, dtype):
-    """A file that meta.json lists."""
+def _shard(folder, part, dtype):
+    """A file of a split. part: its entry in meta.json; without meta.json, only its name."""
     path = folder / part["file"]
     if not path.is_file():
-        raise UserError(f"{path} is missing, but meta.json lists it; prepare the data again")
-    shard = _shard(path, dtype, part.get("sha256"))
-    stated = part.get("tokens", len(shard))
-    if len(shard) != stated:
-        raise UserError(
-            f"{path} holds {len(shard):,} tokens, but meta.json says {stated}; prepare the data "
-            "again"
-        )
-    return shard
-
-
-def _shard(path, dtype, sha256=None):
+        raise UserError(f"{path} is missing, but belongs to this split; prepare the data again")
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise UserError(
             f"{path} has {size} bytes, which is not a whole number of {dtype.name} ids; prepare "
             "the data again"
         )
-    ids = np.fromfile(path, dtype, 0 if sha256 else PAGE)
+    shard = Shard(path, dtype, size, part.get("sha256"))
+    stated = part.get("tokens", len(shard))
+    if len(shard) != stated:
+        raise UserError(
+            f"{path} holds {len(shard):,} tokens, but meta.json says {stated}; prepare the data "
+            "again"
+        )
+    ids = np.fromfile(path, dtype, 0 if shard.sha256 else PAGE)
     is_wide = ids[::2].any() and not ids[1::2].any()  # no text has a 0 at every other position
     if is_wide and dtype.itemsize == 2 and len(ids) > 64:
         raise UserError(
             f"{path} holds ids of 4 or 8 bytes; write it again with ids.astype(np.uint16)"
         )
-    return Shard(path, dtype, size, sha256)
+    return shard
 
 
 def joined(hashes: Iterable[str]) -> str:
