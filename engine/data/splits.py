@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -13,12 +12,11 @@ ENOUGH_DOCUMENTS = 20  # with fewer, the end of each becomes val and test
 GOLDEN = 11400714819323198485  # 2^64 / golden ratio: its multiples mod 2^64 are evenly spread
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """The sources of each split. fractions: the shares of train documents to draw for others."""
 
     splits: Mapping[str, Sequence[Source]]
-    fractions: Mapping[str, float] = field(default_factory=dict)
+    fractions: Mapping[str, float] = {}
 
     @property
     def sources(self) -> list[tuple[str, Source]]:
