@@ -117,12 +117,12 @@ def _is_ready(folder, key):
         raise UserError(f"another program wrote {folder}/{min(others)}; {advice}")
     try:
         meta = read_meta(folder) or {}
-        found = [shards.find(folder, split, meta) for split in meta.get("splits", ())]
+        if meta.get("made_from") != key:
+            return False
+        files = [file for split in meta["splits"] for file in shards.find(folder, split, meta)]
     except UserError:
         return False
-    files = itertools.chain.from_iterable(found)
-    is_ours = meta.get("made_from") == key
-    return is_ours and all(sha256_of(file.path) == file.sha256 for file in files)
+    return all(sha256_of(file.path) == file.sha256 for file in files)
 
 
 def _key(options, name):
