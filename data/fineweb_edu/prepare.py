@@ -16,7 +16,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.base.options import Fraction
 from engine.data import corpus
-from engine.data.splits import Corpus, with_val
+from engine.data.splits import Corpus
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Options(corpus.Options):
 
 def fineweb(options: Options) -> Corpus:
     subset = options.size if options.size == "default" else f"sample-{options.size}"
-    sources = corpus.texts(options, "HuggingFaceFW/fineweb-edu", subset)
-    return with_val({"train": sources}, options.val_fraction)
+    return corpus.train_and_val(options, "HuggingFaceFW/fineweb-edu", subset)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.base.options import Fraction
 from engine.data import corpus
-from engine.data.splits import Corpus, with_val
+from engine.data.splits import Corpus
 
 # the main branch has a script, which datasets 4 and later refuse
 HUB = "Skylion007/openwebtext@refs/pr/22"
@@ -26,7 +26,7 @@ class Options(corpus.Options):
 
 
 def openwebtext(options: Options) -> Corpus:
-    return with_val({"train": corpus.texts(options, HUB)}, options.val_fraction)
+    return corpus.train_and_val(options, HUB)
 
 
 if __name__ == "__main__":

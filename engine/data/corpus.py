@@ -19,8 +19,8 @@ from engine.base.errors import UserError, run_main, warn
 from engine.base.files import DATA_ROOT, check_writable, exclusive_lock, sha256_of
 from engine.base.options import PositiveInt, load_config
 from engine.data import shards
-from engine.data.sources import Source, find, hub, list_files
-from engine.data.splits import Corpus, Position, in_memory, walk
+from engine.data.sources import find, hub, list_files
+from engine.data.splits import Corpus, Position, in_memory, walk, with_val
 from engine.data.tokenizer import (
     KINDS,
     BPETokenizer,
@@ -183,11 +183,14 @@ def tokenizer_in(folder: str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def texts(options: Options, hub_name: str, subset: str = "") -> list[Source]:
-    """The local files that --source names, else the train split of a data set on the Hub."""
+def train_and_val(options: Options, hub_name: str, subset: str = "") -> Corpus:
+    """The local files that --source names, else the train split of a data set on the Hub; val is
+    drawn from them."""
     if options.source:
-        return find(options.source, errors=options.errors, encoding=options.encoding)
-    return hub(hub_name, subset)["train"]
+        sources = find(options.source, errors=options.errors, encoding=options.encoding)
+    else:
+        sources = hub(hub_name, subset)["train"]
+    return with_val({"train": sources}, options.val_fraction)
 
 
 def check_sha256(data: bytes, expected: str, what: str) -> bytes:
