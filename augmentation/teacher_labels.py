@@ -62,8 +62,10 @@ class Teacher:
             raise UserError(f"k = {options.k} is above {self.n_ids}, the vocabulary")
         self.stride = max(1, self.block_size // 2)  # from a window to the next
         self.n_positions = len(self.file) - 1  # nothing follows the last token
-        after_first = max(0, self.n_positions - self.block_size)
-        self.n_windows = 1 + -(-after_first // self.stride)
+        batches = window_starts(
+            self.n_positions, self.block_size, options.batch_size, limit=0, stride=self.stride
+        )
+        self.batches = list(batches)  # where the windows of each start, and their length
 
     def about(self) -> dict:
         """All that the labels depend on, for their description."""
@@ -76,7 +78,7 @@ class Teacher:
             "dtype": self.dtype,
             "teacher_sha256": weights.hexdigest(),
             "vocab_size": self.n_ids,
-            "windows": self.n_windows,
+            "windows": sum(len(starts) for starts, _ in self.batches),
         }
 
     @torch.no_grad()
@@ -108,9 +110,7 @@ def write_labels(teacher: Teacher) -> Path:
     with exclusive_lock(path, busy), open(path, "r+b") as output:
         done = windows_done(path, description, about)
         output.truncate(row_size * len(file))
-        n, block_size = teacher.n_positions, teacher.block_size
-        batches = window_starts(n, block_size, options.batch_size, 0, teacher.stride)
-        for starts, length in tqdm(batches, options.name, leave=False, disable=None):
+        for starts, length in tqdm(teacher.batches, options.name, leave=False, disable=None):
             now_done = int(starts[-1]) // teacher.stride + 1
             if now_done <= done:
                 continue
