@@ -19,9 +19,7 @@ from engine.base.errors import UserError
 from engine.base.options import Fraction
 from engine.data import corpus
 from engine.data.sources import find, hub
-from engine.data.splits import Corpus, draw_or_cut
-
-OFFICIAL = {"train": "train", "val": "validation", "test": "test"}  # our names: the Hub's
+from engine.data.splits import SPLITS, Corpus, draw_or_cut
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def from_hub(options: Options, fractions: dict[str, float]) -> Corpus:
     """The official splits of a data set on the Hub. Those that it lacks are drawn from train."""
     name = options.source.removeprefix("hub:")
     official = hub(name, options.subset, options.field)
-    splits = {split: official[theirs] for split, theirs in OFFICIAL.items() if theirs in official}
+    splits = {split: official[theirs] for split, theirs in SPLITS.items() if theirs in official}
     if "train" not in splits:
         raise UserError(f"{name} has no train split, only {', '.join(official)}")
     drawn = {split: fractions[split] for split in fractions if split not in splits}

@@ -22,14 +22,8 @@ from engine.base.errors import UserError
 from engine.base.options import NonNegativeInt
 from engine.data import corpus
 from engine.data.sources import hub, one_line_errors, source_of
-from engine.data.splits import Corpus, with_val
+from engine.data.splits import SPLITS, Corpus, with_val
 
-# our name of each split: its name in files, its name on the Hub
-SPLITS = {
-    "train": ("train", "train"),
-    "val": ("valid", "validation"),
-    "test": ("test", "test"),
-}
 TITLE = re.compile(r" = [^=].* = \n")
 
 
@@ -68,13 +62,13 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 def read_lines(options: Options, split: str) -> Iterator[str]:
     """The lines of a split, each with its newline, from a file or from the Hub."""
-    name, hub_name = SPLITS[split]
     if not options.source:
         splits = hub("Salesforce/wikitext", f"wikitext-{options.version}-raw-v1")
-        for source in splits[hub_name]:
+        for source in splits[SPLITS[split]]:
             # on the Hub blank lines are empty
             yield from (line or " \n" for line in source.documents())
         return
+    name = "valid" if split == "val" else split
     found = sorted(Path(options.source).glob(f"wiki.{name}.*"))
     if not found:
         raise UserError(f"{options.source} has no wiki.{name}.raw")

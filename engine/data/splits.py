@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from engine.data.sources import Source, source_of
 
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": "train", "val": "validation", "test": "test"}  # our names: the Hub's
 ENOUGH_DOCUMENTS = 20  # with fewer, the end of each becomes val and test
 GOLDEN = 11400714819323198485  # 2^64 / golden ratio: its multiples mod 2^64 are evenly spread
 
