@@ -92,17 +92,14 @@ def clean(chapter: str) -> str:
     paragraphs = []
     for block in re.split(r"\n\s*\n", text):
         paragraph = block.strip()
-        if not is_noise(paragraph):
-            words = NOTE_MARK.sub("", EMPHASIS.sub("", paragraph)).split()
-            paragraphs.append(" ".join(words))
+        n_words = len(paragraph.split())
+        is_contents = paragraph.count("--") > max(2, n_words / 5)  # sections (Repair--Healing)
+        if is_contents or NOT_PROSE.match(paragraph):
+            continue
+        words = NOTE_MARK.sub("", EMPHASIS.sub("", paragraph)).split()
+        paragraphs.append(" ".join(words))
     text = "\n\n".join(filter(None, paragraphs)) + "\n"
     return re.sub(r"(?<=[a-z,])\n\n(?=[a-z])", " ", text)  # a picture divided the sentence
-
-
-def is_noise(paragraph: str) -> bool:
-    """Whether it is a footnote, a table, a lone mark or a list of sections (Repair--Healing)."""
-    is_contents = paragraph.count("--") > max(2, len(paragraph.split()) / 5)
-    return is_contents or NOT_PROSE.match(paragraph) is not None
 
 
 def four_books(options: Options) -> Corpus:
