@@ -154,7 +154,7 @@ def _read_text(path, separator, open_text):
                 *documents, rest = rest.split(separator)
                 yield from ((document, True) for document in documents)
             # keep what may be the start of a separator
-            safe = max(0, len(rest) - max(0, len(separator) - 1))
+            safe = max(0, len(rest) - len(separator))
             yield rest[:safe], False
             rest = rest[safe:]
     yield rest, True
