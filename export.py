@@ -33,9 +33,8 @@ from engine.gpt2.exporting import (
 from engine.runs.checkpoint import check_tokenizer, load_model, read_checkpoint
 from model import GPT
 
-N_TOKENS = (
-    20_480  # of the validation split; a few are enough, because both models get the same ones
-)
+# of the validation split; a few are enough, because both models get the same ones
+N_TOKENS = 20_480
 TOLERANCE = 1e-4  # largest allowed difference of log-probabilities of an exact export, in nats
 
 

@@ -180,12 +180,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Without any of these it is GPT-2's BPE."""
     folder = Path(folder)
-    meta = read_meta(folder)
-    if meta:
+    has_bpe = (folder / BPETokenizer.file).exists()
+    about = {"kind": "bpe" if has_bpe else "gpt2"}
+    if meta := read_meta(folder):
         about = meta["tokenizer"]
-    else:
-        has_bpe = (folder / BPETokenizer.file).exists()
-        about = {"kind": "bpe" if has_bpe else "gpt2"}
     kind = about.get("kind")
     if kind == "gpt2":
         return GPT2Tokenizer.load(folder)

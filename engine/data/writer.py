@@ -133,9 +133,10 @@ class SplitWriter:
         return len(self.shards) - n_full
 
     def close_file(self) -> None:
-        flush(self.path)
-        name, sha256 = self.path.name, sha256_of(self.path)
-        self.shards.append({"file": name, "tokens": self.n_open, "sha256": sha256})
+        path = self.path
+        flush(path)
+        about = {"file": path.name, "tokens": self.n_open, "sha256": sha256_of(path)}
+        self.shards.append(about)
 
     def finish(self) -> dict:
         """Close the last file; returns the split's entry in meta.json."""
