@@ -8,22 +8,25 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 # a scheduler and torchrun may both pass on a signal: within this time it counts once
 ECHO_SECONDS = 1.0
 
 
+@dataclass
 class Watch:
-    """signum: the signal that asked the loop to save and end; 0: none.
-
-    hang_timeout: seconds without beat(), from the first finished step on, after which the process
-    prints the stacks of its threads and exits; 0: never. torch.compile may take longer before.
+    """hang_timeout: seconds without beat(), from the first finished step on, after which the
+    process prints the stacks of its threads and exits; 0: never. torch.compile may take longer
+    before.
     """
 
-    def __init__(self, is_main: bool = True, hang_timeout: float = 0.0):
-        self.is_main, self.hang_timeout = is_main, hang_timeout
-        self.signum, self.received_at, self.armed_at = 0, 0.0, math.inf
+    is_main: bool = True
+    hang_timeout: float = 0.0
+    signum: int = 0  # the signal that asked the loop to save and end; 0: none
+    received_at: float = 0.0  # when that came
+    armed_at: float = math.inf  # when the hang timer was restarted; inf: before the first step
 
     def beat(self) -> None:
         """Restart the hang timer. It needs no GIL: it fires even if the main thread is in C++."""
