@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from engine.data.labels import LabelFile
 from engine.data.tokens import TokenFile, gather
 
 Batch = tuple[torch.Tensor, ...]
@@ -56,27 +58,24 @@ class BlockOrder:
         return self.begins[shard] + offset + self.block_size * rng.permutation(n)
 
 
+@dataclass
 class Batches:
     """batches[i] -> (x, y), both (batch_size, block_size) int64: micro-batch i of endless epochs.
 
     An epoch visits each block of the split once. Any process can read any micro-batch, in any
-    order and after any restart. With labels, a LabelFile of this split, batches[i] is
-    (x, ids, weights): see LabelFile.targets.
+    order and after any restart. With labels of this split, batches[i] is (x, ids, weights):
+    see LabelFile.targets.
     """
 
-    def __init__(
-        self,
-        file: TokenFile,
-        batch_size: int,
-        block_size: int,
-        seed: int,
-        labels=None,
-    ):
-        self.file = file
-        self.batch_size = batch_size
-        self.block_size = block_size
-        self.labels = labels
-        self.order = BlockOrder([len(shard) for shard in file.shards], block_size, seed)
+    file: TokenFile
+    batch_size: int
+    block_size: int
+    seed: int
+    labels: LabelFile | None = None
+
+    def __post_init__(self):
+        lengths = [len(shard) for shard in self.file.shards]
+        self.order = BlockOrder(lengths, self.block_size, self.seed)
         self.n_blocks = self.order.n_blocks
 
     def __getitem__(self, i: int) -> Batch:
@@ -94,16 +93,16 @@ class Batches:
 
     def prefetched(self, numbers: Iterable[int], device: torch.device) -> Iterator[Batch]:
         """Yield these micro-batches on the device. While one is in use, a thread reads the next."""
+        is_cuda = device.type == "cuda"
+
+        def read(i):
+            if is_cuda:  # only pinned memory is copied in the background
+                return [tensor.pin_memory() for tensor in self[i]]
+            return self[i]
+
         with ThreadPoolExecutor(1) as reader:
-            batches = (reader.submit(self._read, i, device) for i in numbers)
+            batches = (reader.submit(read, i) for i in numbers)
             ahead = next(batches, None)
             while ahead:
                 ready, ahead = ahead, next(batches, None)
-                is_pinned = device.type == "cuda"
-                yield tuple(t.to(device, non_blocking=is_pinned) for t in ready.result())
-
-    def _read(self, i, device):
-        batch = self[i]
-        if device.type == "cuda":  # only pinned memory is copied in the background
-            batch = tuple(tensor.pin_memory() for tensor in batch)
-        return batch
+                yield tuple(t.to(device, non_blocking=is_cuda) for t in ready.result())
