@@ -58,6 +58,10 @@ def curves_figure(curves: dict[str, dict[int, dict[int, float]]]) -> Figure | No
         return None
     base = curves[drawn[0]]
     figure, (axes,) = panels(1, min(2, len(curves)), 3.2)
+    labels = ("validation nll (nats per token)", f"difference to {drawn[0]}, same seed")
+    for panel, label in zip(axes, labels, strict=False):
+        panel.set_xlabel("training tokens (millions)")
+        panel.set_ylabel(label)
     for name, seeds in curves.items():
         differences = []
         for seed in seeds.keys() & base:
@@ -67,12 +71,12 @@ def curves_figure(curves: dict[str, dict[int, dict[int, float]]]) -> Figure | No
         plot_band(axes[0], list(seeds.values()), name)
         if len(axes) > 1:
             plot_band(axes[1], differences, name)
-    axes[0].set_ylabel("validation nll (nats per token)")
-    if len(axes) > 1:
-        axes[1].set_ylabel(f"difference to {drawn[0]}, same seed")
-    for panel in axes:
-        panel.set_xlabel("training tokens (millions)")
-    show_legend(figure)
+    # one legend below all panels, with each name once
+    handles, names = axes[0].get_legend_handles_labels()
+    n_columns = max(1, 100 // max(map(len, names)))
+    n_lines = math.ceil(len(names) / n_columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * n_lines)
+    figure.legend(handles, names, loc="outside lower center", ncols=n_columns)
     return figure
 
 
@@ -100,7 +104,7 @@ def reliability_figure(rows: dict[str, dict]) -> Figure:
     """
     n_rows = math.ceil(len(rows) / 4)
     n_columns = math.ceil(len(rows) / n_rows)
-    figure, axes = panels(n_rows, n_columns, 2.9 * n_rows, sharex=True, sharey=True)
+    figure, axes = panels(n_rows, n_columns, 2.9 * n_rows, sharey=True)
     for panel in axes.flat[len(rows) :]:
         panel.set_visible(False)
     for panel, (name, row) in zip(axes.flat, rows.items(), strict=False):
@@ -118,12 +122,11 @@ def reliability_figure(rows: dict[str, dict]) -> Figure:
         panel.errorbar(confidence, accuracy, error, fmt="ko-", markersize=4, mfc="k")
         panel.text(0.05, 0.92, f"ECE {row['ece']:.4f}", transform=panel.transAxes)
         panel.set(
+            title=textwrap.fill(name, 26),
             xlim=(0, 1.02),
             ylim=(0, 1.02),
             xticks=(0, 0.5, 1),
         )
-        panel.set_title(textwrap.fill(name, 26))
-        panel.tick_params(labelbottom=True)  # also if there is no panel below
     figure.supxlabel("confidence: probability of the likeliest token")
     figure.supylabel("accuracy; bars: share of tokens")
     return figure
@@ -134,15 +137,3 @@ def panels(n_rows: int, n_columns: int, height: float, **options):
     width = WIDTH if n_columns > 1 else WIDTH / 2
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, squeeze=False, **options)
-
-
-def show_legend(figure: Figure) -> None:
-    """One legend below all panels, with each name once."""
-    handles = {}
-    for panel in figure.axes:
-        found, names = panel.get_legend_handles_labels()
-        handles |= dict(zip(names, found, strict=True))
-    n_columns = max(1, 100 // max(map(len, handles)))
-    n_lines = math.ceil(len(handles) / n_columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 * n_lines)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=n_columns)
