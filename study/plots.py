@@ -6,13 +6,7 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
-from engine.eval.plots import (
-    COLOURS,
-    MARKERS,
-    curves_figure,
-    panels,
-    styled,
-)
+from engine.eval.plots import LOOKS, curves_figure, panels, styled
 from study.logs import Variant, read
 
 # variants with a curve; more would not be readable
@@ -40,12 +34,12 @@ def summary_figure(variants: dict[str, Variant]) -> Figure:
     height = 0.9 + 0.3 * len(variants)
     figure, ((ratios, errors),) = panels(1, 2, height, sharey=True)
     ratios.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+    looks = list(LOOKS)
     for i, (name, variant) in enumerate(variants.items()):
-        color = COLOURS[family(name)]
-        marker = MARKERS[family(name) % len(MARKERS)]
+        look = looks[family(name)] | {"linestyle": ""}
         for panel, score in ((ratios, "ratio"), (errors, "ece")):
             values = variant.values(score)
-            panel.plot(values, [i] * len(values), color=color, marker=marker, linestyle="")
+            panel.plot(values, [i] * len(values), **look)
             if values:
                 panel.plot(mean(values), i, "k|", markersize=14)
     labels = [textwrap.fill(variant.label, 46) for variant in variants.values()]
