@@ -10,13 +10,14 @@ metrics.jsonl and eval_test.json, appears in the tables too.
 
 import math
 import re
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean, stdev
 
 from engine.base.errors import UserError, run_main
 from engine.base.files import read_json_lines, write_text
 from engine.eval.plots import save
-from engine.eval.table import NAMES
+from engine.eval.table import NAMES, without_empty
 from study.logs import LABELS, Variant, label_of, place, read, without_kind
 from study.plots import DRAWN, figures
 from study.variants import FOREIGN
@@ -95,46 +96,38 @@ def table(study: Path, kind: str) -> str:
     if not columns:
         kinds = ", ".join([*SHORT, *COLUMNS, "tuning"])
         raise UserError(f"a table of kind {kind!r} is none of: {kinds}")
-    variants = read(study)
-    lines = []
+    found = read(study)
+    variants = [unigram(found), *found.values()]
+    labels = [variant.label for variant in variants]
     if kind in SHORT:
-        for name, variant in variants.items():
-            if without_kind(name) in DRAWN:
-                lines.append([label_of(name, {}), *cells(variant, columns)])
-    else:
-        for variant in (unigram(variants), *variants.values()):
-            lines.append([variant.label, *cells(variant, columns)])
-    heads = [column.split(": ")[0] for column in columns.values()]
-    return markdown(["head", *heads], lines)
-
-
-def cells(variant: Variant, columns: dict[str, str]) -> list[str]:
-    """The mean over seeds of each number, for some with its standard deviation."""
-    found = []
+        names = [name for name in found if without_kind(name) in DRAWN]
+        variants = [found[name] for name in names]
+        labels = [label_of(name, {}) for name in names]
+    cells = [["head", *labels]]
     for name, column in columns.items():
-        form, _, spread = column.split(": ")[1].partition(" ")
-        values = variant.values(name)
-        cell = format(mean(values), form) if values else ""
-        if spread and len(values) > 1 and stdev(values) > 0:
-            cell += f" ± {stdev(values):{form}}"
-        found.append(cell)
-    return found
+        head, form = column.split(": ")
+        cells.append([head, *(cell(variant.values(name), form) for variant in variants)])
+    return markdown(cells)
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A table without empty lines and columns; "" if nothing is left."""
-    lines = [line for line in lines if any(line[1:])]
-    if not lines:
-        return ""
-    first, *others = zip(header, *lines, strict=True)
-    kept = [first] + [column for column in others if set(column[1:]) - {"", "0"}]
-    header, *lines = zip(*kept, strict=True)
+def cell(values: list[float], form: str) -> str:
+    """The mean over seeds, with the standard deviation if the format ends with ±."""
+    form, _, spread = form.partition(" ")
+    text = format(mean(values), form) if values else ""
+    if spread and len(values) > 1 and stdev(values) > 0:
+        text += f" ± {stdev(values):{form}}"
+    return text
+
+
+def markdown(columns: list[list[str]]) -> str:
+    """A table of these columns, without empty ones and empty lines; "" if no line is left."""
+    _, header, lines = without_empty("", columns)
     rule = ["---"] * len(header)
     found = []
     for row in (header, rule, *lines):
         escaped = [text.replace("|", r"\|") for text in row]
         found.append(f"| {' | '.join(escaped)} |")
-    return "\n".join(found)
+    return "\n".join(found) if lines else ""
 
 
 def unigram(variants: dict[str, Variant]) -> Variant:
@@ -153,20 +146,21 @@ def unigram(variants: dict[str, Variant]) -> Variant:
 def tuning(study: Path) -> str:
     """All trials of a study: what each changed, and its validation nll; the lowest is bold."""
     trials = read_json_lines(study / "tuning.jsonl")
+    names = sorted({trial["row"] for trial in trials}, key=place)
     lines = []
-    for name in sorted({trial["row"] for trial in trials}, key=place):
+    for name in names:
         of_variant = [trial for trial in trials if trial["row"] == name]
         best = min(of_variant, key=lambda trial: trial["val_nll"])
-        line = [LABELS[name]]
+        line = []
         for trial in of_variant:
             flags = ", ".join(trial["flags"]).replace("--", "").replace("=", " ")
             text = f"{flags}: {trial['val_nll']:.3f}"
             line.append(f"**{text}**" if trial is best else text)
         lines.append(line)
-    n_columns = max(map(len, lines), default=1)
-    lines = [line + [""] * (n_columns - len(line)) for line in lines]
-    numbers = [f"trial {i}" for i in range(1, n_columns)]
-    return markdown(["head", *numbers], lines)
+    columns = [["head", *(LABELS[name] for name in names)]]
+    for i, column in enumerate(zip_longest(*lines, fillvalue=""), 1):
+        columns.append([f"trial {i}", *column])
+    return markdown(columns)
 
 
 def fill(page: str) -> str:

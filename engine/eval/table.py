@@ -67,7 +67,8 @@ class Table(NamedTuple):
 
 def tables(rows: dict[str, dict], scores: dict[str, Scores]) -> list[Table]:
     """The results by group, without columns that no run has. rows, scores: by run name."""
-    if not comparable(rows):
+    texts = {(row["sha256"], str(row["tokenizer"]), row["n_tokens"]) for row in rows.values()}
+    if len(texts) > 1:
         return [table_of(OTHER_TEXTS, {"bits_per_byte": "bits per byte: .4f"}, rows)]
     numbers = {name: flat(row) for name, row in rows.items()}
     first = next(iter(rows))
@@ -99,12 +100,6 @@ def ood_results(row: dict) -> list[dict]:
     return [found] if isinstance(found, dict) else found
 
 
-def comparable(rows: dict[str, dict]) -> bool:
-    """Whether all runs predicted the same tokens of the same text."""
-    texts = {(row["sha256"], str(row["tokenizer"]), row["n_tokens"]) for row in rows.values()}
-    return len(texts) == 1
-
-
 def ratio_se(scores: Scores, first: Scores) -> float:
     """The standard error of the ratio of two perplexities on the same resampled texts."""
     differences = scores.replicates["nll"] - first.replicates["nll"]
@@ -112,17 +107,22 @@ def ratio_se(scores: Scores, first: Scores) -> float:
 
 
 def table_of(title: str, columns: dict[str, str], numbers: dict[str, dict]) -> Table:
-    """A table without empty columns (nothing, or 0 for all runs) and without empty lines.
-
-    columns: see GROUPS. numbers: by run name.
-    """
+    """A table of numbers by run name. columns: see GROUPS."""
     found = [["run", *numbers]]
     for name, column in columns.items():
         head, form = column.split(": ")
         cells = [format(row[name], form) if name in row else "" for row in numbers.values()]
-        if set(cells) - {"", "0"}:
-            found.append([head, *cells])
-    header, *lines = map(list, zip(*found, strict=True))
+        found.append([head, *cells])
+    return without_empty(title, found)
+
+
+def without_empty(title: str, columns: list[list[str]]) -> Table:
+    """A table of these columns, each with its head first. Leaves out empty columns (nothing, or 0
+    in all lines) and empty lines.
+    """
+    names, *others = columns
+    kept = [column for column in others if set(column[1:]) - {"", "0"}]
+    header, *lines = map(list, zip(names, *kept, strict=True))
     return Table(title, header, [line for line in lines if any(line[1:])])
 
 
