@@ -88,15 +88,15 @@ def read(study: Path) -> dict[str, Variant]:
             found[name].curves[seed] = curve
             if "seconds" in records[-1]:
                 found[name].seeds[seed]["training_seconds"] = records[-1]["seconds"]
-    softmax = found.get("softmax", Variant("")).seeds
+    softmax = found.get("softmax", Variant(""))
     for name, variant in found.items():
         for seed, numbers in variant.seeds.items():
             if "ensemble" not in name:
                 numbers["n_seeds"] = len(variant.seeds)
             for nll, ratio in RATIOS.items():
-                base = softmax.get(seed, {}).get(nll)
-                if "ensemble" in name and softmax:
-                    base = mean(numbers.get(nll, 0) for numbers in softmax.values())
+                base = softmax.seeds.get(seed, {}).get(nll)
+                if "ensemble" in name:
+                    base = mean(softmax.values(nll) or [0])
                 if base and nll in numbers:
                     numbers[ratio] = math.exp(numbers[nll] - base)
     return found
