@@ -27,10 +27,9 @@ def mean_loss(
     model.eval()
     totals = 0.0
     n = len(batches)
-    world_size = processes.world_size
-    n_rounds = math.ceil(n / world_size)
+    n_rounds = math.ceil(n / processes.world_size)
     # every process takes part in every round, because a sharded model's forward pass needs all
-    for i in range(processes.rank, n_rounds * world_size, world_size):
+    for i in processes.share(0, n_rounds * processes.world_size):
         x, y = gather(file, batches[i % n], model.config.block_size)
         seed_micro_batch(0, i)  # estimators that sample use the same noise in every evaluation
         with cast:
