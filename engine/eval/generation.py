@@ -73,23 +73,18 @@ def stream(
     Beyond block_size the window slides by one token. Then every token has a new (learned) position
     and nothing cached is valid, so each step reads the last block_size tokens again.
     """
-    B, n_prompt = idx.shape
     block_size = model.config.block_size
-    n_tokens = n_prompt + max_new_tokens
-    size = min(block_size, n_tokens)
+    size = min(block_size, idx.size(1) + max_new_tokens)
     if model.compiled_step:  # each cache size would compile its own graph
         size = block_size
     cache = KVCache(model.config.n_layer, size) if use_cache else None
-    new = idx
-    text = idx.new_empty(B, n_tokens)
-    text[:, :n_prompt] = idx
-    for end in range(n_prompt, n_tokens):
+    text = new = idx
+    for _ in range(max_new_tokens):
         reads_window = cache is None or cache.length in (0, block_size)
         if reads_window:
             if cache is not None:
                 cache.length = 0
-            window = text[:, max(0, end - block_size) : end]
-            x = model.hidden(window, cache)[:, -1:]
+            x = model.hidden(text[:, -block_size:], cache)[:, -1:]
         elif model.compiled_step:
             x = _compiled_step(model, new, cache)
         else:
@@ -102,7 +97,7 @@ def stream(
             log_probs = model.lm_head.log_probs(x, n_samples)
         log_probs = log_probs[:, -1, : n_ids or None]
         new = draw(log_probs, temperature, top_k, top_p)
-        text[:, end : end + 1] = new
+        text = torch.cat([text, new], dim=1)
         yield new, prediction
 
 
@@ -144,7 +139,7 @@ def compile_step(model: GPT) -> None:
 
 def _compiled_step(model, token, cache):
     torch._dynamo.mark_static_address(cache.kv)  # a CUDA graph may then write to it
-    position = torch.full((1,), cache.length, device=token.device)
+    position = cache.positions(token)
     cache.length += 1
     hidden = model.compiled_step(model, token, cache.kv, position)
     return hidden.clone()  # the graph's next run overwrites its result
