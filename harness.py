@@ -69,7 +69,7 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(self, requests, **_):
         items = [(context or [self.eot_token_id], [ending]) for _, context, ending in requests]
         batch_size, n_samples = self.config.batch_size, self.config.n_samples
-        sums, greedy = score_endings(self.run.model, items, batch_size, n_samples=n_samples)
+        sums, greedy = score_endings(self.run.model, items, batch_size, n_samples)
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:

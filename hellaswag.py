@@ -78,7 +78,8 @@ def score(
         first, *others = [tokenizer.encode(text).tolist() for text in (context, *endings)]
         texts.append((first, others))
     cast, _ = autocast(device, config.dtype)
-    log_probs, _ = score_endings(model, texts, 4 * config.batch_size, cast, config.n_samples)
+    with cast:
+        log_probs, _ = score_endings(model, texts, 4 * config.batch_size, config.n_samples)
     lengths = [[len(ids) for ids in endings] for _, endings in texts]
     return log_probs.view(-1, 4), torch.tensor(lengths)
 

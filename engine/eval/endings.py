@@ -1,7 +1,5 @@
 """Score several endings of a context with any head, by its log_probs."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -18,7 +16,6 @@ def score_endings(
     model: torch.nn.Module,
     items: list[Item],
     batch_size: int = 64,
-    cast: AbstractContextManager | None = None,
     n_samples: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns two tensors (N,) in the order of the items: the sum of log p over each ending's
@@ -48,15 +45,14 @@ def score_endings(
         owners = numbers[:, None].expand_as(y)[is_ending]
         targets = y[is_ending].to(device)
         seed_micro_batch(0, 0)  # all endings are scored under the same draws of the weights
-        with cast or nullcontext():
-            hiddens = model.hiddens(x.to(device), n_samples)
-            hiddens = [hidden[is_ending.to(device)] for hidden in hiddens]
-            for rows in row_chunks(len(targets), device):
-                seed_micro_batch(1, 0)
-                states = [hidden[rows] for hidden in hiddens]
-                log_probs = model.lm_head.log_probs(states, n_samples)
-                scores = token_scores(log_probs, targets[rows])
-                sums.index_add_(0, owners[rows], -scores.nll.cpu().double())
-                is_wrong = ~scores.correct.cpu()
-                are_likeliest[owners[rows][is_wrong]] = False
+        hiddens = model.hiddens(x.to(device), n_samples)
+        hiddens = [hidden[is_ending.to(device)] for hidden in hiddens]
+        for rows in row_chunks(len(targets), device):
+            seed_micro_batch(1, 0)
+            states = [hidden[rows] for hidden in hiddens]
+            log_probs = model.lm_head.log_probs(states, n_samples)
+            scores = token_scores(log_probs, targets[rows])
+            sums.index_add_(0, owners[rows], -scores.nll.cpu().double())
+            is_wrong = ~scores.correct.cpu()
+            are_likeliest[owners[rows][is_wrong]] = False
     return sums, are_likeliest
