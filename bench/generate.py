@@ -18,7 +18,7 @@ import torch
 
 from bench import measure
 from bench.heads import N_DATA, OURS
-from bench.step import shapes_of, transformers_gpt2
+from bench.step import SHAPE, SIZES, transformers_gpt2
 from engine.base.distributed import autocast, pick_device
 from engine.eval.generation import compile_step, generate
 from heads import HeadConfig
@@ -28,15 +28,12 @@ SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 200, "pad_token_id": 
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, ("small", "gpt2"))
-    shape = shapes_of(args.scale)
-    device = pick_device("auto")
-    softmax = gpt("softmax", **shape)
-    bayes = gpt("bayes", **shape)
-    if device.type == "cuda":
-        for model in (softmax, bayes):
-            compile_step(model)
+    args = measure.arguments(__doc__, SHAPE, SIZES)
+    shape = args.shapes
     del shape["batch_size"]
+    device = pick_device("auto")
+    softmax = gpt("softmax", device, **shape)
+    bayes = gpt("bayes", device, **shape)
     theirs = transformers_gpt2(**shape).eval().to(device)
     n_prompt = shape["block_size"] // 16
     n_new = min(256, shape["block_size"] - n_prompt)
@@ -63,12 +60,14 @@ def main() -> None:
             measure.compare("generate", group, args.rounds, shape | sizes)
 
 
-def gpt(name: str, batch_size: int, **shape: int) -> GPT:
+def gpt(name: str, device: torch.device, **shape: int) -> GPT:
     """Our model with the head of that name and random weights."""
     torch.manual_seed(0)
     head = HeadConfig(**OURS[name], n_data=N_DATA)
-    model = GPT(GPTConfig(**shape, bias=True, head=head))
-    return model.eval().to(pick_device("auto"))
+    model = GPT(GPTConfig(**shape, bias=True, head=head)).eval().to(device)
+    if device.type == "cuda":
+        compile_step(model)
+    return model
 
 
 def write(model: GPT, idx: torch.Tensor, n_new: int, dtype: str = "auto", **options) -> None:

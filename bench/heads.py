@@ -98,11 +98,10 @@ def dense_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, ("small", "gpu"), CASES)
-    shapes = dict(zip(SHAPE, SIZES[args.scale], strict=True))
+    args = measure.arguments(__doc__, SHAPE, SIZES, CASES)
     names = ["plain", *(args.cases or CASES)]
-    cases = {name: prepare(name, **shapes) for name in names}
-    measure.compare("heads", cases, args.rounds, shapes)
+    cases = {name: prepare(name, **args.shapes) for name in names}
+    measure.compare("heads", cases, args.rounds, args.shapes)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from engine.base.distributed import keep_memory
+from engine.base.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results.jsonl"  # or $BENCH_RESULTS
@@ -46,10 +47,9 @@ def peak_memory(case: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profiler:
         case()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = read_json(Path(file.name))["traceEvents"]
     sizes = [event["args"] for event in events if event["name"] == "[memory]"]
     return max(size["Total Allocated"] for size in sizes)
 
@@ -63,8 +63,9 @@ def compare(
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     keep_memory()
     seconds = in_turns(cases, rounds)
-    memory = {name: peak_memory(case) for name, case in cases.items()}
+    memory = {}
     for name, case in cases.items():
+        memory[name] = peak_memory(case)
         if hasattr(case, "held"):  # what it keeps between calls
             memory[name] += case.held()
     baseline = next(iter(cases))
@@ -106,20 +107,29 @@ def compiled(function: Callable) -> Callable:
 
 
 def arguments(
-    description: str, scales: Sequence[str], cases: Sequence[str] = ()
+    description: str,
+    shape: Sequence[str],
+    sizes: Mapping[str, Sequence[int]],
+    cases: Sequence[str] = (),
 ) -> argparse.Namespace:
-    """Parse the command line. The first scale is the default; cases: the names for --cases."""
+    """Parse the command line.
+
+    shape: the names of the sizes at each scale; `shapes` has those of --scale by name. cases: the
+    names for --cases.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of all cases in turns")
     parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE", default=[])
-    parser.add_argument("--scale", choices=scales, default=scales[0])
+    scales = sorted(sizes.keys() - {"quick"})
+    parser.add_argument("--scale", choices=scales, default="small")
     args = parser.parse_args()
     args.rounds = max(2, args.rounds)
     if args.quick:
         args.rounds = 2
         args.scale = "quick"
         os.environ.setdefault("BENCH_RESULTS", os.devnull)  # its speed means nothing
+    args.shapes = dict(zip(shape, sizes[args.scale], strict=True))
     return args
 
 

@@ -45,10 +45,6 @@ SIZES = {
 }
 
 
-def shapes_of(scale: str) -> dict[str, int]:
-    return dict(zip(SHAPE, SIZES[scale], strict=True))
-
-
 class PlainGPT(torch.nn.Module):
     """A GPT like nanoGPT's: the backbone of model.py under a PlainHead of this kind."""
 
@@ -124,11 +120,10 @@ def transformers_gpt2(block_size: int, **shape: int) -> torch.nn.Module:
 
 
 def main() -> None:
-    args = measure.arguments(__doc__, ("small", "char", "gpt2", "study", "gpu"), CASES)
-    shapes = shapes_of(args.scale)
+    args = measure.arguments(__doc__, SHAPE, SIZES, CASES)
     names = ["softmax", *(args.cases or CASES)]
-    cases = {name: prepare(name, **shapes) for name in names}
-    measure.compare("step", cases, args.rounds, shapes)
+    cases = {name: prepare(name, **args.shapes) for name in names}
+    measure.compare("step", cases, args.rounds, args.shapes)
 
 
 if __name__ == "__main__":
