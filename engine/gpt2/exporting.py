@@ -57,11 +57,8 @@ def nearest_gpt2(model: GPT) -> GPT:
     logit_bias = "uniform" if "lm_head.bias" in means else "none"
     head = HeadConfig(tie_head=model.config.head.tie_head, logit_bias=logit_bias)
     config = replace(model.config, bias=True, bayes_mlp=False, head=head)
-    gpt2 = GPT(config)
-    for name, parameter in gpt2.named_parameters():
-        if name.endswith(".bias"):
-            means.setdefault(name, torch.zeros_like(parameter))
-    load_state(gpt2, means)
+    gpt2 = GPT(config)  # all biases are 0
+    load_state(gpt2, gpt2.state_dict() | means)
     return gpt2.eval()
 
 
@@ -69,7 +66,6 @@ def transformers_tensors(gpt2: GPT) -> dict[str, torch.Tensor]:
     """The tensors of a nearest_gpt2() under transformers' names; tied weights are stored once."""
     tensors = {}
     for name, tensor in gpt2.state_dict().items():
-        tensor = tensor.detach().cpu()
         tensors[name] = tensor.t() if name.endswith(CONV1D) else tensor
     weight = tensors.pop("lm_head.weights.weight")
     bias = tensors.pop("lm_head.bias", None)
