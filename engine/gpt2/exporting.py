@@ -27,7 +27,7 @@ from engine.data.tokenizer import (
     byte_level,
     save_tokenizer,
 )
-from engine.gpt2.loading import CONV1D, FIXED, WEIGHTS, load_state
+from engine.gpt2.loading import CONV1D, FIXED, SIZES, WEIGHTS, load_state
 from heads import HeadConfig
 from model import GPT
 
@@ -102,12 +102,9 @@ def write_model(folder: Path, gpt2: GPT, eot: int | None) -> None:
     config = {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "n_embd": shape.n_embd,
+        **{name: getattr(shape, name) for name in SIZES},
         "n_positions": shape.block_size,
         "n_ctx": shape.block_size,  # the same, for llama.cpp
-        "vocab_size": shape.vocab_size,
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), shape.dropout),
         **special_ids,
         "tie_word_embeddings": "lm_head.weight" not in tensors,

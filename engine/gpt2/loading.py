@@ -25,6 +25,7 @@ MASKS = (
 EMBEDDING = "transformer.wte.weight"
 OUTPUT = "lm_head.weights.weight"
 POSITIONS = "transformer.wpe.weight"
+SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")  # the same names everywhere
 FIXED = {  # options that change what the model computes; model.py has GPT-2's values
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -110,7 +111,7 @@ def _shape_of(config, path):
         found = config.get(name, None if name == "model_type" else expected)
         if found != expected:
             raise UserError(f"{path} has {name} = {found!r}; GPT-2 has {expected!r}")
-    sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+    sizes = (*SIZES, "n_positions")
     _require(config, sizes, path)
     shape = {name: config[name] for name in sizes}
     for name, size in shape.items():
@@ -122,7 +123,7 @@ def _shape_of(config, path):
 def from_nanogpt(checkpoint: dict) -> tuple[dict, dict]:
     """checkpoint: the contents of a nanoGPT ckpt.pt."""
     options = checkpoint["model_args"]
-    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    names = (*SIZES, "block_size", "bias")
     _require(options, names, "the checkpoint")
     for name in options:
         if name not in (*names, "dropout"):

@@ -8,12 +8,11 @@ import torch
 
 from engine.base.errors import UserError, warn
 from engine.data.tokens import TokenFile, dataset_folder
-from engine.gpt2.loading import load_state
+from engine.gpt2.loading import SIZES, load_state
 from engine.runs.checkpoint import Checkpoint, check_tokenizer
 from engine.runs.fit import states
 from model import GPT, GPTConfig
 
-BACKBONE = ("n_layer", "n_head", "n_embd", "bias", "vocab_size")
 POSITIONS = 4096  # of the training text, on which one likelihood's logits are fitted to another's
 
 
@@ -58,7 +57,7 @@ def from_weights(config, old: Checkpoint, file: TokenFile, given: Set[str]) -> G
 
 def on_backbone(shape: GPTConfig, wanted: GPTConfig, given: Set[str]) -> GPTConfig:
     """`wanted` (dropout, head ...) with the sizes of `shape`. Refuses other sizes in `given`."""
-    sizes = {name: getattr(shape, name) for name in BACKBONE}
+    sizes = {name: getattr(shape, name) for name in (*SIZES, "bias")}
     sizes["block_size"] = min(wanted.block_size, shape.block_size)
     for name, size in sizes.items():
         if name in given and getattr(wanted, name) != size:
