@@ -44,16 +44,12 @@ class Checkpoint:
         """The data set that the model was trained on, if known."""
         return self.about.get("config", {}).get("dataset")
 
-    def tokenizer_folder(self) -> Path:
-        """The folder with its tokenizer."""
-        folder = folder_of(self.source)
-        if self.dataset and not has_tokenizer(folder):  # nanoGPT keeps it with the data
-            return dataset_folder(self.dataset)
-        return folder
-
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer: GPT-2's, unless a file names another."""
-        tokenizer, vocab_size = load_tokenizer(self.tokenizer_folder()), self.config.vocab_size
+        folder, vocab_size = folder_of(self.source), self.config.vocab_size
+        if self.dataset and not has_tokenizer(folder):  # nanoGPT keeps it with the data
+            folder = dataset_folder(self.dataset)
+        tokenizer = load_tokenizer(folder)
         if tokenizer.vocab_size > vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; copy the "
@@ -83,10 +79,10 @@ def read(path: Path) -> dict:
         if isinstance(state, dict) and isinstance(state.get("model"), dict):
             return state
         reason = "it holds no model"
+    except pickle.UnpicklingError:  # torch's text advises to trust the file
+        reason = "it holds more than tensors and plain values"
     except Exception as error:  # with a damaged file, the unpickler may raise anything
         reason = str(error).split("\n")[0][:120]
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to trust the file
-            reason = "it holds more than tensors and plain values"
     raise UserError(f"{path} is not a good checkpoint: {reason}; use another one, or train again")
 
 
