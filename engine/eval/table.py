@@ -70,20 +70,15 @@ def tables(rows: dict[str, dict], scores: dict[str, Scores]) -> list[Table]:
     texts = {(row["sha256"], str(row["tokenizer"]), row["n_tokens"]) for row in rows.values()}
     if len(texts) > 1:
         return [table_of(OTHER_TEXTS, {"bits_per_byte": "bits per byte: .4f"}, rows)]
-    numbers = {name: flat(row) for name, row in rows.items()}
     first = next(iter(rows))
-    first_nll = rows[first]["nll"]
-    for name, row in rows.items():
-        numbers[name]["vs_first"] = exp(row["nll"] - first_nll)
-        if name != first and "nll_se" in row:
-            numbers[name]["vs_first_se"] = ratio_se(scores[name], scores[first])
     nll = rows[first]["unigram_nll"]
-    unigram = {
-        "nll": nll,
-        "perplexity": exp(nll),
-        "vs_first": exp(nll - first_nll),
-    }
-    numbers = {"unigram": unigram} | numbers
+    numbers = {"unigram": {"nll": nll, "perplexity": exp(nll)}}
+    for name, row in rows.items():
+        numbers[name] = flat(row)
+    for name, row in numbers.items():
+        row["vs_first"] = exp(row["nll"] - rows[first]["nll"])
+        if name != first and "nll_se" in row:
+            row["vs_first_se"] = ratio_se(scores[name], scores[first])
     found = [table_of(title, columns, numbers) for title, columns in GROUPS.items()]
     for name, row in rows.items():
         for ood in ood_results(row):
