@@ -66,7 +66,6 @@ def first_document(file: TokenFile, eot: int | None, n_tokens: int) -> np.ndarra
     """The first document that is not empty, at most n_tokens ids of it."""
     ids = file[:SEARCHED]
     is_text = ids != eot
-    start = is_text.argmax()
-    found = ids[start : start + n_tokens]
-    ends = np.flatnonzero(found == eot)
-    return found[: ends[0]] if len(ends) else found
+    text = ids[is_text.argmax() :]
+    n_ends = np.cumsum(text == eot)
+    return text[n_ends == 0][:n_tokens]
