@@ -37,8 +37,7 @@ def score_endings(
     order = lengths.argsort(descending=True, stable=True)
     sums = torch.zeros(len(inputs), dtype=torch.float64)
     are_likeliest = torch.ones(len(inputs), dtype=torch.bool)
-    batches = order.split(batch_size)
-    for numbers in tqdm(batches, desc="endings", leave=False, disable=None):
+    for numbers in tqdm(order.split(batch_size), desc="endings", leave=False, disable=None):
         x = pad_sequence([inputs[i] for i in numbers], batch_first=True)
         y = pad_sequence([labels[i] for i in numbers], batch_first=True, padding_value=-1)
         is_ending = y >= 0

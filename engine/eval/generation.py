@@ -49,10 +49,8 @@ def draw(
 @torch.no_grad()
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, **options) -> Tensor:
     """Prompts (B, T) -> prompts and continuations (B, T + max_new_tokens); options: see stream."""
-    tokens = [idx]
-    for new, _ in stream(model, idx, max_new_tokens, **options):
-        tokens.append(new)
-    return torch.cat(tokens, dim=1)
+    tokens = [new for new, _ in stream(model, idx, max_new_tokens, **options)]
+    return torch.cat([idx, *tokens], dim=1)
 
 
 @torch.no_grad()
