@@ -86,7 +86,7 @@ def plot_band(panel, curves: list[dict[int, float]], label: str) -> None:
     if not tokens:
         panel.plot([], [])
         return
-    values = np.array([[curve[at] for at in tokens] for curve in curves])
+    values = np.array([list(map(curve.get, tokens)) for curve in curves])
     millions = np.array(tokens) / 1e6
     interval = max(1, len(tokens) // 10)
     mean = values.mean(0)
