@@ -132,9 +132,8 @@ def label_of(name: str, config: dict) -> str:
     plain = variant.removesuffix(DISTILLED)
     label = LABELS.get(plain, plain)
     head = f"{config.get('weights')} {config.get('likelihood')}"
-    numbers = flat(config)
     for option, (usual, part_of_head) in NAMED.items():
-        value = numbers.get(option, usual)
+        value = config.get(option, usual)
         if part_of_head in head and value != usual:
             label = f"{label.removesuffix(f', {option}')}, {option} {value:g}"
     if variant != plain:
