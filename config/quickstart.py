@@ -7,20 +7,20 @@
 dataset = "quickstart"
 out_dir = "out/quickstart/softmax"
 block_size = 256
-n_layer = 3
-n_head = 3
-n_embd = 192
+n_layer = 2
+n_head = 2
+n_embd = 128
 
-batch_size = 8
+batch_size = 12
 gradient_accumulation_steps = 1
-optimizer = "muon"  # softmax: 4.259; AdamW has 4.301 after 720 steps at its best rate, 4e-3
-learning_rate = 8e-3
+optimizer = "muon"
+learning_rate = 1.2e-2
 min_lr = 2e-4
 beta2 = 0.99
-max_iters = 480
+max_iters = 400
 warmup_iters = 50
 
-eval_interval = 120
+eval_interval = 200
 eval_iters = 25
 log_interval = 40
 compile = False  # at this size compiling takes longer than it saves
