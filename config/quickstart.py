@@ -17,10 +17,10 @@ optimizer = "muon"
 learning_rate = 1.2e-2
 min_lr = 2e-4
 beta2 = 0.99
-max_iters = 400
+max_iters = 360
 warmup_iters = 50
 
-eval_interval = 200
+eval_interval = 180
 eval_iters = 25
 log_interval = 40
 compile = False  # at this size compiling takes longer than it saves

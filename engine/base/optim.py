@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from engine.base.distributed import autocast
+
 
 class Joint(torch.optim.Optimizer):
     """Several optimizers as one: each has its own parameters; param_groups and state are joint."""
@@ -49,11 +51,12 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Matrices (N, rows, columns) -> bf16, with all singular values near 1: five iterations of
-    Newton-Schulz, with Jordan's coefficients."""
+    """Matrices (N, rows, columns) with all singular values near 1: five iterations of Newton-Schulz
+    with Jordan's coefficients, in bfloat16 if the hardware is fast at it."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
-    x = x.bfloat16()
+    _, dtype = autocast(x.device, "auto")
+    x = x.bfloat16() if dtype == "bfloat16" else x.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
