@@ -46,7 +46,7 @@ def score_endings(
         seed_micro_batch(0, 0)  # all endings are scored under the same draws of the weights
         hiddens = model.hiddens(x.to(device), n_samples)
         hiddens = [hidden[is_ending.to(device)] for hidden in hiddens]
-        for rows in row_chunks(len(targets), device):
+        for rows in row_chunks(len(targets), device, model.config.vocab_size):
             seed_micro_batch(1, 0)
             states = [hidden[rows] for hidden in hiddens]
             log_probs = model.lm_head.log_probs(states, n_samples)

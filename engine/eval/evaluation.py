@@ -15,8 +15,8 @@ from engine.eval.texts import TextStats
 from heads.head import Prediction, token_scores
 
 NOISE_GROUP = 64  # this many neighbouring tokens share their draws of the output weights' noise
-# number of positions whose log-probabilities (n, V) exist at a time; a CPU's cache is small
-CHUNK_ROWS = {"cpu": 64, "cuda": 1024, "mps": 1024}
+# log-probabilities that exist at a time, those of a few positions; a CPU's cache is small
+CHUNK_SIZE = {"cpu": 1 << 22, "cuda": 1 << 26, "mps": 1 << 26}
 
 
 class Chunk(NamedTuple):
@@ -124,7 +124,7 @@ def _score_windows(model, batch, device, n_samples, score=score_tokens, better=N
     n_hiddens = len(hiddens)
     if better:
         hiddens = hiddens + better.hiddens(x)
-    sizes = CHUNK_ROWS[device.type]
+    sizes = CHUNK_SIZE[device.type] // model.config.vocab_size
     seeds = itertools.repeat(0)
     if n_samples > 0:
         groups = (batch.at // NOISE_GROUP).flatten()
@@ -149,9 +149,9 @@ def _score_windows(model, batch, device, n_samples, score=score_tokens, better=N
     return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
 
 
-def row_chunks(n: int, device: torch.device) -> list[slice]:
-    """n rows in slices of a size that suits the device."""
-    size = CHUNK_ROWS[device.type]
+def row_chunks(n: int, device: torch.device, vocab_size: int) -> list[slice]:
+    """n rows of log-probabilities in slices of a size that suits the device."""
+    size = CHUNK_SIZE[device.type] // vocab_size
     return [slice(i, i + size) for i in range(0, n, size)]
 
 

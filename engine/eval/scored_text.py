@@ -168,7 +168,7 @@ def score_text(
         first = block_size - stride if start else 0
         hiddens = [hidden[0, first:] for hidden in model.hiddens(window[None], n_samples)]
         targets = idx[start + first + 1 : start + length + 1]
-        for rows in row_chunks(len(targets), device):
+        for rows in row_chunks(len(targets), device, model.config.vocab_size):
             prediction = model.lm_head.predict([hidden[rows] for hidden in hiddens], n_samples)
             scores += prediction_scores(prediction, targets[rows], tokenizer)
     decode = incremental_decoder(tokenizer)
