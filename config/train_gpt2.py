@@ -4,8 +4,7 @@
 # memory for each process (estimated). 1 to 32 GPUs can share the 480 blocks of a step; for 64, add
 # --batch_size=8 --gradient_accumulation_steps=64 (524,288 tokens in a step). The same holds for the
 # larger models.
-# With --optimizer=muon the blocks are trained with Muon: unmeasured at this size, but small models
-# needed a third fewer tokens (docs/training.md).
+# With --optimizer=muon: not measured at this size (docs/training.md).
 #     python data/openwebtext/prepare.py
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #     sbatch --nodes=4 config/cluster/slurm.sh train.py config/train_gpt2.py

@@ -1,7 +1,7 @@
 # GPT-2 124M on WikiText-103 (118 M tokens), 4 epochs: 900 steps of 524,288 tokens, 472 M in all.
 # Not run by us, so there is no validation nll to expect. At 40 % of the bf16 peak, 54 minutes on
 # one A100 or 17 on one H200 (estimated). 10 GB of memory for each process (estimated).
-# --optimizer=muon: unmeasured.
+# With --optimizer=muon: not measured at this size.
 #     python data/wikitext/prepare.py
 #     python train.py config/train_gpt2_wikitext_100m.py
 #     python train.py config/train_gpt2_wikitext_100m.py config/rows/bayes.py \

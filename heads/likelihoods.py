@@ -35,7 +35,7 @@ class Likelihood:
     linear_in_logits = False
     label_coefficient = 1.0
     mean_coefficient = 0.0
-    # the normaliser is the same without logits of -inf: the fused loss may mask padding
+    # more logits of -inf do not change the normaliser: the fused loss may mask padding by them
     ignores_minus_inf = False
     is_softmax = False  # log_probs is a log_softmax of the logits
     # if not: logit - log p for small p, to convert weights to and from softmax; None: not constant
@@ -54,7 +54,7 @@ class Likelihood:
             )
 
     def __init__(self, config: HeadConfig, vocab_size: int):
-        pass
+        self.vocab_size = vocab_size
 
     def normaliser(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> (...)."""
@@ -147,7 +147,7 @@ class SmoothCategorical(Categorical):
     """
 
     def __init__(self, config: HeadConfig, vocab_size: int):
-        self.vocab_size = vocab_size
+        super().__init__(config, vocab_size)
         eps = config.label_smoothing
         self.floor = eps / (vocab_size - 1)
         self.mean_coefficient = eps * vocab_size / (vocab_size - 1)

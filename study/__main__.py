@@ -5,7 +5,7 @@
 It trains variants (config/rows/) at scales (config/). All variants of a scale have equal tokens,
 batches and seeds. study/variants.py lists them; training_logs/README.md has the method and the
 results. A tuned variant gets the same number of full-length trials as all others: learning rates,
-then another value of one option at the best rate. The validation split decides.
+then, in most studies, another value of one option at the best rate. The validation split decides.
 training_logs/<study>/tuning.jsonl lists all trials; one that diverges has an infinite nll. The best
 trial is the run of the first seed. Each run leaves its records in
 training_logs/<study>/<variant>-seed<k>/; weights stay in out/study.

@@ -22,7 +22,7 @@ def gradients(model, seed: int) -> None:
 def test_muon_moves_the_blocks_matrices_as_torchs_muon_and_the_rest_as_adamw(
     bayes_mlp, monkeypatch
 ):
-    # as torch's; float32 is for CPUs that are slow at it
+    # as torch's; float32 is for CPUs that are slow at bfloat16
     monkeypatch.setattr(optim, "autocast", lambda *_: (None, "bfloat16"))
     model = tiny_gpt("bayes", bayes_mlp=bayes_mlp)
     reference = tiny_gpt("bayes", bayes_mlp=bayes_mlp)

@@ -213,7 +213,7 @@ def autocast(device: torch.device, dtype: str) -> tuple[contextlib.AbstractConte
     auto: bfloat16 if the hardware is fast at it, else float16 on CUDA, else float32.
     """
     if dtype == "auto" and device.type == "cuda":
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif dtype == "auto":
         is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if is_fast else "float32"

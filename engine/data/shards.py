@@ -90,7 +90,7 @@ def _shard(folder, part, dtype):
     """A file of a split. part: its entry in meta.json; without meta.json, only its name."""
     path = folder / part["file"]
     if not path.is_file():
-        raise UserError(f"{path} is missing, but belongs to this split; prepare the data again")
+        raise UserError(f"{path} is missing, but meta.json lists it; prepare the data again")
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise UserError(

@@ -38,7 +38,8 @@ Pieces = Iterator[tuple[str, bool]]  # text, and whether a document starts with 
 class Source(NamedTuple):
     """Documents. Each call of pieces() reads them again, in the same pieces.
 
-    documents: the same, each in one and including empty ones; None for a file of any size."""
+    documents(): the same, one string for each, also for empty ones; None if one may not fit into
+    memory."""
 
     name: str
     pieces: Callable[[], Pieces]

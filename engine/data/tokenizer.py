@@ -10,7 +10,6 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from engine.base.errors import UserError, warn
 from engine.base.files import read_json, write_json
 from engine.data.gpt2_bpe import BYTES, GPT2Tokenizer, to_bytes
-from engine.data.tokenizer_base import END_OF_TEXT, Tokenizer
+from engine.data.tokenizer_base import END_OF_TEXT, Tokenizer, token_bytes_of
 
 KINDS = ("gpt2", "bpe", "char", "byte")
 LONG_WORD = re.compile(r"(\S{1000})")
@@ -154,12 +153,6 @@ class ByteTokenizer(Tokenizer):
 
     def token_bytes(self) -> list[bytes]:
         return [bytes([i]) for i in range(256)] + [b""]
-
-
-@lru_cache(maxsize=4)  # GPT-2's take a tenth of a second
-def token_bytes_of(tokenizer: Tokenizer) -> list[bytes]:
-    """tokenizer.token_bytes(), cached."""
-    return tokenizer.token_bytes()
 
 
 def incremental_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:

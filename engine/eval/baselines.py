@@ -15,15 +15,15 @@ from engine.eval.metrics import TEMPERED, Scores
 from engine.runs.fit import moments
 from heads import token_scores
 
-POSITIONS_PER_DIMENSION = 100  # of the training text, for the covariance of hidden states
+N_PER_DIMENSION = 100  # of the training text, for the covariance of hidden states
 
 
 class Baselines:
     """Scores tokens by the baselines too. temperature: None if there is no validation split."""
 
     def __init__(self, model, train: TokenFile, processes, cast, temperature: float | None):
-        at_least = POSITIONS_PER_DIMENSION * model.config.n_embd
-        mean, second_moment, _ = moments(model, train, processes, cast, at_least)
+        n_positions = N_PER_DIMENSION * model.config.n_embd
+        mean, second_moment, _ = moments(model, train, processes, cast, n_positions)
         covariance = second_moment - mean.outer(mean)
         # a LayerNorm's output does not vary in one direction
         covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(len(mean))

@@ -15,7 +15,7 @@ from engine.eval.texts import TextStats
 from heads.head import Prediction, token_scores
 
 NOISE_GROUP = 64  # this many neighbouring tokens share their draws of the output weights' noise
-# log-probabilities that exist at a time, those of a few positions; a CPU's cache is small
+# log-probabilities that exist at a time; a CPU's cache is small
 CHUNK_SIZE = {"cpu": 1 << 22, "cuda": 1 << 26, "mps": 1 << 26}
 
 
@@ -124,7 +124,7 @@ def _score_windows(model, batch, device, n_samples, score=score_tokens, better=N
     n_hiddens = len(hiddens)
     if better:
         hiddens = hiddens + better.hiddens(x)
-    sizes = CHUNK_SIZE[device.type] // model.config.vocab_size
+    sizes = 1 + CHUNK_SIZE[device.type] // model.config.vocab_size
     seeds = itertools.repeat(0)
     if n_samples > 0:
         groups = (batch.at // NOISE_GROUP).flatten()
@@ -151,7 +151,7 @@ def _score_windows(model, batch, device, n_samples, score=score_tokens, better=N
 
 def row_chunks(n: int, device: torch.device, vocab_size: int) -> list[slice]:
     """n rows of log-probabilities in slices of a size that suits the device."""
-    size = CHUNK_SIZE[device.type] // vocab_size
+    size = 1 + CHUNK_SIZE[device.type] // vocab_size
     return [slice(i, i + size) for i in range(0, n, size)]
 
 

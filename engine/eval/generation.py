@@ -76,13 +76,13 @@ def stream(
     if model.compiled_step:  # each cache size would compile its own graph
         size = block_size
     cache = KVCache(model.config.n_layer, size) if use_cache else None
-    text = new = idx
+    text = new = idx[:, -block_size:]
     for _ in range(max_new_tokens):
         reads_window = cache is None or cache.length in (0, block_size)
         if reads_window:
             if cache is not None:
                 cache.length = 0
-            x = model.hidden(text[:, -block_size:], cache)[:, -1:]
+            x = model.hidden(text, cache)[:, -1:]
         elif model.compiled_step:
             x = _compiled_step(model, new, cache)
         else:
@@ -95,7 +95,7 @@ def stream(
             log_probs = model.lm_head.log_probs(x, n_samples)
         log_probs = log_probs[:, -1, : n_ids or None]
         new = draw(log_probs, temperature, top_k, top_p)
-        text = torch.cat([text, new], dim=1)
+        text = torch.cat([text, new], dim=1)[:, -block_size:]
         yield new, prediction
 
 

@@ -57,8 +57,11 @@ def nearest_gpt2(model: GPT) -> GPT:
     logit_bias = "uniform" if "lm_head.bias" in means else "none"
     head = HeadConfig(tie_head=model.config.head.tie_head, logit_bias=logit_bias)
     config = replace(model.config, bias=True, bayes_mlp=False, head=head)
-    gpt2 = GPT(config)  # all biases are 0
-    load_state(gpt2, gpt2.state_dict() | means)
+    gpt2 = GPT(config)
+    for name, tensor in gpt2.state_dict().items():
+        if name.endswith(".bias"):  # 0 where the model has none
+            means.setdefault(name, tensor)
+    load_state(gpt2, means)
     return gpt2.eval()
 
 

@@ -39,13 +39,13 @@ def fit_posterior(model, data: TokenFile, processes, cast) -> str:
 
 
 def moments(
-    model, file: TokenFile, processes, cast, at_least: int
+    model, file: TokenFile, processes, cast, n_positions: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The mean (C,) and second moment (C, C) of hidden states, float64, and their number. They are
     those of evenly spaced blocks, the same ones for any number of processes."""
     n_embd = model.config.n_embd
     sums = torch.zeros(n_embd + 1, n_embd + 1, dtype=torch.float64)
-    blocks = states(model, file, at_least, cast, processes.rank, processes.world_size)
+    blocks = states(model, file, n_positions, cast, processes.rank, processes.world_size)
     for hidden, _ in blocks:
         processes.heartbeat()
         x = hidden.cpu().double()
