@@ -7,7 +7,7 @@ from torch.distributions import Categorical, kl_divergence
 from engine.base.distributed import Processes
 from engine.data.tokens import TokenFile
 from engine.data.windows import windows
-from engine.eval import evaluator
+from engine.eval import baselines, evaluator
 from engine.eval.evaluator import EvaluationConfig, Evaluator
 
 covariance = pytest.importorskip("sklearn.covariance")
@@ -21,7 +21,9 @@ def evaluated(trained):
     better = str(trained("point", "categorical"))
     config = EvaluationConfig(better=better)
     run = Evaluator(str(trained("bayes", "categorical")), config, Processes(torch.device("cpu")))
-    return run, *run.scores()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "N_PER_DIMENSION", 10**6)  # all of the training text
+        return run, *run.scores()
 
 
 def read(model, file: TokenFile, n_windows: int = 0):

@@ -195,7 +195,7 @@ def test_hidden_states_without_a_second_moment_are_refused(words_data, trained, 
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(value)
     train_file = TokenFile(words_data, "train")
-    assert "hidden states" in refusal(moments, model, train_file, ONE, nullcontext())
+    assert "hidden states" in refusal(moments, model, train_file, ONE, nullcontext(), 100)
 
 
 def test_another_posterior_does_not_keep_the_fitted_stds(fitted, trained, words_data, tmp_path):
