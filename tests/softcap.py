@@ -25,7 +25,7 @@ from tests.helpers import (
     tiny_head,
 )
 from tests.test_head_options import drawn_logits
-from tests.test_heads import C, V, batch
+from tests.test_heads import C, OnCuda, V, batch
 
 CAP = 2.0  # bends most logits
 SOFT = {"likelihood": "softcap", "logit_cap": CAP}
@@ -143,3 +143,10 @@ def test_evaluation_has_no_figures_of_other_likelihoods(weights):
 def test_another_formula_inherits_no_shortcuts():
     with pytest.raises(TypeError, match="Likelihood"):
         type("Own", (LIKELIHOODS["categorical"],), {"log_probs": lambda self, logits: logits})
+
+
+def test_padding_is_cut_off_because_minus_infinity_would_count():
+    head = tiny_head("point", "softcap", logit_cap=CAP)
+    x, targets = batch(2, 3)
+    loss = head.loss(x.clone().as_subclass(OnCuda), targets).as_subclass(torch.Tensor)
+    assert_same_loss(loss, head.loss(x, targets), head.parameters())

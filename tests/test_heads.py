@@ -16,6 +16,10 @@ every_head = pytest.mark.parametrize("weights, likelihood", HEADS)
 every_likelihood = pytest.mark.parametrize("likelihood", BOUNDED)
 
 
+class OnCuda(Tensor):
+    is_cuda = True
+
+
 def batch(*shape):
     """Hidden states (*shape, C) and targets (shape)."""
     generator = torch.Generator().manual_seed(1)
@@ -150,9 +154,6 @@ def test_the_loss_is_least_where_the_prediction_is_the_distribution_or_its_smoot
 
 @every_head
 def test_padding_for_tensor_cores_changes_nothing(weights, likelihood):
-    class OnCuda(Tensor):
-        is_cuda = True
-
     head = tiny_head(weights, likelihood)
     x, targets = batch(2, 3)
     padded = x.clone().as_subclass(OnCuda)

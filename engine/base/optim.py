@@ -26,7 +26,7 @@ class Joint(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon, but one batched product serves all matrices of a shape: half the time."""
+    """torch.optim.Muon, but matrices of one shape share batched products, which take less time."""
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
