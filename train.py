@@ -270,7 +270,7 @@ def train(config: TrainConfig, processes: Processes, given: Set[str] = frozenset
             if is_finite:
                 scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             progress.advance(log.tokens_per_step, is_finite)
             saver.stepped()
             if not is_finite:

@@ -1,7 +1,7 @@
 """Does it run on a GPU, and how fast: one command of eight minutes that downloads nothing.
 
     python bench/gpu.py --out=FOLDER                   results in FOLDER/results.json
-    python bench/gpu.py --out=FOLDER --only=speed      parts: heads,train,resume,processes,speed
+    python bench/gpu.py --out=FOLDER --only heads speed        parts: see SECONDS
     python bench/gpu.py --quick                        tiny shapes, also on a CPU: does it run?
 
 The first four parts are the checks of tests/cuda_checks.py; torchrun starts `processes` as one
@@ -99,20 +99,17 @@ def start_part(part: str, quick: bool, seconds: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the results")
-    parser.add_argument("--only", default=",".join(SECONDS), help="parts, with commas between")
+    parser.add_argument("--only", nargs="+", choices=SECONDS, default=SECONDS, help="parts")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--part", choices=SECONDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
         run_part(args.part, args.out, args.quick)
         return
-    parts = args.only.split(",")
-    if unknown := set(parts) - SECONDS.keys():
-        parser.error(f"no such part: {', '.join(unknown)}; choose from {', '.join(SECONDS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + SECONDS_OF_ALL
     results = {"environment": environment()}
-    for part in parts:
+    for part in args.only:
         seconds = max(1.0, min(SECONDS[part], end - time.monotonic()))
         if args.quick:  # on a CPU, which may be busy
             seconds = 600.0

@@ -89,7 +89,7 @@ def prepare(case: str, batch_size: int, **shape: int) -> Callable[[], None]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     def held():
         tensors = list(model.parameters())

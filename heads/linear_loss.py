@@ -116,14 +116,12 @@ def rows_per_chunk(
     Four times as many in half precision, because adding up the gradients of a chunk then takes a
     separate pass. At most 4096 in float16, so that sums of gradients stay within its range.
     """
-    n_bytes = budget.get(device.type, LOGITS_BYTES_ELSEWHERE)
-    n_rows = n_bytes // (vocab_size * 4)
+    n_rows = budget.get(device.type, LOGITS_BYTES_ELSEWHERE) // (vocab_size * 4)
     if dtype.itemsize < 4:
         n_rows *= 4
     if dtype == torch.float16:
         n_rows = min(n_rows, 1 << 12)
-    exponent = max(0, n_rows.bit_length() - 1)
-    return 1 << exponent
+    return 1 << max(0, n_rows.bit_length() - 1)
 
 
 def to_float32(t: Tensor) -> Tensor:
@@ -169,10 +167,7 @@ class _LinearLoss(torch.autograd.Function):
         scale = grad_loss / ctx.n_positions
         grads = []
         for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            gradient = None
-            if total is not None:
-                gradient = (total * scale).to(dtype)
-            grads.append(gradient)
+            grads.append(None if total is None else (total * scale).to(dtype))
         return None, None, None, None, None, *grads
 
 
@@ -239,7 +234,12 @@ class _Sums:
         if shift is not None:
             # before the labels' gradients are added: in bf16, p - 1 would lose p to rounding
             self._add_shift_gradients(rows, shift, targets, grad_logits, grad_raised, grad_shift_x)
-        grad_logits.scatter_add_(1, targets, grad_labels.to(grad_logits.dtype))
+        grad_labels = grad_labels.to(grad_logits.dtype)
+        if x.is_cuda:
+            grad_logits.scatter_add_(1, targets, grad_labels)
+        else:  # in bf16, scatter_add_ would convert all logits to fp32 and back
+            row_ids = torch.arange(len(x)).unsqueeze(1)
+            grad_logits.index_put_((row_ids, targets), grad_labels, accumulate=True)
         self._add_gradients(rows, x, grad_logits)
 
     def _add_label_loss(self, logits, shift, targets, label_weights):
