@@ -226,14 +226,14 @@ class _Sums:
         grad_labels, grad_raised = self._add_label_loss(logits, shift, targets, label_weights)
         if shift is not None and not self.is_rank_one:
             logits.addmm_(shift.x, shift.weight.t())
-        grad_shift_x = self._add_normaliser_loss(logits, shift)
+        self._add_normaliser_loss(logits, shift)
         if not self.with_grad:
             return
 
         grad_logits = logits  # so far of the normaliser alone
         if shift is not None:
             # before the labels' gradients are added: in bf16, p - 1 would lose p to rounding
-            self._add_shift_gradients(rows, shift, targets, grad_logits, grad_raised, grad_shift_x)
+            self._add_shift_gradients(rows, shift, targets, grad_logits, grad_raised)
         grad_labels = grad_labels.to(grad_logits.dtype)
         if x.is_cuda:
             grad_logits.scatter_add_(1, targets, grad_labels)
@@ -263,34 +263,26 @@ class _Sums:
         return gradient, gradient + coefficient
 
     def _add_normaliser_loss(self, logits, shift):
-        """Replaces the logits by their gradient. Returns the gradient of a rank-one shift.x."""
+        """Replaces the logits by their gradient."""
         if self.compiled:
             function = _compiled(_normaliser)
             n_rows = len(logits)
         else:
             function = _normaliser
             n_rows = rows_per_chunk(LOGITS_BYTES_CACHE, logits.device, self.vocab_size)
-        grads_shift_x = []
         for start in range(0, len(logits), n_rows):
             rows = slice(start, start + n_rows)
-            shift_x, shift_weight = None, None
+            of_rows = None
             if self.is_rank_one:
-                shift_x = shift.x[rows]
-                shift_weight = shift.weight
-            value, grad_shift_x = function(
+                of_rows = LowRankLogits(shift.x[rows], shift.weight)
+            self.loss = self.loss + function(
                 self.likelihood,
                 self.with_grad,
                 self.vocab_size,
                 logits[rows],
                 self.bias,
-                shift_x,
-                shift_weight,
+                of_rows,
             )
-            self.loss = self.loss + value
-            grads_shift_x.append(grad_shift_x)
-        if self.is_rank_one and self.with_grad:
-            return torch.cat(grads_shift_x)
-        return None
 
     def _add_shift_gradients(
         self,
@@ -299,15 +291,13 @@ class _Sums:
         targets,
         grad_logits,
         grad_raised,
-        grad_shift_x,
     ):
         grads = self.grads
         if grads.shift_x is not None:
-            if not self.is_rank_one:
-                grad_shift_x = grad_logits @ shift.weight
             at_labels = F.embedding(targets, shift.weight)
             by_labels = grad_raised.unsqueeze(-1) * at_labels
-            grads.shift_x[rows] = grad_shift_x + by_labels.sum(1)
+            by_logits = grad_logits @ shift.weight.to(grad_logits.dtype)
+            grads.shift_x[rows] = by_logits + by_labels.sum(1)
         if grads.shift_weight is not None:
             transposed = grads.shift_weight.t()
             _add_product(transposed, shift.x.t(), grad_logits)
@@ -344,22 +334,18 @@ def _normaliser(
     vocab_size,
     logits,
     bias,
-    shift_x,
-    shift_weight,
+    shift,
 ):
-    """The sum of the normalisers, and the gradient of shift_x (n, 1).
+    """The sum of the normalisers. Replaces the logits (n, padded V) by their gradient."""
 
-    Replaces the logits (n, padded V) by their gradient.
-    """
-
-    def loss(logits, shift_x):
+    def loss(logits):
         n_columns = logits.size(1) if likelihood.ignores_minus_inf else vocab_size
         z = to_float32(logits[:, :n_columns])
         if bias is not None:
             z = z + bias[:n_columns]
-        if shift_x is not None:
-            of_columns = shift_weight[:n_columns].squeeze(-1)
-            z = z + shift_x * of_columns
+        if shift is not None:
+            of_columns = shift.weight[:n_columns].squeeze(-1)
+            z = z + shift.x * of_columns
         if n_columns > vocab_size:
             # not cut off: in whole rows, a GPU loads 16 bytes at a time instead of 2
             is_token = torch.arange(n_columns, device=z.device) < vocab_size
@@ -367,15 +353,10 @@ def _normaliser(
         return likelihood.normaliser(z).sum()
 
     if not with_grad:
-        return loss(logits, shift_x), None
-    if shift_x is None:
-        grad_logits, value = torch.func.grad_and_value(loss)(logits, None)
-        grad_shift_x = None
-    else:
-        gradients, value = torch.func.grad_and_value(loss, (0, 1))(logits, shift_x)
-        grad_logits, grad_shift_x = gradients
-    logits.copy_(grad_logits)
-    return value, grad_shift_x
+        return loss(logits)
+    gradient, value = torch.func.grad_and_value(loss)(logits)
+    logits.copy_(gradient)
+    return value
 
 
 @functools.cache  # on first use: importing torch.compile takes longer than importing torch
