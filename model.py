@@ -113,7 +113,14 @@ class CausalSelfAttention(nn.Module):
         # without a mask, one new token sees all keys; several tokens start at position 0
         is_causal = mask is None and T > 1
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        in_bf16_on_cpu = q.is_cpu and q.dtype == torch.bfloat16
+        if in_bf16_on_cpu and x.requires_grad and T <= 512 and cache is None:
+            # the backward of PyTorch's function takes longer than all of this (bench/README.md)
+            future = q.new_full((T, T), -math.inf).triu(1)
+            scores = q @ k.mT / math.sqrt(head_size) + future
+            y = F.dropout(scores.softmax(-1), dropout) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)
         y = self.c_proj(y)
         return F.dropout(y, self.dropout, self.training)

@@ -9,7 +9,7 @@ import transformers
 
 from engine.eval.generation import generate, stream
 from heads import WEIGHTS, HeadConfig
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig
 from tests.helpers import HEADS, assert_near, refusal, tiny_gpt, value_and_gradients
 
 V = 67
@@ -94,6 +94,36 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(options):
         loss = model(tokens(2, 16), tokens(2, 16, seed=2))
         results.append(value_and_gradients(loss, model.parameters()))
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 512, 513])
+def test_training_in_bf16_has_the_attention_of_float32_and_its_gradients(n_tokens):
+    """Up to 512 tokens by its formula, beyond by PyTorch's function."""
+    attention = CausalSelfAttention(GPTConfig(n_head=2, n_embd=32, vocab_size=9), 0)
+    torch.nn.init.normal_(attention.c_attn.weight, std=0.3)  # scores far from 0
+    x = torch.randn(2, n_tokens, 32, requires_grad=True)
+    found = []
+    for is_low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_low):
+            y = attention(x)
+        (gradient,) = torch.autograd.grad(y[:, n_tokens // 2].sum(), x)
+        assert not gradient[:, n_tokens // 2 + 1 :].any()
+        found.append((y.float(), gradient))
+    for exact, low in zip(*found, strict=True):
+        assert (low - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("is_low", [False, True])
+def test_dropout_drops_attention_weights_too(is_low):
+    """Of one token each head sees itself alone, so without that weight the whole head is 0."""
+    config = GPTConfig(n_head=2, n_embd=32, vocab_size=9, dropout=0.5)
+    attention = CausalSelfAttention(config, 0)
+    attention.c_proj = torch.nn.Identity()
+    x = torch.randn(500, 1, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_low):
+        heads = attention(x).view(500, 2, 16)
+    share = (heads == 0).all(-1).float().mean()
+    assert share.item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_dropout_acts_in_training_alone():
