@@ -3,8 +3,9 @@
 Given x, the logits of a linear head are independent Gaussians, and a prediction depends only on
 their distribution at its own position. So a draw is one noise vector (V,) for all positions of a
 call. It is unbiased at every position; positions share their Monte Carlo error. One vector for all
-saves most of the time, and a position's result does not depend on the number of positions. Shapes:
-mean, std and log-probabilities (..., V), entropies (...).
+saves most of the time, and a position's result does not depend on the number of positions. Draws
+come in pairs of opposite noise: half as many random numbers, and errors of first order cancel.
+Shapes: mean, std and log-probabilities (..., V), entropies (...).
 """
 
 import math
@@ -50,23 +51,21 @@ def draw_batches(
         mean_entropy = entropy(log_probs) if entropies else None
         yield WeightedPrediction(log_probs, mean_entropy, n / n_total)
         return
-    V, device = mean.size(-1), mean.device
-    n_logits = LOGITS_AT_ONCE.get(device.type, mean.numel())
+    V = mean.size(-1)
+    n_logits = LOGITS_AT_ONCE.get(mean.device.type, mean.numel())
     n_rows = max(1, n_logits // V)
     mean_blocks = mean.reshape(-1, V).split(n_rows)
     std_blocks = std.reshape(-1, V).split(n_rows)
     for start in range(0, n, DRAWS_AT_ONCE):
         n_draws = min(DRAWS_AT_ONCE, n - start)
-        noise = torch.randn(n_draws, V, dtype=mean.dtype, device=device, generator=generator)
+        noise = torch.randn((n_draws + 1) // 2, V, device=mean.device, generator=generator)
+        noise = torch.cat([noise, -noise])[:n_draws]
         log_probs, entropies_found = [], []
         for block in zip(mean_blocks, std_blocks, strict=True):
             log_mean, mean_entropy = _average(likelihood, *block, noise, entropies)
             log_probs.append(log_mean)
             entropies_found.append(mean_entropy)
-        mean_entropy = None
-        if entropies:
-            mean_entropy = torch.cat(entropies_found)
-            mean_entropy = mean_entropy.view(mean.shape[:-1])
+        mean_entropy = torch.cat(entropies_found).view(mean.shape[:-1]) if entropies else None
         log_probs = torch.cat(log_probs).view_as(mean)
         yield WeightedPrediction(log_probs, mean_entropy, n_draws / n_total)
 
@@ -102,9 +101,8 @@ def _average_of_numbers(likelihood, centred, std, noise, entropies):
         if entropies:
             cross = (p * log_p).sum(-1, keepdim=True) / total
             sum_entropies += total.log() - cross
-    mean_p = sum_p / len(noise)
     mean_entropy = sum_entropies.squeeze(-1) / len(noise) if entropies else None
-    return mean_p.log(), mean_entropy
+    return (sum_p / len(noise)).log(), mean_entropy
 
 
 def mixture(components: Iterable[WeightedPrediction]) -> tuple[Tensor, Tensor | None]:

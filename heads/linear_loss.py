@@ -211,8 +211,7 @@ class _Sums:
     def _new_gradient(self, t):
         if t is None or not t.requires_grad or not self.with_grad:
             return None
-        dtype = torch.promote_types(t.dtype, torch.float32)
-        return torch.zeros_like(t, dtype=dtype)
+        return torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
 
     def add_chunk(self, rows, targets, label_weights):
         """Add the loss and the gradients of these rows; targets (n, K)."""
@@ -272,9 +271,7 @@ class _Sums:
             n_rows = rows_per_chunk(LOGITS_BYTES_CACHE, logits.device, self.vocab_size)
         for start in range(0, len(logits), n_rows):
             rows = slice(start, start + n_rows)
-            of_rows = None
-            if self.is_rank_one:
-                of_rows = LowRankLogits(shift.x[rows], shift.weight)
+            of_rows = LowRankLogits(shift.x[rows], shift.weight) if self.is_rank_one else None
             self.loss = self.loss + function(
                 self.likelihood,
                 self.with_grad,

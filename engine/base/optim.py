@@ -108,8 +108,7 @@ def learning_rate_at(step: int, config) -> float:
     if step > end:
         return lowest
     progress = (step - warmup) / max(1, end - warmup)
-    share = 0.5 * (1 + math.cos(math.pi * progress))
-    return lowest + share * (peak - lowest)
+    return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - lowest)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config) -> float:
