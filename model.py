@@ -113,9 +113,9 @@ class CausalSelfAttention(nn.Module):
         # without a mask, one new token sees all keys; several tokens start at position 0
         is_causal = mask is None and T > 1
         dropout = self.dropout if self.training else 0.0
-        in_bf16_on_cpu = q.is_cpu and q.dtype == torch.bfloat16
-        if in_bf16_on_cpu and x.requires_grad and T <= 512 and cache is None:
-            # the backward of PyTorch's function takes longer than all of this (bench/README.md)
+        if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and T <= 512 and not cache:
+            # PyTorch's backward alone takes longer than forward and backward of this formula
+            # (bench/README.md)
             future = q.new_full((T, T), -math.inf).triu(1)
             scores = q @ k.mT / math.sqrt(head_size) + future
             y = F.dropout(scores.softmax(-1), dropout) @ v

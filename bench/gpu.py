@@ -1,7 +1,7 @@
 """Does it run on a GPU, and how fast: one command of eight minutes that downloads nothing.
 
     python bench/gpu.py --out=FOLDER                   results in FOLDER/results.json
-    python bench/gpu.py --out=FOLDER --only heads speed        parts: see SECONDS
+    python bench/gpu.py --out=FOLDER --only heads speed      only these parts
     python bench/gpu.py --quick                        tiny shapes, also on a CPU: does it run?
 
 The first four parts are the checks of tests/cuda_checks.py; torchrun starts `processes` as one
@@ -99,7 +99,7 @@ def start_part(part: str, quick: bool, seconds: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the results")
-    parser.add_argument("--only", nargs="+", choices=SECONDS, default=SECONDS, help="parts")
+    parser.add_argument("--only", nargs="+", choices=SECONDS, default=SECONDS, help="run these")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--part", choices=SECONDS, help=argparse.SUPPRESS)
     args = parser.parse_args()

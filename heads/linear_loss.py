@@ -66,8 +66,8 @@ def linear_loss(
     x (..., C), weight (V, C), bias (V,); targets (..., K) with label_weights (..., K), or None if
     all are 1. shift: the extra logits of Jensen's bound. They count in the normaliser, but not in
     terms that are linear in the labels' logits. It has first derivatives only. Under autocast the
-    products use its dtype; the likelihood, the bias, a shift of rank one and sums over chunks use
-    fp32.
+    products use its dtype; the likelihood, the bias, adding a shift of rank one and sums over
+    chunks use fp32.
     """
     x = x.flatten(0, -2)
     targets = targets.flatten(0, -2)
@@ -216,9 +216,7 @@ class _Sums:
     def add_chunk(self, rows, targets, label_weights):
         """Add the loss and the gradients of these rows; targets (n, K)."""
         x = self.x[rows]
-        shift = None
-        if self.shift is not None:
-            shift = LowRankLogits(self.shift.x[rows], self.shift.weight)
+        shift = self.shift and LowRankLogits(self.shift.x[rows], self.shift.weight)
         logits = self.buffer[: len(x)]
         torch.mm(x, self.weight.t(), out=logits)
 
@@ -291,15 +289,14 @@ class _Sums:
     ):
         grads = self.grads
         if grads.shift_x is not None:
-            at_labels = F.embedding(targets, shift.weight)
-            by_labels = grad_raised.unsqueeze(-1) * at_labels
-            by_logits = grad_logits @ shift.weight.to(grad_logits.dtype)
+            by_labels = grad_raised.unsqueeze(-1) * F.embedding(targets, shift.weight)
+            scale = shift.weight.amax()  # without it, sums may exceed float16's range
+            scaled = (shift.weight / scale).to(grad_logits.dtype)
+            by_logits = scale * to_float32(grad_logits @ scaled)
             grads.shift_x[rows] = by_logits + by_labels.sum(1)
         if grads.shift_weight is not None:
-            transposed = grads.shift_weight.t()
-            _add_product(transposed, shift.x.t(), grad_logits)
-            shift_x = to_float32(shift.x).unsqueeze(1)
-            by_labels = grad_raised.unsqueeze(-1) * shift_x
+            _add_product(grads.shift_weight.t(), shift.x.t(), grad_logits)
+            by_labels = grad_raised.unsqueeze(-1) * to_float32(shift.x).unsqueeze(1)
             grads.shift_weight.index_put_((targets,), by_labels, accumulate=True)
 
     def _add_gradients(self, rows, x, grad_logits):
