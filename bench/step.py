@@ -6,8 +6,8 @@
     python bench/step.py --scale=study          config/train_wikitext2_8k.py
     python bench/step.py --scale=gpu            124M, 32 blocks of 1024
 
-Our steps run as in training with --compile: bf16 autocast and torch.compile. What users write is
-eager fp32. All have fused AdamW and the malloc setting of training.
+Our steps run as in training with --compile: compiled, and in bf16 if the hardware is fast at it.
+What users write is eager fp32. All have fused AdamW and the malloc setting of training.
 """
 
 import sys
@@ -81,7 +81,7 @@ def prepare(case: str, batch_size: int, **shape: int) -> Callable[[], None]:
     model.to(device)
     name = "muon" if case == "muon" else "adamw"
     optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1, name)
-    cast, _ = autocast(device, "float32" if case in USERS else "bfloat16")
+    cast, _ = autocast(device, "float32" if case in USERS else "auto")
 
     def step():
         with cast:
