@@ -1,8 +1,8 @@
 """Does it run on a GPU, and how fast: one command of eight minutes that downloads nothing.
 
-    python bench/gpu.py --out=FOLDER                   results in FOLDER/results.json
-    python bench/gpu.py --out=FOLDER --only heads speed      only these parts
-    python bench/gpu.py --quick                        tiny shapes, also on a CPU: does it run?
+    python bench/gpu.py --out=FOLDER                       results in FOLDER/results.json
+    python bench/gpu.py --out=FOLDER --only heads speed    these parts alone
+    python bench/gpu.py --quick                            tiny shapes, also on a CPU
 
 The first four parts are the checks of tests/cuda_checks.py; torchrun starts `processes` as one
 process, so that it trains with DDP and fully_shard. `speed` runs train.py with GPT-2 124M. A part
