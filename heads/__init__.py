@@ -4,13 +4,3 @@ from heads.config import HeadConfig
 from heads.head import Head, Prediction, TokenScores, token_scores
 from heads.likelihoods import LIKELIHOODS
 from heads.weights import WEIGHTS
-
-__all__ = [
-    "LIKELIHOODS",
-    "WEIGHTS",
-    "Head",
-    "HeadConfig",
-    "Prediction",
-    "TokenScores",
-    "token_scores",
-]

@@ -72,8 +72,7 @@ class BayesLinear(PointLinear):
         self.config = config
         self.samples_logits = config.estimator == "local"
         n_stds = 1 if config.posterior in ("row", "kron") else n_embd
-        log_std = torch.empty(vocab_size, n_stds)
-        self.log_std = nn.Parameter(log_std)
+        self.log_std = nn.Parameter(torch.empty(vocab_size, n_stds))
         # L of the columns' covariance U = L @ L.T, whose trace is C; None: U is the identity
         factor = torch.eye(n_embd) if config.posterior == "kron" else None
         self.register_buffer("column_factor", factor)
@@ -98,9 +97,7 @@ class BayesLinear(PointLinear):
     def noise(self, x: Tensor) -> Tensor:
         """A draw of each logit's deviation from its mean, (..., V) (Kingma et al. 2015)."""
         variance = self.variance(x).clamp(min=1e-20)  # sqrt has no finite gradient at 0
-        shape = (*x.shape[:-1], len(self.weight))
-        noise = torch.randn(shape, device=x.device)
-        return variance.sqrt() * noise
+        return variance.sqrt() * torch.randn_like(variance)
 
     def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor, LowRankLogits | None]:
         """bound: logits raised by half their variance. sample: a draw of the whole matrix.

@@ -53,5 +53,5 @@ def summary_figure(variants: dict[str, Variant]) -> Figure:
 
 def family(name: str) -> int:
     """The index of a variant's colour: the last name in DRAWN with which its own name begins."""
-    found = [i for i, drawn in enumerate(DRAWN) if name.startswith(drawn)]
-    return found[-1] if found else len(DRAWN)
+    found = (i for i, drawn in enumerate(DRAWN) if name.startswith(drawn))
+    return max(found, default=len(DRAWN))

@@ -15,14 +15,12 @@ class Joint(torch.optim.Optimizer):
         super().__init__([group for each in optimizers for group in each.param_groups], {})
 
     def step(self, closure=None) -> None:
-        first = 0
+        groups = iter(self.param_groups)
         for optimizer in self.optimizers:
-            end = first + len(optimizer.param_groups)
             # in each step, because loading a checkpoint replaces groups and state
-            optimizer.param_groups = self.param_groups[first:end]
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
             optimizer.state = self.state
             optimizer.step()
-            first = end
 
 
 class Muon(torch.optim.Muon):

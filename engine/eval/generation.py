@@ -32,8 +32,7 @@ def draw(
     probs = (relative / temperature).softmax(-1)
     # the error of a float32 sum over the vocabulary exceeds the probability of rare tokens
     # (MPS has no float64)
-    on_mps = probs.device.type == "mps"
-    dtype = torch.float32 if on_mps else torch.float64
+    dtype = torch.float32 if probs.is_mps else torch.float64
     cumulative = probs.cumsum(-1, dtype=dtype)
     total = cumulative[:, -1:]
     if top_p < 1:  # keep the token that crosses top_p, so at least one
@@ -115,8 +114,7 @@ class OneToken:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v of the token. Returns the layer's keys and values, and a mask (1, size)."""
-        keys = self.kv[0, layer]
-        values = self.kv[1, layer]
+        keys, values = self.kv[:, layer]
         keys.index_copy_(2, self.position, k)
         values.index_copy_(2, self.position, v)
         positions = torch.arange(keys.size(2), device=keys.device)
