@@ -9,8 +9,8 @@ import transformers
 
 from engine.eval.generation import generate, stream
 from heads import WEIGHTS, HeadConfig
-from model import GPT, CausalSelfAttention, GPTConfig
-from tests.helpers import HEADS, assert_near, refusal, tiny_gpt, value_and_gradients
+from model import GPT, MLP, CausalSelfAttention, GPTConfig
+from tests.helpers import HEADS, assert_near, compiling, refusal, tiny_gpt, value_and_gradients
 
 V = 67
 every_head = pytest.mark.parametrize("weights, likelihood", HEADS)
@@ -112,6 +112,20 @@ def test_training_in_bf16_has_the_attention_of_float32_and_its_gradients(n_token
         found.append((y.float(), gradient))
     for exact, low in zip(*found, strict=True):
         assert (low - exact).norm() < 0.04 * exact.norm()
+
+
+def test_a_compiled_mlp_has_gpt2s_activation_and_its_gradient():
+    mlp = MLP(GPTConfig(n_head=2, n_embd=32, vocab_size=9))
+    mlp.c_fc = mlp.c_proj = torch.nn.Identity()
+    x = torch.linspace(-9, 9, 64, requires_grad=True)
+    with compiling():
+        y = torch.compile(mlp)(x)
+    exact = transformers.activations.NewGELUActivation()(x)
+    for found, expected in zip(
+        value_and_gradients(y.sum(), [x]), value_and_gradients(exact.sum(), [x]), strict=True
+    ):
+        assert_near(found, expected)
+    assert_near(y, exact, 1e-6)
 
 
 @pytest.mark.parametrize("is_low", [False, True])
