@@ -107,8 +107,7 @@ class BayesLinear(PointLinear):
         """
         if self.config.estimator == "bound":
             squares, variances = self._variance_factors(x)
-            half_variance = LowRankLogits(squares / 2, variances)
-            return x, self.weight, half_variance
+            return x, self.weight, LowRankLogits(squares / 2, variances)
         noise = self.draw()
         if not torch.is_autocast_enabled(x.device.type):
             return x, self.weight + noise, None
@@ -213,8 +212,7 @@ class BayesLinear(PointLinear):
         if self.log_std.size(1) > 1:
             return squares, variances
         n_embd = self.weight.size(1)
-        mean_square = squares.mean(-1, keepdim=True)
-        return mean_square, n_embd * variances
+        return squares.mean(-1, keepdim=True), n_embd * variances
 
 
 class _Draw(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch.distributions import Categorical
 from engine.gpt2.exporting import unsupported_features
 from engine.runs.checkpoint import load_model
 from heads import LIKELIHOODS, Head, HeadConfig
-from heads.draws import DRAWS_AT_ONCE
+from heads.draws import DRAWS_AT_ONCE, NOISE_STEP
 from heads.head import N_DEFAULT_DRAWS
 from tests.helpers import (
     assert_near,
@@ -78,7 +78,9 @@ def test_predictions_and_uncertainties_are_those_of_draws(posterior, n_samples):
     n_draws = n_samples if n_samples > 0 else N_DEFAULT_DRAWS
     generator = torch.Generator().manual_seed(0)  # of the draws in place of a formula
     n_batches = n_draws // DRAWS_AT_ONCE
-    halves = [torch.randn(DRAWS_AT_ONCE // 2, 1, V, generator=generator) for _ in range(n_batches)]
+    n_numbers = V + NOISE_STEP * (DRAWS_AT_ONCE // 2 - 1)
+    rows = [torch.randn(n_numbers, generator=generator) for _ in range(n_batches)]
+    halves = [row.unfold(0, V, NOISE_STEP).unsqueeze(1) for row in rows]
     noise = [sign * half for half in halves for sign in (1, -1)]
     mean = x @ head.weights.weight.T
     std = head.weights.variance(x).sqrt()

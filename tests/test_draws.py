@@ -47,7 +47,9 @@ def slow_draws(head, x, n):
 
 def pairs(n):
     """Noise (n, V), the second half with the opposite sign of the first."""
-    noise = torch.randn(math.ceil(n / 2), V)
+    step = draws.NOISE_STEP
+    numbers = torch.randn(V + step * (math.ceil(n / 2) - 1))
+    noise = torch.stack([numbers[i : i + V] for i in range(0, step * math.ceil(n / 2), step)])
     return torch.cat([noise, -noise])[:n]
 
 
@@ -123,3 +125,19 @@ def test_in_two_draws_the_errors_of_first_order_cancel(likelihood):
     exact = head.log_probs(x)
     one, two = ((head.log_probs(x, n) - exact).abs().max() for n in (1, 2))
     assert two < 0.01 * one
+
+
+@every_likelihood
+def test_pairs_in_overlapping_windows_are_as_exact_as_separate_ones(likelihood, monkeypatch):
+    head = tiny_head("bayes", likelihood).requires_grad_(False)
+    head.weights.log_std.fill_(-1.0)
+    x, _ = batch(4)
+    torch.manual_seed(0)
+    exact = torch.stack([head.log_probs(x, 512).exp() for _ in range(50)]).mean(0)
+    errors = []
+    for step in (5, V):
+        monkeypatch.setattr(draws, "NOISE_STEP", step)
+        errors.append(torch.stack([head.log_probs(x, 16).exp() - exact for _ in range(400)]))
+    overlapping, separate = (error.square().mean() for error in errors)
+    assert overlapping < 1.1 * separate
+    assert_near(errors[0].mean(0), torch.zeros_like(exact), 0.005)
