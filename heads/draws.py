@@ -5,7 +5,7 @@ their distribution at its own position. So a draw is one noise vector (V,) for a
 call. It is unbiased at every position; positions share their Monte Carlo error. One vector for all
 saves most of the time, and a position's result does not depend on the number of positions. Draws
 come in pairs of opposite noise: half as many random numbers, and errors of first order cancel. The
-pairs are overlapping windows of one row of random numbers.
+pairs are windows of one row of random numbers, which overlap if the vocabulary is large.
 Shapes: mean, std and log-probabilities (..., V), entropies (...).
 """
 
@@ -20,7 +20,8 @@ from heads.likelihoods import Likelihood
 
 DRAWS_AT_ONCE = 16  # draws per batch; their noise (DRAWS_AT_ONCE, V) is in memory together
 # the window of the next pair begins so many numbers later. Separate random numbers for each pair
-# would take half of the time of a token of GPT-2's vocabulary on a CPU, and are not more exact
+# would take half of the time of a token of GPT-2's vocabulary on a CPU. Predictions are as exact;
+# the epistemic uncertainty of a nearly flat prediction has up to 2.8 times the error, 1 % of it
 NOISE_STEP = 512
 # logits per block of positions: half a dozen such arrays fit into a CPU's L2 cache
 LOGITS_AT_ONCE = {"cpu": 1 << 18}

@@ -324,7 +324,7 @@ def _add_product(total, a, b):
 
 
 def _by_columns(weight, dtype):
-    """weight in dtype, column by column in memory."""
+    """An fp32 weight in bf16, column by column in memory."""
     return weight.t().to(dtype, memory_format=torch.contiguous_format).t()
 
 

@@ -82,7 +82,7 @@ def read(study: Path) -> dict[str, Variant]:
                 numbers = variant.seeds[seed] = flat(row)
                 for ood in ood_results(row):
                     numbers |= flat(ood["auroc"], f"{Path(ood['dataset']).name}_")
-                    numbers |= flat(ood["auroc"], "ood_auroc_")  # for a study with one OOD text
+                    numbers |= flat(ood["auroc"], "ood_auroc_")  # for a study of one OOD text
         records = read_records(folder / "metrics.jsonl")
         curve = validation_curve(records)
         if curve:
