@@ -80,12 +80,13 @@ def read(study: Path) -> dict[str, Variant]:
                 variant = found.setdefault(name + kind, Variant(label_of(name + kind, config)))
                 row = read_json(path)
                 numbers = variant.seeds[seed] = flat(row)
-                for ood in ood_results(row):
+                texts = ood_results(row)
+                for ood in texts:
                     numbers |= flat(ood["auroc"], f"{Path(ood['dataset']).name}_")
-                    numbers |= flat(ood["auroc"], "ood_auroc_")  # for a study of one OOD text
+                if len(texts) == 1:
+                    numbers |= flat(ood["auroc"], "ood_auroc_")
         records = read_records(folder / "metrics.jsonl")
-        curve = validation_curve(records)
-        if curve:
+        if curve := validation_curve(records):
             found[name].curves[seed] = curve
             if "seconds" in records[-1]:
                 found[name].seeds[seed]["training_seconds"] = records[-1]["seconds"]
@@ -129,7 +130,6 @@ def without_kind(name: str) -> str:
 def label_of(name: str, config: dict) -> str:
     """The label of a variant of read(), with options of its config.json."""
     variant = without_kind(name)
-    kind = name.removeprefix(variant)
     plain = variant.removesuffix(DISTILLED)
     label = LABELS.get(plain, plain)
     head = f"{config.get('weights')} {config.get('likelihood')}"
@@ -139,4 +139,4 @@ def label_of(name: str, config: dict) -> str:
             label = f"{label.removesuffix(f', {option}')}, {option} {value:g}"
     if variant != plain:
         label += ", distilled"
-    return label + KINDS[kind]
+    return label + KINDS[name.removeprefix(variant)]
