@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +48,6 @@ class StudyConfig:
         "wikitext2_8k,wikitext2_8k_tenth,sotu_8k,wikitext2,wikitext2_8k_muon,foreign_8k,"
         "foreign_8k_tenth"
     )
-    rows: str = ""  # only these variants, separated by commas: "bayes,sigmoid_taught"
     # runs at the same time, each with its share of the processors
     jobs: PositiveInt = 1
 
@@ -239,25 +238,17 @@ def best_of(trials: list[dict]) -> list[str]:
     return min(trials, key=lambda trial: trial["val_nll"])["flags"]
 
 
-def check_names(option: str, given: Iterable[str], known: Collection[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise UserError(f"{option} = {name!r} is not one of: {', '.join(known)}")
-
-
 def main() -> None:
     config, _ = load_config(StudyConfig, sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the running scripts
     os.chdir(ROOT)
     studies = config.studies.split(",")
-    check_names("studies", studies, STUDIES)
-    known = [variant for study in studies for variant in STUDIES[study].all_variants()]
-    chosen = config.rows.split(",") if config.rows else known
-    check_names("rows", chosen, list(dict.fromkeys(known)))
+    for study in studies:
+        if study not in STUDIES:
+            raise UserError(f"studies = {study!r} is not one of: {', '.join(STUDIES)}")
     scripts = Scripts(config.jobs)
     for study in studies:
-        variants = [name for name in STUDIES[study].all_variants() if name in chosen]
-        Runner(study, scripts).run(variants)
+        Runner(study, scripts).run(STUDIES[study].all_variants())
     print("tables and plots of training_logs/: make results")
 
 
