@@ -132,9 +132,7 @@ class Head(nn.Module):
         offset = theirs.logit_offset
         if theirs.is_softmax:
             x = hidden()
-            log_normalisers = []
-            for part in x.split(64):
-                log_normalisers.append(self.logits(part).logsumexp(-1))
+            log_normalisers = [self.logits(part).logsumexp(-1) for part in x.split(64)]
             slope, offset = linear_fit(x, torch.cat(log_normalisers))
         self.weights.weight -= slope
         self.bias -= offset - ours.logit_offset

@@ -66,9 +66,7 @@ class GPT2Tokenizer(Tokenizer):
         return [self.bpe.decode_single_token_bytes(i) for i in range(self.eot)] + [b""]
 
     def save(self, folder: Path) -> None:
-        tokens = []
-        for token in self.token_bytes()[:-1]:
-            tokens.append("".join(STAND_INS[byte] for byte in token))
+        tokens = [to_stand_ins(token) for token in self.token_bytes()[:-1]]
         write_text(folder / self.file, json.dumps(tokens, ensure_ascii=False))
 
 
@@ -78,6 +76,10 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 STAND_INS = {byte: chr(byte) for byte in PRINTABLE}
 STAND_INS |= {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 BYTES = {stand_in: byte for byte, stand_in in STAND_INS.items()}
+
+
+def to_stand_ins(token: bytes) -> str:
+    return "".join(STAND_INS[byte] for byte in token)
 
 
 def to_bytes(token: str) -> bytes:

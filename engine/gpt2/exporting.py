@@ -18,7 +18,7 @@ import torch
 
 from engine.base.errors import UserError
 from engine.base.files import write_json
-from engine.data.gpt2_bpe import STAND_INS
+from engine.data.gpt2_bpe import to_stand_ins
 from engine.data.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
@@ -157,9 +157,7 @@ def transformers_tokenizer(tokenizer: Tokenizer):
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
     else:
-        tokens = []
-        for token in tokenizer.token_bytes()[: tokenizer.eot]:
-            tokens.append("".join(STAND_INS[byte] for byte in token))
+        tokens = [to_stand_ins(token) for token in tokenizer.token_bytes()[: tokenizer.eot]]
         ids = {name: i for i, name in enumerate([*tokens, END_OF_TEXT])}
         made = byte_level(models.BPE(ids, merges_of(tokens)))
     if tokenizer.eot is not None:
