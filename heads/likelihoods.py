@@ -97,7 +97,7 @@ class Categorical(Likelihood):
     is_softmax = True
 
     def normaliser(self, logits: Tensor) -> Tensor:
-        normaliser = logits.logsumexp(-1)
+        normaliser = log_sum_exp(logits)
         if not self.mean_coefficient:
             return normaliser
         if logits.size(-1) > self.vocab_size:  # padded
@@ -243,6 +243,16 @@ def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.sum(-1)
 
 
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """ln sum_v exp(z_v), (..., V) -> (...)."""
+    if not (logits.is_cpu and torch.compiler.is_compiling()):
+        return logits.logsumexp(-1)
+    # the derivative uses these exp; that of logsumexp computes them again, which is right for GPUs
+    largest = logits.detach().amax(-1, keepdim=True)
+    total = torch.exp(logits - largest).sum(-1)
+    return largest.squeeze(-1) + total.log()
+
+
 def sum_softplus(logits: Tensor) -> Tensor:
     """sum_v ln(1 + exp(z_v)), (..., V) -> (...)."""
     if torch.compiler.is_compiling() and logits.dtype == torch.float32:
@@ -253,16 +263,16 @@ def sum_softplus(logits: Tensor) -> Tensor:
 class _SumSoftplus(torch.autograd.Function):
     """For torch.compile: sum and derivative in one pass with one exp and no log.
 
-    ln(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3, as a series to float32's precision. A log
-    would take as long as everything else.
+    ln(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3, as a series with a relative error below
+    2e-6. A log would take as long as everything else.
     """
 
     @staticmethod
     def forward(logits):
         e = torch.exp(-logits.abs())
         s = e / (2 + e)
-        series = 1 / 13
-        for k in (11, 9, 7, 5, 3, 1):
+        series = 1 / 9
+        for k in (7, 5, 3, 1):
             series = 1 / k + s * s * series
         softplus = logits.clamp(min=0) + 2 * s * series
         sigmoid = torch.where(logits > 0, 1.0, e) / (1 + e)

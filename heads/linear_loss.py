@@ -73,10 +73,9 @@ def linear_loss(
     targets = targets.flatten(0, -2)
     if label_weights is not None:
         label_weights = label_weights.flatten(0, -2)
-    shift_x, shift_weight = None, None
+    shift_x, shift_weight = shift or (None, None)
     if shift is not None:
-        shift_x = shift.x.flatten(0, -2)
-        shift_weight = shift.weight
+        shift_x = shift_x.flatten(0, -2)
     return _apply(
         likelihood,
         torch.compiler.is_compiling(),
@@ -155,7 +154,6 @@ class _LinearLoss(torch.autograd.Function):
                 weights = None if label_weights is None else label_weights[rows]
                 sums.add_chunk(rows, targets[rows], weights)
         ctx.save_for_backward(*sums.grads)
-        ctx.dtypes = [None if t is None else t.dtype for t in given]
         ctx.n_positions = n_positions
         return sums.loss / n_positions
 
@@ -163,9 +161,8 @@ class _LinearLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         scale = grad_loss / ctx.n_positions
-        grads = []
-        for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            grads.append(None if total is None else (total * scale).to(dtype))
+        # autograd converts them to the inputs' dtypes
+        grads = [None if total is None else total * scale for total in ctx.saved_tensors]
         return None, None, None, None, None, *grads
 
 
@@ -179,14 +176,14 @@ class _Sums:
         x, weight, bias, shift_x, shift_weight = given
         self.vocab_size = len(weight)
         self.loss = 0.0
-        # gradients of the sum over positions: those of the mean would vanish in float16
-        self.grads = Factors(*(self._new_gradient(t) for t in given))
-
         device = x.device
         dtype = torch.promote_types(x.dtype, weight.dtype)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        self.x = x.to(dtype)
+        # the bias is one more column of the weight. 32: matrix units are slow with fewer
+        self.n_embd = x.size(1)
+        n_ones = 0 if bias is None else 32
+        self.x_and_ones = F.pad(x.to(dtype), (0, n_ones), value=1.0)
         if compiled and weight.is_cpu and dtype == torch.bfloat16:
             # its product takes two thirds of the time; an eager copy would take as long as it saves
             weight = _compiled(_by_columns)(weight, dtype)
@@ -205,18 +202,31 @@ class _Sums:
 
         padded_size = len(self.weight)
         self.n_rows = rows_per_chunk(LOGITS_BYTES_PRODUCT, device, padded_size, dtype)
-        n_rows = min(self.n_rows, len(self.x))
+        n_rows = min(self.n_rows, len(x))
         # one buffer for all chunks: malloc would return it to the system after each chunk
-        self.buffer = self.x.new_empty(n_rows, padded_size)
+        self.buffer = self.x_and_ones.new_empty(n_rows, padded_size)
 
-    def _new_gradient(self, t):
-        if t is None or not t.requires_grad or not self.with_grad:
+        # gradients of the sum over positions: those of the mean would vanish in float16
+        self.by_token = self._new_gradient(given.weight, n_ones)
+        self.grads = Factors(
+            x=self._new_gradient(x),
+            weight=self.by_token[:, : self.n_embd],
+            bias=self.by_token[:, self.n_embd] if n_ones else None,
+            shift_x=self._new_gradient(shift_x),
+            shift_weight=self._new_gradient(given.shift_weight),
+        )
+
+    def _new_gradient(self, t, n_more_columns=0):
+        """Zeros for the gradient of t (n, K); without rows if none is wanted."""
+        if t is None:
             return None
-        return torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        n_rows = len(t) if self.with_grad else 0
+        wide = torch.promote_types(t.dtype, torch.float32)
+        return t.new_zeros(n_rows, t.size(1) + n_more_columns, dtype=wide)
 
     def add_chunk(self, rows, targets, label_weights):
         """Add the loss and the gradients of these rows; targets (n, K)."""
-        x = self.x[rows]
+        x = self.x_and_ones[rows, : self.n_embd]
         shift = self.shift and LowRankLogits(self.shift.x[rows], self.shift.weight)
         logits = self.buffer[: len(x)]
         torch.mm(x, self.weight.t(), out=logits)
@@ -224,11 +234,10 @@ class _Sums:
         grad_labels, grad_raised = self._add_label_loss(logits, shift, targets, label_weights)
         if shift is not None and not self.is_rank_one:
             logits.addmm_(shift.x, shift.weight.t())
-        self._add_normaliser_loss(logits, shift)
+        grad_logits = self._add_normaliser_loss(rows, logits, shift)
         if not self.with_grad:
             return
 
-        grad_logits = logits  # so far of the normaliser alone
         if shift is not None:
             # before the labels' gradients are added: in bf16, p - 1 would lose p to rounding
             self._add_shift_gradients(rows, shift, targets, grad_logits, grad_raised)
@@ -238,7 +247,8 @@ class _Sums:
         else:  # in bf16, scatter_add_ would convert all logits to fp32 and back
             row_ids = torch.arange(len(x)).unsqueeze(1)
             grad_logits.index_put_((row_ids, targets), grad_labels, accumulate=True)
-        self._add_gradients(rows, x, grad_logits)
+        self.grads.x[rows] = grad_logits @ self.weight
+        _add_product(self.by_token, grad_logits.t(), self.x_and_ones[rows])
 
     def _add_label_loss(self, logits, shift, targets, label_weights):
         """Returns the gradients of the labels' logits and of the shift at the labels, (n, K)."""
@@ -260,56 +270,44 @@ class _Sums:
         self.loss = self.loss + value
         return gradient, gradient + coefficient
 
-    def _add_normaliser_loss(self, logits, shift):
-        """Replaces the logits by their gradient."""
-        if self.compiled:
-            function = _compiled(_normaliser)
-            n_rows = len(logits)
-        else:
-            function = _normaliser
+    def _add_normaliser_loss(self, rows, logits, shift):
+        """Returns the gradient of the logits, of the normaliser alone.
+
+        Eager code writes it over the logits.
+        """
+        n_rows = len(logits)
+        if not self.compiled:
             n_rows = rows_per_chunk(LOGITS_BYTES_CACHE, logits.device, self.vocab_size)
+        function = _compiled(_normaliser) if self.compiled else _normaliser
         for start in range(0, len(logits), n_rows):
-            rows = slice(start, start + n_rows)
-            of_rows = LowRankLogits(shift.x[rows], shift.weight) if self.is_rank_one else None
-            self.loss = self.loss + function(
+            block = slice(start, start + n_rows)
+            of_block = LowRankLogits(shift.x[block], shift.weight) if self.is_rank_one else None
+            gradient, value = function(
                 self.likelihood,
                 self.with_grad,
                 self.vocab_size,
-                logits[rows],
+                logits[block],
                 self.bias,
-                of_rows,
+                of_block,
             )
+            self.loss = self.loss + value
+            if self.with_grad and self.is_rank_one:
+                gradient, self.grads.shift_x[rows][block] = gradient
+            if self.compiled:
+                return gradient  # a copy would take a third of this function's time
+            if self.with_grad:
+                logits[block] = gradient
+        return logits
 
-    def _add_shift_gradients(
-        self,
-        rows,
-        shift,
-        targets,
-        grad_logits,
-        grad_raised,
-    ):
-        grads = self.grads
-        if grads.shift_x is not None:
-            by_labels = grad_raised.unsqueeze(-1) * F.embedding(targets, shift.weight)
-            scale = shift.weight.amax()  # without it, sums may exceed float16's range
-            scaled = (shift.weight / scale).to(grad_logits.dtype)
-            by_logits = scale * to_float32(grad_logits @ scaled)
-            grads.shift_x[rows] = by_logits + by_labels.sum(1)
-        if grads.shift_weight is not None:
-            _add_product(grads.shift_weight.t(), shift.x.t(), grad_logits)
-            by_labels = grad_raised.unsqueeze(-1) * to_float32(shift.x).unsqueeze(1)
-            grads.shift_weight.index_put_((targets,), by_labels, accumulate=True)
-
-    def _add_gradients(self, rows, x, grad_logits):
-        grads = self.grads
-        if grads.x is not None:
-            grads.x[rows] = grad_logits @ self.weight
-        if grads.weight is not None:
-            _add_product(grads.weight, grad_logits.t(), x)
-        if grads.bias is not None:
-            # a matrix product: in bf16, sum(0, dtype=float32) takes 7 times as long
-            ones = grad_logits.new_ones(1, len(x))
-            _add_product(grads.bias.unsqueeze(0), ones, grad_logits)
+    def _add_shift_gradients(self, rows, shift, targets, grad_logits, grad_raised):
+        by_x, by_weight = self.grads.shift_x, self.grads.shift_weight
+        if not self.is_rank_one:
+            by_x[rows] = grad_logits @ shift.weight
+        of_labels = grad_raised.unsqueeze(-1)
+        by_x[rows] += (of_labels * F.embedding(targets, shift.weight)).sum(1)
+        _add_product(by_weight.t(), shift.x.t(), grad_logits)
+        of_labels = of_labels * to_float32(shift.x).unsqueeze(1)
+        by_weight.index_put_((targets,), of_labels, accumulate=True)
 
 
 def _add_product(total, a, b):
@@ -336,16 +334,20 @@ def _normaliser(
     bias,
     shift,
 ):
-    """The sum of the normalisers. Replaces the logits (n, padded V) by their gradient."""
+    """The gradient of the sum of the normalisers, and the sum.
 
-    def loss(logits):
+    By the logits (n, padded V); with a shift a pair, the second one by shift.x (n, 1).
+    """
+
+    shift_x, shift_weight = shift or (None, None)
+
+    def loss(logits, shift_x):
         n_columns = logits.size(1) if likelihood.ignores_minus_inf else vocab_size
         z = to_float32(logits[:, :n_columns])
         if bias is not None:
             z = z + bias[:n_columns]
         if shift is not None:
-            of_columns = shift.weight[:n_columns].squeeze(-1)
-            z = z + shift.x * of_columns
+            z = z + shift_x * shift_weight[:n_columns].squeeze(-1)
         if n_columns > vocab_size:
             # not cut off: in whole rows, a GPU loads 16 bytes at a time instead of 2
             is_token = torch.arange(n_columns, device=z.device) < vocab_size
@@ -353,10 +355,9 @@ def _normaliser(
         return likelihood.normaliser(z).sum()
 
     if not with_grad:
-        return loss(logits)
-    gradient, value = torch.func.grad_and_value(loss)(logits)
-    logits.copy_(gradient)
-    return value
+        return None, loss(logits, shift_x)
+    inputs = 0 if shift is None else (0, 1)
+    return torch.func.grad_and_value(loss, inputs)(logits, shift_x)
 
 
 @functools.cache  # on first use: importing torch.compile takes longer than importing torch

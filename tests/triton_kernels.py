@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from bench.heads import OURS
 from heads import HeadConfig
 from heads.likelihoods import LIKELIHOODS
-from heads.linear_loss import _normaliser
+from heads.linear_loss import LowRankLogits, _normaliser
 
 H200 = types.SimpleNamespace(
     name="NVIDIA H200",
@@ -102,7 +102,12 @@ def main() -> None:
     for head, options in OURS.items():
         config = HeadConfig(**options, n_data=10**9)
         likelihood = LIKELIHOODS[config.likelihood](config, 50257)
-        function = functools.partial(_normaliser, likelihood, True, 50257)
+        normaliser = functools.partial(_normaliser, likelihood, True, 50257)
+
+        def function(logits, bias, *shift, normaliser=normaliser):
+            gradients, value = normaliser(logits, bias, LowRankLogits(*shift))
+            return *gradients, value
+
         with FakeTensorMode(), torch.no_grad():
             new = functools.partial(torch.empty, device="cuda")
             logits = new(2048, 50304, dtype=torch.bfloat16)
