@@ -180,7 +180,7 @@ class _Sums:
         dtype = torch.promote_types(x.dtype, weight.dtype)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        # the bias is one more column of the weight. 32: matrix units are slow with fewer
+        # the bias's gradient is one more column of the weight's; matrix units like 32 more
         self.n_embd = x.size(1)
         n_ones = 0 if bias is None else 32
         self.x_and_ones = F.pad(x.to(dtype), (0, n_ones), value=1.0)
@@ -209,11 +209,11 @@ class _Sums:
         # gradients of the sum over positions: those of the mean would vanish in float16
         self.by_token = self._new_gradient(given.weight, n_ones)
         self.grads = Factors(
-            x=self._new_gradient(x),
-            weight=self.by_token[:, : self.n_embd],
-            bias=self.by_token[:, self.n_embd] if n_ones else None,
-            shift_x=self._new_gradient(shift_x),
-            shift_weight=self._new_gradient(given.shift_weight),
+            self._new_gradient(x),
+            self.by_token[:, : self.n_embd],
+            self.by_token[:, self.n_embd] if n_ones else None,
+            self._new_gradient(shift_x),
+            self._new_gradient(given.shift_weight),
         )
 
     def _new_gradient(self, t, n_more_columns=0):
@@ -294,7 +294,7 @@ class _Sums:
             if self.with_grad and self.is_rank_one:
                 gradient, self.grads.shift_x[rows][block] = gradient
             if self.compiled:
-                return gradient  # a copy would take a third of this function's time
+                return gradient  # a copy would be one more pass
             if self.with_grad:
                 logits[block] = gradient
         return logits
@@ -302,7 +302,9 @@ class _Sums:
     def _add_shift_gradients(self, rows, shift, targets, grad_logits, grad_raised):
         by_x, by_weight = self.grads.shift_x, self.grads.shift_weight
         if not self.is_rank_one:
-            by_x[rows] = grad_logits @ shift.weight
+            scale = shift.weight.amax()  # without it, sums may exceed float16's range
+            by_x[rows] = grad_logits @ (shift.weight / scale)
+            by_x[rows] *= scale
         of_labels = grad_raised.unsqueeze(-1)
         by_x[rows] += (of_labels * F.embedding(targets, shift.weight)).sum(1)
         _add_product(by_weight.t(), shift.x.t(), grad_logits)
@@ -334,9 +336,10 @@ def _normaliser(
     bias,
     shift,
 ):
-    """The gradient of the sum of the normalisers, and the sum.
+    """The gradient of the sum of the normalisers (None without with_grad), and the sum.
 
-    By the logits (n, padded V); with a shift a pair, the second one by shift.x (n, 1).
+    The gradient is that of the logits (n, padded V); with a shift, a pair with that of shift.x
+    (n, 1).
     """
 
     shift_x, shift_weight = shift or (None, None)
