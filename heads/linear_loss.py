@@ -180,7 +180,7 @@ class _Sums:
         dtype = torch.promote_types(x.dtype, weight.dtype)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        # the bias's gradient is one more column of the weight's; matrix units like 32 more
+        # the bias's gradient is one more column of the weight's; fewer than 32 would be slower
         self.n_embd = x.size(1)
         n_ones = 0 if bias is None else 32
         self.x_and_ones = F.pad(x.to(dtype), (0, n_ones), value=1.0)
@@ -291,7 +291,7 @@ class _Sums:
                 of_block,
             )
             self.loss = self.loss + value
-            if self.with_grad and self.is_rank_one:
+            if self.with_grad and self.is_rank_one:  # a pair
                 gradient, self.grads.shift_x[rows][block] = gradient
             if self.compiled:
                 return gradient  # a copy would be one more pass
