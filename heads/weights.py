@@ -124,7 +124,11 @@ class BayesLinear(PointLinear):
     @torch._disable_dynamo
     def draw(self) -> Tensor:
         """A draw of the weights' deviation from their mean, (V, C) (Bayes by Backprop)."""
-        return _Draw.apply(self.weight, self.log_std, self.column_factor)
+        noise = torch.randn_like(self.weight)
+        if self.column_factor is not None:
+            with torch.autocast(noise.device.type, enabled=False):
+                noise = noise @ self.column_factor.T
+        return torch.exp(self.log_std) * noise
 
     def mean_square(self) -> Tensor:
         """The mean of (weight - prior_mean)^2.
@@ -213,28 +217,6 @@ class BayesLinear(PointLinear):
             return squares, variances
         n_embd = self.weight.size(1)
         return squares.mean(-1, keepdim=True), n_embd * variances
-
-
-class _Draw(torch.autograd.Function):
-    """std * eps @ L.T. Saves one (V, C) tensor: the draw, whose derivative in log_std it is."""
-
-    @staticmethod
-    def forward(ctx, weight, log_std, column_factor):
-        std = torch.exp(log_std)
-        noise = torch.randn_like(weight)
-        if column_factor is not None:
-            with torch.autocast(noise.device.type, enabled=False):
-                noise = noise @ column_factor.T
-        noise.mul_(std)
-        ctx.save_for_backward(noise)
-        ctx.shape = log_std.shape
-        return noise
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (noise,) = ctx.saved_tensors
-        by_log_std = gradient * noise
-        return None, by_log_std.sum_to_size(ctx.shape), None
 
 
 class TorchBNNLinear(BayesLinear):
