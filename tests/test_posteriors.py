@@ -113,26 +113,20 @@ def test_float16_autocast_does_not_lose_the_variance_of_narrow_posteriors(poster
 # torchbnn: its layer as a posterior
 
 
-def torchbnn_layer(head, prior_mean, prior_std):
-    layer = torchbnn.BayesLinear(prior_mean, prior_std, C, V, bias=False)
-    log_std = head.weights.log_std.detach()
-    layer.load_state_dict({"weight_mu": head.weights.weight.detach(), "weight_log_sigma": log_std})
-    return layer
-
-
 @every_likelihood
 def test_the_torchbnn_posteriors_loss_and_gradients_are_the_librarys(likelihood):
     options = {"prior_mean": 0.1, "prior_std": 0.2, "kl_weight": 0.3}
     head = tiny_head("bayes", likelihood, posterior="torchbnn", **options)
     x, targets = batch(3, 5)
-    layer = torchbnn_layer(head, 0.1, 0.2)
+    layer = torchbnn.BayesLinear(0.1, 0.2, C, V, bias=False)
+    parameters = [head.weights.weight, head.weights.log_std]
+    layer.weight_mu.data, layer.weight_log_sigma.data = parameters
     torch.manual_seed(7)
     logits = layer(x) if head.bias is None else layer(x) + head.bias
     kl = torchbnn.BKLLoss(reduction="sum")(layer).squeeze()
     theirs = slow_nll(likelihood, logits, targets) + 0.3 / 1000 * kl
     torch.manual_seed(7)
     ours = head.loss(x, targets)
-    parameters = [head.weights.weight, head.weights.log_std]
     found = value_and_gradients(ours, parameters)
     expected = value_and_gradients(theirs, [layer.weight_mu, layer.weight_log_sigma])
     assert_close_in_norm(found, expected)
@@ -194,14 +188,6 @@ def test_a_hidden_layer_adds_its_estimators_noise_in_training_alone(posterior, e
     torch.testing.assert_close(found, mean + noise)
 
 
-def noisy_gpt(weights, **options):
-    """A model with Bayesian MLPs, whose noise matters."""
-    model = tiny_gpt(weights, std=0.3, bayes_mlp=True, **options).requires_grad_(False)
-    for layer in model.bayes_layers():
-        layer.log_std.fill_(-1.3)
-    return model
-
-
 def with_drawn_mlps(model):
     """A copy whose MLPs' weights are a draw from their posteriors."""
     drawn = copy.deepcopy(model)
@@ -221,7 +207,10 @@ def with_drawn_mlps(model):
 def test_each_draw_of_a_prediction_has_matrices_that_all_its_positions_share(
     weights, posterior, estimator
 ):
-    model = noisy_gpt(weights, posterior=posterior, estimator=estimator)
+    options = {"posterior": posterior, "estimator": estimator}
+    model = tiny_gpt(weights, std=0.3, bayes_mlp=True, **options).requires_grad_(False)
+    for layer in model.bayes_layers():
+        layer.log_std.fill_(-1.3)  # so that the noise matters
     head = model.lm_head
     idx = tokens(2, 5)
     torch.manual_seed(0)

@@ -52,15 +52,24 @@ class Muon(torch.optim.Muon):
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """Matrices (N, rows, columns) with all singular values near 1: five iterations of Newton-Schulz
-    with Jordan's coefficients."""
-    if x.size(1) > x.size(2):
-        return orthogonal(x.mT).mT
+    with Jordan's coefficients, on the smaller Gram matrix (Gram Newton-Schulz, Zhang et al. 2026).
+    """
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    is_tall = x.size(1) > x.size(2)
+    for n_iterations in (3, 2):  # a Gram matrix is exact enough for three iterations in bfloat16
+        gram = x.mT @ x if is_tall else x @ x.mT
+        factor = newton_schulz(gram, n_iterations)
+        x = x @ factor if is_tall else factor @ x
     return x
+
+
+def newton_schulz(gram: torch.Tensor, n_iterations: int) -> torch.Tensor:
+    """The matrices by which the iterations multiply those with these Gram matrices (N, n, n)."""
+    factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+    if n_iterations == 1:
+        return factor
+    return factor @ newton_schulz(factor @ gram @ factor, n_iterations - 1)
 
 
 def make_optimizer(
