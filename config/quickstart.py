@@ -1,6 +1,6 @@
 # `make run` trains this once with each head: a small GPT on four books (data/quickstart),
-# 300 steps of 3,072 tokens, 0.92 M in all. Expect a validation nll of 4.28 to 4.34 by head
-# (measured, training_logs/quickstart; unigram: 6.4) after 33 to 40 s of training on two CPU cores
+# 300 steps of 3,072 tokens, 0.92 M in all. Expect a validation nll of 4.27 to 4.33 by head
+# (measured, training_logs/quickstart; unigram: 6.4) after 24 to 28 s of training on two CPU cores
 # (measured). Softmax has 4.13 after --max_iters=800 with --batch_size=8 (measured).
 #     python data/quickstart/prepare.py
 #     python train.py config/quickstart.py
