@@ -1,5 +1,5 @@
-"""Do the tests notice faults? Tries known ones in a copy of the code, one at a time. Changes of the
-code count after `git add`.
+"""Do the tests notice faults? Tries known ones in a copy of what git has, one at a time: first
+`git add` your changes.
 
     python -m tests.mutants              # all
     python -m tests.mutants --only=3,17  # these two

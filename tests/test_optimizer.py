@@ -31,22 +31,23 @@ def test_muon_moves_the_blocks_matrices_as_torchs_muon_and_the_rest_as_adamw():
     adamw = torch.optim.AdamW(decayed, lr=1e-2, betas=(0.9, 0.95), weight_decay=10)
     plain = torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     optimizer = make_optimizer(model, 1e-2, (0.9, 0.95), 10, "muon")
-    for step in range(4):
+    for step in range(30):
         gradients(model, step)
         gradients(reference, step)
         for each in (optimizer, muon, adamw, plain):
             each.step()
-    # torch's iterations round otherwise; an update changes a weight by up to 1e-2
-    assert difference(model, reference) < 1.5e-3
+    # the iterations round otherwise; another momentum, 0.9, would differ by 1.4e-2
+    assert difference(model, reference) < 4e-3
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.13)])
-@pytest.mark.parametrize("rows, columns", [(96, 32), (32, 32), (32, 128)])
-def test_muons_iterations_are_newton_schulzs_for_gradients_of_nearly_low_rank(
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("rows, columns", [(192, 48), (32, 32), (32, 128)])
+def test_muons_iterations_are_newton_schulzs_if_one_direction_dominates(
     rows, columns, dtype, tolerance
 ):
     torch.manual_seed(0)
-    x = torch.randn(2, rows, columns) * torch.logspace(0, -3, columns)
+    one_direction = torch.rand(20, rows, 1) @ torch.rand(20, 1, columns)
+    x = one_direction + 0.1 * torch.randn(20, rows, columns)
     expected = F.normalize(x.double(), dim=(1, 2))
     for _ in range(5):
         gram = expected @ expected.mT

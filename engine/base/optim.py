@@ -55,8 +55,10 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     with Jordan's coefficients, on the smaller Gram matrix (Gram Newton-Schulz, Zhang et al. 2026).
     """
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    is_tall = x.size(1) > x.size(2)
-    for n_iterations in (3, 2):  # a Gram matrix is exact enough for three iterations in bfloat16
+    _, n_rows, n_columns = x.shape
+    is_tall = n_rows > n_columns
+    # more than two iterations on one Gram matrix may diverge in bfloat16; square ones save nothing
+    for n_iterations in (1,) * 5 if n_rows == n_columns else (2, 2, 1):
         gram = x.mT @ x if is_tall else x @ x.mT
         factor = newton_schulz(gram, n_iterations)
         x = x @ factor if is_tall else factor @ x
