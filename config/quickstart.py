@@ -16,11 +16,11 @@ gradient_accumulation_steps = 1
 optimizer = "muon"
 learning_rate = 1.2e-2
 min_lr = 1e-3
-# with AdamW's usual beta1, 0.9, these few steps end 0.03 nats higher (measured)
+# tuned on the validation split: with AdamW's usual beta1, 0.9, the nll is 0.03 higher (measured)
 beta1 = 0.5
 beta2 = 0.999
 max_iters = 300
-warmup_iters = 5
+warmup_iters = 5  # also of a Bayesian head's KL
 
 eval_interval = 150
 eval_iters = 25
