@@ -44,9 +44,9 @@ def main() -> None:
     sys.exit(bool(survivors))
 
 
-def mutated(mutant: dict[str, str]) -> str:
-    """The text of the file with the fault."""
-    text = (ROOT / mutant["file"]).read_text(encoding="utf-8")
+def mutated(mutant: dict[str, str], root=ROOT) -> str:
+    """The text of the file in this folder, with the fault."""
+    text = Path(root, mutant["file"]).read_text(encoding="utf-8")
     n_found = text.count(mutant["old"])
     if n_found != 1:
         where = f"{mutant['fault']!r}: {mutant['file']}"
@@ -66,7 +66,7 @@ def first_failure(mutant: dict[str, str], tests: list[str]) -> str:
         subprocess.run(["git", "checkout-index", "-a", f"--prefix={folder}/"], cwd=ROOT, check=True)
         path = Path(folder, mutant["file"])
         correct = path.read_text(encoding="utf-8")
-        path.write_text(mutated(mutant), encoding="utf-8")
+        path.write_text(mutated(mutant, folder), encoding="utf-8")
         failed = failure(folder, tests)
         path.write_text(correct, encoding="utf-8")
         if failed and failure(folder, [failed]):

@@ -57,7 +57,8 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     _, n_rows, n_columns = x.shape
     is_tall = n_rows > n_columns
-    # more than two iterations on one Gram matrix may diverge in bfloat16; square ones save nothing
+    # In bfloat16, more than two iterations on one Gram matrix may diverge. For square matrices a
+    # Gram matrix is as large as x, so each iteration makes its own.
     for n_iterations in (1,) * 5 if n_rows == n_columns else (2, 2, 1):
         gram = x.mT @ x if is_tall else x @ x.mT
         factor = newton_schulz(gram, n_iterations)
